@@ -85,9 +85,9 @@ macro_rules! uuid_id {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                Uuid::from_bytes(self.0).hyphenated().fmt(f)
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                uuid::Uuid::from_bytes(self.0).hyphenated().fmt(f)
             }
         }
 
@@ -97,11 +97,11 @@ macro_rules! uuid_id {
             }
         }
 
-        impl FromStr for $name {
-            type Err = InvalidId;
+        impl std::str::FromStr for $name {
+            type Err = $crate::position::InvalidId;
 
-            fn from_str(text: &str) -> Result<Self, InvalidId> {
-                Uuid::parse_str(text).map(|id| Self(id.into_bytes())).map_err(|_| InvalidId)
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                uuid::Uuid::parse_str(text).map(|id| Self(id.into_bytes())).map_err(|_| $crate::position::InvalidId)
             }
         }
     };

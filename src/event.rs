@@ -1,0 +1,816 @@
+//! Events, the streams they belong to, and the typed events of an application.
+
+use std::fmt;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::codec::CodecError;
+use crate::format::record::RecordRef;
+use crate::position::{JournalId, Locator, Position, uuid_id};
+
+/// Longest stream name in bytes.
+pub const STREAM_NAME_BYTES_MAX: usize = 255;
+/// Longest event type name in bytes.
+pub const EVENT_TYPE_BYTES_MAX: usize = 255;
+/// Longest tag in bytes.
+pub const TAG_BYTES_MAX: usize = 255;
+/// Most tags of one event.
+pub const TAGS_MAX: usize = 64;
+/// Longest subject in bytes.
+pub const SUBJECT_BYTES_MAX: usize = 255;
+/// Most pairs of free metadata of one event.
+pub const METADATA_PAIRS_MAX: usize = 64;
+/// All metadata keys and values of one event together, in bytes.
+pub const METADATA_BYTES_MAX: usize = 16 * 1024;
+
+// Everything in front of the payload must fit a 16-bit length.
+const _: () = assert!(
+    56 + STREAM_NAME_BYTES_MAX
+        + EVENT_TYPE_BYTES_MAX
+        + TAGS_MAX * (TAG_BYTES_MAX + 2)
+        + 8
+        + 16
+        + 24
+        + SUBJECT_BYTES_MAX
+        + 2
+        + METADATA_BYTES_MAX
+        + 4 * METADATA_PAIRS_MAX
+        <= u16::MAX as usize
+);
+
+uuid_id! {
+    /// Identifies an event for ever. Appending an event again under the same id appends it once.
+    EventId
+}
+
+impl EventId {
+    /// A new id that sorts by time of creation (UUID version 7).
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "every call gives another id; a default would mislead")]
+    pub fn new() -> Self {
+        Self::from_bytes(Uuid::now_v7().into_bytes())
+    }
+}
+
+/// Why a name, tag or other part of an event is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidEvent {
+    /// A name is empty.
+    #[error("the {what} is empty")]
+    Empty {
+        /// Which name.
+        what: &'static str,
+    },
+    /// Something is longer than the format allows.
+    #[error("the {what} has {len}, more than the {max} allowed")]
+    TooLong {
+        /// What is too long, with its unit.
+        what: &'static str,
+        /// How long it is.
+        len: usize,
+        /// How long it may be.
+        max: usize,
+    },
+    /// A name contains a control character.
+    #[error("the {what} contains a control character")]
+    ControlCharacter {
+        /// Which name.
+        what: &'static str,
+    },
+    /// Type names that begin with `$` are reserved.
+    #[error("event types beginning with '$' are reserved")]
+    ReservedType,
+}
+
+fn check_name(what: &'static str, name: &str, max: usize) -> Result<(), InvalidEvent> {
+    if name.is_empty() {
+        return Err(InvalidEvent::Empty { what });
+    }
+    check_len(what, name.len(), max)?;
+    if name.chars().any(char::is_control) {
+        return Err(InvalidEvent::ControlCharacter { what });
+    }
+    Ok(())
+}
+
+const fn check_len(what: &'static str, len: usize, max: usize) -> Result<(), InvalidEvent> {
+    if len > max { Err(InvalidEvent::TooLong { what, len, max }) } else { Ok(()) }
+}
+
+/// The name of a stream, such as `order-1234`: at most 255 bytes, no control characters.
+///
+/// ```
+/// use headwater::StreamId;
+/// let stream: StreamId = "order-1234".parse()?;
+/// assert_eq!(stream.category(), "order");
+/// assert!("".parse::<StreamId>().is_err());
+/// # Ok::<(), headwater::InvalidEvent>(())
+/// ```
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamId(Arc<str>);
+
+impl StreamId {
+    /// Checks and takes a name.
+    ///
+    /// # Errors
+    /// [`InvalidEvent`] if it is empty, too long or contains a control character.
+    pub fn new(name: impl AsRef<str>) -> Result<Self, InvalidEvent> {
+        let name = name.as_ref();
+        Self::check(name)?;
+        Ok(Self(name.into()))
+    }
+
+    pub(crate) fn check(name: &str) -> Result<(), InvalidEvent> {
+        check_name("stream name", name, STREAM_NAME_BYTES_MAX)
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The part in front of the first `-`, or the whole name if there is none.
+    #[must_use]
+    pub fn category(&self) -> &str {
+        self.0.split('-').next().unwrap_or(&self.0)
+    }
+}
+
+/// The name of an event's type, such as `order.placed`: at most 255 bytes, no control characters. It is
+/// stable: it is stored with every event.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EventType(Arc<str>);
+
+impl EventType {
+    /// Checks and takes a name.
+    ///
+    /// # Errors
+    /// [`InvalidEvent`] if it is empty, too long or contains a control character.
+    pub fn new(name: impl AsRef<str>) -> Result<Self, InvalidEvent> {
+        let name = name.as_ref();
+        Self::check(name)?;
+        Ok(Self(name.into()))
+    }
+
+    pub(crate) fn check(name: &str) -> Result<(), InvalidEvent> {
+        check_name("event type", name, EVENT_TYPE_BYTES_MAX)
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+macro_rules! name_traits {
+    ($name:ident) => {
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}({:?})", stringify!($name), &*self.0)
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = InvalidEvent;
+
+            fn from_str(name: &str) -> Result<Self, InvalidEvent> {
+                Self::new(name)
+            }
+        }
+
+        impl TryFrom<&str> for $name {
+            type Error = InvalidEvent;
+
+            fn try_from(name: &str) -> Result<Self, InvalidEvent> {
+                Self::new(name)
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidEvent;
+
+            fn try_from(name: String) -> Result<Self, InvalidEvent> {
+                Self::new(name)
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+    };
+}
+name_traits!(StreamId);
+name_traits!(EventType);
+
+/// The count of events in front of an event within its stream: the first event has revision 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Revision(u64);
+
+impl Revision {
+    /// The revision of a stream's first event.
+    pub const FIRST: Self = Self(0);
+
+    /// The revision behind `count` earlier events.
+    #[must_use]
+    pub const fn new(count: u64) -> Self {
+        Self(count)
+    }
+
+    /// How many events of the stream lie in front.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The next revision.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What an append expects of a stream: the optimistic-concurrency condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpectedRevision {
+    /// Nothing: append whatever the stream holds.
+    Any,
+    /// The stream has no event yet.
+    NoStream,
+    /// The stream has at least one event.
+    StreamExists,
+    /// The stream's last event has this revision.
+    Exact(Revision),
+}
+
+impl fmt::Display for ExpectedRevision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("anything"),
+            Self::NoStream => f.write_str("no stream"),
+            Self::StreamExists => f.write_str("an existing stream"),
+            Self::Exact(revision) => write!(f, "revision {revision}"),
+        }
+    }
+}
+
+/// How a payload is encoded; stored with every event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PayloadCodec {
+    /// Bytes that only the application understands.
+    Raw,
+    /// bincode 2 in its standard configuration.
+    Bincode,
+    /// JSON text.
+    Json,
+    /// A codec that this version doesn't know; the number is kept.
+    Other(u8),
+}
+
+impl PayloadCodec {
+    /// The codec with this number on disk.
+    #[must_use]
+    pub const fn from_byte(byte: u8) -> Self {
+        match byte {
+            0 => Self::Raw,
+            1 => Self::Bincode,
+            2 => Self::Json,
+            other => Self::Other(other),
+        }
+    }
+
+    /// The codec's number on disk.
+    #[must_use]
+    pub const fn to_byte(self) -> u8 {
+        match self {
+            Self::Raw => 0,
+            Self::Bincode => 1,
+            Self::Json => 2,
+            Self::Other(byte) => byte,
+        }
+    }
+}
+
+/// An event that is to be appended.
+///
+/// ```
+/// use headwater::NewEvent;
+/// let event = NewEvent::json("order.placed", &serde_json::json!({ "total_cents": 1250 }))?
+///     .tag("customer:17")
+///     .metadata("source", "web");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewEvent {
+    pub(crate) id: EventId,
+    pub(crate) event_type: EventType,
+    pub(crate) schema_version: u32,
+    pub(crate) codec: PayloadCodec,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) tags: Vec<String>,
+    pub(crate) subject: Option<String>,
+    pub(crate) correlation: Option<EventId>,
+    pub(crate) causation: Option<Locator>,
+    pub(crate) occurred_at_us: Option<i64>,
+    pub(crate) metadata: Vec<(String, String)>,
+}
+
+impl NewEvent {
+    /// An event with a payload of plain bytes and a new id.
+    ///
+    /// # Errors
+    /// [`InvalidEvent`] if the type's name is not valid.
+    pub fn raw(
+        event_type: impl AsRef<str>,
+        payload: impl Into<Vec<u8>>,
+    ) -> Result<Self, InvalidEvent> {
+        let event_type = EventType::new(event_type)?;
+        Ok(Self::with_codec(event_type, 1, PayloadCodec::Raw, payload.into()))
+    }
+
+    /// An event whose payload is `value` as JSON, with a new id.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if the type's name is not valid or the value can't be encoded.
+    pub fn json<T: serde::Serialize>(
+        event_type: impl AsRef<str>,
+        value: &T,
+    ) -> Result<Self, EncodeError> {
+        use crate::codec::{Codec, Json};
+        let event_type = EventType::new(event_type)?;
+        Ok(Self::with_codec(event_type, 1, PayloadCodec::Json, Json::encode(value)?))
+    }
+
+    /// A typed event, with a new id.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if the type's name is not valid or the event can't be encoded.
+    pub fn typed<E: Event>(event: &E) -> Result<Self, EncodeError> {
+        let kind = event.kind();
+        let (codec, payload) = event.encode()?;
+        let event_type = EventType::new(kind.name)?;
+        Ok(Self::with_codec(event_type, kind.schema_version, codec, payload))
+    }
+
+    fn with_codec(
+        event_type: EventType,
+        schema_version: u32,
+        codec: PayloadCodec,
+        payload: Vec<u8>,
+    ) -> Self {
+        Self {
+            id: EventId::new(),
+            event_type,
+            schema_version,
+            codec,
+            payload,
+            tags: Vec::new(),
+            subject: None,
+            correlation: None,
+            causation: None,
+            occurred_at_us: None,
+            metadata: Vec::new(),
+        }
+    }
+
+    /// Sets the id: give the same id to retries of the same event.
+    #[must_use]
+    pub fn id(mut self, id: EventId) -> Self {
+        self.id = id;
+        self
+    }
+
+    /// The id under which it will be appended.
+    #[must_use]
+    pub const fn event_id(&self) -> EventId {
+        self.id
+    }
+
+    /// Sets the version of the payload's schema.
+    #[must_use]
+    pub fn schema_version(mut self, version: u32) -> Self {
+        self.schema_version = version;
+        self
+    }
+
+    /// Adds a tag.
+    #[must_use]
+    pub fn tag(mut self, tag: impl Into<String>) -> Self {
+        self.tags.push(tag.into());
+        self
+    }
+
+    /// Says whom the payload is about.
+    #[must_use]
+    pub fn subject(mut self, subject: impl Into<String>) -> Self {
+        self.subject = Some(subject.into());
+        self
+    }
+
+    /// Groups the event with others of one business transaction.
+    #[must_use]
+    pub fn correlation(mut self, id: EventId) -> Self {
+        self.correlation = Some(id);
+        self
+    }
+
+    /// Names the event that caused this one.
+    #[must_use]
+    pub fn causation(mut self, cause: Locator) -> Self {
+        self.causation = Some(cause);
+        self
+    }
+
+    /// Says when it happened, in microseconds since 1970.
+    #[must_use]
+    pub fn occurred_at_us(mut self, time_us: i64) -> Self {
+        self.occurred_at_us = Some(time_us);
+        self
+    }
+
+    /// Adds a pair of free metadata.
+    #[must_use]
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.metadata.push((key.into(), value.into()));
+        self
+    }
+
+    /// Verifies all limits of the format.
+    ///
+    /// # Errors
+    /// [`InvalidEvent`] naming what is too long, empty or reserved.
+    pub fn check(&self) -> Result<(), InvalidEvent> {
+        if self.event_type.as_str().starts_with('$') {
+            return Err(InvalidEvent::ReservedType);
+        }
+        check_len("list of tags", self.tags.len(), TAGS_MAX)?;
+        for tag in &self.tags {
+            check_name("tag", tag, TAG_BYTES_MAX)?;
+        }
+        if let Some(subject) = &self.subject {
+            check_name("subject", subject, SUBJECT_BYTES_MAX)?;
+        }
+        check_len("list of metadata", self.metadata.len(), METADATA_PAIRS_MAX)?;
+        let bytes = self.metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
+        check_len("metadata", bytes, METADATA_BYTES_MAX)
+    }
+}
+
+/// Why a typed event can't be made ready for appending.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EncodeError {
+    /// The type's name or another part breaks a limit.
+    #[error(transparent)]
+    Invalid(#[from] InvalidEvent),
+    /// The codec refused the value.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+}
+
+/// An event of the journal, with its data decoded as `E` or, by default, as the payload's bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded<E = Vec<u8>> {
+    locator: Locator,
+    recorded_at_us: i64,
+    id: EventId,
+    stream: StreamId,
+    revision: Revision,
+    event_type: EventType,
+    schema_version: u32,
+    codec: PayloadCodec,
+    tags: Vec<String>,
+    subject: Option<String>,
+    correlation: Option<EventId>,
+    causation: Option<Locator>,
+    occurred_at_us: Option<i64>,
+    metadata: Vec<(String, String)>,
+    data: E,
+}
+
+impl Recorded {
+    pub(crate) fn from_record(
+        record: &RecordRef<'_>,
+        journal: JournalId,
+        position: Position,
+        recorded_at_us: i64,
+    ) -> Self {
+        Self {
+            locator: Locator { journal, position },
+            recorded_at_us,
+            id: record.id,
+            stream: StreamId(record.stream.into()),
+            revision: record.revision,
+            event_type: EventType(record.event_type.into()),
+            schema_version: record.schema_version,
+            codec: record.codec,
+            tags: record.tags().map(str::to_owned).collect(),
+            subject: record.subject.map(str::to_owned),
+            correlation: record.correlation,
+            causation: record.causation,
+            occurred_at_us: record.occurred_at_us,
+            metadata: record.metadata().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+            data: record.payload.to_vec(),
+        }
+    }
+
+    /// Decodes the payload as `E`; `None` if the event is of none of its types.
+    ///
+    /// # Errors
+    /// [`CodecError`] if the type is one of `E`'s but the payload can't be decoded.
+    pub fn decode<E: Event>(&self) -> Result<Option<Recorded<E>>, CodecError> {
+        let payload = Payload { codec: self.codec, bytes: &self.data };
+        let kind = EventKindRef { name: self.event_type.as_str(), schema_version: self.schema_version };
+        Ok(E::decode(kind, payload)?.map(|data| self.with_data(data)))
+    }
+
+    fn with_data<E>(&self, data: E) -> Recorded<E> {
+        Recorded {
+            locator: self.locator,
+            recorded_at_us: self.recorded_at_us,
+            id: self.id,
+            stream: self.stream.clone(),
+            revision: self.revision,
+            event_type: self.event_type.clone(),
+            schema_version: self.schema_version,
+            codec: self.codec,
+            tags: self.tags.clone(),
+            subject: self.subject.clone(),
+            correlation: self.correlation,
+            causation: self.causation,
+            occurred_at_us: self.occurred_at_us,
+            metadata: self.metadata.clone(),
+            data,
+        }
+    }
+}
+
+impl<E> Recorded<E> {
+    /// The event's position: the number of events in front of it.
+    #[must_use]
+    pub const fn position(&self) -> Position {
+        self.locator.position
+    }
+
+    /// Journal and position.
+    #[must_use]
+    pub const fn locator(&self) -> Locator {
+        self.locator
+    }
+
+    /// When its batch was written, in microseconds since 1970, by the origin's clock.
+    #[must_use]
+    pub const fn recorded_at_us(&self) -> i64 {
+        self.recorded_at_us
+    }
+
+    /// When it happened, if the writer said so, in microseconds since 1970.
+    #[must_use]
+    pub const fn occurred_at_us(&self) -> Option<i64> {
+        self.occurred_at_us
+    }
+
+    /// Its id.
+    #[must_use]
+    pub const fn id(&self) -> EventId {
+        self.id
+    }
+
+    /// The stream.
+    #[must_use]
+    pub const fn stream(&self) -> &StreamId {
+        &self.stream
+    }
+
+    /// Its place in the stream.
+    #[must_use]
+    pub const fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Its type.
+    #[must_use]
+    pub const fn event_type(&self) -> &EventType {
+        &self.event_type
+    }
+
+    /// Version of the payload's schema.
+    #[must_use]
+    pub const fn schema_version(&self) -> u32 {
+        self.schema_version
+    }
+
+    /// How the payload is encoded.
+    #[must_use]
+    pub const fn codec(&self) -> PayloadCodec {
+        self.codec
+    }
+
+    /// Its tags.
+    #[must_use]
+    pub fn tags(&self) -> &[String] {
+        &self.tags
+    }
+
+    /// Whom the payload is about.
+    #[must_use]
+    pub fn subject(&self) -> Option<&str> {
+        self.subject.as_deref()
+    }
+
+    /// The business transaction it belongs to.
+    #[must_use]
+    pub const fn correlation(&self) -> Option<EventId> {
+        self.correlation
+    }
+
+    /// The event that caused it.
+    #[must_use]
+    pub const fn causation(&self) -> Option<Locator> {
+        self.causation
+    }
+
+    /// Free metadata: keys and values.
+    #[must_use]
+    pub fn metadata(&self) -> &[(String, String)] {
+        &self.metadata
+    }
+
+    /// The event itself.
+    #[must_use]
+    pub const fn data(&self) -> &E {
+        &self.data
+    }
+
+    /// The event itself, taken out.
+    #[must_use]
+    pub fn into_data(self) -> E {
+        self.data
+    }
+}
+
+/// The stable name and schema version under which an event is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventKind {
+    /// The type's name.
+    pub name: &'static str,
+    /// Version of the payload's schema.
+    pub schema_version: u32,
+}
+
+/// Name and schema version of a stored event that is to be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventKindRef<'a> {
+    /// The type's name.
+    pub name: &'a str,
+    /// Version of the payload's schema.
+    pub schema_version: u32,
+}
+
+/// A stored payload.
+#[derive(Clone, Copy, Debug)]
+pub struct Payload<'a> {
+    /// How it is encoded.
+    pub codec: PayloadCodec,
+    /// The bytes.
+    pub bytes: &'a [u8],
+}
+
+impl Payload<'_> {
+    /// Decodes the payload with the codec it was stored with.
+    ///
+    /// # Errors
+    /// [`CodecError`] if that isn't a serde codec, or the bytes don't match the type.
+    pub fn decode<T: serde::de::DeserializeOwned>(&self) -> Result<T, CodecError> {
+        use crate::codec::{Bincode, Codec, Json};
+        match self.codec {
+            PayloadCodec::Bincode => Bincode::decode(self.bytes),
+            PayloadCodec::Json => Json::decode(self.bytes),
+            other => Err(CodecError::NotSerde { codec: other }),
+        }
+    }
+}
+
+/// The typed events of an application; usually implemented by [`events!`](crate::events).
+///
+/// A type says under which stable name and schema version each of its values is stored, and decodes what it
+/// knows. Names and versions are part of the stored data: renaming a Rust type changes nothing on disk.
+pub trait Event: Sized {
+    /// Name and schema version of this event.
+    fn kind(&self) -> EventKind;
+
+    /// Encodes the payload.
+    ///
+    /// # Errors
+    /// [`CodecError`] if the value can't be represented.
+    fn encode(&self) -> Result<(PayloadCodec, Vec<u8>), CodecError>;
+
+    /// Decodes a payload; `None` if the event is of none of this type's kinds.
+    ///
+    /// # Errors
+    /// [`CodecError`] if the kind is known but the payload can't be decoded.
+    fn decode(kind: EventKindRef<'_>, payload: Payload<'_>) -> Result<Option<Self>, CodecError>;
+}
+
+/// The payload's bytes as they are: the event type of a follower that wants every event undecoded.
+impl Event for Vec<u8> {
+    fn kind(&self) -> EventKind {
+        EventKind { name: "bytes", schema_version: 1 }
+    }
+
+    fn encode(&self) -> Result<(PayloadCodec, Vec<u8>), CodecError> {
+        Ok((PayloadCodec::Raw, self.clone()))
+    }
+
+    fn decode(_: EventKindRef<'_>, payload: Payload<'_>) -> Result<Option<Self>, CodecError> {
+        Ok(Some(payload.bytes.to_vec()))
+    }
+}
+
+/// Declares an enum of events, each variant a serde type stored under a stable name and schema version.
+///
+/// ```
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// pub struct Placed {
+///     pub total_cents: u64,
+/// }
+///
+/// headwater::events! {
+///     /// What happens to an order.
+///     pub enum OrderEvent {
+///         Placed(Placed) = "order.placed", version 1;
+///     }
+/// }
+///
+/// let event = headwater::NewEvent::typed(&OrderEvent::from(Placed { total_cents: 1250 }))?;
+/// # Ok::<(), headwater::EncodeError>(())
+/// ```
+#[macro_export]
+macro_rules! events {
+    ($(#[$meta:meta])* $vis:vis enum $name:ident {
+        $($(#[$variant_meta:meta])* $variant:ident($data:ty) = $type_name:literal, version $version:literal;)+
+    }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq)]
+        $vis enum $name {
+            $($(#[$variant_meta])* #[allow(missing_docs, reason = "documented by its data")] $variant($data),)+
+        }
+
+        $(impl From<$data> for $name {
+            fn from(data: $data) -> Self {
+                Self::$variant(data)
+            }
+        })+
+
+        impl $crate::Event for $name {
+            fn kind(&self) -> $crate::EventKind {
+                match self {
+                    $(Self::$variant(_) => $crate::EventKind { name: $type_name, schema_version: $version },)+
+                }
+            }
+
+            fn encode(&self) -> Result<($crate::PayloadCodec, Vec<u8>), $crate::codec::CodecError> {
+                use $crate::codec::Codec as _;
+                match self {
+                    $(Self::$variant(data) => {
+                        $crate::codec::Bincode::encode(data).map(|bytes| ($crate::PayloadCodec::Bincode, bytes))
+                    })+
+                }
+            }
+
+            fn decode(
+                kind: $crate::EventKindRef<'_>,
+                payload: $crate::Payload<'_>,
+            ) -> Result<Option<Self>, $crate::codec::CodecError> {
+                #[allow(unreachable_patterns, reason = "a type may be listed in several versions")]
+                match (kind.name, kind.schema_version) {
+                    $(($type_name, $version) => payload.decode().map(Self::$variant).map(Some),)+
+                    $(($type_name, version) => {
+                        Err($crate::codec::CodecError::SchemaVersion { name: $type_name, version })
+                    })+
+                    _ => Ok(None),
+                }
+            }
+        }
+    };
+}
