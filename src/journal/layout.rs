@@ -1,0 +1,66 @@
+//! The names in a journal's directory.
+//!
+//! ```text
+//! journal/
+//!   node                    role, node id, journal id
+//!   mark                    how far it is known to be durable
+//!   0000000000000000.seg    segments, by number in hexadecimal
+//!   0000000000000000.idx    sidecars of sealed segments (derived)
+//!   quarantine/             what recovery moved aside, under names that are never used again
+//!     reserve               space for it, allocated while there is some
+//!   lock                    held by the writer, bears its name
+//! ```
+
+use std::path::{Path, PathBuf};
+
+pub(crate) const NODE: &str = "node";
+pub(crate) const NODE_TEMP: &str = "node.new";
+pub(crate) const MARK: &str = "mark";
+pub(crate) const LOCK: &str = "lock";
+pub(crate) const INCOMING: &str = "incoming";
+pub(crate) const BASE: &str = "base";
+pub(crate) const GAPS: &str = "gaps";
+pub(crate) const QUARANTINE: &str = "quarantine";
+pub(crate) const RESERVE: &str = "reserve";
+
+/// Paths within one journal's directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    pub(crate) dir: PathBuf,
+}
+
+impl Layout {
+    pub(crate) fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    pub(crate) fn segment(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:016x}.seg"))
+    }
+
+    pub(crate) fn sidecar(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:016x}.idx"))
+    }
+
+    pub(crate) fn quarantine(&self) -> PathBuf {
+        self.dir.join(QUARANTINE)
+    }
+
+    /// A name in the quarantine that was never used.
+    pub(crate) fn quarantined(&self, number: u64, what: &str) -> PathBuf {
+        let unique = fastrand::u64(..);
+        self.quarantine().join(format!("{number:016x}-{unique:016x}.{what}"))
+    }
+}
+
+/// The number in the name of a segment or sidecar.
+pub(crate) fn number_of(name: &str, extension: &str) -> Option<u64> {
+    let digits = name.strip_suffix(extension)?.strip_suffix('.')?;
+    let well_formed =
+        digits.len() == 16 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    well_formed.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+}

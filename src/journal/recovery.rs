@@ -1,0 +1,704 @@
+//! Opening: what is there, what of it counts, and what must be put in order before anybody may rely on it.
+//!
+//! ```text
+//!      survey              decide (A)                mend (B), every step can crash and be run again
+//!   files ─▶ headers ─▶ scan ─▶ X, proven ─▶ refuse │ 1 later segments ─▶ quarantine
+//!                                                  │ 2 torn tail copied aside, zeroed
+//!                                                  │ 3 sealed segments cut to their end
+//!                                                  │ 4 headers and batches above `proven` written again
+//!                                                  │ 5 stale sidecars and spares removed, mark = X
+//!                                                  ▼ 6 publish
+//! ```
+//! - `X` is the end of the valid, chained prefix; `proven` the highest offset that is known to have been
+//!   durable: from the mark, and in an origin also from what segment and batch headers claim. In a mirror
+//!   the headers speak of the origin's disk, so only its own mark proves anything.
+//! - `X < proven` means that acknowledged data is damaged or gone. Everything behind X is then left as it
+//!   is. Otherwise what lies behind X was never acknowledged: a torn tail.
+//! - Valid batches above `proven` may exist only in the page cache (a failed sync marks pages clean), so
+//!   they are written again in place and synced before anything rests on them.
+//!
+//! The rules and the reasons for them stand in `docs/format.md`, section "Recovery".
+
+use std::sync::Arc;
+
+use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
+use crate::format::FormatError;
+use crate::format::batch::{Link, genesis};
+use crate::format::files::{Mark, Node, Role, Witness};
+use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
+use crate::format::sidecar::SegmentIndex;
+use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::layout::{self, Layout};
+use crate::journal::mark::{self, MarkFile};
+use crate::journal::scan::{Window, file_offset};
+use crate::position::{Checkpoint, Position};
+
+/// A segment file as it was found.
+#[derive(Debug)]
+struct Found {
+    number: u64,
+    file: Arc<dyn File>,
+    len: u64,
+    page: PageState,
+}
+
+/// A segment that belongs to the journal.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    pub(crate) page: SegmentPage,
+    /// Where its batches end.
+    pub(crate) end: Link,
+    /// Its index, if it was scanned.
+    pub(crate) index: Option<Arc<SegmentIndex>>,
+    intact: bool,
+    len: u64,
+}
+
+impl Kept {
+    pub(crate) fn number(&self) -> u64 {
+        self.page.header.number
+    }
+
+    fn end_in_file(&self) -> u64 {
+        file_offset(self.page.header.base_offset, self.end.offset)
+    }
+}
+
+/// What recovery found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RecoveryReport {
+    /// The journal had been closed cleanly.
+    pub clean: bool,
+    /// Bytes of incomplete batches that were set aside; they were never acknowledged.
+    pub torn_bytes: u64,
+    /// Events in those of them whose headers could be read.
+    pub torn_events: u64,
+    /// Segment files moved into `quarantine/`.
+    pub quarantined_segments: u64,
+    /// Bytes of valid but unproven batches that were written and synced again.
+    pub rewritten_bytes: u64,
+    /// Header pages of which a copy was damaged and has been remade.
+    pub remade_headers: u64,
+    /// A mirror's tail was damaged and set aside; it will be fetched again.
+    pub refetch: bool,
+}
+
+/// The state of a journal on disk, before anything has been changed.
+#[derive(Debug)]
+pub(crate) struct Survey {
+    pub(crate) mark: Option<Mark>,
+    /// The segments of the valid prefix.
+    pub(crate) kept: Vec<Kept>,
+    /// X, with the epoch and incarnation of the last batch.
+    pub(crate) end: Checkpoint,
+    pub(crate) proven: u64,
+    /// Why the prefix ends where it does, if that isn't an orderly end.
+    pub(crate) stop: Option<Corruption>,
+    /// Highest epoch seen anywhere.
+    pub(crate) epoch_max: u32,
+    /// Segments behind the prefix, in order.
+    beyond: Vec<u64>,
+    spares: Vec<u64>,
+    torn_events: u64,
+}
+
+/// What is needed to go on after recovery.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) end: Checkpoint,
+    pub(crate) mark: MarkFile,
+    pub(crate) witness: Option<Witness>,
+    pub(crate) epoch_next: u32,
+    pub(crate) report: RecoveryReport,
+}
+
+/// Reads the directory and decides what counts. Changes nothing (but the page cache).
+pub(crate) fn survey(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey, OpenError> {
+    let mark = mark::read(fs, layout)?;
+    if let Some(mark) = mark.filter(|mark| mark.end.journal != node.journal) {
+        let path = layout.dir.clone();
+        return Err(OpenError::HistoryReplaced { path, position: mark.end.position });
+    }
+    let found = find_segments(fs, layout, node)?;
+    let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
+    let mut walk = Walk::new(layout, node, mark.as_ref(), &used);
+    walk.run(&used)?;
+    let (end, kept) = (walk.end, walk.kept);
+    let stop = walk.stop;
+    let last = kept.last().map(Kept::number);
+    let beyond = used.iter().map(|f| f.number).filter(|n| last.is_none_or(|last| *n > last)).collect();
+    let mut survey = Survey {
+        mark,
+        end,
+        proven: walk.claims.max(mark.map_or(0, |mark| mark.end.offset)),
+        stop,
+        epoch_max: walk.epoch_max.max(mark.map_or(0, |mark| mark.end.epoch)),
+        kept,
+        beyond,
+        spares: spares.iter().map(|spare| spare.number).collect(),
+        torn_events: 0,
+    };
+    let mark_seen = walk.mark_seen;
+    survey.count_claims_beyond(layout, node.role, &used)?;
+    survey.check_mark(layout, mark_seen)?;
+    survey.check_sealed_tails(layout, &used)?;
+    Ok(survey)
+}
+
+fn find_segments(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Vec<Found>, OpenError> {
+    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+    let numbers = names.iter().filter_map(|name| layout::number_of(name, "seg"));
+    numbers.map(|number| Found::open(fs, layout, node, number)).collect()
+}
+
+impl Found {
+    fn open(fs: &dyn Fs, layout: &Layout, node: &Node, number: u64) -> Result<Self, OpenError> {
+        let path = layout.segment(number);
+        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        let len = file.size().context("measuring", &path)?;
+        let mut bytes = [0; HEADER_PAGE_BYTES];
+        fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
+        let mut page = SegmentPage::read(&bytes);
+        if let PageState::Invalid(source @ FormatError::Unsupported { .. }) = page {
+            return Err(OpenError::Unsupported { path, source });
+        }
+        if let PageState::Valid { page: valid, .. } = &page {
+            if valid.header.journal != node.journal {
+                page = PageState::Invalid(FormatError::Invalid("journal id"));
+            } else if valid.header.number != number {
+                page = PageState::Invalid(FormatError::Invalid("segment number"));
+            }
+        }
+        if page == PageState::Zero {
+            let mut window = Window::new(Arc::clone(&file), path);
+            if window.last_non_zero(HEADER_PAGE_BYTES as u64)?.is_some() {
+                page = PageState::Invalid(FormatError::Magic); // a used segment with a lost header
+            }
+        }
+        Ok(Self { number, file, len, page })
+    }
+
+    fn is_used(&self) -> bool {
+        self.page != PageState::Zero
+    }
+
+    fn valid(&self) -> Option<(&SegmentPage, bool)> {
+        match &self.page {
+            PageState::Valid { page, intact } => Some((page, *intact)),
+            _ => None,
+        }
+    }
+
+    fn window(&self, layout: &Layout) -> Window {
+        Window::new(Arc::clone(&self.file), layout.segment(self.number))
+    }
+}
+
+/// Follows the chain from the beginning to X.
+struct Walk<'a> {
+    layout: &'a Layout,
+    role: Role,
+    /// The mark's offset: the batch that ends there is scanned, and compared with it.
+    mark_offset: Option<u64>,
+    /// Segments that end at or in front of this are taken by their headers.
+    trusted: u64,
+    link: Link,
+    end: Checkpoint,
+    claims: u64,
+    epoch_max: u32,
+    mark_seen: Option<Checkpoint>,
+    kept: Vec<Kept>,
+    stop: Option<Corruption>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(layout: &'a Layout, node: &Node, mark: Option<&Mark>, used: &[Found]) -> Self {
+        let claims = match node.role {
+            Role::Origin => {
+                let headers = used.iter().filter_map(Found::valid);
+                headers.map(|(page, _)| page.header.durable_offset).max().unwrap_or(0)
+            }
+            Role::Mirror => 0,
+        };
+        let start = Mark::start(node.journal).end;
+        Self {
+            layout,
+            role: node.role,
+            mark_offset: mark.map(|mark| mark.end.offset),
+            trusted: mark.map_or(claims, |mark| mark.end.offset),
+            link: Link { offset: 0, position: Position::START, chain: genesis(node.journal) },
+            end: start,
+            claims,
+            epoch_max: used
+                .iter()
+                .filter_map(Found::valid)
+                .map(|(page, _)| page.header.epoch)
+                .max()
+                .unwrap_or(0),
+            mark_seen: mark.filter(|mark| mark.end.offset == 0).map(|_| start),
+            kept: Vec::new(),
+            stop: None,
+        }
+    }
+
+    fn run(&mut self, used: &[Found]) -> Result<(), OpenError> {
+        for (index, found) in used.iter().enumerate() {
+            if found.number != index as u64 {
+                self.stop_between(index as u64, CorruptionKind::MissingSegment);
+                return Ok(());
+            }
+            let Some((page, intact)) = found.valid() else {
+                let why = CorruptionKind::SegmentHeader(found.why_invalid());
+                self.stop_between(found.number, why);
+                return Ok(());
+            };
+            if !self.links(page) {
+                // The chain ended inside the segment in front; that place is the one to report.
+                if self.stop.is_none() {
+                    self.stop_at(found.number, 0, CorruptionKind::SegmentLink);
+                }
+                return Ok(());
+            }
+            self.stop = None;
+            let next = used.get(index + 1).filter(|next| next.number == index as u64 + 1);
+            match self.sealed_below(found, page, next) {
+                Some(end) => self.keep(found, page, intact, end, None),
+                None => self.scan(found, page, intact)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn links(&self, page: &SegmentPage) -> bool {
+        let header = &page.header;
+        header.base_offset == self.link.offset
+            && header.base_position == self.link.position
+            && header.previous_chain == self.link.chain
+    }
+
+    /// The end of a segment that lies wholly in front of what is known to be durable, from its successor's
+    /// header; the batch that ends exactly there is always scanned, to compare it with the mark.
+    fn sealed_below(&self, found: &Found, page: &SegmentPage, next: Option<&Found>) -> Option<Link> {
+        let next = next?.valid()?.0.header;
+        let end = Link {
+            offset: next.base_offset,
+            position: next.base_position,
+            chain: next.previous_chain,
+        };
+        let plausible = end.offset > page.header.base_offset && end.position > page.header.base_position;
+        let whole = found.len >= file_offset(page.header.base_offset, end.offset);
+        (plausible && whole && end.offset < self.trusted).then_some(end)
+    }
+
+    fn keep(
+        &mut self,
+        found: &Found,
+        page: &SegmentPage,
+        intact: bool,
+        end: Link,
+        index: Option<SegmentIndex>,
+    ) {
+        self.link = end;
+        self.end = Checkpoint { offset: end.offset, position: end.position, chain: end.chain, ..self.end };
+        self.kept.push(Kept {
+            page: page.clone(),
+            end,
+            index: index.map(Arc::new),
+            intact,
+            len: found.len,
+        });
+    }
+
+    /// Reads all batches of a segment, as the disk holds them.
+    fn scan(&mut self, found: &Found, page: &SegmentPage, intact: bool) -> Result<(), OpenError> {
+        let path = self.layout.segment(found.number);
+        // A failed sync left pages that the disk doesn't hold: sync what is dirty, drop the cache, and
+        // read the disk. If the sync fails now, nothing that is read can be trusted.
+        found.file.sync_data().context("syncing", &path)?;
+        found.file.drop_cache().context("dropping the cache of", &path)?;
+        let mut window = found.window(self.layout);
+        let (base, salt) = (page.header.base_offset, page.header.salt);
+        let mut index = SegmentIndex::default();
+        let mut link = self.link;
+        let stop = loop {
+            let batch = match window.batch(file_offset(base, link.offset), u64::MAX, salt)? {
+                Ok(batch) => batch,
+                Err(source @ FormatError::Unsupported { .. }) => {
+                    return Err(OpenError::Unsupported { path, source });
+                }
+                Err(error) => break CorruptionKind::Batch(error),
+            };
+            let first = link.offset == base;
+            if !batch.continues(&link, first.then_some(&page.digest)) {
+                break CorruptionKind::Chain;
+            }
+            if let Err(error) = batch.check_records().and_then(|()| index.add(&batch)) {
+                break CorruptionKind::Record(error);
+            }
+            let header = batch.header;
+            self.note(&header);
+            link = header.end_link();
+            self.end = Checkpoint {
+                journal: page.header.journal,
+                epoch: header.epoch,
+                incarnation: header.incarnation,
+                offset: link.offset,
+                position: link.position,
+                chain: link.chain,
+            };
+            if self.mark_offset == Some(link.offset) {
+                self.mark_seen = Some(self.end);
+            }
+        };
+        self.keep(found, page, intact, link, Some(index));
+        self.stop_at(found.number, file_offset(base, link.offset), stop);
+        Ok(())
+    }
+
+    fn note(&mut self, header: &crate::format::batch::BatchHeader) {
+        self.epoch_max = self.epoch_max.max(header.epoch);
+        if self.role == Role::Origin {
+            self.claims = self.claims.max(header.durable_offset);
+        }
+    }
+
+    /// The next segment can't be used; unless the one in front is damaged, that is the place to report.
+    fn stop_between(&mut self, number: u64, kind: CorruptionKind) {
+        let orderly = |stop: &Corruption| {
+            matches!(stop.kind, CorruptionKind::Batch(FormatError::Magic | FormatError::Truncated))
+        };
+        if self.stop.as_ref().is_none_or(orderly) {
+            self.stop_at(number, 0, kind);
+        }
+    }
+
+    fn stop_at(&mut self, number: u64, file_offset: u64, kind: CorruptionKind) {
+        let path = self.layout.segment(number);
+        self.stop = Some(Corruption { path, file_offset, position: self.link.position, kind });
+    }
+}
+
+impl Found {
+    fn why_invalid(&self) -> FormatError {
+        match &self.page {
+            PageState::Invalid(error) => *error,
+            _ => FormatError::Magic,
+        }
+    }
+}
+
+impl Survey {
+    /// Batch headers behind X: in an origin they tell what had been durable when they were written.
+    fn count_claims_beyond(
+        &mut self,
+        layout: &Layout,
+        role: Role,
+        used: &[Found],
+    ) -> Result<(), OpenError> {
+        let first = self.kept.last().map_or(0, Kept::number);
+        for found in used.iter().filter(|found| found.number >= first) {
+            let Some((page, _)) = found.valid() else { continue };
+            let behind = self.kept.last().filter(|kept| kept.number() == found.number);
+            let at = behind.map_or(HEADER_PAGE_BYTES as u64, Kept::end_in_file);
+            let (mut proven, mut events) = (self.proven, 0);
+            found.window(layout).headers_behind(at, page, |header| {
+                events += u64::from(header.count);
+                if role == Role::Origin {
+                    proven = proven.max(header.durable_offset);
+                }
+            })?;
+            self.proven = proven;
+            self.torn_events += events;
+        }
+        Ok(())
+    }
+
+    /// Row "history replaced": the mark lies within the valid prefix, but on another history.
+    fn check_mark(&self, layout: &Layout, seen: Option<Checkpoint>) -> Result<(), OpenError> {
+        match self.mark {
+            Some(mark) if mark.end.offset <= self.end.offset => {
+                let same = seen.is_some_and(|seen| {
+                    seen.chain == mark.end.chain && seen.position == mark.end.position
+                });
+                if same {
+                    Ok(())
+                } else {
+                    let path = layout.dir.clone();
+                    Err(OpenError::HistoryReplaced { path, position: mark.end.position })
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Row "lost": acknowledged data is damaged or gone.
+    pub(crate) fn corruption(&self, layout: &Layout) -> Option<Corruption> {
+        if self.end.offset >= self.proven {
+            return None;
+        }
+        let lost = CorruptionKind::LostTail { proven: self.proven };
+        Some(match &self.stop {
+            // Zeros or the end of the file where a batch should be: lost rather than damaged.
+            Some(Corruption {
+                path,
+                file_offset,
+                position,
+                kind: CorruptionKind::Batch(FormatError::Magic | FormatError::Truncated),
+            }) => Corruption {
+                path: path.clone(),
+                file_offset: *file_offset,
+                position: *position,
+                kind: lost,
+            },
+            Some(stop) => stop.clone(),
+            None => Corruption {
+                path: layout.segment(self.kept.len() as u64),
+                file_offset: 0,
+                position: self.end.position,
+                kind: CorruptionKind::MissingSegment,
+            },
+        })
+    }
+
+    /// Non-zero bytes behind the end of a sealed segment below `proven` were never written by us.
+    fn check_sealed_tails(&self, layout: &Layout, used: &[Found]) -> Result<(), OpenError> {
+        let Some((_, sealed)) = self.kept.split_last() else { return Ok(()) };
+        for kept in sealed.iter().filter(|kept| kept.len > kept.end_in_file()) {
+            let Some(found) = used.get(kept.number() as usize) else { continue };
+            let end = kept.end_in_file();
+            if kept.end.offset <= self.proven
+                && found.window(layout).last_non_zero(end)?.is_some()
+            {
+                return Err(OpenError::Corruption(Corruption {
+                    path: layout.segment(kept.number()),
+                    file_offset: end,
+                    position: kept.end.position,
+                    kind: CorruptionKind::BehindEnd,
+                }));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts a surveyed journal in order (part B), so that everything up to X is durable and nothing lies behind.
+///
+/// A mirror whose tail is damaged or lost lowers its mark first, keeps the old end as a witness, and goes
+/// on from X: it will fetch the rest again.
+pub(crate) fn mend(
+    fs: &dyn Fs,
+    layout: &Layout,
+    node: &Node,
+    mut survey: Survey,
+    reserve_bytes: u64,
+) -> Result<Recovered, OpenError> {
+    let corruption = survey.corruption(layout);
+    if let Some(corruption) = corruption.clone().filter(|_| node.role == Role::Origin) {
+        return Err(OpenError::Corruption(corruption));
+    }
+    let mut mark = MarkFile::open(fs, layout, survey.mark.map_or(0, |mark| mark.sequence))?;
+    let mut witness = survey.mark.and_then(|mark| mark.witness);
+    let mut report = RecoveryReport {
+        clean: survey.mark.is_some_and(|m| m.closed && m.end.offset == survey.end.offset),
+        ..RecoveryReport::default()
+    };
+    if let (Some(_), Some(old)) = (corruption, survey.mark) {
+        let old_end =
+            Witness { offset: old.end.offset, position: old.end.position, chain: old.end.chain };
+        witness = witness.filter(|known| known.offset >= old_end.offset).or(Some(old_end));
+        mark.lower(Mark { sequence: 0, end: survey.end, closed: false, witness })?;
+        survey.proven = survey.end.offset;
+        report.refetch = true;
+    }
+    fs.create_dir_all(&layout.quarantine()).context("creating", &layout.quarantine())?;
+    quarantine_beyond(fs, layout, &survey, &mut report)?;
+    clear_torn_tail(fs, layout, &survey, &mut report)?;
+    cut_sealed(fs, layout, &survey)?;
+    rewrite_unproven(fs, layout, &survey, &mut report)?;
+    remove_stale(fs, layout, &survey)?;
+    let end = survey.end;
+    mark.write_synced(Mark { sequence: 0, end, closed: false, witness })?;
+    ensure_reserve(fs, layout, reserve_bytes);
+    Ok(Recovered {
+        kept: survey.kept,
+        end,
+        mark,
+        witness,
+        epoch_next: survey.epoch_max.saturating_add(1),
+        report,
+    })
+}
+
+/// Step 1: last first, so that a crash never leaves a segment behind a missing one.
+fn quarantine_beyond(
+    fs: &dyn Fs,
+    layout: &Layout,
+    survey: &Survey,
+    report: &mut RecoveryReport,
+) -> Result<(), IoError> {
+    for &number in survey.beyond.iter().rev() {
+        let path = layout.segment(number);
+        fs.rename(&path, &layout.quarantined(number, "seg")).context("moving aside", &path)?;
+        fs.sync_dir(&layout.quarantine()).context("syncing", &layout.quarantine())?;
+        fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
+        report.quarantined_segments += 1;
+    }
+    Ok(())
+}
+
+/// Step 2: what lies behind X in its segment is copied aside, then zeroed.
+fn clear_torn_tail(
+    fs: &dyn Fs,
+    layout: &Layout,
+    survey: &Survey,
+    report: &mut RecoveryReport,
+) -> Result<(), IoError> {
+    let Some(active) = survey.kept.last() else { return Ok(()) };
+    let path = layout.segment(active.number());
+    let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
+    let mut window = Window::new(Arc::clone(&file), path.clone());
+    let from = active.end_in_file();
+    let Some(to) = window.last_non_zero(from)? else { return Ok(()) };
+    copy_aside(fs, layout, active.number(), &mut window, from..to)?;
+    fs::write_zeros(&*file, from..to).context("zeroing", &path)?;
+    file.sync_data().context("syncing", &path)?;
+    report.torn_bytes = to - from;
+    report.torn_events = survey.torn_events;
+    Ok(())
+}
+
+fn copy_aside(
+    fs: &dyn Fs,
+    layout: &Layout,
+    number: u64,
+    window: &mut Window,
+    range: std::ops::Range<u64>,
+) -> Result<(), IoError> {
+    let path = layout.quarantined(number, "tail");
+    let reserve = layout.quarantine().join(layout::RESERVE);
+    // The reserve's blocks are allocated: recovery must work with no space left.
+    let opened = match fs.rename(&reserve, &path) {
+        Ok(()) => fs.open(&path, OpenMode::Write),
+        Err(_) => fs.open(&path, OpenMode::CreateNew),
+    };
+    let copy = opened.context("creating", &path)?;
+    let mut at = range.start;
+    while at < range.end {
+        let bytes = window.read(at, 64 * 1024, range.end)?;
+        if bytes.is_empty() {
+            break;
+        }
+        let len = bytes.len() as u64;
+        fs::write_all_at(&*copy, bytes, at - range.start).context("writing", &path)?;
+        at += len;
+    }
+    copy.set_len(range.end - range.start).context("cutting", &path)?;
+    copy.sync_data().context("syncing", &path)?;
+    fs.sync_dir(&layout.quarantine()).context("syncing", &layout.quarantine())
+}
+
+/// Step 3: a cut that was lost in a crash.
+fn cut_sealed(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoError> {
+    let Some((_, sealed)) = survey.kept.split_last() else { return Ok(()) };
+    for kept in sealed.iter().filter(|kept| kept.len > kept.end_in_file()) {
+        let path = layout.segment(kept.number());
+        let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
+        file.set_len(kept.end_in_file()).context("cutting", &path)?;
+        file.sync_data().context("syncing", &path)?;
+    }
+    Ok(())
+}
+
+/// Step 4: verbatim and in place, lowest segment first. Also remakes header pages with a damaged copy.
+fn rewrite_unproven(
+    fs: &dyn Fs,
+    layout: &Layout,
+    survey: &Survey,
+    report: &mut RecoveryReport,
+) -> Result<(), IoError> {
+    let mut wrote = false;
+    for kept in &survey.kept {
+        let base = kept.page.header.base_offset;
+        let from = survey.proven.max(base);
+        let first_unproven = base >= survey.proven || first_batch_end(fs, layout, kept, survey.proven)?;
+        if !kept.intact {
+            report.remade_headers += 1;
+        }
+        if kept.intact && !first_unproven && from >= kept.end.offset {
+            continue;
+        }
+        let path = layout.segment(kept.number());
+        let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
+        if first_unproven || !kept.intact {
+            fs::write_all_at(&*file, &kept.page.bytes(), 0).context("writing", &path)?;
+        }
+        let mut window = Window::new(Arc::clone(&file), path.clone());
+        let (mut at, to) = (file_offset(base, from), kept.end_in_file());
+        while at < to {
+            let bytes = window.read(at, 64 * 1024, to)?;
+            if bytes.is_empty() {
+                return Err(IoError::new("reading", &path, std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            let len = bytes.len() as u64;
+            fs::write_all_at(&*file, bytes, at).context("writing", &path)?;
+            at += len;
+            report.rewritten_bytes += len;
+        }
+        file.sync_data().context("syncing", &path)?;
+        wrote = true;
+    }
+    if wrote {
+        fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
+    }
+    Ok(())
+}
+
+/// Whether the segment's first batch ends above `proven`, though the segment begins below it.
+fn first_batch_end(fs: &dyn Fs, layout: &Layout, kept: &Kept, proven: u64) -> Result<bool, IoError> {
+    if kept.end.offset <= proven {
+        return Ok(kept.end.offset == kept.page.header.base_offset);
+    }
+    let path = layout.segment(kept.number());
+    let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+    let mut window = Window::new(file, path);
+    let header = window.batch_header(HEADER_PAGE_BYTES as u64, u64::MAX, kept.page.header.salt)?;
+    Ok(header.is_ok_and(|header| header.end_offset() > proven))
+}
+
+/// Step 5: the sidecar of the segment that stays active, sidecars without a segment, and spares.
+fn remove_stale(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoError> {
+    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+    let sealed = survey.kept.split_last().map_or(&[][..], |(_, sealed)| sealed);
+    let mut removed = false;
+    for name in &names {
+        let sidecar = layout::number_of(name, "idx")
+            .is_some_and(|number| sealed.iter().all(|kept| kept.number() != number));
+        let spare =
+            layout::number_of(name, "seg").is_some_and(|number| survey.spares.contains(&number));
+        if sidecar || spare {
+            let path = layout.file(name);
+            fs.remove(&path).context("removing", &path)?;
+            removed = true;
+        }
+    }
+    if removed {
+        fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
+    }
+    Ok(())
+}
+
+/// Allocates space for the quarantine while there is some. An effort: without it, recovery needs space only
+/// if there is a torn tail.
+pub(crate) fn ensure_reserve(fs: &dyn Fs, layout: &Layout, bytes: u64) {
+    let path = layout.quarantine().join(layout::RESERVE);
+    let made = match fs.open(&path, OpenMode::CreateNew) {
+        Ok(file) => fs::write_zeros(&*file, 0..bytes).and_then(|()| file.sync_data()),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    };
+    if made.is_err() {
+        drop(fs.remove(&path));
+    }
+}

@@ -1,0 +1,125 @@
+//! Reading a segment file batch by batch: what recovery, cursors and index rebuilds have in common.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::error::{IoContext, IoError};
+use crate::format::FormatError;
+use crate::format::batch::{BATCH_ALIGNMENT, BATCH_HEADER_BYTES_MAX, BATCH_MAGIC, BatchHeader, BatchRef};
+use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
+use crate::fs::{self, File};
+
+/// How much is read at a time.
+const CHUNK_BYTES: usize = 256 * 1024;
+
+/// The file offset of the journal offset `offset` in the segment that begins at `base_offset`.
+pub(crate) const fn file_offset(base_offset: u64, offset: u64) -> u64 {
+    HEADER_PAGE_BYTES as u64 + offset.saturating_sub(base_offset)
+}
+
+/// A moving window over a file: keeps what was read last.
+#[derive(Debug)]
+pub(crate) struct Window {
+    file: Arc<dyn File>,
+    path: PathBuf,
+    start: u64,
+    data: Vec<u8>,
+}
+
+impl Window {
+    pub(crate) fn new(file: Arc<dyn File>, path: PathBuf) -> Self {
+        Self { file, path, start: 0, data: Vec::new() }
+    }
+
+    pub(crate) fn path(&self) -> &PathBuf {
+        &self.path
+    }
+
+    /// Up to `len` bytes at `at`; fewer only at `limit` or the end of the file. Never reads at or behind
+    /// `limit`: what lies there may be changing.
+    pub(crate) fn read(&mut self, at: u64, len: usize, limit: u64) -> Result<&[u8], IoError> {
+        let len = usize::try_from(limit.saturating_sub(at)).map_or(len, |room| len.min(room));
+        let in_window = at >= self.start && at + len as u64 <= self.start + self.data.len() as u64;
+        if !in_window {
+            let room = usize::try_from(limit.saturating_sub(at)).unwrap_or(usize::MAX);
+            self.data.resize(len.max(CHUNK_BYTES).min(room), 0);
+            let read = fs::read_full_at(&*self.file, &mut self.data, at);
+            match read.context("reading", &self.path) {
+                Ok(read) => self.data.truncate(read),
+                Err(error) => {
+                    self.data.clear();
+                    return Err(error);
+                }
+            }
+            self.start = at;
+        }
+        let from = (at - self.start) as usize;
+        let to = (from + len).min(self.data.len());
+        Ok(self.data.get(from..to).unwrap_or_default())
+    }
+
+    /// The whole, verified batch at `at`, in front of `limit`; what is there instead otherwise.
+    pub(crate) fn batch(
+        &mut self,
+        at: u64,
+        limit: u64,
+        salt: u64,
+    ) -> Result<Result<BatchRef<'_>, FormatError>, IoError> {
+        let header = match BatchHeader::decode(self.read(at, BATCH_HEADER_BYTES_MAX, limit)?, salt) {
+            Ok(header) => header,
+            Err(error) => return Ok(Err(error)),
+        };
+        let bytes = self.read(at, header.padded_len as usize, limit)?;
+        Ok(BatchRef::decode(bytes, salt))
+    }
+
+    /// The header of the batch at `at`, without verifying its body.
+    pub(crate) fn batch_header(
+        &mut self,
+        at: u64,
+        limit: u64,
+        salt: u64,
+    ) -> Result<Result<BatchHeader, FormatError>, IoError> {
+        Ok(BatchHeader::decode(self.read(at, BATCH_HEADER_BYTES_MAX, limit)?, salt))
+    }
+
+    /// Calls `found` with every valid batch header from file offset `at` on that lies at its own offset:
+    /// resynchronises behind damage.
+    pub(crate) fn headers_behind(
+        &mut self,
+        mut at: u64,
+        page: &SegmentPage,
+        mut found: impl FnMut(&BatchHeader),
+    ) -> Result<(), IoError> {
+        let base = page.header.base_offset;
+        loop {
+            let bytes = self.read(at, BATCH_MAGIC.len(), u64::MAX)?;
+            if bytes.len() < BATCH_MAGIC.len() {
+                return Ok(());
+            }
+            if bytes == BATCH_MAGIC
+                && let Ok(header) = self.batch_header(at, u64::MAX, page.header.salt)?
+                && file_offset(base, header.offset) == at
+                && header.offset >= base
+            {
+                found(&header);
+            }
+            at += BATCH_ALIGNMENT;
+        }
+    }
+
+    /// The file offset behind the last byte that isn't zero, at or behind `at`; `None` if all are zero.
+    pub(crate) fn last_non_zero(&mut self, mut at: u64) -> Result<Option<u64>, IoError> {
+        let mut last = None;
+        loop {
+            let bytes = self.read(at, CHUNK_BYTES, u64::MAX)?;
+            if bytes.is_empty() {
+                return Ok(last);
+            }
+            if let Some(index) = bytes.iter().rposition(|&byte| byte != 0) {
+                last = Some(at + index as u64 + 1);
+            }
+            at += bytes.len() as u64;
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! The segments of an open journal, as readers see them, and their indexes.
+
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
+use crate::format::FormatError;
+use crate::format::batch::Link;
+use crate::format::segment::SegmentPage;
+use crate::format::sidecar::{
+    self, PAGE_BYTES, Pages, Posting, SegmentIndex, Sidecar, SidecarKey, SparseEntry,
+};
+use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::layout::Layout;
+use crate::journal::scan::{Window, file_offset};
+use crate::position::Position;
+use crate::event::Revision;
+
+/// How many files are kept open for reading.
+const OPEN_FILES_MAX: usize = 256;
+
+/// One segment.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    pub(crate) page: SegmentPage,
+    /// Where its batches end, once it is sealed.
+    pub(crate) sealed: Option<Sealed>,
+}
+
+/// What a sealed segment has and an active one hasn't.
+#[derive(Debug)]
+pub(crate) struct Sealed {
+    pub(crate) end: Link,
+    index: RwLock<Arc<Index>>,
+}
+
+/// Where a sealed segment's index is.
+#[derive(Debug)]
+enum Index {
+    File(Sidecar<SidecarFile>),
+    Memory(Arc<SegmentIndex>),
+}
+
+/// A stream's events in one segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) first: Revision,
+    pub(crate) last: Revision,
+}
+
+impl Segment {
+    pub(crate) fn number(&self) -> u64 {
+        self.page.header.number
+    }
+
+    pub(crate) fn base_offset(&self) -> u64 {
+        self.page.header.base_offset
+    }
+
+    pub(crate) fn base_position(&self) -> Position {
+        self.page.header.base_position
+    }
+}
+
+/// Opens files for reading, and keeps the most used ones open.
+#[derive(Debug)]
+pub(crate) struct Files {
+    fs: Arc<dyn Fs>,
+    layout: Layout,
+    open: quick_cache::sync::Cache<FileKey, Arc<dyn File>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum FileKey {
+    Segment(u64),
+    Sidecar(u64),
+}
+
+impl Files {
+    pub(crate) fn new(fs: Arc<dyn Fs>, layout: Layout) -> Arc<Self> {
+        Arc::new(Self { fs, layout, open: quick_cache::sync::Cache::new(OPEN_FILES_MAX) })
+    }
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub(crate) fn window(&self, number: u64) -> Result<Window, IoError> {
+        let path = self.layout.segment(number);
+        let file = self.get(FileKey::Segment(number)).context("opening", &path)?;
+        Ok(Window::new(file, path))
+    }
+
+    fn get(&self, key: FileKey) -> io::Result<Arc<dyn File>> {
+        self.open.get_or_insert_with(&key, || {
+            let path = match key {
+                FileKey::Segment(number) => self.layout.segment(number),
+                FileKey::Sidecar(number) => self.layout.sidecar(number),
+            };
+            self.fs.open(&path, OpenMode::Read)
+        })
+    }
+
+    fn forget(&self, key: FileKey) {
+        self.open.remove(&key);
+    }
+}
+
+/// The pages of a sidecar on disk.
+#[derive(Debug)]
+struct SidecarFile {
+    files: Arc<Files>,
+    number: u64,
+}
+
+impl Pages for SidecarFile {
+    fn read_page(&self, number: u64, page: &mut [u8; PAGE_BYTES]) -> io::Result<()> {
+        let file = self.files.get(FileKey::Sidecar(self.number))?;
+        fs::read_exact_at(&*file, page, number * PAGE_BYTES as u64)
+    }
+
+    fn count(&self) -> io::Result<u64> {
+        Ok(self.files.get(FileKey::Sidecar(self.number))?.size()? / PAGE_BYTES as u64)
+    }
+}
+
+fn key_of(page: &SegmentPage, end: &Link) -> SidecarKey {
+    SidecarKey {
+        segment: page.header.number,
+        salt: page.header.salt,
+        base_position: page.header.base_position,
+        end_offset: end.offset,
+        end_chain: end.chain,
+    }
+}
+
+/// Whether sidecars may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    ReadOnly,
+    Writer,
+}
+
+impl Sealed {
+    /// Seals a segment whose index is known: writes its sidecar. An effort: the index stays in memory if it
+    /// can't be written.
+    pub(crate) fn with_index(
+        files: &Arc<Files>,
+        page: &SegmentPage,
+        end: Link,
+        index: Arc<SegmentIndex>,
+        access: Access,
+    ) -> Self {
+        let index = match access {
+            Access::Writer => write_sidecar(files, page, &end, &index).unwrap_or(Index::Memory(index)),
+            Access::ReadOnly => Index::Memory(index),
+        };
+        Self { end, index: RwLock::new(Arc::new(index)) }
+    }
+
+    /// Opens a sealed segment with its sidecar; without a valid one, reads the segment and writes it.
+    pub(crate) fn open(
+        files: &Arc<Files>,
+        page: &SegmentPage,
+        end: Link,
+        access: Access,
+    ) -> Result<Self, ReadError> {
+        let pages = SidecarFile { files: Arc::clone(files), number: page.header.number };
+        if let Ok(Some(sidecar)) = Sidecar::open(pages, &key_of(page, &end)) {
+            return Ok(Self { end, index: RwLock::new(Arc::new(Index::File(sidecar))) });
+        }
+        let index = Arc::new(read_index(files, page, &end)?);
+        Ok(Self::with_index(files, page, end, index, access))
+    }
+
+    /// Asks the index. A damaged sidecar is derived data: the segment is read instead, once.
+    fn ask<T>(
+        &self,
+        files: &Files,
+        page: &SegmentPage,
+        question: impl Fn(&Index) -> io::Result<T>,
+    ) -> Result<T, ReadError> {
+        let index = Arc::clone(&self.index.read());
+        if let Ok(answer) = question(&index) {
+            return Ok(answer);
+        }
+        let rebuilt = Arc::new(Index::Memory(Arc::new(read_index(files, page, &self.end)?)));
+        *self.index.write() = Arc::clone(&rebuilt);
+        let path = files.layout().sidecar(page.header.number);
+        Ok(question(&rebuilt).context("reading the index that replaces", &path)?)
+    }
+
+    pub(crate) fn seek(
+        &self,
+        files: &Files,
+        page: &SegmentPage,
+        position: Position,
+    ) -> Result<SparseEntry, ReadError> {
+        self.ask(files, page, |index| match index {
+            Index::File(sidecar) => sidecar.seek(position),
+            Index::Memory(index) => seek(index, position).ok_or(io::ErrorKind::InvalidData.into()),
+        })
+    }
+
+    pub(crate) fn span(
+        &self,
+        files: &Files,
+        page: &SegmentPage,
+        stream: &str,
+    ) -> Result<Option<Span>, ReadError> {
+        self.ask(files, page, |index| match index {
+            Index::File(sidecar) => Ok(sidecar
+                .stream(stream)?
+                .map(|span| Span { first: span.first_revision, last: span.last_revision() })),
+            Index::Memory(index) => Ok(span(index, stream)),
+        })
+    }
+
+    pub(crate) fn postings(
+        &self,
+        files: &Files,
+        page: &SegmentPage,
+        stream: &str,
+        from: Revision,
+        max: usize,
+    ) -> Result<Vec<Posting>, ReadError> {
+        self.ask(files, page, |index| match index {
+            Index::File(sidecar) => match sidecar.stream(stream)? {
+                Some(span) => {
+                    let skip = from.get().saturating_sub(span.first_revision.get());
+                    sidecar.postings(&span, skip, max)
+                }
+                None => Ok(Vec::new()),
+            },
+            Index::Memory(index) => Ok(postings(index, stream, from, max)),
+        })
+    }
+
+    pub(crate) fn last_ids(
+        &self,
+        files: &Files,
+        page: &SegmentPage,
+        count: u64,
+    ) -> Result<Vec<u64>, ReadError> {
+        self.ask(files, page, |index| match index {
+            Index::File(sidecar) => sidecar.last_ids(count),
+            Index::Memory(index) => {
+                let skip = index.ids.len().saturating_sub(usize::try_from(count).unwrap_or(usize::MAX));
+                Ok(index.ids.get(skip..).unwrap_or_default().to_vec())
+            }
+        })
+    }
+}
+
+pub(crate) fn seek(index: &SegmentIndex, position: Position) -> Option<SparseEntry> {
+    let behind = index.sparse.partition_point(|entry| entry.position <= position);
+    index.sparse.get(behind.saturating_sub(1)).copied()
+}
+
+pub(crate) fn span(index: &SegmentIndex, stream: &str) -> Option<Span> {
+    let known = index.streams.get(stream)?;
+    Some(Span { first: known.first_revision, last: known.last_revision() })
+}
+
+pub(crate) fn postings(
+    index: &SegmentIndex,
+    stream: &str,
+    from: Revision,
+    max: usize,
+) -> Vec<Posting> {
+    let Some(known) = index.streams.get(stream) else { return Vec::new() };
+    let skip = from.get().saturating_sub(known.first_revision.get());
+    known.postings.iter().skip(usize::try_from(skip).unwrap_or(usize::MAX)).take(max).copied().collect()
+}
+
+/// Reads a whole segment to build its index.
+fn read_index(files: &Files, page: &SegmentPage, end: &Link) -> Result<SegmentIndex, ReadError> {
+    let mut window = files.window(page.header.number)?;
+    let base = page.header.base_offset;
+    let limit = file_offset(base, end.offset);
+    let mut index = SegmentIndex::default();
+    let (mut at, mut position) = (file_offset(base, base), page.header.base_position);
+    let path = window.path().clone();
+    let corruption = |file_offset, position, kind| {
+        ReadError::Corruption(Corruption { path: path.clone(), file_offset, position, kind })
+    };
+    while at < limit {
+        let batch = window
+            .batch(at, limit, page.header.salt)?
+            .map_err(|error| corruption(at, position, CorruptionKind::Batch(error)))?;
+        index.add(&batch).map_err(|error| corruption(at, position, CorruptionKind::Record(error)))?;
+        position = batch.header.end_position();
+        at += u64::from(batch.header.padded_len);
+    }
+    Ok(index)
+}
+
+fn write_sidecar(
+    files: &Arc<Files>,
+    page: &SegmentPage,
+    end: &Link,
+    index: &SegmentIndex,
+) -> Option<Index> {
+    let number = page.header.number;
+    let path = files.layout.sidecar(number);
+    let key = key_of(page, end);
+    files.forget(FileKey::Sidecar(number));
+    drop(files.fs.remove(&path));
+    let file = files.fs.open(&path, OpenMode::CreateNew).ok()?;
+    let bytes = sidecar::encode(&key, index);
+    let written = fs::write_all_at(&*file, &bytes, 0).and_then(|()| file.sync_data());
+    if written.is_err() {
+        drop(files.fs.remove(&path));
+        return None;
+    }
+    let pages = SidecarFile { files: Arc::clone(files), number };
+    Sidecar::open(pages, &key).ok().flatten().map(Index::File)
+}
+
+/// A batch that doesn't read as it should, as a [`ReadError`].
+pub(crate) fn unreadable(
+    window: &Window,
+    file_offset: u64,
+    position: Position,
+    error: FormatError,
+) -> ReadError {
+    let path = window.path().clone();
+    match error {
+        FormatError::Unsupported { .. } => ReadError::Unsupported { path, source: error },
+        error => ReadError::Corruption(Corruption {
+            path,
+            file_offset,
+            position,
+            kind: CorruptionKind::Batch(error),
+        }),
+    }
+}
