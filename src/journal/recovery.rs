@@ -31,7 +31,7 @@ use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset};
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, NodeId, Position};
 
 /// A segment file as it was found.
 #[derive(Debug)]
@@ -700,5 +700,70 @@ pub(crate) fn ensure_reserve(fs: &dyn Fs, layout: &Layout, bytes: u64) {
     };
     if made.is_err() {
         drop(fs.remove(&path));
+    }
+}
+
+/// Role and id of a directory without `node`: a copy, known by its segment headers. It is read like an
+/// origin's, and never written.
+pub(crate) fn node_of_copy(fs: &dyn Fs, layout: &Layout) -> Result<Node, OpenError> {
+    let not_found = || OpenError::NotFound { path: layout.dir.clone() };
+    let names = match fs.list(&layout.dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(not_found()),
+        listed => listed.context("listing", &layout.dir)?,
+    };
+    for number in names.iter().filter_map(|name| layout::number_of(name, "seg")) {
+        let path = layout.segment(number);
+        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        let mut bytes = [0; HEADER_PAGE_BYTES];
+        fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
+        if let PageState::Valid { page, .. } = SegmentPage::read(&bytes) {
+            let journal = page.header.journal;
+            return Ok(Node { role: Role::Origin, node: NodeId::from_bytes([0; 16]), journal });
+        }
+    }
+    Err(not_found())
+}
+
+impl Survey {
+    /// Ends the prefix at the last batch that is known to be durable: what a reader beside a live writer
+    /// may see.
+    pub(crate) fn cut_to_proven(&mut self, fs: &dyn Fs, layout: &Layout) -> Result<(), OpenError> {
+        if self.end.offset <= self.proven {
+            return Ok(());
+        }
+        while self.kept.len() > 1
+            && self.kept.last().is_some_and(|kept| kept.page.header.base_offset >= self.proven)
+        {
+            self.kept.pop();
+        }
+        let Some(last) = self.kept.last_mut() else { return Ok(()) };
+        let header = last.page.header;
+        let path = layout.segment(header.number);
+        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        let mut window = Window::new(file, path);
+        let mut index = SegmentIndex::default();
+        let mut end = Checkpoint {
+            journal: header.journal,
+            epoch: header.epoch,
+            incarnation: header.incarnation,
+            offset: header.base_offset,
+            position: header.base_position,
+            chain: header.previous_chain,
+        };
+        while end.offset < self.proven {
+            let at = file_offset(header.base_offset, end.offset);
+            let Ok(batch) = window.batch(at, u64::MAX, header.salt)? else { break };
+            if batch.header.end_offset() > self.proven || index.add(&batch).is_err() {
+                break;
+            }
+            let link = batch.header.end_link();
+            end.epoch = batch.header.epoch;
+            end.incarnation = batch.header.incarnation;
+            (end.offset, end.position, end.chain) = (link.offset, link.position, link.chain);
+        }
+        last.end = Link { offset: end.offset, position: end.position, chain: end.chain };
+        last.index = Some(Arc::new(index));
+        self.end = end;
+        Ok(())
     }
 }

@@ -1,0 +1,576 @@
+//! The journal: the only thing that can't be rebuilt.
+//!
+//! ```text
+//!   Appender ──▶┐                               ┌──▶ Cursor ──▶ views, shipping, iterators
+//!               ├─ segments ─ sync ─ durable end ┤
+//!   Ingest   ──▶┘   (the one writer)            └──▶ Watch: a number to wait for
+//! ```
+//! Opening a journal as origin gives an [`Appender`], as mirror an [`Ingest`]; both own a [`Journal`], the
+//! reading side, which is cheap to clone and all that followers ever see.
+//!
+//! Invariants:
+//! - Nothing at or behind the durable end is ever read by a follower; the end moves only after a sync.
+//! - Reading never mutates. Only recovery, at open, may cut anything, and only what can't have been
+//!   acknowledged.
+//! - One writer: a lock on the directory. Readers of other processes take none.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::RwLock;
+
+use crate::error::{IoContext, IoError, OpenError, ReadError};
+use crate::event::{Revision, StreamId};
+use crate::format::files::{NODE_BYTES, Node, Role};
+use crate::format::sidecar::{Posting, SegmentIndex, SparseEntry};
+use crate::fs::{self, Fs, Lock, OpenMode};
+use crate::journal::layout::Layout;
+use crate::journal::recovery::{Recovered, Survey};
+use crate::journal::scan::file_offset;
+use crate::journal::segments::{Access, Files, Sealed, Segment, Span};
+use crate::journal::watch::Watch;
+use crate::position::{Checkpoint, Chain, Incarnation, JournalId, NodeId, Position, Token};
+
+mod appender;
+mod cursor;
+mod ingest;
+mod layout;
+mod mark;
+mod marker;
+mod read;
+mod recovery;
+mod scan;
+mod segments;
+mod watch;
+mod writer;
+
+pub use appender::{Append, Appended, Appender, Placed, Receipt};
+pub use cursor::{Cursor, CursorBatch};
+pub use ingest::Ingest;
+pub use read::{Events, Item, StreamEvents, Subscription};
+pub use recovery::RecoveryReport;
+
+/// How many streams' last revisions are remembered.
+const HEADS_MAX: usize = 64 * 1024;
+
+/// The reading side of a journal, own or mirrored. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Journal(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    node: Node,
+    layout: Layout,
+    files: Arc<Files>,
+    watch: Watch,
+    segments: RwLock<Segments>,
+    /// Last revisions of streams in sealed segments.
+    heads: quick_cache::sync::Cache<StreamId, Revision>,
+}
+
+/// All segments; the last one is active, the others are sealed.
+#[derive(Debug, Default)]
+struct Segments {
+    all: Vec<Arc<Segment>>,
+    /// The index of the active segment's durable batches.
+    active: SegmentIndex,
+}
+
+/// How a checkpoint relates to a journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comparison {
+    /// It is the end of a batch of this history (or its beginning).
+    Equal,
+    /// This journal holds another history at that place.
+    Differs,
+    /// It lies behind the durable end: not known here (yet).
+    Ahead,
+    /// It is of another journal.
+    Foreign,
+}
+
+/// How a token relates to a journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenState {
+    /// The batch is durable here.
+    Present,
+    /// The batch is not (yet) here.
+    Pending,
+    /// Another batch is in its place: the events were lost when the journal was restored.
+    Lost,
+    /// The token is of another journal.
+    Foreign,
+}
+
+impl Journal {
+    fn new(
+        fs: &Arc<dyn Fs>,
+        layout: &Layout,
+        node: Node,
+        recovered: &Recovered,
+        access: Access,
+    ) -> Result<Self, OpenError> {
+        Self::assemble(fs, layout, node, &recovered.kept, recovered.end, access)
+    }
+
+    fn assemble(
+        fs: &Arc<dyn Fs>,
+        layout: &Layout,
+        node: Node,
+        kept: &[recovery::Kept],
+        end: Checkpoint,
+        access: Access,
+    ) -> Result<Self, OpenError> {
+        let files = Files::new(Arc::clone(fs), layout.clone());
+        let mut segments = Segments::default();
+        let last = kept.len().saturating_sub(1);
+        for (number, kept) in kept.iter().enumerate() {
+            let sealed = match &kept.index {
+                Some(index) if number == last => {
+                    segments.active = SegmentIndex::clone(index);
+                    None
+                }
+                _ => Some(Sealed::open(&files, &kept.page, kept.end, access)?),
+            };
+            segments.all.push(Arc::new(Segment { page: kept.page.clone(), sealed }));
+        }
+        Ok(Self(Arc::new(Shared {
+            node,
+            layout: layout.clone(),
+            files,
+            watch: Watch::new(end),
+            segments: RwLock::new(segments),
+            heads: quick_cache::sync::Cache::new(HEADS_MAX),
+        })))
+    }
+
+    /// Opens a journal for reading only, without taking its lock: also one that another process is writing.
+    ///
+    /// What it shows ends where the data is known to be durable; it doesn't move. Nothing is changed on
+    /// disk. Damaged or lost data is reported next to the journal, which ends in front of it.
+    ///
+    /// # Errors
+    /// [`OpenError`] if there is no journal, or it was written by a later version, or can't be read.
+    pub fn open_read_only(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+    ) -> Result<(Self, Option<crate::error::Corruption>), OpenError> {
+        let layout = Layout::new(dir);
+        let node = match read_node(&**fs, &layout)? {
+            Some(node) => node,
+            None => recovery::node_of_copy(&**fs, &layout)?,
+        };
+        let mut survey = match recovery::survey(&**fs, &layout, &node) {
+            Err(OpenError::Corruption(corruption)) => return Err(corruption.into()),
+            survey => survey?,
+        };
+        let corruption = survey.corruption(&layout);
+        survey.cut_to_proven(&**fs, &layout)?;
+        let Survey { kept, end, .. } = survey;
+        Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
+    }
+
+    /// The journal's id: the same in its origin and all its mirrors.
+    #[must_use]
+    pub fn id(&self) -> JournalId {
+        self.0.node.journal
+    }
+
+    /// The id of this directory.
+    #[must_use]
+    pub fn node(&self) -> NodeId {
+        self.0.node.node
+    }
+
+    /// Origin or mirror.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.0.node.role
+    }
+
+    /// The journal's directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.0.layout.dir
+    }
+
+    /// The durable end: everything in front of it survives a crash; nothing behind it is shown to anybody.
+    #[must_use]
+    pub fn end(&self) -> Checkpoint {
+        self.0.watch.end()
+    }
+
+    /// Blocks until the durable end lies behind `position`, or the journal is closed, or the time is up.
+    /// Returns the durable end as it is then.
+    #[must_use]
+    pub fn wait_past(&self, position: Position, timeout: Duration) -> Checkpoint {
+        self.0.watch.wait_past(position, timeout)
+    }
+
+    /// Whether the end won't move any more: the store was closed, or its writer failed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.0.watch.is_closed()
+    }
+
+    /// Every segment's number and length in bytes of batches, for tools.
+    #[must_use]
+    pub fn segments(&self) -> Vec<SegmentInfo> {
+        let end = self.end();
+        let segments = self.0.segments.read();
+        let info = |segment: &Arc<Segment>| {
+            let sealed = segment.sealed.as_ref().map(|sealed| sealed.end);
+            let (end_offset, end_position) =
+                sealed.map_or((end.offset, end.position), |link| (link.offset, link.position));
+            SegmentInfo {
+                number: segment.number(),
+                path: self.0.layout.segment(segment.number()),
+                sealed: sealed.is_some(),
+                base_position: segment.base_position(),
+                end_position,
+                base_offset: segment.base_offset(),
+                end_offset,
+            }
+        };
+        segments.all.iter().map(info).collect()
+    }
+
+    fn segment_at(&self, offset: u64) -> Option<Arc<Segment>> {
+        let segments = self.0.segments.read();
+        let behind = segments.all.partition_point(|segment| segment.base_offset() <= offset);
+        segments.all.get(behind.checked_sub(1)?).cloned()
+    }
+
+    fn segment_holding(&self, position: Position) -> Option<Arc<Segment>> {
+        let segments = self.0.segments.read();
+        let behind = segments.all.partition_point(|segment| segment.base_position() <= position);
+        segments.all.get(behind.checked_sub(1)?).cloned()
+    }
+
+    /// A batch at or in front of the one that holds `position`, from the index.
+    fn seek(&self, segment: &Segment, position: Position) -> Result<SparseEntry, ReadError> {
+        let start = SparseEntry {
+            position: segment.base_position(),
+            offset: segment.base_offset(),
+            time_us: 0,
+        };
+        match &segment.sealed {
+            Some(sealed) => sealed.seek(&self.0.files, &segment.page, position),
+            None => {
+                let segments = self.0.segments.read();
+                Ok(segments::seek(&segments.active, position)
+                    .filter(|entry| entry.position >= start.position && entry.position <= position)
+                    .unwrap_or(start))
+            }
+        }
+    }
+
+    /// The header of the batch that holds the event at `position`, which lies in front of the durable end.
+    fn header_holding(
+        &self,
+        position: Position,
+    ) -> Result<Option<crate::format::batch::BatchHeader>, ReadError> {
+        let end = self.end();
+        let Some(segment) = self.segment_holding(position).filter(|_| position < end.position) else {
+            return Ok(None);
+        };
+        let mut entry = self.seek(&segment, position)?;
+        let mut window = self.0.files.window(segment.number())?;
+        let limit = file_offset(segment.base_offset(), self.limit(&segment, &end));
+        loop {
+            let at = file_offset(segment.base_offset(), entry.offset);
+            let header = window
+                .batch_header(at, limit, segment.page.header.salt)?
+                .map_err(|error| segments::unreadable(&window, at, entry.position, error))?;
+            if header.end_position() > position {
+                return Ok(Some(header));
+            }
+            entry.offset = header.end_offset();
+            entry.position = header.end_position();
+        }
+    }
+
+    fn limit(&self, segment: &Segment, end: &Checkpoint) -> u64 {
+        segment.sealed.as_ref().map_or(end.offset, |sealed| sealed.end.offset)
+    }
+
+    /// Whether a follower's checkpoint is a batch end of this history.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the journal can't be read there.
+    pub fn compare(&self, checkpoint: &Checkpoint) -> Result<Comparison, ReadError> {
+        if checkpoint.journal != self.id() {
+            return Ok(Comparison::Foreign);
+        }
+        let end = self.end();
+        if checkpoint.position > end.position || checkpoint.offset > end.offset {
+            return Ok(Comparison::Ahead);
+        }
+        let Some(last) = checkpoint.position.get().checked_sub(1) else {
+            let start = crate::format::files::Mark::start(self.id()).end;
+            let same = checkpoint.offset == 0 && checkpoint.chain == start.chain;
+            return Ok(if same { Comparison::Equal } else { Comparison::Differs });
+        };
+        let header = self.header_holding(Position::new(last))?;
+        let same = header.is_some_and(|header| {
+            header.end_position() == checkpoint.position
+                && header.end_offset() == checkpoint.offset
+                && header.chain == checkpoint.chain
+                && header.incarnation == checkpoint.incarnation
+                && header.epoch == checkpoint.epoch
+        });
+        Ok(if same { Comparison::Equal } else { Comparison::Differs })
+    }
+
+    /// Whether a place that another copy holds, of which only offset, position and chain are known, is a
+    /// batch end of this history.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the journal can't be read there.
+    pub fn compare_place(
+        &self,
+        offset: u64,
+        position: Position,
+        chain: Chain,
+    ) -> Result<Comparison, ReadError> {
+        let end = self.end();
+        if position > end.position || offset > end.offset {
+            return Ok(Comparison::Ahead);
+        }
+        let Some(last) = position.get().checked_sub(1) else { return Ok(Comparison::Equal) };
+        let header = self.header_holding(Position::new(last))?;
+        let same = header.is_some_and(|header| {
+            header.end_position() == position
+                && header.end_offset() == offset
+                && header.chain == chain
+        });
+        Ok(if same { Comparison::Equal } else { Comparison::Differs })
+    }
+
+    /// Whether the append that gave `token` is part of this history.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the journal can't be read there.
+    pub fn token_state(&self, token: &Token) -> Result<TokenState, ReadError> {
+        if token.journal != self.id() {
+            return Ok(TokenState::Foreign);
+        }
+        let end = self.end();
+        if token.position > end.position {
+            return Ok(TokenState::Pending);
+        }
+        if token.position == end.position {
+            let same = token.incarnation == end.incarnation;
+            return Ok(if same { TokenState::Present } else { TokenState::Lost });
+        }
+        let Some(last) = token.position.get().checked_sub(1) else { return Ok(TokenState::Lost) };
+        let header = self.header_holding(Position::new(last))?;
+        let same = header.is_some_and(|header| {
+            header.end_position() == token.position && header.incarnation == token.incarnation
+        });
+        Ok(if same { TokenState::Present } else { TokenState::Lost })
+    }
+
+    /// The last revision of a stream among the durable events; `None` if it has none.
+    ///
+    /// # Errors
+    /// [`ReadError`] if an index can't be read.
+    pub fn stream_head(&self, stream: &StreamId) -> Result<Option<Revision>, ReadError> {
+        let sealed: Vec<Arc<Segment>> = {
+            let segments = self.0.segments.read();
+            if let Some(span) = segments::span(&segments.active, stream.as_str()) {
+                return Ok(Some(span.last));
+            }
+            if let Some(head) = self.0.heads.get(stream) {
+                return Ok(Some(head));
+            }
+            segments.all.iter().rev().filter(|s| s.sealed.is_some()).cloned().collect()
+        };
+        for segment in sealed {
+            if let Some(span) = self.span(&segment, stream)? {
+                self.0.heads.insert(stream.clone(), span.last);
+                return Ok(Some(span.last));
+            }
+        }
+        Ok(None)
+    }
+
+    fn span(&self, segment: &Segment, stream: &StreamId) -> Result<Option<Span>, ReadError> {
+        match &segment.sealed {
+            Some(sealed) => sealed.span(&self.0.files, &segment.page, stream.as_str()),
+            None => Ok(segments::span(&self.0.segments.read().active, stream.as_str())),
+        }
+    }
+
+    fn postings(
+        &self,
+        segment: &Segment,
+        stream: &StreamId,
+        from: Revision,
+        max: usize,
+    ) -> Result<Vec<Posting>, ReadError> {
+        match &segment.sealed {
+            Some(sealed) => {
+                sealed.postings(&self.0.files, &segment.page, stream.as_str(), from, max)
+            }
+            None => {
+                let segments = self.0.segments.read();
+                Ok(segments::postings(&segments.active, stream.as_str(), from, max))
+            }
+        }
+    }
+
+    /// Publishes batches that have just become durable.
+    fn publish(&self, end: Checkpoint, index: impl FnOnce(&mut SegmentIndex)) {
+        index(&mut self.0.segments.write().active);
+        self.0.watch.publish(end);
+    }
+
+    /// Seals the active segment and goes on in the next one.
+    fn roll(&self, next: crate::format::segment::SegmentPage, access: Access) {
+        let end = self.end();
+        let mut segments = self.0.segments.write();
+        if let Some(active) = segments.all.pop() {
+            let index = Arc::new(std::mem::take(&mut segments.active));
+            for (name, postings) in &index.streams {
+                if let Ok(stream) = StreamId::new(name) {
+                    self.0.heads.insert(stream, postings.last_revision());
+                }
+            }
+            let link = crate::format::batch::Link {
+                offset: end.offset,
+                position: end.position,
+                chain: end.chain,
+            };
+            let sealed = Sealed::with_index(&self.0.files, &active.page, link, index, access);
+            let page = active.page.clone();
+            segments.all.push(Arc::new(Segment { page, sealed: Some(sealed) }));
+        }
+        segments.all.push(Arc::new(Segment { page: next, sealed: None }));
+    }
+
+    /// Replaces the header page of the active segment, which has no batches yet.
+    fn replace_active(&self, page: crate::format::segment::SegmentPage) {
+        let mut segments = self.0.segments.write();
+        segments.all.pop();
+        segments.all.push(Arc::new(Segment { page, sealed: None }));
+    }
+
+    fn close_watch(&self) {
+        self.0.watch.close();
+    }
+}
+
+/// A segment, as tools show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SegmentInfo {
+    /// Its number.
+    pub number: u64,
+    /// Its file.
+    pub path: PathBuf,
+    /// Closed for ever.
+    pub sealed: bool,
+    /// Position of its first event.
+    pub base_position: Position,
+    /// Position behind its last durable event.
+    pub end_position: Position,
+    /// Offset of its first batch.
+    pub base_offset: u64,
+    /// Offset behind its last durable batch.
+    pub end_offset: u64,
+}
+
+/// The files, locked for writing.
+#[derive(Debug)]
+struct Locked {
+    fs: Arc<dyn Fs>,
+    layout: Layout,
+    _lock: Box<dyn Lock>,
+}
+
+impl Locked {
+    /// Takes the directory's lock, creating the directory if it is missing.
+    fn take(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Self, OpenError> {
+        let layout = Layout::new(dir);
+        fs.create_dir_all(dir).context("creating", dir)?;
+        let path = layout.file(layout::LOCK);
+        let owner = format!("process {}", std::process::id());
+        match fs.lock(&path, &owner).context("locking", &path)? {
+            Ok(lock) => Ok(Self { fs: Arc::clone(fs), layout, _lock: lock }),
+            Err(held) => Err(OpenError::Locked { path, owner: held.owner }),
+        }
+    }
+
+    /// Files that only a later version, or an unfinished restore, leaves behind.
+    fn refuse_unfinished(&self) -> Result<(), OpenError> {
+        let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
+        let has = |name: &str| names.iter().any(|known| known == name);
+        if has(layout::INCOMING) {
+            return Err(OpenError::Incomplete { path: self.layout.dir.clone() });
+        }
+        for name in [layout::BASE, layout::GAPS] {
+            if has(name) {
+                let source = crate::format::FormatError::Unsupported {
+                    version: crate::format::FORMAT_VERSION,
+                    flags: 0,
+                };
+                return Err(OpenError::Unsupported { path: self.layout.file(name), source });
+            }
+        }
+        Ok(())
+    }
+
+    fn has_segments(&self) -> Result<bool, OpenError> {
+        let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
+        Ok(names.iter().any(|name| layout::number_of(name, "seg").is_some()))
+    }
+
+    /// Writes `node`, durably, before the first segment exists.
+    fn write_node(&self, node: &Node) -> Result<(), IoError> {
+        let (temp, path) = (self.layout.file(layout::NODE_TEMP), self.layout.file(layout::NODE));
+        drop(self.fs.remove(&temp));
+        let file = self.fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
+        fs::write_all_at(&*file, &node.encode(), 0).context("writing", &temp)?;
+        file.sync_data().context("syncing", &temp)?;
+        self.fs.rename(&temp, &path).context("renaming", &temp)?;
+        self.fs.sync_dir(&self.layout.dir).context("syncing", &self.layout.dir)
+    }
+}
+
+/// Reads `node`; `None` if there is none.
+fn read_node(fs: &dyn Fs, layout: &Layout) -> Result<Option<Node>, OpenError> {
+    let path = layout.file(layout::NODE);
+    let file = match fs.open(&path, OpenMode::Read) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(IoError::new("opening", &path, error).into()),
+    };
+    let mut bytes = [0; NODE_BYTES];
+    let read = fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
+    match Node::decode(bytes.get(..read).unwrap_or_default()) {
+        Ok(node) => Ok(Some(node)),
+        Err(source @ crate::format::FormatError::Unsupported { .. }) => {
+            Err(OpenError::Unsupported { path, source })
+        }
+        Err(error) => Err(OpenError::Corruption(crate::error::Corruption {
+            path,
+            file_offset: 0,
+            position: Position::START,
+            kind: crate::error::CorruptionKind::SegmentHeader(error),
+        })),
+    }
+}
+
+/// A random incarnation; never 0, which stands for "no batch yet".
+fn new_incarnation() -> Incarnation {
+    let [a, b, c, d, e, f, g, h, ..] = *JournalId::random().as_bytes();
+    Incarnation::new(u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1)
+}
+
+/// Microseconds since 1970, by the system's clock.
+fn now_us() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}

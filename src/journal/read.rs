@@ -1,0 +1,304 @@
+//! Events for users: iterators over everything or one stream, and subscriptions that go on for ever.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::{Corruption, CorruptionKind, ReadError};
+use crate::event::{Recorded, Revision, StreamId};
+use crate::format::FormatError;
+use crate::format::batch::BatchRef;
+use crate::format::sidecar::Posting;
+use crate::journal::scan::file_offset;
+use crate::journal::segments::{self, Segment};
+use crate::journal::{Cursor, Journal};
+use crate::position::{JournalId, Position};
+
+/// How many postings of a stream are looked up at a time.
+const POSTINGS_AT_A_TIME: usize = 1024;
+
+/// Events in journal order, up to the durable end. At the end it answers `None`, and goes on when there is
+/// more. An error ends it.
+#[derive(Debug)]
+pub struct Events {
+    cursor: Cursor,
+    from: Position,
+    ready: VecDeque<Recorded>,
+    failed: bool,
+}
+
+/// The events of one stream, in order, up to the durable end. An error ends it.
+#[derive(Debug)]
+pub struct StreamEvents {
+    journal: Journal,
+    stream: StreamId,
+    next: Revision,
+    /// Number of the segment to look into next.
+    segment: u64,
+    postings: VecDeque<Posting>,
+    ready: VecDeque<Recorded>,
+    failed: bool,
+}
+
+/// What a [`Subscription`] delivers.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Item {
+    /// The next event.
+    Event(Recorded),
+    /// Everything that was durable has been delivered; said once each time that becomes true.
+    CaughtUp {
+        /// The durable end that was reached.
+        end: Position,
+    },
+    /// Events that were lost and accepted as lost; the subscription goes on behind them.
+    Gap {
+        /// Position of the first lost event.
+        from: Position,
+        /// Position behind the last lost event.
+        to: Position,
+    },
+}
+
+/// Catch-up and live in one loop: delivers every event from a position on, as it becomes durable.
+#[derive(Debug)]
+pub struct Subscription {
+    events: Events,
+    caught_up_at: Option<Position>,
+}
+
+impl Journal {
+    /// All events from `from` on.
+    ///
+    /// # Errors
+    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end; others if the journal can't be read.
+    pub fn read_all(&self, from: Position) -> Result<Events, ReadError> {
+        let cursor = self.cursor(from)?;
+        Ok(Events { cursor, from, ready: VecDeque::new(), failed: false })
+    }
+
+    /// The events of a stream from revision `from` on; none if there is no such stream.
+    ///
+    /// # Errors
+    /// [`ReadError`] if an index can't be read.
+    pub fn read_stream(&self, stream: &StreamId, from: Revision) -> Result<StreamEvents, ReadError> {
+        Ok(StreamEvents {
+            journal: self.clone(),
+            stream: stream.clone(),
+            next: from,
+            segment: self.first_segment_with(stream, from)?,
+            postings: VecDeque::new(),
+            ready: VecDeque::new(),
+            failed: false,
+        })
+    }
+
+    /// The segment in which to begin: walking back from the end, the one that holds `from`.
+    fn first_segment_with(&self, stream: &StreamId, from: Revision) -> Result<u64, ReadError> {
+        let all = self.0.segments.read().all.clone();
+        let mut first = all.last().map_or(0, |segment| segment.number());
+        for segment in all.iter().rev() {
+            if let Some(span) = self.span(segment, stream)? {
+                first = segment.number();
+                if span.first <= from {
+                    break;
+                }
+                if span.first == Revision::FIRST {
+                    break;
+                }
+            }
+        }
+        Ok(first)
+    }
+
+    /// Every event from `from` on, and then live.
+    ///
+    /// # Errors
+    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end; others if the journal can't be read.
+    pub fn subscribe(&self, from: Position) -> Result<Subscription, ReadError> {
+        Ok(Subscription { events: self.read_all(from)?, caught_up_at: None })
+    }
+
+    /// The events of the batch that an index names.
+    pub(super) fn batch_events(
+        &self,
+        segment: &Segment,
+        posting: &Posting,
+    ) -> Result<Vec<Recorded>, ReadError> {
+        let end = self.end();
+        let mut window = self.0.files.window(segment.number())?;
+        let base = segment.base_offset();
+        let limit = file_offset(base, self.limit(segment, &end));
+        let at = file_offset(base, posting.batch_offset);
+        let read = window.batch(at, limit, segment.page.header.salt)?;
+        let batch = match read {
+            Ok(batch) if batch.header.offset == posting.batch_offset => batch,
+            Ok(_) => {
+                let error = FormatError::Invalid("batch offset");
+                return Err(segments::unreadable(&window, at, posting.position, error));
+            }
+            Err(error) => return Err(segments::unreadable(&window, at, posting.position, error)),
+        };
+        let mut events = Vec::with_capacity(batch.header.count as usize);
+        decode(&batch, self.id(), Position::START, &mut events)
+            .map_err(|error| segments::unreadable(&window, at, posting.position, error))?;
+        Ok(events)
+    }
+}
+
+/// Decodes the events of a batch from `from` on.
+fn decode(
+    batch: &BatchRef<'_>,
+    journal: JournalId,
+    from: Position,
+    out: &mut impl Extend<Recorded>,
+) -> Result<(), FormatError> {
+    let mut position = batch.header.base_position;
+    for record in batch.records() {
+        let record = record?;
+        if position >= from {
+            let event = Recorded::from_record(&record, journal, position, batch.header.time_us);
+            out.extend([event]);
+        }
+        position = position.advance(1);
+    }
+    Ok(())
+}
+
+/// Decodes the next batch's events from `from` on into `ready`; whether there was a batch.
+fn fill(
+    cursor: &mut Cursor,
+    journal: JournalId,
+    from: Position,
+    ready: &mut VecDeque<Recorded>,
+) -> Result<bool, ReadError> {
+    let position = cursor.position();
+    let dir = cursor.journal().dir().to_owned();
+    let Some(batch) = cursor.next_batch()? else { return Ok(false) };
+    decode(&batch.batch, journal, from, ready).map_err(|error| {
+        ReadError::Corruption(Corruption {
+            path: dir.join(format!("{:016x}.seg", batch.segment)),
+            file_offset: file_offset(0, 0),
+            position,
+            kind: CorruptionKind::Record(error),
+        })
+    })?;
+    Ok(true)
+}
+
+impl Events {
+    fn step(&mut self) -> Result<Option<Recorded>, ReadError> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Ok(Some(event));
+            }
+            let journal = self.cursor.journal().id();
+            if !fill(&mut self.cursor, journal, self.from, &mut self.ready)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn position(&self) -> Position {
+        self.ready.front().map_or(self.cursor.position(), Recorded::position)
+    }
+}
+
+impl Iterator for Events {
+    type Item = Result<Recorded, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let step = self.step();
+        self.failed = step.is_err();
+        step.transpose()
+    }
+}
+
+impl StreamEvents {
+    fn step(&mut self) -> Result<Option<Recorded>, ReadError> {
+        loop {
+            while let Some(event) = self.ready.pop_front() {
+                if event.stream() == &self.stream && event.revision() == self.next {
+                    self.next = self.next.next();
+                    return Ok(Some(event));
+                }
+            }
+            let Some((segment, posting)) = self.next_posting()? else { return Ok(None) };
+            let events = self.journal.batch_events(&segment, &posting)?;
+            // All of the batch's events of this stream come at once.
+            while self.postings.front().is_some_and(|p| p.batch_offset == posting.batch_offset) {
+                self.postings.pop_front();
+            }
+            self.ready.extend(events);
+        }
+    }
+
+    fn next_posting(&mut self) -> Result<Option<(Arc<Segment>, Posting)>, ReadError> {
+        loop {
+            let segment = self.journal.0.segments.read().all.get(self.segment as usize).cloned();
+            let Some(segment) = segment else { return Ok(None) };
+            if let Some(posting) = self.postings.pop_front() {
+                return Ok(Some((segment, posting)));
+            }
+            let found =
+                self.journal.postings(&segment, &self.stream, self.next, POSTINGS_AT_A_TIME)?;
+            match found.is_empty() {
+                false => self.postings = found.into(),
+                true if segment.sealed.is_some() => self.segment += 1,
+                // The active segment may have been sealed meanwhile; the next call looks again.
+                true => return Ok(None),
+            }
+        }
+    }
+}
+
+impl Iterator for StreamEvents {
+    type Item = Result<Recorded, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let step = self.step();
+        self.failed = step.is_err();
+        step.transpose()
+    }
+}
+
+impl Subscription {
+    /// The position of the next event.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.events.position()
+    }
+
+    /// The next item; `None` if nothing came within `timeout`, or the journal was closed and everything
+    /// has been delivered.
+    ///
+    /// Blocks up to `timeout`.
+    ///
+    /// # Errors
+    /// [`ReadError`]; nothing is skipped: the next call tries the same place again.
+    pub fn next(&mut self, timeout: Duration) -> Result<Option<Item>, ReadError> {
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            if let Some(event) = self.events.step()? {
+                self.caught_up_at = None;
+                return Ok(Some(Item::Event(event)));
+            }
+            let position = self.events.position();
+            if self.caught_up_at.is_none() {
+                self.caught_up_at = Some(position);
+                return Ok(Some(Item::CaughtUp { end: position }));
+            }
+            let left = deadline.map_or(timeout, |at| at.saturating_duration_since(Instant::now()));
+            let journal = self.events.cursor.journal();
+            if journal.wait_past(position, left).position <= position {
+                return Ok(None);
+            }
+        }
+    }
+}
