@@ -1695,6 +1695,32 @@ mod tests {
     }
 
     #[test]
+    fn after_a_failed_sync_new_writes_are_durable_and_cuts_stay_cuts() {
+        for seed in 0..50 {
+            for len in [100, SECTOR] {
+                let fs = disk(seed);
+                let file = durable(&fs, "/j/a", &[1; 2 * SECTOR]);
+                write_all_at(&*file, &[2; 2 * SECTOR], 0).unwrap();
+                fs.fail_at(fs.ops(), Fault::Eio, Repeat::Once);
+                assert!(file.sync_data().is_err());
+                file.set_len(len as u64).unwrap();
+                file.set_len(2 * SECTOR as u64).unwrap();
+                file.drop_cache().unwrap();
+                assert!(read(&*file).iter().skip(len).all(|byte| *byte == 0), "seed {seed}");
+            }
+            let fs = disk(seed);
+            let file = durable(&fs, "/j/a", b"");
+            write_all_at(&*file, &[1; 2 * SECTOR], 0).unwrap();
+            fs.fail_at(fs.ops(), Fault::Eio, Repeat::Once);
+            assert!(file.sync_data().is_err());
+            write_all_at(&*file, &[2; SECTOR], SECTOR as u64).unwrap();
+            file.sync_data().unwrap();
+            fs.power_cut();
+            assert_eq!(fs.raw(p("/j/a")).unwrap().get(SECTOR..), Some(&[2; SECTOR][..]));
+        }
+    }
+
+    #[test]
     fn dirty_pages_survive_dropping_the_cache() {
         let fs = disk(0);
         let file = durable(&fs, "/j/a", &[1; SECTOR]);
