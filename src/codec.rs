@@ -117,7 +117,10 @@ mod tests {
         let golden: [(Shape, &[u8]); 3] = [
             (Shape::Dot, &[0]),
             (Shape::Line { from: 250, to: -1 }, &[1, 250, 1]),
-            (Shape::Label("é".into(), vec![1, 255], Some(300)), &[2, 2, 0xc3, 0xa9, 2, 1, 255, 1, 251, 0x2c, 1]),
+            (
+                Shape::Label("é".into(), vec![1, 255], Some(300)),
+                &[2, 2, 0xc3, 0xa9, 2, 1, 255, 1, 251, 0x2c, 1],
+            ),
         ];
         for (value, bytes) in golden {
             assert_eq!(Bincode::encode(&value).unwrap(), bytes);

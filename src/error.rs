@@ -202,7 +202,9 @@ impl OpenError {
         match self {
             Self::NotFound { .. } => "create one with Store::create, or check the path",
             Self::AlreadyExists { .. } => "open it with Store::open",
-            Self::Locked { .. } => "stop the owner first, or read with `headwater cat`, which takes no lock",
+            Self::Locked { .. } => {
+                "stop the owner first, or read with `headwater cat`, which takes no lock"
+            }
             Self::InvalidOption { .. } => "see the documented limits of JournalOptions",
             Self::Corruption(_) => {
                 "copy the directory, run `headwater verify` on it, and restore the damaged range from a mirror or a backup; `headwater cat` exports what lies in front"
@@ -214,10 +216,34 @@ impl OpenError {
                 "put back the original segments, or restore the whole directory, mark included, from one backup"
             }
             Self::Unsupported { .. } => "open it with the version that wrote it, or a later one",
-            Self::Incomplete { .. } => "complete or abandon the restore with the command that began it",
-            Self::Copy { .. } => "verify it with `headwater verify`; restore it into a journal before writing",
-            Self::Role { .. } => "open an origin with Store::open; mirrors belong to the store that follows them",
+            Self::Incomplete { .. } => {
+                "complete or abandon the restore with the command that began it"
+            }
+            Self::Copy { .. } => {
+                "verify it with `headwater verify`; restore it into a journal before writing"
+            }
+            Self::Role { .. } => {
+                "open an origin with Store::open; mirrors belong to the store that follows them"
+            }
             Self::Io(_) => "see the system's error; opening again is safe",
+        }
+    }
+}
+
+impl From<ReadError> for OpenError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Corruption(corruption) => Self::Corruption(corruption),
+            ReadError::Io(error) => Self::Io(error),
+            ReadError::Unsupported { path, source } => Self::Unsupported { path, source },
+            ReadError::BeyondEnd { .. } => {
+                let source = io::ErrorKind::InvalidInput.into();
+                Self::Io(IoError::new(
+                    "reading behind the end of",
+                    Path::new("the journal"),
+                    source,
+                ))
+            }
         }
     }
 }
@@ -387,12 +413,18 @@ impl AppendError {
     #[must_use]
     pub const fn hint(&self) -> &'static str {
         match self {
-            Self::Conflict { .. } => "read the stream again, decide again, and append with its new revision",
-            Self::PartialDuplicate { .. } => "give new events new ids, and retries exactly the events of the first try",
+            Self::Conflict { .. } => {
+                "read the stream again, decide again, and append with its new revision"
+            }
+            Self::PartialDuplicate { .. } => {
+                "give new events new ids, and retries exactly the events of the first try"
+            }
             Self::TooLarge { .. } => "split the batch, or raise batch_bytes_max",
             Self::Invalid(_) => "mend the event",
             Self::DiskFull(_) => "free disk space and append again",
-            Self::Unknown(_) => "open the store again and append the same events under the same ids",
+            Self::Unknown(_) => {
+                "open the store again and append the same events under the same ids"
+            }
             Self::Poisoned(_) => "check the device, then open the store again",
             Self::Closed => "open the store again",
             Self::Read(_) => "see the cause; nothing was written",
@@ -456,4 +488,3 @@ pub enum Refusal {
     #[error("a batch that does not continue the mirror")]
     BatchLink,
 }
-

@@ -47,7 +47,10 @@ uuid_id! {
 impl EventId {
     /// A new id that sorts by time of creation (UUID version 7).
     #[must_use]
-    #[allow(clippy::new_without_default, reason = "every call gives another id; a default would mislead")]
+    #[allow(
+        clippy::new_without_default,
+        reason = "every call gives another id; a default would mislead"
+    )]
     pub fn new() -> Self {
         Self::from_bytes(Uuid::now_v7().into_bytes())
     }
@@ -538,7 +541,8 @@ impl Recorded {
     /// [`CodecError`] if the type is one of `E`'s but the payload can't be decoded.
     pub fn decode<E: Event>(&self) -> Result<Option<Recorded<E>>, CodecError> {
         let payload = Payload { codec: self.codec, bytes: &self.data };
-        let kind = EventKindRef { name: self.event_type.as_str(), schema_version: self.schema_version };
+        let kind =
+            EventKindRef { name: self.event_type.as_str(), schema_version: self.schema_version };
         Ok(E::decode(kind, payload)?.map(|data| self.with_data(data)))
     }
 

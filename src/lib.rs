@@ -1,8 +1,17 @@
 //! Headwater
 pub mod codec;
+pub mod error;
 pub mod event;
 pub mod format;
 pub mod fs;
+pub mod journal;
+pub mod options;
+pub mod planted;
 pub mod position;
+pub mod store;
+pub use error::*;
 pub use event::*;
+pub use journal::*;
+pub use options::*;
 pub use position::*;
+pub use store::*;

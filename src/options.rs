@@ -77,12 +77,13 @@ impl JournalOptions {
 
     fn segment_bytes_min(&self) -> u64 {
         HEADER_PAGE_BYTES as u64
-            + (u64::from(self.batch_bytes_max)).next_multiple_of(u64::from(self.group_alignment_bytes))
+            + u64::from(self.batch_bytes_max)
+            + u64::from(self.group_alignment_bytes)
     }
 
     /// The size to prepare for the segment that follows one of `previous` bytes.
     pub(crate) fn segment_bytes_after(&self, previous: Option<u64>) -> u64 {
         let wanted = previous.map_or(self.segment_bytes_first, |bytes| bytes.saturating_mul(2));
-        wanted.clamp(self.segment_bytes_min(), self.segment_bytes_max).next_multiple_of(512)
+        wanted.clamp(self.segment_bytes_min(), self.segment_bytes_max)
     }
 }

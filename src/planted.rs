@@ -32,9 +32,9 @@ mod switch {
 }
 
 #[cfg(feature = "test-kit")]
-pub use switch::plant;
-#[cfg(feature = "test-kit")]
 pub(crate) use switch::is;
+#[cfg(feature = "test-kit")]
+pub use switch::plant;
 
 #[cfg(not(feature = "test-kit"))]
 pub(crate) const fn is(_: Bug) -> bool {

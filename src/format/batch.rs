@@ -11,6 +11,7 @@
 
 use super::record::{RECORD_BYTES_MIN, RecordRef};
 use super::{Block, Decoder, FORMAT_VERSION, Flags, FormatError, crc32};
+use crate::planted::{self, Bug};
 use crate::position::{Chain, Incarnation, JournalId, Position};
 
 /// First four bytes of a batch.
@@ -21,8 +22,12 @@ pub const BATCH_HEADER_BYTES: usize = 128;
 pub const BATCH_HEADER_BYTES_MAX: usize = 4096;
 /// Batches begin at multiples of this, and are padded to one.
 pub const BATCH_ALIGNMENT: u64 = 64;
-/// No batch is longer than this, header, body and padding together.
+/// No batch is longer than this, header and body together.
 pub const BATCH_BYTES_LIMIT: u32 = 16 * 1024 * 1024;
+/// The largest group alignment: the last batch of a group may be padded by almost so much.
+pub const GROUP_ALIGNMENT_MAX: u32 = 4096;
+/// No batch is longer than this, header, body and padding together.
+pub const PADDED_BYTES_LIMIT: u32 = BATCH_BYTES_LIMIT + GROUP_ALIGNMENT_MAX;
 
 const CRC_AT: usize = 12;
 const CHAIN_AT: usize = 80;
@@ -95,7 +100,12 @@ pub fn body_digest(body: &[u8]) -> [u8; 32] {
 /// `segment` is the digest of the segment's header if this is the segment's first batch; `header` are the
 /// header's bytes, in which checksum and chain count as zeros.
 #[must_use]
-pub fn chain(previous: Chain, segment: Option<&[u8; 32]>, header: &[u8], body_digest: &[u8; 32]) -> Chain {
+pub fn chain(
+    previous: Chain,
+    segment: Option<&[u8; 32]>,
+    header: &[u8],
+    body_digest: &[u8; 32],
+) -> Chain {
     let mut hasher = blake3::Hasher::new();
     hasher.update(CHAIN_DOMAIN).update(previous.as_bytes()).update(segment.unwrap_or(&[0; 32]));
     let piece = |from: usize, to: usize| header.get(from..to.min(header.len())).unwrap_or_default();
@@ -109,10 +119,10 @@ fn truncate(hash: blake3::Hash) -> Chain {
     Chain::from_bytes(*front)
 }
 
-/// The length of a batch with a body of `stored_len` bytes, padded to `alignment`.
+/// The length of a batch with a body of `stored_len` bytes, padded.
 #[must_use]
-pub const fn padded_len(stored_len: u64, alignment: u64) -> u64 {
-    (BATCH_HEADER_BYTES as u64 + stored_len).next_multiple_of(alignment)
+pub const fn padded_len(stored_len: u64) -> u64 {
+    (BATCH_HEADER_BYTES as u64 + stored_len).next_multiple_of(BATCH_ALIGNMENT)
 }
 
 impl BatchHeader {
@@ -179,8 +189,10 @@ impl BatchHeader {
         let header = bytes.get(..len).ok_or(FormatError::Truncated)?;
         let flags = Flags::decode(&mut input)?;
         let crc = input.u32()?;
-        let (front, back) =
-            (header.get(..CRC_AT).unwrap_or_default(), header.get(CRC_AT + 4..).unwrap_or_default());
+        let (front, back) = (
+            header.get(..CRC_AT).unwrap_or_default(),
+            header.get(CRC_AT + 4..).unwrap_or_default(),
+        );
         if crc32(&[&salt.to_le_bytes(), front, &[0; 4], back]) != crc {
             return Err(FormatError::HeaderChecksum);
         }
@@ -210,10 +222,13 @@ impl BatchHeader {
     fn check(self) -> Result<Self, FormatError> {
         let used = u64::from(self.header_len) + u64::from(self.stored_len);
         let padded = u64::from(self.padded_len);
-        if self.padded_len > BATCH_BYTES_LIMIT || padded % BATCH_ALIGNMENT != 0 || padded < used {
+        if used > u64::from(BATCH_BYTES_LIMIT) {
             return Err(FormatError::Invalid("batch length"));
         }
-        if padded - used >= 4096 + BATCH_ALIGNMENT {
+        if self.padded_len > PADDED_BYTES_LIMIT || padded % BATCH_ALIGNMENT != 0 || padded < used {
+            return Err(FormatError::Invalid("batch length"));
+        }
+        if padded - used >= u64::from(GROUP_ALIGNMENT_MAX) + BATCH_ALIGNMENT {
             return Err(FormatError::Invalid("padding length"));
         }
         if self.raw_len != self.stored_len {
@@ -272,7 +287,7 @@ impl<'a> BatchRef<'a> {
         let header = BatchHeader::decode(bytes, salt)?;
         let bytes = bytes.get(..header.padded_len as usize).ok_or(FormatError::Truncated)?;
         let batch = Self { header, bytes };
-        if crc32(&[batch.body()]) != header.body_crc {
+        if crc32(&[batch.body()]) != header.body_crc && !planted::is(Bug::NoBodyCheck) {
             return Err(FormatError::BodyChecksum);
         }
         let padding = bytes.get(batch.body_end()..).unwrap_or_default();
@@ -287,7 +302,8 @@ impl<'a> BatchRef<'a> {
     pub fn continues(&self, link: &Link, segment: Option<&[u8; 32]>) -> bool {
         self.header.offset == link.offset
             && self.header.base_position == link.position
-            && self.header.chain == self.chain_after(link.chain, segment)
+            && (self.header.chain == self.chain_after(link.chain, segment)
+                || planted::is(Bug::NoBodyCheck))
     }
 
     /// The chain at this batch's end if it follows `previous`.

@@ -161,7 +161,8 @@ impl Mark {
             return Err(FormatError::Invalid("mark flags"));
         }
         let sequence = input.u64()?;
-        let end = Checkpoint::from_bytes(&input.array()?).ok_or(FormatError::Invalid("mark end"))?;
+        let end =
+            Checkpoint::from_bytes(&input.array()?).ok_or(FormatError::Invalid("mark end"))?;
         let witness = Witness {
             offset: input.u64()?,
             position: Position::new(input.u64()?),

@@ -36,7 +36,9 @@ pub enum FormatError {
     #[error("the body's checksum does not match")]
     BodyChecksum,
     /// The checksum matches, but the writer was of a later format or used a feature that must be known.
-    #[error("written in format version {version} with required features {flags:#06x}, which this version can't read")]
+    #[error(
+        "written in format version {version} with required features {flags:#06x}, which this version can't read"
+    )]
     Unsupported {
         /// Format version of the bytes.
         version: u16,

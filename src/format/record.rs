@@ -75,8 +75,9 @@ impl<'a> RecordRef<'a> {
         let len = fixed.u32()? as usize;
         let header_len = usize::from(fixed.u16()?);
         let (record, rest) = bytes.split_at_checked(len).ok_or(FormatError::Truncated)?;
-        let (header, payload) =
-            record.split_at_checked(header_len).ok_or(FormatError::Invalid("record header length"))?;
+        let (header, payload) = record
+            .split_at_checked(header_len)
+            .ok_or(FormatError::Invalid("record header length"))?;
         let mut input = Decoder::new(header);
         input.bytes(6)?;
         let flags = input.u16()?;

@@ -211,11 +211,8 @@ impl SegmentPage {
         }
         match valid {
             Some((header, copy)) => {
-                let page_read = Self {
-                    header,
-                    digest: *blake3::hash(copy).as_bytes(),
-                    copy: Box::new(*copy),
-                };
+                let page_read =
+                    Self { header, digest: *blake3::hash(copy).as_bytes(), copy: Box::new(*copy) };
                 let intact = page_read.bytes() == *page;
                 PageState::Valid { page: page_read, intact }
             }

@@ -97,9 +97,10 @@ pub struct SegmentIndex {
 impl SegmentIndex {
     /// Takes in the next batch's header.
     pub fn add_batch(&mut self, header: &BatchHeader) {
-        let due = self.sparse.last().is_none_or(|last| {
-            header.offset.saturating_sub(last.offset) >= SPARSE_EVERY_BYTES
-        });
+        let due = self
+            .sparse
+            .last()
+            .is_none_or(|last| header.offset.saturating_sub(last.offset) >= SPARSE_EVERY_BYTES);
         if due {
             self.sparse.push(SparseEntry {
                 position: header.base_position,
@@ -156,8 +157,11 @@ pub struct SidecarKey {
 /// The file of an index.
 #[must_use]
 pub fn encode(key: &SidecarKey, index: &SegmentIndex) -> Vec<u8> {
-    let mut streams: Vec<_> =
-        index.streams.iter().map(|(name, postings)| (hash64(name.as_bytes()), name, postings)).collect();
+    let mut streams: Vec<_> = index
+        .streams
+        .iter()
+        .map(|(name, postings)| (hash64(name.as_bytes()), name, postings))
+        .collect();
     streams.sort_unstable_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)));
     let mut data = Vec::new();
     for entry in &index.sparse {
@@ -329,7 +333,8 @@ impl<P: Pages> Sidecar<P> {
 
     fn read(&self, at: u64, len: usize) -> io::Result<Vec<u8>> {
         let damaged = || io::Error::from(io::ErrorKind::InvalidData);
-        let end = at.checked_add(len as u64).filter(|&end| end <= self.layout[5]).ok_or_else(damaged)?;
+        let end =
+            at.checked_add(len as u64).filter(|&end| end <= self.layout[5]).ok_or_else(damaged)?;
         let mut out = Vec::with_capacity(len);
         let mut page = [0; PAGE_BYTES];
         let mut at = at;

@@ -16,21 +16,25 @@ pub struct OsFs;
 struct OsFile(fs::File);
 
 #[derive(Debug)]
-struct OsLock(#[allow(dead_code, reason = "held, never read: closing it releases the lock")] fs::File);
+struct OsLock(
+    #[allow(dead_code, reason = "held, never read: closing it releases the lock")] fs::File,
+);
 
 impl Lock for OsLock {}
 
 impl Fs for OsFs {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        match fs::create_dir(dir) {
-            Ok(()) => self.sync_dir(parent_of(dir)),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.create_dir_all(parent_of(dir))?;
-                self.create_dir_all(dir)
+        fs::create_dir_all(dir)?;
+        // Also of directories that were there: an earlier attempt may have died in front of its sync, and
+        // a name that is lost takes everything below it along.
+        let dir = fs::canonicalize(dir)?;
+        for parent in dir.ancestors().skip(1) {
+            match self.sync_dir(parent) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => break,
+                synced => synced?,
             }
-            Err(error) => Err(error),
         }
+        Ok(())
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
@@ -64,8 +68,12 @@ impl Fs for OsFs {
     }
 
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>> {
-        let mut file =
-            fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
         match file.try_lock() {
             Ok(()) => {
                 file.set_len(0)?;
@@ -108,12 +116,5 @@ impl File for OsFile {
         #[cfg(target_os = "linux")]
         rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?;
         Ok(())
-    }
-}
-
-fn parent_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
     }
 }

@@ -1127,14 +1127,12 @@ impl Fs for SimFs {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
         let dir = key(dir);
-        let missing: Vec<PathBuf> =
-            ancestors(&dir).into_iter().filter(|dir| state.names.dir(dir).is_err()).collect();
-        if missing.is_empty() {
-            return state.call(Op::CreateDir, [digest(&dir), 0, 0], |_, _| Ok(()));
-        }
-        for dir in missing {
+        for dir in ancestors(&dir) {
             let above = parent(&dir);
-            state.call(Op::CreateDir, [digest(&dir), 0, 0], |state, _| state.create_dir(&dir))?;
+            if state.names.dir(&dir).is_err() {
+                state
+                    .call(Op::CreateDir, [digest(&dir), 0, 0], |state, _| state.create_dir(&dir))?;
+            }
             state.call(Op::SyncDir, [digest(&above), 0, 0], |state, how| {
                 state.sync_dir(&above, how)
             })?;

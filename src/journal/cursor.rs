@@ -5,9 +5,9 @@ use std::sync::Arc;
 use crate::error::{Corruption, CorruptionKind, ReadError};
 use crate::format::batch::BatchRef;
 use crate::format::segment::SegmentPage;
+use crate::journal::Journal;
 use crate::journal::scan::{Window, file_offset};
 use crate::journal::segments::Segment;
-use crate::journal::Journal;
 use crate::position::{Checkpoint, JournalId, Position};
 
 /// Pulls durable batches from a journal. It never passes the durable end: at it,
@@ -96,7 +96,12 @@ impl Cursor {
         let at = file_offset(base, self.offset);
         let corruption = |path: &std::path::Path, kind| {
             let path = path.to_owned();
-            ReadError::Corruption(Corruption { path, file_offset: at, position: self.position, kind })
+            ReadError::Corruption(Corruption {
+                path,
+                file_offset: at,
+                position: self.position,
+                kind,
+            })
         };
         let path = window.path().clone();
         let batch = window.batch(at, file_offset(base, limit), segment.page.header.salt)?;
@@ -125,9 +130,7 @@ impl Cursor {
     /// sealed meanwhile.
     fn enter_segment(&mut self) -> Result<(), ReadError> {
         let stays = self.open.as_ref().is_some_and(|(segment, _)| match &segment.sealed {
-            Some(sealed) => {
-                (segment.base_offset()..sealed.end.offset).contains(&self.offset)
-            }
+            Some(sealed) => (segment.base_offset()..sealed.end.offset).contains(&self.offset),
             None => false,
         });
         if stays {
@@ -144,4 +147,3 @@ impl Cursor {
         Ok(())
     }
 }
-

@@ -30,7 +30,7 @@ use crate::journal::recovery::{Recovered, Survey};
 use crate::journal::scan::file_offset;
 use crate::journal::segments::{Access, Files, Sealed, Segment, Span};
 use crate::journal::watch::Watch;
-use crate::position::{Checkpoint, Chain, Incarnation, JournalId, NodeId, Position, Token};
+use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 
 mod appender;
 mod cursor;
@@ -45,7 +45,7 @@ mod segments;
 mod watch;
 mod writer;
 
-pub use appender::{Append, Appended, Appender, Placed, Receipt};
+pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
@@ -131,7 +131,7 @@ impl Journal {
                     segments.active = SegmentIndex::clone(index);
                     None
                 }
-                _ => Some(Sealed::open(&files, &kept.page, kept.end, access)?),
+                index => Some(Sealed::open(&files, &kept.page, kept.end, index.clone(), access)?),
             };
             segments.all.push(Arc::new(Segment { page: kept.page.clone(), sealed }));
         }
@@ -272,7 +272,8 @@ impl Journal {
         position: Position,
     ) -> Result<Option<crate::format::batch::BatchHeader>, ReadError> {
         let end = self.end();
-        let Some(segment) = self.segment_holding(position).filter(|_| position < end.position) else {
+        let Some(segment) = self.segment_holding(position).filter(|_| position < end.position)
+        else {
             return Ok(None);
         };
         let mut entry = self.seek(&segment, position)?;

@@ -81,7 +81,11 @@ impl Journal {
     ///
     /// # Errors
     /// [`ReadError`] if an index can't be read.
-    pub fn read_stream(&self, stream: &StreamId, from: Revision) -> Result<StreamEvents, ReadError> {
+    pub fn read_stream(
+        &self,
+        stream: &StreamId,
+        from: Revision,
+    ) -> Result<StreamEvents, ReadError> {
         Ok(StreamEvents {
             journal: self.clone(),
             stream: stream.clone(),

@@ -128,7 +128,8 @@ pub(crate) fn survey(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey
     let (end, kept) = (walk.end, walk.kept);
     let stop = walk.stop;
     let last = kept.last().map(Kept::number);
-    let beyond = used.iter().map(|f| f.number).filter(|n| last.is_none_or(|last| *n > last)).collect();
+    let beyond =
+        used.iter().map(|f| f.number).filter(|n| last.is_none_or(|last| *n > last)).collect();
     let mut survey = Survey {
         mark,
         end,
@@ -280,14 +281,20 @@ impl<'a> Walk<'a> {
 
     /// The end of a segment that lies wholly in front of what is known to be durable, from its successor's
     /// header; the batch that ends exactly there is always scanned, to compare it with the mark.
-    fn sealed_below(&self, found: &Found, page: &SegmentPage, next: Option<&Found>) -> Option<Link> {
+    fn sealed_below(
+        &self,
+        found: &Found,
+        page: &SegmentPage,
+        next: Option<&Found>,
+    ) -> Option<Link> {
         let next = next?.valid()?.0.header;
         let end = Link {
             offset: next.base_offset,
             position: next.base_position,
             chain: next.previous_chain,
         };
-        let plausible = end.offset > page.header.base_offset && end.position > page.header.base_position;
+        let plausible =
+            end.offset > page.header.base_offset && end.position > page.header.base_position;
         let whole = found.len >= file_offset(page.header.base_offset, end.offset);
         (plausible && whole && end.offset < self.trusted).then_some(end)
     }
@@ -301,7 +308,8 @@ impl<'a> Walk<'a> {
         index: Option<SegmentIndex>,
     ) {
         self.link = end;
-        self.end = Checkpoint { offset: end.offset, position: end.position, chain: end.chain, ..self.end };
+        self.end =
+            Checkpoint { offset: end.offset, position: end.position, chain: end.chain, ..self.end };
         self.kept.push(Kept {
             page: page.clone(),
             end,
@@ -390,6 +398,11 @@ impl Found {
 }
 
 impl Survey {
+    /// No used segment at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.kept.is_empty() && self.beyond.is_empty()
+    }
+
     /// Batch headers behind X: in an origin they tell what had been durable when they were written.
     fn count_claims_beyond(
         &mut self,
@@ -468,8 +481,7 @@ impl Survey {
         for kept in sealed.iter().filter(|kept| kept.len > kept.end_in_file()) {
             let Some(found) = used.get(kept.number() as usize) else { continue };
             let end = kept.end_in_file();
-            if kept.end.offset <= self.proven
-                && found.window(layout).last_non_zero(end)?.is_some()
+            if kept.end.offset <= self.proven && found.window(layout).last_non_zero(end)?.is_some()
             {
                 return Err(OpenError::Corruption(Corruption {
                     path: layout.segment(kept.number()),
@@ -622,7 +634,8 @@ fn rewrite_unproven(
     for kept in &survey.kept {
         let base = kept.page.header.base_offset;
         let from = survey.proven.max(base);
-        let first_unproven = base >= survey.proven || first_batch_end(fs, layout, kept, survey.proven)?;
+        let first_unproven =
+            base >= survey.proven || first_batch_end(fs, layout, kept, survey.proven)?;
         if !kept.intact {
             report.remade_headers += 1;
         }
@@ -639,7 +652,11 @@ fn rewrite_unproven(
         while at < to {
             let bytes = window.read(at, 64 * 1024, to)?;
             if bytes.is_empty() {
-                return Err(IoError::new("reading", &path, std::io::ErrorKind::UnexpectedEof.into()));
+                return Err(IoError::new(
+                    "reading",
+                    &path,
+                    std::io::ErrorKind::UnexpectedEof.into(),
+                ));
             }
             let len = bytes.len() as u64;
             fs::write_all_at(&*file, bytes, at).context("writing", &path)?;
@@ -656,7 +673,12 @@ fn rewrite_unproven(
 }
 
 /// Whether the segment's first batch ends above `proven`, though the segment begins below it.
-fn first_batch_end(fs: &dyn Fs, layout: &Layout, kept: &Kept, proven: u64) -> Result<bool, IoError> {
+fn first_batch_end(
+    fs: &dyn Fs,
+    layout: &Layout,
+    kept: &Kept,
+    proven: u64,
+) -> Result<bool, IoError> {
     if kept.end.offset <= proven {
         return Ok(kept.end.offset == kept.page.header.base_offset);
     }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use crate::error::{IoContext, IoError};
 use crate::format::FormatError;
-use crate::format::batch::{BATCH_ALIGNMENT, BATCH_HEADER_BYTES_MAX, BATCH_MAGIC, BatchHeader, BatchRef};
+use crate::format::batch::{
+    BATCH_ALIGNMENT, BATCH_HEADER_BYTES_MAX, BATCH_MAGIC, BatchHeader, BatchRef,
+};
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::fs::{self, File};
 
@@ -65,7 +67,8 @@ impl Window {
         limit: u64,
         salt: u64,
     ) -> Result<Result<BatchRef<'_>, FormatError>, IoError> {
-        let header = match BatchHeader::decode(self.read(at, BATCH_HEADER_BYTES_MAX, limit)?, salt) {
+        let header = match BatchHeader::decode(self.read(at, BATCH_HEADER_BYTES_MAX, limit)?, salt)
+        {
             Ok(header) => header,
             Err(error) => return Ok(Err(error)),
         };

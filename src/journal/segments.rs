@@ -6,6 +6,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
+use crate::event::Revision;
 use crate::format::FormatError;
 use crate::format::batch::Link;
 use crate::format::segment::SegmentPage;
@@ -16,7 +17,6 @@ use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::layout::Layout;
 use crate::journal::scan::{Window, file_offset};
 use crate::position::Position;
-use crate::event::Revision;
 
 /// How many files are kept open for reading.
 const OPEN_FILES_MAX: usize = 256;
@@ -154,24 +154,31 @@ impl Sealed {
         access: Access,
     ) -> Self {
         let index = match access {
-            Access::Writer => write_sidecar(files, page, &end, &index).unwrap_or(Index::Memory(index)),
+            Access::Writer => {
+                write_sidecar(files, page, &end, &index).unwrap_or(Index::Memory(index))
+            }
             Access::ReadOnly => Index::Memory(index),
         };
         Self { end, index: RwLock::new(Arc::new(index)) }
     }
 
-    /// Opens a sealed segment with its sidecar; without a valid one, reads the segment and writes it.
+    /// Opens a sealed segment with its sidecar; without a valid one, writes it, from `index` if the segment
+    /// has just been read.
     pub(crate) fn open(
         files: &Arc<Files>,
         page: &SegmentPage,
         end: Link,
+        index: Option<Arc<SegmentIndex>>,
         access: Access,
     ) -> Result<Self, ReadError> {
         let pages = SidecarFile { files: Arc::clone(files), number: page.header.number };
         if let Ok(Some(sidecar)) = Sidecar::open(pages, &key_of(page, &end)) {
             return Ok(Self { end, index: RwLock::new(Arc::new(Index::File(sidecar))) });
         }
-        let index = Arc::new(read_index(files, page, &end)?);
+        let index = match index {
+            Some(index) => index,
+            None => Arc::new(read_index(files, page, &end)?),
+        };
         Ok(Self::with_index(files, page, end, index, access))
     }
 
@@ -247,7 +254,8 @@ impl Sealed {
         self.ask(files, page, |index| match index {
             Index::File(sidecar) => sidecar.last_ids(count),
             Index::Memory(index) => {
-                let skip = index.ids.len().saturating_sub(usize::try_from(count).unwrap_or(usize::MAX));
+                let skip =
+                    index.ids.len().saturating_sub(usize::try_from(count).unwrap_or(usize::MAX));
                 Ok(index.ids.get(skip..).unwrap_or_default().to_vec())
             }
         })
@@ -272,7 +280,13 @@ pub(crate) fn postings(
 ) -> Vec<Posting> {
     let Some(known) = index.streams.get(stream) else { return Vec::new() };
     let skip = from.get().saturating_sub(known.first_revision.get());
-    known.postings.iter().skip(usize::try_from(skip).unwrap_or(usize::MAX)).take(max).copied().collect()
+    known
+        .postings
+        .iter()
+        .skip(usize::try_from(skip).unwrap_or(usize::MAX))
+        .take(max)
+        .copied()
+        .collect()
 }
 
 /// Reads a whole segment to build its index.
@@ -290,7 +304,9 @@ fn read_index(files: &Files, page: &SegmentPage, end: &Link) -> Result<SegmentIn
         let batch = window
             .batch(at, limit, page.header.salt)?
             .map_err(|error| corruption(at, position, CorruptionKind::Batch(error)))?;
-        index.add(&batch).map_err(|error| corruption(at, position, CorruptionKind::Record(error)))?;
+        index
+            .add(&batch)
+            .map_err(|error| corruption(at, position, CorruptionKind::Record(error)))?;
         position = batch.header.end_position();
         at += u64::from(batch.header.padded_len);
     }

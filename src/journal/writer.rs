@@ -73,7 +73,8 @@ impl Writer {
         let mut capacity_bytes = file.size().context("measuring", &path)?;
         let wanted = page.header.capacity_bytes;
         if capacity_bytes < wanted {
-            let grown = fs::write_zeros(&*file, capacity_bytes..wanted).and_then(|()| file.sync_data());
+            let grown =
+                fs::write_zeros(&*file, capacity_bytes..wanted).and_then(|()| file.sync_data());
             match grown.context("extending", &path) {
                 Ok(()) => capacity_bytes = wanted,
                 Err(error) if error.is_disk_full() => {}
@@ -88,11 +89,14 @@ impl Writer {
         self.active.as_ref().map(|active| &active.page)
     }
 
-    /// Bytes of batches that still fit into the active segment behind `offset`.
+    /// Bytes of batches that still fit into the active segment behind `offset`. The room ends at a multiple
+    /// of the group alignment, so that what fits without its group's padding fits with it.
     pub(crate) fn room_behind(&self, offset: u64) -> u64 {
         self.active.as_ref().map_or(0, |active| {
-            let at = file_offset(active.page.header.base_offset, offset);
-            active.capacity_bytes.saturating_sub(at)
+            let header = &active.page.header;
+            let size = active.capacity_bytes.saturating_sub(HEADER_PAGE_BYTES as u64);
+            let usable = size - size % u64::from(header.group_alignment);
+            usable.saturating_sub(offset.saturating_sub(header.base_offset))
         })
     }
 

@@ -1,0 +1,305 @@
+//! The one writer of a mirror: takes in a peer's header pages and batches, verbatim.
+//!
+//! Everything is verified before it is written: checksums, that it continues the mirror, the chain computed
+//! anew, that its records parse. What it writes is byte for byte what the origin's files hold, so `cmp`
+//! proves the copy: sealed segments whole, the active one up to the durable end.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{IngestError, OpenError, Poison, Refusal};
+use crate::format::batch::{BatchRef, Link};
+use crate::format::files::{Node, Role, Witness};
+use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
+use crate::format::sidecar::SegmentIndex;
+use crate::fs::Fs;
+use crate::journal::marker::Marker;
+use crate::journal::recovery::{self, RecoveryReport};
+use crate::journal::segments::Access;
+use crate::journal::writer::{Failure, Writer, checkpoint_of};
+use crate::journal::{Journal, Locked, read_node};
+use crate::options::JournalOptions;
+use crate::position::{Checkpoint, JournalId, NodeId};
+
+/// Writes a mirror. One owner; the mirror's readers use its [`Journal`].
+#[derive(Debug)]
+pub struct Ingest {
+    writer: Writer,
+    /// End of what has been written, durable or not.
+    end: Checkpoint,
+    /// What was written since the last sync, for the index.
+    unsynced: Vec<u8>,
+    witness: Option<Witness>,
+    poison: Option<Poison>,
+    report: RecoveryReport,
+}
+
+impl Ingest {
+    /// Opens a mirror, after recovery; `None` if there is none in `dir` yet.
+    ///
+    /// A mirror whose tail is damaged or lost sets it aside and goes on in front of it:
+    /// [`witness`](Self::witness) tells where it had been, and the rest is to be fetched again.
+    ///
+    /// # Errors
+    /// [`OpenError`]. Blocks for recovery.
+    pub fn open(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        options: &JournalOptions,
+    ) -> Result<Option<Self>, OpenError> {
+        if fs.list(dir).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            return Ok(None);
+        }
+        let locked = Locked::take(fs, dir)?;
+        locked.refuse_unfinished()?;
+        match read_node(&**fs, &locked.layout)? {
+            None if locked.has_segments()? => Err(OpenError::Copy { path: dir.to_owned() }),
+            None => Ok(None),
+            Some(node) if node.role != Role::Mirror => {
+                let (found, wanted) = (node.role, Role::Mirror);
+                Err(OpenError::Role { path: dir.to_owned(), found, wanted })
+            }
+            Some(node) => Self::recover(locked, node, options).map(Some),
+        }
+    }
+
+    /// Begins a mirror of `journal`.
+    ///
+    /// # Errors
+    /// [`OpenError::AlreadyExists`] if there is a journal or mirror; others of the file system.
+    pub fn create(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        journal: JournalId,
+        options: &JournalOptions,
+    ) -> Result<Self, OpenError> {
+        let locked = Locked::take(fs, dir)?;
+        if read_node(&**fs, &locked.layout)?.is_some() || locked.has_segments()? {
+            return Err(OpenError::AlreadyExists { path: dir.to_owned() });
+        }
+        let node = Node { role: Role::Mirror, node: NodeId::random(), journal };
+        locked.write_node(&node)?;
+        Self::recover(locked, node, options)
+    }
+
+    fn recover(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
+        options.check()?;
+        let fs = Arc::clone(&locked.fs);
+        let survey = recovery::survey(&*fs, &locked.layout, &node)?;
+        let reserve = 2 * options.group_bytes_max;
+        let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
+        let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
+        let page = recovered.kept.last().map(|kept| kept.page.clone());
+        let marker = Marker::new(recovered.mark, options.background_mark_sync);
+        let mut writer = Writer::new(locked, journal, marker);
+        if let Some(page) = page {
+            writer.resume(page)?;
+        }
+        Ok(Self {
+            end: writer.journal.end(),
+            writer,
+            unsynced: Vec::new(),
+            witness: recovered.witness,
+            poison: None,
+            report: recovered.report,
+        })
+    }
+
+    /// The reading side.
+    #[must_use]
+    pub const fn journal(&self) -> &Journal {
+        &self.writer.journal
+    }
+
+    /// The end of what has been written: what the next batch must continue. It may lie behind the durable
+    /// end until the next [`sync`](Self::sync).
+    #[must_use]
+    pub const fn end(&self) -> Checkpoint {
+        self.end
+    }
+
+    /// Where this mirror had been before it set a damaged tail aside; `None` once that place was passed
+    /// again. The origin must be compared with it too.
+    #[must_use]
+    pub const fn witness(&self) -> Option<Witness> {
+        self.witness
+    }
+
+    /// What opening found and did.
+    #[must_use]
+    pub const fn recovery_report(&self) -> &RecoveryReport {
+        &self.report
+    }
+
+    /// Takes in the header page of the next segment, in front of its first batch. Seals the segment before
+    /// it; a header behind which no batch has come is replaced. Blocks for a sync.
+    ///
+    /// # Errors
+    /// [`IngestError`]; after [`IngestError::Refused`] the mirror is as it was.
+    pub fn segment(&mut self, page: &[u8; HEADER_PAGE_BYTES]) -> Result<(), IngestError> {
+        self.check_poison()?;
+        let page = match SegmentPage::read(page) {
+            PageState::Valid { page, intact: true } => page,
+            PageState::Valid { .. } | PageState::Zero => {
+                return Err(self.refuse(Refusal::Page(crate::format::FormatError::Invalid("page"))));
+            }
+            PageState::Invalid(error) => return Err(self.refuse(Refusal::Page(error))),
+        };
+        let header = page.header;
+        if header.journal != self.end.journal {
+            return Err(self.refuse(Refusal::Journal(header.journal)));
+        }
+        let active = self.writer.page().map(|page| page.header);
+        let replaces = active.is_some_and(|active| active.base_offset == self.end.offset);
+        let number = match active {
+            Some(active) if replaces => active.number,
+            Some(active) => active.number + 1,
+            None => 0,
+        };
+        let links = header.number == number
+            && header.base_offset == self.end.offset
+            && header.base_position == self.end.position
+            && header.previous_chain == self.end.chain
+            && header.capacity_bytes >= HEADER_PAGE_BYTES as u64
+            && header.capacity_bytes <= 1 << 40;
+        if !links {
+            return Err(self.refuse(Refusal::SegmentLink));
+        }
+        if replaces {
+            return self.writer.replace_header(page).map_err(|failure| self.fail(failure));
+        }
+        self.sync()?;
+        // The origin may have prepared more than this disk holds, or lie about it: what is reserved here
+        // is bounded, and a segment that needs more grows.
+        let capacity_bytes = header.capacity_bytes.min(RESERVE_BYTES_MAX);
+        let spare = match self.writer.reserve(number, capacity_bytes) {
+            Ok(spare) => spare,
+            Err(failure) => return Err(self.fail(failure)),
+        };
+        let entered = (|| {
+            if active.is_some() {
+                self.writer.seal(self.witness)?;
+            }
+            self.writer.enter(spare, page)
+        })();
+        entered.map_err(|failure| self.fail(failure))
+    }
+
+    /// Takes in exactly one whole batch. It is written, and durable after the next [`sync`](Self::sync).
+    /// Returns the checkpoint at its end.
+    ///
+    /// # Errors
+    /// [`IngestError`]; after [`IngestError::Refused`] and [`IngestError::WitnessDiffers`] the mirror is as
+    /// it was.
+    pub fn batch(&mut self, bytes: &[u8]) -> Result<Checkpoint, IngestError> {
+        self.check_poison()?;
+        let Some(page) = self.writer.page() else { return Err(self.refuse(Refusal::NoSegment)) };
+        let (base, salt, digest) = (page.header.base_offset, page.header.salt, page.digest);
+        let batch = match BatchRef::decode(bytes, salt) {
+            Ok(batch) if batch.bytes().len() == bytes.len() => batch,
+            Ok(_) => {
+                let error = crate::format::FormatError::Invalid("bytes behind the batch");
+                return Err(self.refuse(Refusal::Batch(error)));
+            }
+            Err(error) => return Err(self.refuse(Refusal::Batch(error))),
+        };
+        let link =
+            Link { offset: self.end.offset, position: self.end.position, chain: self.end.chain };
+        let first = link.offset == base;
+        if !batch.continues(&link, first.then_some(&digest)) {
+            return Err(self.refuse(Refusal::BatchLink));
+        }
+        if let Err(error) = batch.check_records() {
+            return Err(self.refuse(Refusal::Batch(error)));
+        }
+        let end = checkpoint_of(&batch.header, self.end.journal);
+        self.check_witness(&end)?;
+        let offset = batch.header.offset;
+        self.writer.write(bytes, offset).map_err(|failure| self.fail(failure))?;
+        self.unsynced.extend_from_slice(bytes);
+        self.end = end;
+        Ok(end)
+    }
+
+    /// When the old end is passed, the same batch must end there again.
+    fn check_witness(&self, end: &Checkpoint) -> Result<(), IngestError> {
+        let Some(witness) = self.witness else { return Ok(()) };
+        let same = end.offset == witness.offset
+            && end.position == witness.position
+            && end.chain == witness.chain;
+        if end.offset < witness.offset || same {
+            return Ok(());
+        }
+        if self.end.offset >= witness.offset {
+            return Ok(()); // passed before, only not yet forgotten
+        }
+        Err(IngestError::WitnessDiffers { position: witness.position })
+    }
+
+    /// Makes everything that was taken in durable, and publishes it. Returns the durable end.
+    ///
+    /// # Errors
+    /// [`IngestError::Poisoned`].
+    pub fn sync(&mut self) -> Result<Checkpoint, IngestError> {
+        self.check_poison()?;
+        if self.end == self.writer.journal.end() {
+            return Ok(self.end);
+        }
+        self.writer.sync().map_err(|failure| self.fail(failure))?;
+        self.witness = self.witness.filter(|witness| witness.offset > self.end.offset);
+        let salt = self.writer.page().map_or(0, |page| page.header.salt);
+        let unsynced = std::mem::take(&mut self.unsynced);
+        self.writer.publish(self.end, self.witness, |index| add_all(index, &unsynced, salt));
+        self.unsynced = unsynced;
+        self.unsynced.clear();
+        Ok(self.end)
+    }
+
+    /// Syncs, and marks the mirror as cleanly closed.
+    ///
+    /// # Errors
+    /// [`IngestError::Poisoned`].
+    pub fn close(mut self) -> Result<(), IngestError> {
+        self.sync()?;
+        let closed = self.writer.close(self.witness);
+        closed.map_err(|error| IngestError::Poisoned(Poison(Arc::new(error))))
+    }
+
+    fn check_poison(&self) -> Result<(), IngestError> {
+        self.poison.clone().map_or(Ok(()), |poison| Err(IngestError::Poisoned(poison)))
+    }
+
+    fn refuse(&self, refusal: Refusal) -> IngestError {
+        IngestError::Refused { position: self.end.position, refusal }
+    }
+
+    fn fail(&mut self, failure: Failure) -> IngestError {
+        match failure {
+            Failure::DiskFull(error) => IngestError::DiskFull(error),
+            Failure::Fatal(error) => {
+                let poison = Poison(Arc::new(error));
+                self.poison = Some(poison.clone());
+                self.writer.journal.close_watch();
+                IngestError::Poisoned(poison)
+            }
+        }
+    }
+}
+
+impl Drop for Ingest {
+    fn drop(&mut self) {
+        self.writer.journal.close_watch();
+    }
+}
+
+/// How much of a segment is prepared ahead, at the most, on the word of a peer.
+const RESERVE_BYTES_MAX: u64 = 64 << 20;
+
+fn add_all(index: &mut SegmentIndex, bytes: &[u8], salt: u64) {
+    let mut rest = bytes;
+    while let Ok(batch) = BatchRef::decode(rest, salt) {
+        // It was verified when it was taken in: it parses.
+        index.add(&batch).ok();
+        rest = rest.get(batch.bytes().len()..).unwrap_or_default();
+    }
+}
