@@ -1,5 +1,10 @@
 //! Headwater
 pub mod codec;
+#[cfg(feature = "test-kit")]
+#[doc(hidden)]
+pub mod env;
+#[cfg(not(feature = "test-kit"))]
+mod env;
 pub mod error;
 pub mod event;
 pub mod format;

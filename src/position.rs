@@ -18,8 +18,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use uuid::Uuid;
-
 /// The number of events in front of a place in a journal.
 ///
 /// ```
@@ -127,7 +125,7 @@ impl JournalId {
     /// A new random id.
     #[must_use]
     pub fn random() -> Self {
-        Self(Uuid::new_v4().into_bytes())
+        Self(crate::env::random_id())
     }
 }
 
@@ -135,7 +133,7 @@ impl NodeId {
     /// A new random id.
     #[must_use]
     pub fn random() -> Self {
-        Self(Uuid::new_v4().into_bytes())
+        Self(crate::env::random_id())
     }
 }
 

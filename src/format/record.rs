@@ -158,7 +158,7 @@ fn texts<'a>(
 }
 
 /// Appends the record of `event` to `out`. The event has passed [`NewEvent::check`].
-pub(crate) fn encode(out: &mut Vec<u8>, event: &NewEvent, stream: &StreamId, revision: Revision) {
+pub fn encode(out: &mut Vec<u8>, event: &NewEvent, stream: &StreamId, revision: Revision) {
     let start = out.len();
     let mut fields = 0;
     fields |= if event.occurred_at_us.is_some() { HAS_OCCURRED_AT } else { 0 };

@@ -24,14 +24,27 @@ impl Lock for OsLock {}
 
 impl Fs for OsFs {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(dir)?;
-        // Also of directories that were there: an earlier attempt may have died in front of its sync, and
-        // a name that is lost takes everything below it along.
-        let dir = fs::canonicalize(dir)?;
-        for parent in dir.ancestors().skip(1) {
-            match self.sync_dir(parent) {
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => break,
-                synced => synced?,
+        let dir = std::path::absolute(dir)?;
+        let mut parents: Vec<&Path> = dir.ancestors().collect();
+        parents.reverse();
+        for pair in parents.windows(2) {
+            let [above, dir] = pair else { continue };
+            let missing = !dir.is_dir();
+            if missing {
+                fs::create_dir(dir)?;
+            }
+            // Also of directories that were there: an earlier attempt may have died in front of its sync,
+            // and a name that is lost takes everything below it along.
+            match self.sync_dir(above) {
+                Err(error) if !missing && error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => {
+                    if missing {
+                        // A failed sync can't be repeated: the next attempt has to make a new name.
+                        drop(fs::remove_dir(dir));
+                    }
+                    return Err(error);
+                }
+                Ok(()) => {}
             }
         }
         Ok(())

@@ -1129,13 +1129,17 @@ impl Fs for SimFs {
         let dir = key(dir);
         for dir in ancestors(&dir) {
             let above = parent(&dir);
-            if state.names.dir(&dir).is_err() {
-                state
-                    .call(Op::CreateDir, [digest(&dir), 0, 0], |state, _| state.create_dir(&dir))?;
+            let missing = state.names.dir(&dir).is_err();
+            if missing {
+                let args = [digest(&dir), 0, 0];
+                state.call(Op::CreateDir, args, |state, _| state.create_dir(&dir))?;
             }
-            state.call(Op::SyncDir, [digest(&above), 0, 0], |state, how| {
-                state.sync_dir(&above, how)
-            })?;
+            let args = [digest(&above), 0, 0];
+            let synced = state.call(Op::SyncDir, args, |state, how| state.sync_dir(&above, how));
+            if synced.is_err() && missing && state.down.is_none() {
+                state.names.remove_raw(&dir);
+            }
+            synced?;
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use crate::env::now_us;
 use crate::error::{AppendError, InvalidAppend, IoError, OpenError, Poison, ReadError};
 use crate::event::{EventId, ExpectedRevision, NewEvent, Recorded, Revision, StreamId};
 use crate::format::batch::{BATCH_HEADER_BYTES, BatchHeader, body_digest, padded_len};
@@ -32,7 +33,7 @@ use crate::journal::marker::Marker;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
 use crate::journal::writer::{Failure, Writer, checkpoint_of};
-use crate::journal::{Journal, Locked, new_incarnation, now_us, read_node};
+use crate::journal::{Journal, Locked, new_incarnation, read_node};
 use crate::options::JournalOptions;
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
@@ -315,7 +316,6 @@ impl Appender {
         }
         let node =
             Node { role: Role::Origin, node: NodeId::random(), journal: JournalId::random() };
-        locked.write_node(&node)?;
         Self::start(locked, node, options)
     }
 
@@ -367,8 +367,10 @@ impl Appender {
         Self::assemble(writer, options, recovered.epoch_next, recovered.report)
     }
 
-    /// Makes segment 0 of a new journal.
+    /// Makes `node` and segment 0 of a new journal. A `node` that an interrupted attempt left is written
+    /// again: the sync of its name may have failed.
     fn start(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
+        locked.write_node(&node)?;
         let fs = Arc::clone(&locked.fs);
         let survey = recovery::survey(&*fs, &locked.layout, &node)?;
         let reserve = 2 * options.group_bytes_max;

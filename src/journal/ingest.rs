@@ -78,7 +78,6 @@ impl Ingest {
             return Err(OpenError::AlreadyExists { path: dir.to_owned() });
         }
         let node = Node { role: Role::Mirror, node: NodeId::random(), journal };
-        locked.write_node(&node)?;
         Self::recover(locked, node, options)
     }
 
@@ -86,6 +85,10 @@ impl Ingest {
         options.check()?;
         let fs = Arc::clone(&locked.fs);
         let survey = recovery::survey(&*fs, &locked.layout, &node)?;
+        if survey.is_empty() {
+            // The sync of its name may have failed when it was begun.
+            locked.write_node(&node)?;
+        }
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;

@@ -52,7 +52,7 @@ impl Layout {
 
     /// A name in the quarantine that was never used.
     pub(crate) fn quarantined(&self, number: u64, what: &str) -> PathBuf {
-        let unique = fastrand::u64(..);
+        let unique = crate::env::random_u64();
         self.quarantine().join(format!("{number:016x}-{unique:016x}.{what}"))
     }
 }

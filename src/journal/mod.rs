@@ -566,12 +566,5 @@ fn read_node(fs: &dyn Fs, layout: &Layout) -> Result<Option<Node>, OpenError> {
 
 /// A random incarnation; never 0, which stands for "no batch yet".
 fn new_incarnation() -> Incarnation {
-    let [a, b, c, d, e, f, g, h, ..] = *JournalId::random().as_bytes();
-    Incarnation::new(u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1)
-}
-
-/// Microseconds since 1970, by the system's clock.
-fn now_us() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+    Incarnation::new(crate::env::random_u64())
 }

@@ -1,4 +1,6 @@
 //! The integration tests: behaviours as test names.
 #![allow(missing_docs, reason = "tests")]
 
+#[cfg(feature = "test-kit")]
+mod crash;
 mod journal;

@@ -1,0 +1,55 @@
+//! Time and randomness, from the system; under feature `test-kit` a thread can replace both by a seeded
+//! sequence, so that a simulated run can be repeated.
+
+use uuid::Uuid;
+
+/// Microseconds since 1970, by the system's clock. Information only: nothing is ordered by it.
+pub(crate) fn now_us() -> i64 {
+    #[cfg(feature = "test-kit")]
+    if let Some(value) = seeded::next() {
+        return (value >> 16) as i64;
+    }
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}
+
+/// Sixteen random bytes.
+pub(crate) fn random_id() -> [u8; 16] {
+    #[cfg(feature = "test-kit")]
+    if let (Some(a), Some(b)) = (seeded::next(), seeded::next()) {
+        return (u128::from(a) << 64 | u128::from(b)).to_le_bytes();
+    }
+    Uuid::new_v4().into_bytes()
+}
+
+/// A random number that isn't 0.
+pub(crate) fn random_u64() -> u64 {
+    #[cfg(feature = "test-kit")]
+    if let Some(value) = seeded::next() {
+        return value | 1;
+    }
+    // Two halves, because some bits of a version-4 UUID are fixed.
+    let (high, low) = Uuid::new_v4().as_u64_pair();
+    (high ^ low.rotate_left(17)) | 1
+}
+
+#[cfg(feature = "test-kit")]
+mod seeded {
+    use std::cell::RefCell;
+
+    thread_local! {
+        static RNG: RefCell<Option<fastrand::Rng>> = const { RefCell::new(None) };
+    }
+
+    /// Makes time and randomness of this thread follow from `seed`; `None` gives them back to the system.
+    pub fn seed(seed: Option<u64>) {
+        RNG.set(seed.map(fastrand::Rng::with_seed));
+    }
+
+    pub(super) fn next() -> Option<u64> {
+        RNG.with_borrow_mut(|rng| rng.as_mut().map(|rng| rng.u64(..)))
+    }
+}
+
+#[cfg(feature = "test-kit")]
+pub use seeded::seed;
