@@ -355,6 +355,19 @@ pub enum AppendError {
     /// An earlier write or sync failed. Certainly not written.
     #[error(transparent)]
     Poisoned(Poison),
+    /// A view remembers events that the journal has lost. Certainly not written.
+    #[error(
+        "view {view} has applied the journal up to position {applied}, but the journal ends at {end}: its \
+         tail is lost"
+    )]
+    LostTail {
+        /// The view.
+        view: &'static str,
+        /// How far the view has got.
+        applied: Position,
+        /// Where the journal ends.
+        end: Position,
+    },
     /// The store was closed. Certainly not written.
     #[error("the store is closed")]
     Closed,
@@ -404,6 +417,7 @@ impl AppendError {
             Self::DiskFull(_) => "append.disk_full",
             Self::Unknown(_) => "append.unknown",
             Self::Poisoned(_) => "append.poisoned",
+            Self::LostTail { .. } => "append.lost_tail",
             Self::Closed => "append.closed",
             Self::Read(_) => "append.read",
         }
@@ -426,9 +440,18 @@ impl AppendError {
                 "open the store again and append the same events under the same ids"
             }
             Self::Poisoned(_) => "check the device, then open the store again",
+            Self::LostTail { .. } => {
+                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"
+            }
             Self::Closed => "open the store again",
             Self::Read(_) => "see the cause; nothing was written",
         }
+    }
+
+    /// Whether it is this view that remembers what the journal has lost.
+    #[cfg(feature = "views")]
+    pub(crate) fn is_remembered_by(&self, name: &str) -> bool {
+        matches!(self, Self::LostTail { view, .. } if *view == name)
     }
 
     /// Whether the events were certainly not written.

@@ -1,4 +1,56 @@
-//! Headwater
+//! Headwater: each service embeds its own database, and that database is its event journal.
+//!
+//! ```text
+//!   service A                                            service B
+//!   Store::append ─▶ journal ──▶ views                    views ◀── mirror of A's journal
+//!                       ╰──────── serve ═══ TCP ═══ mirror ────────────╯
+//! ```
+//! - The **journal** ([`journal`]) is the only source of truth: append-only, checksummed, chained. When
+//!   [`Store::append`] returns, the events are durable.
+//! - **Views** (`view`, feature `views`) are rows folded from the journal, in RocksDB. Delete them, and they
+//!   come back.
+//! - **Shipping** (`shipping`, feature `shipping`): a service follows another's journal *by address* into a
+//!   local mirror, byte for byte, and folds its own views from it. The owner can be down and the follower
+//!   still answers. There is no broker and no coordinator.
+//!
+//! It is not a broker, not a consensus system and not a general-purpose database: one process writes a
+//! journal, others follow it.
+//!
+//! ```
+//! use headwater::{Append, ExpectedRevision, NewEvent, Position, Store, StreamId};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! let store = Store::create(dir.path().join("orders"))?;
+//! let order = StreamId::new("order-7")?;
+//! let placed = NewEvent::json("order.placed", &serde_json::json!({ "total_cents": 1250 }))?;
+//! store.append(&Append::to(&order, ExpectedRevision::NoStream, [placed]))?;
+//!
+//! let events = store.read_all(Position::START)?.collect::<Result<Vec<_>, _>>()?;
+//! assert_eq!(events[0].stream(), &order);
+//! store.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Features
+//! | feature | default | what it adds | what it needs |
+//! |---|---|---|---|
+//! | `views` | yes | views | a C++ compiler and libclang, for RocksDB |
+//! | `shipping` | yes | serving and mirroring | sockets |
+//! | `cli` | no | the program `headwater` | |
+//!
+//! Without default features there is the journal alone, without C++ and without sockets.
+//!
+//! # Where to look
+//! | module | what is in it |
+//! |---|---|
+//! | [`store`] | what a service opens; wires the parts |
+//! | [`journal`] | appending, reading, recovery |
+//! | `view` | rows folded from events |
+//! | `shipping` | origins and mirrors |
+//! | [`format`](mod@format) | the bytes, as specified in `docs/format.md` |
+//! | [`fs`] | the disk seam |
+//! | [`event`], [`position`], [`codec`] | the words that all others use |
+
 pub mod codec;
 #[cfg(feature = "test-kit")]
 #[doc(hidden)]
@@ -11,12 +63,33 @@ pub mod format;
 pub mod fs;
 pub mod journal;
 pub mod options;
+#[cfg(feature = "test-kit")]
+#[doc(hidden)]
 pub mod planted;
+#[cfg(not(feature = "test-kit"))]
+mod planted;
 pub mod position;
+#[cfg(feature = "shipping")]
+pub mod shipping;
 pub mod store;
-pub use error::*;
-pub use event::*;
-pub use journal::*;
-pub use options::*;
-pub use position::*;
-pub use store::*;
+#[cfg(feature = "views")]
+pub mod view;
+
+pub use error::{
+    AppendError, Corruption, CorruptionKind, IngestError, InvalidAppend, IoError, OpenError, Poison,
+    ReadError, Refusal,
+};
+pub use event::{
+    EncodeError, Event, EventId, EventKind, EventKindRef, EventType, ExpectedRevision,
+    InvalidEvent, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
+};
+pub use journal::{
+    Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Events, Ingest, Item, Journal,
+    Placed, Receipt, RecoveryReport, SegmentInfo, StreamEvents, Subscription, TokenState,
+};
+pub use options::JournalOptions;
+pub use position::{
+    Chain, Checkpoint, Incarnation, InvalidId, InvalidToken, JournalId, Locator, NodeId, Position,
+    Token,
+};
+pub use store::{Store, StoreBuilder};

@@ -231,6 +231,12 @@ impl Checkpoint {
         out
     }
 
+    /// The token of everything in front of this checkpoint: a view that has honoured it has applied as much.
+    #[must_use]
+    pub const fn token(&self) -> Token {
+        Token { journal: self.journal, incarnation: self.incarnation, position: self.position }
+    }
+
     /// Reads what [`to_bytes`](Self::to_bytes) wrote; `None` if the four last bytes aren't zero.
     #[must_use]
     pub fn from_bytes(bytes: &[u8; Self::ENCODED_LEN]) -> Option<Self> {

@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/journal/          the journal: all there is to lose
 //! DIR/views/            views of the own journal: delete them, they come back
-//! DIR/mirrors/NAME/     mirrors of peers' journals, and under `views/` their views
+//! DIR/mirrors/NAME/     a mirror of a peer's journal in `journal/`, and its views in `views/`
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -19,6 +19,13 @@ use crate::journal::{
 };
 use crate::options::JournalOptions;
 use crate::position::Position;
+#[cfg(feature = "shipping")]
+use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
+#[cfg(feature = "views")]
+use crate::view::{View, ViewError, ViewHandle, ViewOptions};
+
+/// The folder of a journal's views, beside the journal.
+const VIEWS: &str = "views";
 
 /// A service's database: its event journal, and what follows it. Cheap to clone; all clones are one store.
 ///
@@ -45,11 +52,14 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     dir: PathBuf,
-    #[cfg(any(feature = "views", feature = "shipping"))]
+    #[cfg(feature = "shipping")]
     options: JournalOptions,
     #[cfg(feature = "shipping")]
     fs: Arc<dyn Fs>,
     appender: Appender,
+    /// A view remembers events that the journal has lost: nothing is appended until that is settled.
+    #[cfg(feature = "views")]
+    lost_tail: parking_lot::RwLock<Option<AppendError>>,
 }
 
 /// How to open a store; see [`Store::builder`].
@@ -113,6 +123,10 @@ impl Store {
     /// # Errors
     /// [`AppendError`]; every one but [`AppendError::Unknown`] means that nothing was written.
     pub fn append(&self, append: &Append) -> Result<Appended, AppendError> {
+        #[cfg(feature = "views")]
+        if let Some(error) = &*self.inner.lost_tail.read() {
+            return Err(error.clone());
+        }
         self.inner.appender.append(append)
     }
 
@@ -148,6 +162,128 @@ impl Store {
     /// [`ReadError`].
     pub fn subscribe(&self, from: Position) -> Result<Subscription, ReadError> {
         self.journal().subscribe(from)
+    }
+
+    /// Opens a view of the store's own journal, creating it if there is none, and begins to follow the
+    /// journal in a thread of its own. Returns as soon as the stored rows can be read.
+    ///
+    /// # Errors
+    /// [`ViewError`]. After [`ViewError::LostTail`] (the view remembers events that the journal has lost)
+    /// the store refuses appends, until the journal was restored or the view is opened with
+    /// [`LostTail::SetAside`](crate::view::LostTail::SetAside).
+    #[cfg(feature = "views")]
+    pub fn view<V: View>(&self, view: V) -> Result<ViewHandle<V>, ViewError> {
+        self.view_with(view, ViewOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ViewError`], as [`view`](Self::view).
+    #[cfg(feature = "views")]
+    pub fn view_with<V: View>(
+        &self,
+        view: V,
+        options: ViewOptions,
+    ) -> Result<ViewHandle<V>, ViewError> {
+        let opened = crate::view::open(&self.inner.dir.join(VIEWS), self.journal().clone(), view, options);
+        let mut lost_tail = self.inner.lost_tail.write();
+        match &opened {
+            Err(ViewError::LostTail { checkpoint, end, .. }) => {
+                let (view, applied, end) = (V::NAME, checkpoint.position, *end);
+                *lost_tail = Some(AppendError::LostTail { view, applied, end });
+            }
+            Ok(_) if lost_tail.as_ref().is_some_and(|lost| lost.is_remembered_by(V::NAME)) => {
+                *lost_tail = None;
+            }
+            _ => {}
+        }
+        opened
+    }
+
+    /// Opens a view of a mirrored journal: get it from [`Mirror::wait_ready`]. The view's rows lie beside
+    /// the mirror.
+    ///
+    /// # Errors
+    /// [`ViewError`].
+    #[cfg(all(feature = "views", feature = "shipping"))]
+    pub fn view_of<V: View>(&self, journal: &Journal, view: V) -> Result<ViewHandle<V>, ViewError> {
+        self.view_of_with(journal, view, ViewOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ViewError`].
+    #[cfg(all(feature = "views", feature = "shipping"))]
+    pub fn view_of_with<V: View>(
+        &self,
+        journal: &Journal,
+        view: V,
+        options: ViewOptions,
+    ) -> Result<ViewHandle<V>, ViewError> {
+        if journal.node() == self.journal().node() {
+            return self.view_with(view, options);
+        }
+        let beside = journal.dir().parent().unwrap_or(&self.inner.dir);
+        crate::view::open(&beside.join(VIEWS), journal.clone(), view, options)
+    }
+
+    /// Serves the journal to mirrors in other services, at an address of the loopback (the connection is
+    /// not encrypted), until the returned [`Server`] is shut down or dropped. Port 0 asks for a free one.
+    ///
+    /// # Errors
+    /// [`ServeError`]; nothing listens then.
+    #[cfg(feature = "shipping")]
+    pub fn serve(&self, address: impl std::net::ToSocketAddrs) -> Result<Server, ServeError> {
+        self.serve_with(address, ServeOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ServeError`]; nothing listens then.
+    #[cfg(feature = "shipping")]
+    pub fn serve_with(
+        &self,
+        address: impl std::net::ToSocketAddrs,
+        options: ServeOptions,
+    ) -> Result<Server, ServeError> {
+        crate::shipping::serve(self.journal().clone(), address, options)
+    }
+
+    /// Follows the journal that another service serves at `address` into the mirror `name`, which is
+    /// created if there is none. The address is kept as it is and resolved before every attempt; the other
+    /// service needs not be there. `name` is 1 to 64 of `a-z`, `0-9`, `-` and `_`.
+    ///
+    /// # Errors
+    /// [`ShippingError`] if the mirror can't be opened; whatever happens on the way to the origin is told by
+    /// [`Mirror::status`] and retried.
+    #[cfg(feature = "shipping")]
+    pub fn mirror(&self, name: &str, address: impl Into<String>) -> Result<Mirror, ShippingError> {
+        let journal = self.inner.options.clone();
+        self.mirror_with(name, address, FollowOptions { journal, ..FollowOptions::default() })
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ShippingError`] if the mirror can't be opened.
+    #[cfg(feature = "shipping")]
+    pub fn mirror_with(
+        &self,
+        name: &str,
+        address: impl Into<String>,
+        options: FollowOptions,
+    ) -> Result<Mirror, ShippingError> {
+        let allowed = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '-' | '_');
+        if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
+            let reason = "must be 1 to 64 of a-z, 0-9, - and _";
+            let invalid = OpenError::InvalidOption { option: "mirror name", reason };
+            return Err(ShippingError::Open(Arc::new(invalid)));
+        }
+        let dir = self.inner.dir.join("mirrors").join(name).join("journal");
+        crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, address, options)
     }
 
     /// The store's directory.
@@ -218,11 +354,13 @@ impl StoreBuilder {
         Ok(Store {
             inner: Arc::new(Inner {
                 dir,
-                #[cfg(any(feature = "views", feature = "shipping"))]
+                #[cfg(feature = "shipping")]
                 options,
                 #[cfg(feature = "shipping")]
                 fs,
                 appender,
+                #[cfg(feature = "views")]
+                lost_tail: parking_lot::RwLock::new(None),
             }),
         })
     }
@@ -230,5 +368,5 @@ impl StoreBuilder {
 
 /// Whether views of the own journal exist: then there were events, and an empty journal is a loss.
 fn remembered(fs: &Arc<dyn Fs>, dir: &Path) -> bool {
-    fs.list(&dir.join("views")).is_ok_and(|names| !names.is_empty())
+    fs.list(&dir.join(VIEWS)).is_ok_and(|names| !names.is_empty())
 }
