@@ -509,12 +509,13 @@ pub struct Recorded<E = Vec<u8>> {
     data: E,
 }
 
-impl Recorded {
-    pub(crate) fn from_record(
+impl<E> Recorded<E> {
+    pub(crate) fn from_record_with(
         record: &RecordRef<'_>,
         journal: JournalId,
         position: Position,
         recorded_at_us: i64,
+        data: E,
     ) -> Self {
         Self {
             locator: Locator { journal, position },
@@ -531,8 +532,19 @@ impl Recorded {
             causation: record.causation,
             occurred_at_us: record.occurred_at_us,
             metadata: record.metadata().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
-            data: record.payload.to_vec(),
+            data,
         }
+    }
+}
+
+impl Recorded {
+    pub(crate) fn from_record(
+        record: &RecordRef<'_>,
+        journal: JournalId,
+        position: Position,
+        recorded_at_us: i64,
+    ) -> Self {
+        Self::from_record_with(record, journal, position, recorded_at_us, record.payload.to_vec())
     }
 
     /// Decodes the payload as `E`; `None` if the event is of none of its types.

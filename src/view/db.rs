@@ -1,0 +1,703 @@
+//! One generation of a view in RocksDB. The only place that names rocksdb.
+//!
+//! ```text
+//! key                            value
+//! 00 'i'                         identity: layout u32 │ version u32 │ name        (little-endian)
+//! 00 'p' journal id 16           progress: checkpoint 64 │ skipped events u64
+//! 01 key of the row              the row, encoded by the codec
+//! 02 …                           reserved: indexes
+//! 03 …                           reserved: parked events
+//! ```
+//!
+//! Invariants:
+//! - Rows and the progress that they are of go through one write batch. There is no write-ahead log: the
+//!   journal is that log.
+//! - There is one column family and one writing thread, so memtables reach the disk in the order in which
+//!   they were written, and a crash leaves what a prefix of the write batches wrote, its progress included.
+//!   `unordered_write`, several column families without atomic flush, and files ingested or deleted beside
+//!   the writes would each break that; none is used.
+//! - A database holds an identity and a progress from its first write on, or it is empty.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use rocksdb::{
+    BlockBasedOptions, Cache, DB, DBCompressionType, DBRawIterator, FlushOptions, LogLevel, Options,
+    ReadOptions, ReadTier, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
+};
+
+use crate::format::Decoder;
+use crate::position::{Checkpoint, JournalId};
+
+/// Version of the layout above.
+const LAYOUT: u32 = 1;
+const META: u8 = 0x00;
+const ROWS: u8 = 0x01;
+const IDENTITY: &[u8] = &[META, b'i'];
+const PROGRESS: &[u8] = &[META, b'p'];
+const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 8;
+
+/// Rows reach the disk in files of about this size.
+const WRITE_BUFFER_BYTES: usize = 32 << 20;
+const WRITE_BUFFERS_MAX: i32 = 3;
+const BLOCK_BYTES: usize = 16 << 10;
+const BLOOM_BITS_PER_KEY: f64 = 10.0;
+const OPEN_FILES_MAX: i32 = 256;
+const CACHE_BYTES_DEFAULT: usize = 64 << 20;
+const WRITE_BUFFERS_BYTES_DEFAULT: usize = 128 << 20;
+
+/// Memory that views share: a cache of blocks read, and a budget for rows that aren't on disk yet.
+///
+/// Clones share it. All views of a process share one of 64 and 128 MiB unless they are given another.
+#[derive(Clone)]
+pub struct ViewMemory {
+    cache: Cache,
+    write_buffers: WriteBufferManager,
+}
+
+impl ViewMemory {
+    /// A block cache of `cache_bytes`, and memory for unwritten rows of about `write_buffers_bytes`.
+    #[must_use]
+    pub fn new(cache_bytes: usize, write_buffers_bytes: usize) -> Self {
+        Self {
+            cache: Cache::new_lru_cache(cache_bytes),
+            write_buffers: WriteBufferManager::new_write_buffer_manager(write_buffers_bytes, false),
+        }
+    }
+}
+
+impl Default for ViewMemory {
+    fn default() -> Self {
+        static SHARED: LazyLock<ViewMemory> =
+            LazyLock::new(|| ViewMemory::new(CACHE_BYTES_DEFAULT, WRITE_BUFFERS_BYTES_DEFAULT));
+        SHARED.clone()
+    }
+}
+
+impl std::fmt::Debug for ViewMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ViewMemory")
+            .field("cache_used_bytes", &self.cache.get_usage())
+            .field("write_buffers_used_bytes", &self.write_buffers.get_usage())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The database of a view failed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{}: {action} failed: {cause}", path.display())]
+pub struct StorageError {
+    action: &'static str,
+    path: PathBuf,
+    #[source]
+    cause: StorageCause,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+enum StorageCause {
+    #[error(transparent)]
+    RocksDb(rocksdb::Error),
+    #[error("{0}")]
+    Damaged(&'static str),
+    #[error("layout {layout} is not known to this version")]
+    Layout { layout: u32 },
+}
+
+/// What is to be done about a [`StorageError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StorageErrorKind {
+    /// The database is damaged.
+    Damaged,
+    /// It is open already.
+    InUse,
+    /// There is no space left.
+    DiskFull,
+    /// Written by a later version.
+    Unsupported,
+    /// A file operation failed in another way.
+    Other,
+}
+
+impl StorageError {
+    /// The database's directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What kind of failure it is.
+    #[must_use]
+    pub fn kind(&self) -> StorageErrorKind {
+        match &self.cause {
+            StorageCause::Damaged(_) => StorageErrorKind::Damaged,
+            StorageCause::Layout { .. } => StorageErrorKind::Unsupported,
+            StorageCause::RocksDb(error) => kind_of(error),
+        }
+    }
+
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self.kind() {
+            StorageErrorKind::Damaged => "view_storage.damaged",
+            StorageErrorKind::InUse => "view_storage.in_use",
+            StorageErrorKind::DiskFull => "view_storage.disk_full",
+            StorageErrorKind::Unsupported => "view_storage.unsupported",
+            StorageErrorKind::Other => "view_storage.other",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self.kind() {
+            StorageErrorKind::Damaged => {
+                "close the view, move its directory away and open it again: it is built anew from the journal"
+            }
+            StorageErrorKind::InUse => "close the other handle, or stop the other process",
+            StorageErrorKind::DiskFull => "free disk space and open the view again",
+            StorageErrorKind::Unsupported => {
+                "open it with the version that wrote it, or move its directory away to build it anew"
+            }
+            StorageErrorKind::Other => "see the cause; opening the view again is safe",
+        }
+    }
+}
+
+/// RocksDB says what failed in words only.
+fn kind_of(error: &rocksdb::Error) -> StorageErrorKind {
+    let message: &str = error.as_ref();
+    match error.kind() {
+        rocksdb::ErrorKind::Corruption => StorageErrorKind::Damaged,
+        rocksdb::ErrorKind::IOError if message.contains("/LOCK:") => StorageErrorKind::InUse,
+        rocksdb::ErrorKind::IOError if message.contains("No space left") => StorageErrorKind::DiskFull,
+        _ => StorageErrorKind::Other,
+    }
+}
+
+/// How far a generation has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// The next event to be applied.
+    pub(super) checkpoint: Checkpoint,
+    /// How many of the events in front of it were of types that the view doesn't know.
+    pub(super) skipped_events: u64,
+}
+
+impl Progress {
+    fn to_bytes(self) -> [u8; PROGRESS_BYTES] {
+        let mut out = [0; PROGRESS_BYTES];
+        let (checkpoint, skipped) = out.split_at_mut(Checkpoint::ENCODED_LEN);
+        checkpoint.copy_from_slice(&self.checkpoint.to_bytes());
+        skipped.copy_from_slice(&self.skipped_events.to_le_bytes());
+        out
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut input = Decoder::new(bytes);
+        let checkpoint = Checkpoint::from_bytes(&input.array().ok()?)?;
+        let skipped_events = input.u64().ok()?;
+        input.rest().is_empty().then_some(Self { checkpoint, skipped_events })
+    }
+}
+
+/// The key under which a row lies in the database.
+pub(super) fn row_key(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut key = vec![ROWS];
+    encode(&mut key);
+    key
+}
+
+/// The keys of all rows.
+pub(super) fn all_rows() -> Range<Vec<u8>> {
+    vec![ROWS]..vec![ROWS + 1]
+}
+
+/// The first byte string behind all that begin with `prefix`.
+pub(super) fn behind_prefix(prefix: &[u8]) -> Vec<u8> {
+    let mut end = prefix.to_vec();
+    while let Some(byte) = end.pop() {
+        if let Some(next) = byte.checked_add(1) {
+            end.push(next);
+            break;
+        }
+    }
+    end
+}
+
+fn progress_key(journal: JournalId) -> Vec<u8> {
+    [PROGRESS, journal.as_bytes()].concat()
+}
+
+/// What is written together, or not at all.
+pub(super) struct Writes(WriteBatch);
+
+impl Writes {
+    pub(super) fn new() -> Self {
+        Self(WriteBatch::default())
+    }
+
+    pub(super) fn put_row(&mut self, key: &[u8], row: &[u8]) {
+        self.0.put(key, row);
+    }
+
+    pub(super) fn delete_row(&mut self, key: &[u8]) {
+        self.0.delete(key);
+    }
+}
+
+/// One generation.
+pub(super) struct Db {
+    db: DB,
+    path: PathBuf,
+    write_options: WriteOptions,
+}
+
+impl Db {
+    /// Opens the database at `path`, creating it if there is none.
+    pub(super) fn open(path: &Path, memory: &ViewMemory) -> Result<Self, StorageError> {
+        let db = DB::open(&options(memory), path).map_err(|error| StorageError {
+            action: "opening the view's database",
+            path: path.to_owned(),
+            cause: StorageCause::RocksDb(error),
+        })?;
+        let mut write_options = WriteOptions::default();
+        write_options.disable_wal(true);
+        Ok(Self { db, path: path.to_owned(), write_options })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How far the generation has got; an empty one is marked as `name`'s and begins at `start`.
+    pub(super) fn begin(
+        &self,
+        name: &str,
+        version: u32,
+        start: Progress,
+    ) -> Result<Progress, StorageError> {
+        const ACTION: &str = "reading the view's identity";
+        let identity = [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat();
+        let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
+        match found {
+            Some(found) if found == identity => self.stored_progress(),
+            Some(found) => Err(self.failure(ACTION, wrong_identity(&found))),
+            None if self.is_empty()? => {
+                let mut writes = Writes::new();
+                writes.0.put(IDENTITY, &identity);
+                self.write(writes, &start)?;
+                Ok(start)
+            }
+            None => Err(self.damaged(ACTION, "rows without an identity")),
+        }
+    }
+
+    fn is_empty(&self) -> Result<bool, StorageError> {
+        let mut scan = self.latest().scan(Vec::new()..vec![0xff]);
+        Ok(scan.next().transpose()?.is_none())
+    }
+
+    fn stored_progress(&self) -> Result<Progress, StorageError> {
+        const ACTION: &str = "reading the view's checkpoint";
+        let mut scan = self.latest().scan(PROGRESS.to_vec()..behind_prefix(PROGRESS));
+        let Some((_, bytes)) = scan.next().transpose()? else {
+            return Err(self.damaged(ACTION, "rows without a checkpoint"));
+        };
+        if scan.next().transpose()?.is_some() {
+            return Err(self.damaged(ACTION, "checkpoints of several journals"));
+        }
+        self.progress_from(&bytes)
+    }
+
+    fn progress_from(&self, bytes: &[u8]) -> Result<Progress, StorageError> {
+        const ACTION: &str = "reading the view's checkpoint";
+        Progress::from_bytes(bytes).ok_or_else(|| self.damaged(ACTION, "an invalid checkpoint"))
+    }
+
+    /// The checkpoint that a crash would leave; `None` if it would leave nothing.
+    pub(super) fn durable(&self, journal: JournalId) -> Result<Option<Checkpoint>, StorageError> {
+        let mut options = ReadOptions::default();
+        options.set_read_tier(ReadTier::Persisted);
+        let found = self
+            .db
+            .get_pinned_opt(progress_key(journal), &options)
+            .map_err(|error| self.failed("reading the durable checkpoint", error))?;
+        found.map(|bytes| self.progress_from(&bytes)).transpose().map(|it| it.map(|p| p.checkpoint))
+    }
+
+    /// The rows under `keys`, in their order.
+    pub(super) fn rows<'k>(
+        &self,
+        keys: impl Iterator<Item = &'k [u8]>,
+    ) -> Result<Vec<Option<Vec<u8>>>, StorageError> {
+        self.db
+            .multi_get(keys)
+            .into_iter()
+            .map(|row| row.map_err(|error| self.failed("reading rows", error)))
+            .collect()
+    }
+
+    /// Writes rows and the progress that they are of. Visible at once; durable some time after.
+    pub(super) fn write(&self, writes: Writes, progress: &Progress) -> Result<(), StorageError> {
+        let Writes(mut batch) = writes;
+        batch.put(progress_key(progress.checkpoint.journal), progress.to_bytes());
+        self.db
+            .write_opt(batch, &self.write_options)
+            .map_err(|error| self.failed("writing rows and checkpoint", error))
+    }
+
+    /// Begins to make durable what was written, and waits for it if asked to.
+    pub(super) fn flush(&self, wait: bool) -> Result<(), StorageError> {
+        let mut options = FlushOptions::default();
+        options.set_wait(wait);
+        self.db.flush_opt(&options).map_err(|error| self.failed("flushing", error))
+    }
+
+    /// A reader of what is there at each read.
+    pub(super) fn latest(&self) -> Reader<'_> {
+        Reader { db: self, snapshot: None }
+    }
+
+    /// A reader of what is there now.
+    pub(super) fn snapshot(&self) -> Reader<'_> {
+        Reader { db: self, snapshot: Some(self.db.snapshot()) }
+    }
+
+    fn failed(&self, action: &'static str, error: rocksdb::Error) -> StorageError {
+        self.failure(action, StorageCause::RocksDb(error))
+    }
+
+    fn damaged(&self, action: &'static str, what: &'static str) -> StorageError {
+        self.failure(action, StorageCause::Damaged(what))
+    }
+
+    fn failure(&self, action: &'static str, cause: StorageCause) -> StorageError {
+        StorageError { action, path: self.path.clone(), cause }
+    }
+}
+
+fn wrong_identity(found: &[u8]) -> StorageCause {
+    match Decoder::new(found).u32() {
+        Ok(layout) if layout > LAYOUT => StorageCause::Layout { layout },
+        _ => StorageCause::Damaged("the identity of another view"),
+    }
+}
+
+fn options(memory: &ViewMemory) -> Options {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(&memory.cache);
+    blocks.set_block_size(BLOCK_BYTES);
+    blocks.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
+    blocks.set_cache_index_and_filter_blocks(true);
+    blocks.set_pin_l0_filter_and_index_blocks_in_cache(true);
+
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.set_paranoid_checks(true);
+    options.set_block_based_table_factory(&blocks);
+    options.set_compression_type(DBCompressionType::Lz4);
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_max_write_buffer_number(WRITE_BUFFERS_MAX);
+    options.set_write_buffer_manager(&memory.write_buffers);
+    options.set_max_open_files(OPEN_FILES_MAX);
+    options.set_skip_stats_update_on_db_open(true);
+    // The defaults, said aloud: the prefix property rests on them.
+    options.set_unordered_write(false);
+    options.set_enable_pipelined_write(false);
+    options.set_inplace_update_support(false);
+    options.set_allow_concurrent_memtable_write(false);
+    // Its own log is for experts: keep it short.
+    options.set_log_level(LogLevel::Warn);
+    options.set_keep_log_file_num(2);
+    options.set_stats_dump_period_sec(0);
+    options.set_stats_persist_period_sec(0);
+    options
+}
+
+/// Reads a generation, at each read or as of one moment.
+pub(super) struct Reader<'a> {
+    db: &'a Db,
+    snapshot: Option<Snapshot<'a>>,
+}
+
+impl<'a> Reader<'a> {
+    fn options(&self) -> ReadOptions {
+        let mut options = ReadOptions::default();
+        if let Some(snapshot) = &self.snapshot {
+            options.set_snapshot(snapshot);
+        }
+        options
+    }
+
+    fn get(&self, key: &[u8]) -> Result<Option<impl AsRef<[u8]> + use<'a>>, StorageError> {
+        let failed = |error| self.db.failed("reading a row", error);
+        self.db.db.get_pinned_opt(key, &self.options()).map_err(failed)
+    }
+
+    /// The row under `key`.
+    pub(super) fn row(
+        &self,
+        key: &[u8],
+    ) -> Result<Option<impl AsRef<[u8]> + use<'a>>, StorageError> {
+        self.get(key)
+    }
+
+    /// The checkpoint that the rows are of.
+    pub(super) fn checkpoint(&self, journal: JournalId) -> Result<Checkpoint, StorageError> {
+        match self.get(&progress_key(journal))? {
+            Some(bytes) => Ok(self.db.progress_from(bytes.as_ref())?.checkpoint),
+            None => Err(self.db.damaged("reading the view's checkpoint", "it is missing")),
+        }
+    }
+
+    /// The entries with keys in `range`, in order, as of now or the reader's moment.
+    pub(super) fn scan(&self, range: Range<Vec<u8>>) -> Scan<'a> {
+        let mut options = self.options();
+        options.set_iterate_upper_bound(range.end);
+        let mut entries = self.db.db.raw_iterator_opt(options);
+        entries.seek(range.start);
+        Scan { db: self.db, entries, state: ScanState::AtNext }
+    }
+}
+
+/// Entries in the order of their keys; see [`Reader::scan`]. An error ends it.
+pub(super) struct Scan<'a> {
+    db: &'a Db,
+    entries: DBRawIterator<'a>,
+    state: ScanState,
+}
+
+enum ScanState {
+    AtNext,
+    AtReturned,
+    Ended,
+}
+
+impl Scan<'_> {
+    fn entry(&mut self) -> Result<Option<(Box<[u8]>, Box<[u8]>)>, rocksdb::Error> {
+        if matches!(self.state, ScanState::AtReturned) {
+            self.entries.next();
+        }
+        let entry = self.entries.item().map(|(key, value)| (key.into(), value.into()));
+        if entry.is_none() {
+            self.entries.status()?;
+        }
+        Ok(entry)
+    }
+}
+
+impl Iterator for Scan<'_> {
+    type Item = Result<(Box<[u8]>, Box<[u8]>), StorageError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if matches!(self.state, ScanState::Ended) {
+            return None;
+        }
+        match self.entry() {
+            Ok(Some(entry)) => {
+                self.state = ScanState::AtReturned;
+                Some(Ok(entry))
+            }
+            Ok(None) => {
+                self.state = ScanState::Ended;
+                None
+            }
+            Err(error) => {
+                self.state = ScanState::Ended;
+                Some(Err(self.db.failed("reading rows", error)))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::{Chain, Incarnation, Position};
+    use proptest::prelude::*;
+
+    const JOURNAL: JournalId = JournalId::from_bytes([7; 16]);
+
+    fn progress(position: u64) -> Progress {
+        Progress {
+            checkpoint: Checkpoint {
+                journal: JOURNAL,
+                epoch: 3,
+                incarnation: Incarnation::new(9),
+                offset: position * 64,
+                position: Position::new(position),
+                chain: Chain::from_bytes([5; 16]),
+            },
+            skipped_events: position / 2,
+        }
+    }
+
+    fn open(path: &Path) -> Db {
+        Db::open(path, &ViewMemory::new(1 << 20, 1 << 20)).unwrap()
+    }
+
+    fn begun(path: &Path) -> Db {
+        let db = open(path);
+        db.begin("orders", 1, progress(0)).unwrap();
+        db
+    }
+
+    fn put(db: &Db, key: &str, row: &str, position: u64) {
+        let mut writes = Writes::new();
+        writes.put_row(&row_key(|out| out.extend_from_slice(key.as_bytes())), row.as_bytes());
+        db.write(writes, &progress(position)).unwrap();
+    }
+
+    fn rows(reader: &Reader<'_>) -> Vec<(String, String)> {
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        let entry = |entry: Result<_, StorageError>| {
+            let (key, row): (Box<[u8]>, Box<[u8]>) = entry.unwrap();
+            (text(&key[1..]), text(&row))
+        };
+        reader.scan(all_rows()).map(entry).collect()
+    }
+
+    /// What a power cut would leave: the files as they are, without what is only in memory.
+    fn copy_of_files(from: &Path) -> tempfile::TempDir {
+        let to = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
+        }
+        to
+    }
+
+    #[test]
+    fn rows_and_progress_survive_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        put(&db, "a", "1", 5);
+        put(&db, "b", "2", 9);
+        drop(db);
+        let db = open(dir.path());
+        assert_eq!(db.begin("orders", 1, progress(0)).unwrap(), progress(9));
+        assert_eq!(rows(&db.latest()), [("a".into(), "1".into()), ("b".into(), "2".into())]);
+    }
+
+    #[test]
+    fn a_crash_leaves_the_rows_of_the_durable_checkpoint_and_no_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        assert_eq!(db.durable(JOURNAL).unwrap(), None);
+        put(&db, "a", "1", 5);
+        db.flush(true).unwrap();
+        assert_eq!(db.durable(JOURNAL).unwrap(), Some(progress(5).checkpoint));
+        put(&db, "a", "2", 7);
+        put(&db, "b", "2", 9);
+        assert_eq!(db.durable(JOURNAL).unwrap(), Some(progress(5).checkpoint));
+        assert_eq!(db.latest().checkpoint(JOURNAL).unwrap(), progress(9).checkpoint);
+
+        let copy = copy_of_files(dir.path());
+        let left = open(copy.path());
+        assert_eq!(left.begin("orders", 1, progress(0)).unwrap(), progress(5));
+        assert_eq!(rows(&left.latest()), [("a".into(), "1".into())]);
+    }
+
+    #[test]
+    fn a_snapshot_shows_one_moment() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        put(&db, "a", "1", 5);
+        let snapshot = db.snapshot();
+        let scan = snapshot.scan(all_rows());
+        put(&db, "a", "2", 7);
+        put(&db, "b", "2", 9);
+        db.flush(true).unwrap();
+        assert_eq!(snapshot.checkpoint(JOURNAL).unwrap(), progress(5).checkpoint);
+        assert_eq!(rows(&snapshot), [("a".into(), "1".into())]);
+        assert_eq!(snapshot.row(&row_key(|out| out.push(b'a'))).unwrap().unwrap().as_ref(), b"1");
+        drop(snapshot);
+        assert_eq!(scan.count(), 1, "an iterator outlives its snapshot");
+        assert_eq!(rows(&db.latest()).len(), 2);
+    }
+
+    #[test]
+    fn a_second_opening_is_refused_as_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let _db = begun(dir.path());
+        let error = Db::open(dir.path(), &ViewMemory::default()).err().unwrap();
+        assert_eq!(error.kind(), StorageErrorKind::InUse, "{error}");
+    }
+
+    #[test]
+    fn another_views_database_is_refused_as_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(begun(dir.path()));
+        let db = open(dir.path());
+        for (name, version) in [("orders", 2), ("order", 1)] {
+            let error = db.begin(name, version, progress(0)).unwrap_err();
+            assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_later_layout_is_refused_as_unsupported() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        db.db.put(IDENTITY, [2, 0, 0, 0, 1]).unwrap();
+        let error = db.begin("orders", 1, progress(0)).unwrap_err();
+        assert_eq!(error.kind(), StorageErrorKind::Unsupported, "{error}");
+    }
+
+    #[test]
+    fn rows_without_identity_or_checkpoint_are_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        let is_damaged = |db: &Db| {
+            let error = db.begin("orders", 1, progress(0)).unwrap_err();
+            assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
+        };
+        db.db.put(progress_key(JOURNAL), b"short").unwrap();
+        is_damaged(&db);
+        db.db.delete(progress_key(JOURNAL)).unwrap();
+        is_damaged(&db);
+        put(&db, "a", "1", 5);
+        db.db.delete(IDENTITY).unwrap();
+        is_damaged(&db);
+    }
+
+    #[test]
+    fn damaged_files_are_reported_as_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        put(&db, "a", "1", 5);
+        db.flush(true).unwrap();
+        drop(db);
+        let is_table = |path: &PathBuf| path.extension().is_some_and(|it| it == "sst");
+        let files = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        for table in files.filter(is_table) {
+            let mut bytes = std::fs::read(&table).unwrap();
+            bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
+            std::fs::write(&table, bytes).unwrap();
+        }
+        let opened = Db::open(dir.path(), &ViewMemory::new(1 << 20, 1 << 20));
+        let error = opened.and_then(|db| db.begin("orders", 1, progress(0))).unwrap_err();
+        assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn progress_is_read_as_it_was_written(position: u32, bytes: Vec<u8>) {
+            let written = progress(position.into());
+            prop_assert_eq!(Progress::from_bytes(&written.to_bytes()), Some(written));
+            prop_assert!(bytes.len() == PROGRESS_BYTES || Progress::from_bytes(&bytes).is_none());
+        }
+
+        #[test]
+        fn behind_a_prefix_lies_what_does_not_begin_with_it(prefix: Vec<u8>, other: Vec<u8>) {
+            let prefix = row_key(|out| out.extend_from_slice(&prefix));
+            let end = behind_prefix(&prefix);
+            prop_assert!(prefix < end);
+            let within = other >= prefix && other < end;
+            prop_assert_eq!(within, other.starts_with(&prefix));
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! What can go wrong with a view, one type per operation.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::db::StorageError;
+use super::key::KeyError;
+use crate::codec::CodecError;
+use crate::error::{IoError, ReadError};
+use crate::event::{EventType, StreamId};
+use crate::position::{Checkpoint, JournalId, Position};
+
+/// Why a view can't be opened or closed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ViewError {
+    /// The view's name can't be the name of a folder.
+    #[error("{name:?} can't be the name of a view: expected 1 to 64 of a-z, 0-9, '-' and '_'")]
+    InvalidName {
+        /// The name.
+        name: &'static str,
+    },
+    /// Another handle, here or in another process, has the view open.
+    #[error("{}: the view is open already, by {owner}", path.display())]
+    InUse {
+        /// The lock file.
+        path: PathBuf,
+        /// Who holds it.
+        owner: String,
+    },
+    /// The view has applied events that its own journal no longer has: the journal has lost its tail, or
+    /// was restored from an older copy. Nothing was changed; the view is the witness of the loss.
+    #[error(
+        "view {view} has applied the journal up to position {}, but the journal ends at position {}: \
+         its tail is lost", checkpoint.position, end.position
+    )]
+    LostTail {
+        /// The view.
+        view: &'static str,
+        /// How far the view has got.
+        checkpoint: Checkpoint,
+        /// Where the journal ends.
+        end: Checkpoint,
+    },
+    /// The file that says which generation is live is damaged.
+    #[error("{}: the view's pointer is damaged", path.display())]
+    DamagedPointer {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The view's database failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A file operation failed.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The view's thread couldn't be started.
+    #[error("view {view}: its thread could not be started: {source}")]
+    Thread {
+        /// The view.
+        view: &'static str,
+        /// The system's answer.
+        source: Arc<std::io::Error>,
+    },
+}
+
+impl ViewError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::InvalidName { .. } => "view.invalid_name",
+            Self::InUse { .. } => "view.in_use",
+            Self::LostTail { .. } => "view.lost_tail",
+            Self::DamagedPointer { .. } => "view.damaged_pointer",
+            Self::Storage(error) => error.code(),
+            Self::Io(_) => "view.io",
+            Self::Thread { .. } => "view.thread",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::InvalidName { .. } => "name the view after its folder, such as \"orders_by_day\"",
+            Self::InUse { .. } => {
+                "drop the other handle with its snapshots and iterators, or stop the other process"
+            }
+            Self::LostTail { .. } => {
+                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"
+            }
+            Self::DamagedPointer { .. } => {
+                "move the view's directory away and open it again: it is built anew from the journal"
+            }
+            Self::Storage(error) => error.hint(),
+            Self::Io(_) => "see the system's error; opening again is safe",
+            Self::Thread { .. } => "raise the limit on threads",
+        }
+    }
+}
+
+/// Why a view has stopped following its journal. Its rows are still served, as of its checkpoint.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopError {
+    /// An event could not be applied. The view's checkpoint is the end of the batch in front of it.
+    #[error("view {view} stopped at position {position} ({event_type} in stream {stream}): {cause}")]
+    Event {
+        /// The view.
+        view: &'static str,
+        /// The event's position.
+        position: Position,
+        /// The event's stream.
+        stream: StreamId,
+        /// The event's type.
+        event_type: EventType,
+        /// What happened.
+        #[source]
+        cause: EventFailure,
+    },
+    /// A mirror that had to be fetched again up to the view's checkpoint is another history there.
+    #[error(
+        "view {view} has applied another history: the mirror differs from it at position {}",
+        checkpoint.position
+    )]
+    Fork {
+        /// The view.
+        view: &'static str,
+        /// What the view has applied.
+        checkpoint: Checkpoint,
+        /// The mirror's durable end.
+        end: Checkpoint,
+    },
+    /// The journal can't be read.
+    #[error("view {view} stopped: {source}")]
+    Journal {
+        /// The view.
+        view: &'static str,
+        /// Why not.
+        source: ReadError,
+    },
+    /// The view's database failed.
+    #[error("view {view} stopped: {source}")]
+    Storage {
+        /// The view.
+        view: &'static str,
+        /// What failed.
+        source: StorageError,
+    },
+    /// The view's code panicked outside of any event, such as while a value was dropped.
+    #[error("view {view} stopped: panic: {message}")]
+    Panic {
+        /// The view.
+        view: &'static str,
+        /// The panic's message.
+        message: String,
+    },
+}
+
+/// Why an event could not be applied.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EventFailure {
+    /// The payload can't be decoded.
+    #[error("its payload can't be decoded: {0}")]
+    Payload(#[source] CodecError),
+    /// The fold returned an error.
+    #[error("the fold failed: {0}")]
+    Fold(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The view's code panicked.
+    #[error("panic: {message}")]
+    Panic {
+        /// The panic's message.
+        message: String,
+    },
+    /// The stored row can't be decoded as the view's row type.
+    #[error("the stored row can't be decoded: {0}")]
+    StoredRow(#[source] CodecError),
+    /// The row that the fold returned can't be encoded.
+    #[error("the new row can't be encoded: {0}")]
+    NewRow(#[source] CodecError),
+}
+
+impl StopError {
+    /// The position of the event that could not be applied, if it was an event.
+    #[must_use]
+    pub const fn position(&self) -> Option<Position> {
+        match self {
+            Self::Event { position, .. } => Some(*position),
+            _ => None,
+        }
+    }
+
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Event { cause, .. } => match cause {
+                EventFailure::Payload(_) => "view_stop.payload",
+                EventFailure::Fold(_) => "view_stop.fold",
+                EventFailure::Panic { .. } => "view_stop.panic",
+                EventFailure::StoredRow(_) => "view_stop.stored_row",
+                EventFailure::NewRow(_) => "view_stop.new_row",
+            },
+            Self::Fork { .. } => "view_stop.fork",
+            Self::Journal { .. } => "view_stop.journal",
+            Self::Storage { .. } => "view_stop.storage",
+            Self::Panic { .. } => "view_stop.panic",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Event { cause, .. } => match cause {
+                EventFailure::Payload(_) => {
+                    "teach the event type to decode this schema version, then open the view again"
+                }
+                EventFailure::Fold(_) | EventFailure::Panic { .. } => {
+                    "mend the fold, raise VERSION if rows would differ, then open the view again"
+                }
+                EventFailure::StoredRow(_) => {
+                    "the row type was changed without a new VERSION: raise it, and the view is built anew"
+                }
+                EventFailure::NewRow(_) => "use a row type that its codec can represent",
+            },
+            Self::Fork { .. } => {
+                "two histories of one journal exist: decide which is right; to follow the mirror, move the view's directory away"
+            }
+            Self::Journal { source, .. } => source.hint(),
+            Self::Storage { source, .. } => source.hint(),
+            Self::Panic { .. } => "mend the view's code, then open the view again",
+        }
+    }
+}
+
+/// Why a wait for a token ended without the view having applied it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// Time is up.
+    #[error("the view has applied up to position {reached}, not yet up to position {wanted}")]
+    Timeout {
+        /// How far the view has got.
+        reached: Position,
+        /// The token's position.
+        wanted: Position,
+    },
+    /// The journal has another event at the token's position: what the token stands for was lost.
+    #[error("the append that ended at position {position} is not in this journal's history: it was lost")]
+    TokenLost {
+        /// The token's position.
+        position: Position,
+    },
+    /// The token is of another journal.
+    #[error("the token is of journal {found}, but the view follows journal {followed}")]
+    ForeignToken {
+        /// The token's journal.
+        found: JournalId,
+        /// The view's journal.
+        followed: JournalId,
+    },
+    /// The view has stopped in front of the token's position.
+    #[error(transparent)]
+    Stopped(Arc<StopError>),
+    /// The view, or its journal, was closed in front of the token's position.
+    #[error("the view was closed")]
+    Closed,
+    /// The journal can't be asked whether the token is of its history.
+    #[error(transparent)]
+    Journal(#[from] ReadError),
+}
+
+impl WaitError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Timeout { .. } => "view_wait.timeout",
+            Self::TokenLost { .. } => "view_wait.token_lost",
+            Self::ForeignToken { .. } => "view_wait.foreign_token",
+            Self::Stopped(_) => "view_wait.stopped",
+            Self::Closed => "view_wait.closed",
+            Self::Journal(error) => error.code(),
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Timeout { .. } => "wait longer, or read what is there; see status() for the lag",
+            Self::TokenLost { .. } => {
+                "the journal was restored from an older copy: make the change again, it is gone"
+            }
+            Self::ForeignToken { .. } => "ask the view that follows the token's journal",
+            Self::Stopped(error) => error.hint(),
+            Self::Closed => "open the view again",
+            Self::Journal(error) => error.hint(),
+        }
+    }
+}
+
+/// Why rows can't be read.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ViewReadError {
+    /// The view's database failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A row can't be decoded as the view's row type.
+    #[error("view {view}: a stored row can't be decoded: {source}")]
+    Row {
+        /// The view.
+        view: &'static str,
+        /// Why not.
+        source: Arc<CodecError>,
+    },
+    /// A key can't be decoded as the view's key type.
+    #[error("view {view}: a stored key can't be decoded: {source}")]
+    Key {
+        /// The view.
+        view: &'static str,
+        /// Why not.
+        source: KeyError,
+    },
+    /// The view hasn't applied the token that the read asked for.
+    #[error(transparent)]
+    Wait(#[from] WaitError),
+}
+
+impl ViewReadError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Storage(error) => error.code(),
+            Self::Row { .. } => "view_read.row",
+            Self::Key { .. } => "view_read.key",
+            Self::Wait(error) => error.code(),
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Storage(error) => error.hint(),
+            Self::Row { .. } | Self::Key { .. } => {
+                "the key or row type was changed without a new VERSION: raise it, and the view is built anew"
+            }
+            Self::Wait(error) => error.hint(),
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! The folder of a view: which generation of it serves which version.
+//!
+//! ```text
+//! views/<name>/
+//!   lock           held as long as the view is open
+//!   live           the pointer: which generation each version reads
+//!   1.1/           RocksDB of version 1, first generation
+//!   1.2/           the second one, built anew because the first was of another history
+//!   2.1/           version 2
+//!
+//! live             headwater view 1        a text of lines: the layout of this file,
+//!                  1 2                     version and generation, …,
+//!                  2 1
+//!                  crc32 5f3c9a01          checksum of the lines above
+//! ```
+//!
+//! Invariants:
+//! - The pointer is replaced by writing a new one, syncing it and renaming it: at any moment it is the old
+//!   or the new one. A flip to another generation is this and nothing else.
+//! - A pointed-to folder may be missing: then the generation is empty, and is built from the journal.
+//! - A generation that is no longer pointed to is *set aside*: it is never read and never deleted. Whoever
+//!   has looked at it may delete its folder.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::ViewError;
+use crate::error::{IoContext, IoError};
+use crate::format::crc32;
+use crate::fs::{Fs, Lock, OpenMode, read_exact_at, write_all_at};
+
+const LOCK_FILE: &str = "lock";
+const POINTER_FILE: &str = "live";
+const POINTER_NEW_FILE: &str = "live.new";
+const POINTER_HEAD: &str = "headwater view 1";
+const POINTER_BYTES_MAX: u64 = 1 << 20;
+/// Longest name of a view in bytes.
+pub(super) const NAME_BYTES_MAX: usize = 64;
+
+/// A view's name is the name of its folder.
+pub(super) fn is_valid_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
+    !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain)
+}
+
+/// The locked folder of a view.
+#[derive(Debug)]
+pub(super) struct Generations {
+    fs: Arc<dyn Fs>,
+    dir: PathBuf,
+    live: BTreeMap<u32, u32>,
+    #[allow(dead_code, reason = "held, never read: dropping it releases the lock")]
+    lock: Box<dyn Lock>,
+}
+
+impl Generations {
+    /// Opens and locks the folder of the view `name`, creating it if there is none.
+    pub(super) fn open(fs: Arc<dyn Fs>, views_dir: &Path, name: &str) -> Result<Self, ViewError> {
+        let dir = views_dir.join(name);
+        fs.create_dir_all(&dir).context("creating the view's directory", &dir)?;
+        let lock = lock(&*fs, &dir)?;
+        let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?;
+        Ok(Self { fs, dir, live, lock })
+    }
+
+    /// The folder of the live generation of `version`; a new one if there is none.
+    pub(super) fn live(&mut self, version: u32) -> Result<PathBuf, ViewError> {
+        match self.live.get(&version) {
+            Some(&generation) => Ok(self.folder(version, generation)?),
+            None => self.next(version),
+        }
+    }
+
+    /// Sets the live generation of `version` aside and points to a new one; its folder.
+    pub(super) fn next(&mut self, version: u32) -> Result<PathBuf, ViewError> {
+        let generation = self.last_used(version)?.saturating_add(1);
+        let mut live = self.live.clone();
+        live.insert(version, generation);
+        self.write_pointer(&live)?;
+        self.live = live;
+        Ok(self.folder(version, generation)?)
+    }
+
+    /// RocksDB syncs what is in a folder, not the folder's own name: that is done here.
+    fn folder(&self, version: u32, generation: u32) -> Result<PathBuf, IoError> {
+        let folder = self.dir.join(format!("{version}.{generation}"));
+        self.fs.create_dir_all(&folder).context("creating the generation's directory", &folder)?;
+        Ok(folder)
+    }
+
+    /// The highest generation that has a folder or is pointed to; 0 if there is none.
+    fn last_used(&self, version: u32) -> Result<u32, IoError> {
+        let names = self.fs.list(&self.dir).context("listing the view's directory", &self.dir)?;
+        let generation_of = |name: &String| {
+            let (of_version, generation) = name.split_once('.')?;
+            (of_version.parse() == Ok(version)).then(|| generation.parse().ok())?
+        };
+        let with_folder = names.iter().filter_map(generation_of).max();
+        Ok(with_folder.max(self.live.get(&version).copied()).unwrap_or(0))
+    }
+
+    fn write_pointer(&self, live: &BTreeMap<u32, u32>) -> Result<(), IoError> {
+        const ACTION: &str = "replacing the view's pointer";
+        let (new, pointer) = (self.dir.join(POINTER_NEW_FILE), self.dir.join(POINTER_FILE));
+        match self.fs.remove(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+        .context(ACTION, &new)?;
+        let file = self.fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
+        write_all_at(&*file, pointer_text(live).as_bytes(), 0).context(ACTION, &new)?;
+        file.sync_data().context(ACTION, &new)?;
+        self.fs.rename(&new, &pointer).context(ACTION, &pointer)?;
+        self.fs.sync_dir(&self.dir).context(ACTION, &self.dir)
+    }
+}
+
+fn lock(fs: &dyn Fs, dir: &Path) -> Result<Box<dyn Lock>, ViewError> {
+    let path = dir.join(LOCK_FILE);
+    let owner = format!("process {}", std::process::id());
+    fs.lock(&path, &owner)
+        .context("locking the view", &path)?
+        .map_err(|held| ViewError::InUse { path, owner: held.owner })
+}
+
+fn read_pointer(fs: &dyn Fs, path: &Path) -> Result<BTreeMap<u32, u32>, ViewError> {
+    const ACTION: &str = "reading the view's pointer";
+    let file = match fs.open(path, OpenMode::Read) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        file => file.context(ACTION, path)?,
+    };
+    let damaged = || ViewError::DamagedPointer { path: path.to_owned() };
+    let size = file.size().context(ACTION, path)?;
+    let len = usize::try_from(size.min(POINTER_BYTES_MAX + 1)).map_err(|_| damaged())?;
+    if size > POINTER_BYTES_MAX {
+        return Err(damaged());
+    }
+    let mut bytes = vec![0; len];
+    read_exact_at(&*file, &mut bytes, 0).context(ACTION, path)?;
+    str::from_utf8(&bytes).ok().and_then(parse_pointer).ok_or_else(damaged)
+}
+
+fn pointer_text(live: &BTreeMap<u32, u32>) -> String {
+    let lines = live.iter().map(|(version, generation)| format!("{version} {generation}\n"));
+    let mut text = std::iter::once(format!("{POINTER_HEAD}\n")).chain(lines).collect::<String>();
+    let crc = crc32(&[text.as_bytes()]);
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "crc32 {crc:08x}");
+    text
+}
+
+fn parse_pointer(text: &str) -> Option<BTreeMap<u32, u32>> {
+    let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
+    if u32::from_str_radix(crc, 16) != Ok(crc32(&[body.as_bytes()])) {
+        return None;
+    }
+    let mut lines = body.lines();
+    if lines.next() != Some(POINTER_HEAD) {
+        return None;
+    }
+    lines
+        .map(|line| {
+            let (version, generation) = line.split_once(' ')?;
+            Some((version.parse().ok()?, generation.parse().ok()?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::os::OsFs;
+
+    fn open(dir: &Path) -> Result<Generations, ViewError> {
+        Generations::open(Arc::new(OsFs), dir, "orders")
+    }
+
+    #[test]
+    fn names_are_plain_file_names() {
+        for name in ["orders", "a", "orders_by-day2", &"x".repeat(64)] {
+            assert!(is_valid_name(name), "{name}");
+        }
+        for name in ["", "..", "a/b", "Orders", "ä", "a b", "a.b", &"x".repeat(65)] {
+            assert!(!is_valid_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn each_version_keeps_its_own_live_generation_across_openings() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = |name: &str| dir.path().join("orders").join(name);
+        let mut generations = open(dir.path()).unwrap();
+        assert_eq!(generations.live(1).unwrap(), folder("1.1"));
+        assert_eq!(generations.next(1).unwrap(), folder("1.2"));
+        assert_eq!(generations.live(2).unwrap(), folder("2.1"));
+        drop(generations);
+        let mut generations = open(dir.path()).unwrap();
+        assert_eq!(generations.live(1).unwrap(), folder("1.2"));
+        assert_eq!(generations.live(2).unwrap(), folder("2.1"));
+    }
+
+    #[test]
+    fn a_folder_that_exists_is_never_taken_for_a_new_generation() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("orders/3.7")).unwrap();
+        let mut generations = open(dir.path()).unwrap();
+        assert_eq!(generations.live(3).unwrap(), dir.path().join("orders/3.8"));
+    }
+
+    #[test]
+    fn a_second_opening_is_refused_and_names_the_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = open(dir.path()).unwrap();
+        let error = open(dir.path()).unwrap_err();
+        assert!(matches!(&error, ViewError::InUse { owner, .. } if owner.contains("process")), "{error}");
+        drop(first);
+        open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn any_changed_byte_of_the_pointer_is_noticed() {
+        let text = pointer_text(&BTreeMap::from([(1, 2), (3, 1)]));
+        assert_eq!(parse_pointer(&text), Some(BTreeMap::from([(1, 2), (3, 1)])));
+        for at in 0..text.len() {
+            let mut bytes = text.clone().into_bytes();
+            bytes[at] ^= 1;
+            let parsed = String::from_utf8(bytes).ok().as_deref().and_then(parse_pointer);
+            assert_eq!(parsed, None, "byte {at} changed");
+            assert_eq!(parse_pointer(&text[..at]), None, "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_pointer_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()).unwrap().live(1).unwrap());
+        std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n").unwrap();
+        assert!(matches!(open(dir.path()), Err(ViewError::DamagedPointer { .. })));
+    }
+}

@@ -1,0 +1,353 @@
+//! Reading a view.
+
+use std::marker::PhantomData;
+use std::ops::{Bound, Range, RangeBounds};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::db::{Reader, Scan, all_rows, behind_prefix, row_key};
+use super::error::{StopError, ViewError, ViewReadError, WaitError};
+use super::key::{EncodeKey, KeyPrefix, ViewKey, decode_all};
+use super::runner::{Phase, Running, Shared};
+use super::View;
+use crate::codec::{Bincode, Codec};
+use crate::journal::TokenState;
+use crate::position::{Checkpoint, Token};
+
+/// An open view. Cheap to clone; the view is closed when the last clone is dropped.
+///
+/// Reads see what is applied, never wait for the fold, and go on when the view has stopped or was closed.
+pub struct ViewHandle<V: View> {
+    running: Arc<Running>,
+    view: PhantomData<fn() -> V>,
+}
+
+impl<V: View> Clone for ViewHandle<V> {
+    fn clone(&self) -> Self {
+        Self { running: self.running.clone(), view: PhantomData }
+    }
+}
+
+impl<V: View> std::fmt::Debug for ViewHandle<V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ViewHandle")
+            .field("name", &V::NAME)
+            .field("version", &V::VERSION)
+            .field("checkpoint", &self.checkpoint())
+            .finish_non_exhaustive()
+    }
+}
+
+/// How far a view has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ViewCheckpoint {
+    /// What readers see: the next event to be applied.
+    pub applied: Checkpoint,
+    /// What survives a crash, when it was last looked at: never more than really does.
+    pub durable: Checkpoint,
+}
+
+/// How a view is doing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ViewStatus {
+    /// What it is doing.
+    pub state: ViewState,
+    /// How far it has got.
+    pub checkpoint: ViewCheckpoint,
+    /// Where the journal ends.
+    pub journal_end: Checkpoint,
+    /// How many events of the journal it hasn't applied.
+    pub lag_events: u64,
+    /// How many of the events in front of its checkpoint were of types that it doesn't know.
+    pub skipped_events: u64,
+    /// The folder of the generation that is served.
+    pub generation: PathBuf,
+    /// The folder of the generation that was set aside at this opening, because it was of another history
+    /// than the journal. Delete it when it is of no more use.
+    pub set_aside: Option<PathBuf>,
+}
+
+/// What a view is doing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum ViewState {
+    /// It applies events that are there already.
+    CatchingUp,
+    /// It has applied all there is.
+    CaughtUp,
+    /// It has applied more than the mirror holds, and waits until the mirror has got as far, to compare.
+    AwaitingMirror,
+    /// It can't go on. Its rows are as of its checkpoint.
+    Stopped(Arc<StopError>),
+    /// It was closed, or its journal was. Its rows are as of its checkpoint.
+    Closed,
+}
+
+impl<V: View> ViewHandle<V> {
+    pub(super) fn new(running: Running) -> Self {
+        Self { running: Arc::new(running), view: PhantomData }
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.running.shared
+    }
+
+    /// The row under `key`.
+    ///
+    /// # Errors
+    /// [`ViewReadError`] if the database fails or the row is of another type.
+    pub fn get<Q>(&self, key: &Q) -> Result<Option<V::Row>, ViewReadError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        get::<V, Q>(&self.shared().db.latest(), key)
+    }
+
+    /// The row under `key` once the view has applied what `token` stands for: read your own write, or that
+    /// of the service that handed you the token. Blocks for `timeout` at most.
+    ///
+    /// # Errors
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](Self::wait_for) says.
+    pub fn get_at_least<Q>(
+        &self,
+        key: &Q,
+        token: &Token,
+        timeout: Duration,
+    ) -> Result<Option<V::Row>, ViewReadError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        self.wait_for(token, timeout)?;
+        self.get(key)
+    }
+
+    /// The rows with keys in `range`, in the order of their keys, as of now. Holds one row at a time.
+    ///
+    /// # Errors
+    /// None here; each item may be a [`ViewReadError`].
+    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<'_, V> {
+        Rows::new(&self.shared().db.latest(), row_range(&range))
+    }
+
+    /// The rows whose keys begin with the fields `prefix`, in the order of their keys, as of now.
+    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<'_, V> {
+        Rows::new(&self.shared().db.latest(), prefix_range(prefix))
+    }
+
+    /// The view as of now, for several reads that belong together.
+    ///
+    /// # Errors
+    /// [`ViewReadError`] if the database fails.
+    pub fn snapshot(&self) -> Result<ViewSnapshot<'_, V>, ViewReadError> {
+        let shared = self.shared();
+        let reader = shared.db.snapshot();
+        let checkpoint = reader.checkpoint(shared.journal.id())?;
+        Ok(ViewSnapshot { reader, checkpoint, view: PhantomData })
+    }
+
+    /// A [`snapshot`](Self::snapshot) once the view has applied what `token` stands for.
+    ///
+    /// # Errors
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](Self::wait_for) says.
+    pub fn snapshot_at_least(
+        &self,
+        token: &Token,
+        timeout: Duration,
+    ) -> Result<ViewSnapshot<'_, V>, ViewReadError> {
+        self.wait_for(token, timeout)?;
+        self.snapshot()
+    }
+
+    /// Waits until the view has applied the append that gave `token`, for `timeout` at most.
+    ///
+    /// # Errors
+    /// [`WaitError`]; in particular, a token of events that were lost is not honoured by other events at
+    /// its position.
+    pub fn wait_for(&self, token: &Token, timeout: Duration) -> Result<(), WaitError> {
+        let shared = self.shared();
+        let deadline = Instant::now().checked_add(timeout);
+        let pending = is_pending(shared, token)?;
+        shared.wait_until_applied(token.position, deadline)?;
+        if pending && is_pending(shared, token)? {
+            let reached = shared.state().applied.checkpoint.position;
+            return Err(WaitError::Timeout { reached, wanted: token.position });
+        }
+        Ok(())
+    }
+
+    /// How far the view has got.
+    #[must_use]
+    pub fn checkpoint(&self) -> ViewCheckpoint {
+        let state = self.shared().state();
+        ViewCheckpoint { applied: state.applied.checkpoint, durable: state.durable }
+    }
+
+    /// How the view is doing.
+    #[must_use]
+    pub fn status(&self) -> ViewStatus {
+        let shared = self.shared();
+        let state = shared.state();
+        let journal_end = shared.journal.end();
+        let applied = state.applied.checkpoint;
+        let lag_events = journal_end.position.since(applied.position);
+        ViewStatus {
+            state: match state.phase {
+                Phase::Following if lag_events == 0 => ViewState::CaughtUp,
+                Phase::Following => ViewState::CatchingUp,
+                Phase::AwaitingMirror => ViewState::AwaitingMirror,
+                Phase::Stopped(error) => ViewState::Stopped(error),
+                Phase::Closed => ViewState::Closed,
+            },
+            checkpoint: ViewCheckpoint { applied, durable: state.durable },
+            journal_end,
+            lag_events,
+            skipped_events: state.applied.skipped_events,
+            generation: shared.db.path().to_owned(),
+            set_aside: shared.set_aside.clone(),
+        }
+    }
+
+    /// Stops following the journal, for all clones, and makes durable what is applied. Blocks until then.
+    /// Reads go on; the view can be opened again when the last clone, snapshot and iterator is dropped.
+    ///
+    /// # Errors
+    /// [`ViewError::Storage`] if not all could be made durable; the journal makes up for it at the next
+    /// opening.
+    pub fn close(&self) -> Result<(), ViewError> {
+        self.running.close()
+    }
+}
+
+/// Whether the journal doesn't reach the token's position yet.
+fn is_pending(shared: &Shared, token: &Token) -> Result<bool, WaitError> {
+    match shared.journal.token_state(token)? {
+        TokenState::Present => Ok(false),
+        TokenState::Pending => Ok(true),
+        TokenState::Lost => Err(WaitError::TokenLost { position: token.position }),
+        TokenState::Foreign => {
+            Err(WaitError::ForeignToken { found: token.journal, followed: shared.journal.id() })
+        }
+    }
+}
+
+/// A view as of one moment: all reads are of the same checkpoint.
+pub struct ViewSnapshot<'a, V: View> {
+    reader: Reader<'a>,
+    checkpoint: Checkpoint,
+    view: PhantomData<fn() -> V>,
+}
+
+impl<V: View> std::fmt::Debug for ViewSnapshot<'_, V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ViewSnapshot")
+            .field("name", &V::NAME)
+            .field("checkpoint", &self.checkpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a, V: View> ViewSnapshot<'a, V> {
+    /// The row under `key`.
+    ///
+    /// # Errors
+    /// [`ViewReadError`] if the database fails or the row is of another type.
+    pub fn get<Q>(&self, key: &Q) -> Result<Option<V::Row>, ViewReadError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        get::<V, Q>(&self.reader, key)
+    }
+
+    /// The rows with keys in `range`, in the order of their keys. Holds one row at a time.
+    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<'a, V> {
+        Rows::new(&self.reader, row_range(&range))
+    }
+
+    /// The rows whose keys begin with the fields `prefix`, in the order of their keys.
+    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<'a, V> {
+        Rows::new(&self.reader, prefix_range(prefix))
+    }
+
+    /// What the rows are of: exactly the events in front of it.
+    #[must_use]
+    pub const fn checkpoint(&self) -> Checkpoint {
+        self.checkpoint
+    }
+}
+
+fn get<V: View, Q>(reader: &Reader<'_>, key: &Q) -> Result<Option<V::Row>, ViewReadError>
+where
+    Q: EncodeKey<V::Key> + ?Sized,
+{
+    let row = reader.row(&row_key(|out| key.encode_key_into(out)))?;
+    row.map(|row| decode_row::<V>(row.as_ref())).transpose()
+}
+
+fn decode_row<V: View>(row: &[u8]) -> Result<V::Row, ViewReadError> {
+    Bincode::decode(row)
+        .map_err(|source| ViewReadError::Row { view: V::NAME, source: Arc::new(source) })
+}
+
+fn prefix_range<K: ViewKey>(prefix: &impl KeyPrefix<K>) -> Range<Vec<u8>> {
+    let start = row_key(|out| prefix.encode_prefix(out));
+    let end = behind_prefix(&start);
+    start..end
+}
+
+fn row_range<K: ViewKey>(range: &impl RangeBounds<K>) -> Range<Vec<u8>> {
+    let all = all_rows();
+    let start = match range.start_bound() {
+        Bound::Included(key) => stored_key(key),
+        Bound::Excluded(key) => behind_key(key),
+        Bound::Unbounded => all.start,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(key) => behind_key(key),
+        Bound::Excluded(key) => stored_key(key),
+        Bound::Unbounded => all.end,
+    };
+    start..end
+}
+
+fn stored_key<K: ViewKey>(key: &K) -> Vec<u8> {
+    row_key(|out| key.encode_key(out))
+}
+
+/// No key's bytes begin with another's: nothing lies between a key and this.
+fn behind_key<K: ViewKey>(key: &K) -> Vec<u8> {
+    behind_prefix(&stored_key(key))
+}
+
+/// Rows in the order of their keys. Stable: what is applied after its creation isn't seen.
+#[must_use = "an iterator reads nothing until it is used"]
+pub struct Rows<'a, V: View> {
+    scan: Scan<'a>,
+    view: PhantomData<fn() -> V>,
+}
+
+impl<V: View> std::fmt::Debug for Rows<'_, V> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rows").field("name", &V::NAME).finish_non_exhaustive()
+    }
+}
+
+impl<'a, V: View> Rows<'a, V> {
+    fn new(reader: &Reader<'a>, range: Range<Vec<u8>>) -> Self {
+        Self { scan: reader.scan(range), view: PhantomData }
+    }
+}
+
+impl<V: View> Iterator for Rows<'_, V> {
+    type Item = Result<(V::Key, V::Row), ViewReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        Some(self.scan.next()?.map_err(ViewReadError::from).and_then(|(key, row)| {
+            let key = key.get(1..).unwrap_or_default();
+            let key = decode_all(key)
+                .map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
+            Ok((key, decode_row::<V>(&row)?))
+        }))
+    }
+}

@@ -1,0 +1,253 @@
+//! Views: rows folded from events, kept in RocksDB, disposable.
+//!
+//! ```text
+//! journal ──Cursor──▶ chunk ──fold──▶ { rows + checkpoint } ──one write batch──▶ RocksDB ──▶ reads
+//!    │                  ▲                                                           │
+//!    └ durable end: a wake-up, no data                     flush: applied ▶ durable ┘
+//! ```
+//!
+//! A [`View`] says which rows an event concerns ([`route`](View::route)) and what it makes of each
+//! ([`fold`](View::fold)). [`open`] starts a thread that pulls batches from a journal, own or mirrored, and
+//! returns a [`ViewHandle`] to read from.
+//!
+//! Invariants:
+//! - **State is exactly once.** Rows and the checkpoint that they are of are written together, at batch ends
+//!   only, so after any crash a view holds what an exact prefix of its journal makes, and knows which. What
+//!   was lost with the crash is folded again from the journal. (Effects outside of a view are *not* exactly
+//!   once; a fold must have none.)
+//! - **The checkpoint is compared with the journal at every opening**, by journal id, incarnation, offset,
+//!   position and chain. See the table below.
+//! - **A view is a pure fold**: no clock, no randomness, no I/O. So deleting its folder and opening it again
+//!   gives the same answers, later.
+//! - A view that can't go on stops where it is, says at which event and why, and nothing else stops. Its
+//!   rows are still served.
+//! - Reads never wait for the fold, nor the fold for reads.
+//!
+//! | the checkpoint is ... | own journal | mirror |
+//! |---|---|---|
+//! | of this history | go on | go on |
+//! | of another history, or of another journal | set the generation aside, build the next one | the same |
+//! | behind the journal's end | [`ViewError::LostTail`]: the view is the witness of a loss | serve, wait for the mirror, compare again: go on, or stop as [`StopError::Fork`] |
+//! | not to be judged: the journal is damaged there | serve, stopped | serve, stopped |
+//!
+//! `applied` is what readers see, `durable` is what survives a crash. Whatever truncates or acknowledges
+//! goes by `durable`.
+
+mod chunk;
+mod db;
+mod error;
+mod generation;
+mod handle;
+mod key;
+mod runner;
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::event::{Event, Recorded};
+use crate::journal::Journal;
+
+pub use db::{StorageError, StorageErrorKind, ViewMemory};
+pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
+pub use handle::{Rows, ViewCheckpoint, ViewHandle, ViewSnapshot, ViewState, ViewStatus};
+pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
+
+/// Rows by key, folded from events.
+///
+/// A pure fold: what it returns depends on its arguments only. It is called again for the same events
+/// after a crash, and for all events when the view is built anew.
+///
+/// ```
+/// use headwater::Recorded;
+/// use headwater::view::{Fold, FoldError, Keys, View};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// pub struct Placed {
+///     pub customer: u32,
+///     pub total_cents: u64,
+/// }
+///
+/// headwater::events! {
+///     /// What happens to an order.
+///     pub enum OrderEvent {
+///         Placed(Placed) = "order.placed", version 1;
+///     }
+/// }
+///
+/// /// What each customer has spent.
+/// struct Spent;
+///
+/// impl View for Spent {
+///     const NAME: &'static str = "spent";
+///     const VERSION: u32 = 1;
+///     type Key = u32;
+///     type Row = u64;
+///     type Event = OrderEvent;
+///
+///     fn route(&self, event: &Recorded<OrderEvent>, keys: &mut Keys<u32>) {
+///         let OrderEvent::Placed(placed) = event.data();
+///         keys.add(placed.customer);
+///     }
+///
+///     fn fold(
+///         &self,
+///         _customer: &u32,
+///         spent_cents: Option<u64>,
+///         event: &Recorded<OrderEvent>,
+///     ) -> Result<Fold<u64>, FoldError> {
+///         let OrderEvent::Placed(placed) = event.data();
+///         let sum = spent_cents.unwrap_or(0).checked_add(placed.total_cents);
+///         Ok(Fold::Put(sum.ok_or("more cents than a u64 holds")?))
+///     }
+/// }
+/// ```
+pub trait View: Send + Sync + 'static {
+    /// The view's name, and its folder's: 1 to 64 of `a-z`, `0-9`, `-` and `_`.
+    const NAME: &'static str;
+    /// Raise it whenever key, row, `route` or `fold` change: the rows are then built anew, in a generation
+    /// of their own.
+    const VERSION: u32;
+    /// What names a row.
+    type Key: ViewKey;
+    /// A row.
+    type Row: Clone + Serialize + DeserializeOwned;
+    /// The events it is made from. Events of other types are skipped and counted.
+    type Event: Event;
+
+    /// Names the rows that the event concerns. A row named twice is folded once.
+    fn route(&self, event: &Recorded<Self::Event>, keys: &mut Keys<Self::Key>);
+
+    /// What the event makes of one of these rows; `row` is `None` if there is none yet.
+    ///
+    /// # Errors
+    /// [`FoldError`], from any error or text, if the event can't be applied: the view stops in front of the
+    /// event's batch. A panic does the same.
+    fn fold(
+        &self,
+        key: &Self::Key,
+        row: Option<Self::Row>,
+        event: &Recorded<Self::Event>,
+    ) -> Result<Fold<Self::Row>, FoldError>;
+}
+
+/// The rows that an event concerns; filled by [`View::route`].
+#[derive(Debug)]
+pub struct Keys<K>(Vec<K>);
+
+impl<K> Keys<K> {
+    /// The event concerns the row under `key`.
+    pub fn add(&mut self, key: K) {
+        self.0.push(key);
+    }
+}
+
+impl<K> Extend<K> for Keys<K> {
+    fn extend<I: IntoIterator<Item = K>>(&mut self, keys: I) {
+        self.0.extend(keys);
+    }
+}
+
+/// What an event makes of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fold<R> {
+    /// This row, new or changed.
+    Put(R),
+    /// No row.
+    Delete,
+    /// What was there.
+    Keep,
+}
+
+/// Why an event can't be applied. Made from any error with `?`, from a text, or with [`FoldError::new`].
+pub struct FoldError(Box<dyn std::error::Error + Send + Sync>);
+
+impl FoldError {
+    /// From anything that can be shown.
+    #[must_use]
+    pub fn new(reason: impl fmt::Display) -> Self {
+        Self(reason.to_string().into())
+    }
+}
+
+// Not an `Error` itself: that is what makes it convertible from every error.
+impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<E> for FoldError {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+impl fmt::Display for FoldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for FoldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// How a view is run. The defaults suit nearly everybody.
+#[derive(Clone, Debug)]
+pub struct ViewOptions {
+    /// How many bytes of the journal are folded at once, at least one batch. Default 1 MiB.
+    pub chunk_bytes: u64,
+    /// Rows are made durable at the latest when they are of this many bytes of the journal: as many are
+    /// folded again after a crash. Default 64 MiB.
+    pub flush_bytes: u64,
+    /// Rows are made durable at the latest this long after they were applied. Default 10 s.
+    pub flush_interval: Duration,
+    /// What to do when the own journal has lost events that the view has applied. Default: refuse to open.
+    pub lost_tail: LostTail,
+    /// Memory, shared with other views.
+    pub memory: ViewMemory,
+}
+
+impl Default for ViewOptions {
+    fn default() -> Self {
+        Self {
+            chunk_bytes: 1 << 20,
+            flush_bytes: 64 << 20,
+            flush_interval: Duration::from_secs(10),
+            lost_tail: LostTail::Refuse,
+            memory: ViewMemory::default(),
+        }
+    }
+}
+
+/// What to do when the own journal has lost events that the view has applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LostTail {
+    /// Refuse to open the view: [`ViewError::LostTail`].
+    #[default]
+    Refuse,
+    /// The loss is accepted: set the generation aside and build the next one from what is left.
+    SetAside,
+}
+
+/// Opens a view of `journal` in the folder `views_dir`, creating it if there is none, and begins to follow
+/// the journal in a thread of its own.
+///
+/// Returns as soon as the stored rows can be read, however far behind they are; see
+/// [`ViewHandle::wait_for`] and [`ViewHandle::status`].
+///
+/// # Errors
+/// [`ViewError`]; nothing that is stored was changed then.
+pub fn open<V: View>(
+    views_dir: &Path,
+    journal: Journal,
+    view: V,
+    options: ViewOptions,
+) -> Result<ViewHandle<V>, ViewError> {
+    if !generation::is_valid_name(V::NAME) {
+        return Err(ViewError::InvalidName { name: V::NAME });
+    }
+    runner::start(views_dir, journal, view, options).map(ViewHandle::new)
+}
