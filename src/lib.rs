@@ -13,6 +13,8 @@ pub mod journal;
 pub mod options;
 pub mod planted;
 pub mod position;
+#[cfg(feature = "shipping")]
+pub mod shipping;
 pub mod store;
 pub use error::*;
 pub use event::*;

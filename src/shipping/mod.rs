@@ -1,0 +1,3 @@
+//! Shipping
+pub mod message;
+pub mod session;
