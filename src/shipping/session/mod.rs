@@ -29,9 +29,8 @@ use crate::position::{Checkpoint, Position};
 mod mirror;
 mod origin;
 
-pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume};
+pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
 pub(crate) use origin::{Next, OriginConfig, OriginSession, OriginStatus, Source, SourceError};
-pub use origin::Comparison;
 
 /// How long each side waits for the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,25 +6,13 @@ use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, Violation};
 use crate::format::batch::BatchRef;
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::SegmentPage;
+use crate::journal::Comparison;
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
     Ack, DATA_FIXED_BYTES, Data, Diverged, Divergence, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure,
     FrameReader, FrameWriter, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe,
     Subscribed, Welcome,
 };
-
-/// How a checkpoint relates to a journal's history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Comparison {
-    /// It is the end of a batch of this history.
-    Equal,
-    /// The history has something else there.
-    Differs,
-    /// It lies beyond the durable end.
-    Ahead,
-    /// It is of another journal.
-    Foreign,
-}
 
 /// Why the origin can't read its own journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +24,6 @@ pub(crate) enum SourceError {
     },
     /// The disk fails, or the file is of a kind that can't be read.
     Storage,
-    /// The journal was closed.
-    Closed,
 }
 
 impl SourceError {
@@ -48,7 +34,6 @@ impl SourceError {
                 ..Failure::new(ErrorCode::CORRUPT, "the journal is damaged here")
             },
             Self::Storage => Failure::new(ErrorCode::STORAGE, "the journal can't be read"),
-            Self::Closed => Failure::new(ErrorCode::SHUTTING_DOWN, "the journal was closed"),
         }
     }
 }
@@ -423,21 +408,19 @@ fn find_divergence(
     source: &mut impl Source,
 ) -> Result<Option<(Divergence, bool)>, SourceError> {
     let Some(from) = &subscribe.from else { return Ok(None) };
-    if let Some(divergence) = source.compare(from)?.divergence() {
+    if let Some(divergence) = divergence(source.compare(from)?) {
         return Ok(Some((divergence, false)));
     }
     let Some(witness) = &subscribe.witness else { return Ok(None) };
-    Ok(source.compare_witness(witness)?.divergence().map(|divergence| (divergence, true)))
+    Ok(divergence(source.compare_witness(witness)?).map(|divergence| (divergence, true)))
 }
 
-impl Comparison {
-    const fn divergence(self) -> Option<Divergence> {
-        match self {
-            Self::Equal => None,
-            Self::Differs => Some(Divergence::Fork),
-            Self::Ahead => Some(Divergence::Ahead),
-            Self::Foreign => Some(Divergence::Foreign),
-        }
+const fn divergence(comparison: Comparison) -> Option<Divergence> {
+    match comparison {
+        Comparison::Equal => None,
+        Comparison::Differs => Some(Divergence::Fork),
+        Comparison::Ahead => Some(Divergence::Ahead),
+        Comparison::Foreign => Some(Divergence::Foreign),
     }
 }
 

@@ -3,13 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::mirror::batches;
 use super::origin::end_of;
 use super::*;
 use crate::format::Flags;
 use crate::format::batch::{BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest, padded_len};
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::{PageState, SegmentHeader, SegmentPage};
+use crate::journal::Comparison;
 use crate::position::{Incarnation, JournalId, NodeId};
 use crate::shipping::message::{
     Ack, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe,
