@@ -213,7 +213,7 @@ pub fn follow(
     if let Ok(literal) = address.parse::<SocketAddr>() {
         check_plaintext(&[literal], &options)?;
     }
-    let ingest = Ingest::open(Arc::clone(&fs), dir, &options.journal).map_err(open_error)?;
+    let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
     let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
     let shared = Arc::new(Shared {
         fs,
@@ -483,7 +483,7 @@ impl Shared {
     /// Opens the mirror if it isn't open, and connects to the origin, wherever it is now.
     fn connect(&self, ingest: &mut Option<Ingest>) -> Result<TcpStream, ShippingError> {
         if ingest.is_none() {
-            let opened = Ingest::open(Arc::clone(&self.fs), &self.dir, &self.options.journal);
+            let opened = Ingest::open(&self.fs, &self.dir, &self.options.journal);
             *ingest = opened.map_err(open_error)?;
             self.publish_journal(ingest.as_ref());
         }
@@ -558,9 +558,9 @@ impl Shared {
     }
 
     /// The origin has told its end.
-    fn origin_ends_at(&self, end: OriginEnd) {
+    fn origin_ends_at(&self, end: Option<(OriginEnd, Instant)>) {
         let mut state = self.state.lock();
-        state.origin = Some((end, Instant::now()));
+        state.origin = end.or(state.origin);
         self.judge_phase(&mut state);
     }
 
@@ -670,9 +670,9 @@ impl Connection<'_> {
             let (ended, origin_end) = (session.end().is_some(), session.origin_end());
             drop(session);
             let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
-            if let Some(end) = origin_end.filter(|_| received != Received::Nothing || told.is_none()) {
-                told = Some(end);
-                self.shared.origin_ends_at(end);
+            if told != origin_end {
+                told = origin_end;
+                self.shared.origin_ends_at(origin_end);
             }
             if ended || !writing {
                 break;
@@ -779,7 +779,7 @@ impl<'a> MirrorWriter<'a> {
 
     /// How far what is written lies behind what the origin has.
     fn lag_bytes(&self) -> u64 {
-        let origin = self.connection.session.lock().origin_end().map_or(0, |end| end.offset);
+        let origin = self.connection.session.lock().origin_end().map_or(0, |(end, _)| end.offset);
         let written = self.ingest.as_ref().map_or(0, |ingest| ingest.end().offset);
         origin.saturating_sub(written)
     }
@@ -789,7 +789,9 @@ impl<'a> MirrorWriter<'a> {
             Delivery::Subscribed(origin) => self.subscribed(origin),
             Delivery::Segment(page) => {
                 let taken = self.ingest()?.segment(&page);
-                taken.map_err(|error| self.ingest_error(error))
+                taken.map_err(|error| self.ingest_error(error))?;
+                // Everything in front of the new segment was synced on the way.
+                self.sync()
             }
             Delivery::Batches(bytes) => batches(&bytes).try_for_each(|batch| {
                 let taken = self.ingest()?.batch(batch);
@@ -805,8 +807,8 @@ impl<'a> MirrorWriter<'a> {
         let shared = self.connection.shared;
         self.origin = Some(origin);
         if self.ingest.is_none() {
-            let (fs, options) = (Arc::clone(&shared.fs), &shared.options.journal);
-            let created = Ingest::create(fs, &shared.dir, origin.journal, options);
+            let options = &shared.options.journal;
+            let created = Ingest::create(&shared.fs, &shared.dir, origin.journal, options);
             *self.ingest = Some(created.map_err(open_error)?);
         }
         shared.publish_journal(self.ingest.as_ref());

@@ -69,7 +69,7 @@ pub(crate) struct MirrorSession {
     durable: Option<Checkpoint>,
     applied: Option<Position>,
     ack_due: bool,
-    origin_end: Option<OriginEnd>,
+    origin_end: Option<(OriginEnd, Instant)>,
     end: Option<SessionEnd>,
 }
 
@@ -111,8 +111,8 @@ impl MirrorSession {
         self.end.as_ref()
     }
 
-    /// The origin's durable end, as last told in this session.
-    pub(crate) const fn origin_end(&self) -> Option<OriginEnd> {
+    /// The origin's durable end as last told in this session, and when.
+    pub(crate) const fn origin_end(&self) -> Option<(OriginEnd, Instant)> {
         self.origin_end
     }
 
@@ -227,8 +227,8 @@ impl MirrorSession {
             (State::Streaming, Message::Segment(page)) if self.partial.is_empty() => {
                 deliveries.push(Delivery::Segment(Box::new(*page)));
             }
-            (State::Streaming, Message::Data(data)) => self.data(&data, deliveries)?,
-            (State::Streaming, Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat)?,
+            (State::Streaming, Message::Data(data)) => self.data(&data, now, deliveries)?,
+            (State::Streaming, Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat, now)?,
             (_, message) => {
                 let (frame, expected) = (message.name(), self.expected());
                 return Err(Violation::Unexpected { frame, expected });
@@ -299,34 +299,39 @@ impl MirrorSession {
         self.durable = Some(from);
         self.state = State::Streaming;
         self.deadline = now.at + self.config.deadlines.silence;
-        self.origin_end = Some(OriginEnd::from(&end));
+        self.origin_end = Some((OriginEnd::from(&end), now.at));
         self.ack_due = true;
         deliveries.push(Delivery::Subscribed(end));
         Ok(())
     }
 
-    fn heartbeat(&mut self, heartbeat: &Heartbeat) -> Result<(), Violation> {
+    fn heartbeat(&mut self, heartbeat: &Heartbeat, now: Now) -> Result<(), Violation> {
         if self.durable.is_none_or(|durable| durable.journal != heartbeat.end.journal) {
             return Err(Violation::Subscribed);
         }
-        self.origin_is_durable_to(OriginEnd::from(&heartbeat.end))
+        self.origin_is_durable_to(OriginEnd::from(&heartbeat.end), now)
     }
 
     /// A durable end never goes back, and never lies in front of what was sent.
-    fn origin_is_durable_to(&mut self, end: OriginEnd) -> Result<(), Violation> {
-        let known = self.origin_end.unwrap_or(end);
+    fn origin_is_durable_to(&mut self, end: OriginEnd, now: Now) -> Result<(), Violation> {
+        let known = self.origin_end.map_or(end, |(end, _)| end);
         if end.offset < known.offset || end.position < known.position {
             return Err(Violation::EndWentBack { known: known.position, found: end.position });
         }
-        self.origin_end = Some(end);
+        self.origin_end = Some((end, now.at));
         Ok(())
     }
 
-    fn data(&mut self, data: &Data<'_>, deliveries: &mut Vec<Delivery>) -> Result<(), Violation> {
+    fn data(
+        &mut self,
+        data: &Data<'_>,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<(), Violation> {
         if data.offset != self.next_offset {
             return Err(Violation::Offset { expected: self.next_offset, found: data.offset });
         }
-        self.origin_is_durable_to(data.origin_end)?;
+        self.origin_is_durable_to(data.origin_end, now)?;
         self.next_offset += data.bytes.len() as u64;
         self.check_window()?;
         if data.continued || !self.partial.is_empty() {
