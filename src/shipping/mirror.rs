@@ -31,7 +31,7 @@ use uuid::Uuid;
 use super::error::{Divergent, ShippingError, WaitError};
 use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd};
 use super::session::{Deadlines, Delivery, MirrorConfig, MirrorSession, Resume, batches};
-use super::transport::{self, Received, TICK};
+use super::transport::{self, Received};
 use crate::error::{IngestError, OpenError};
 use crate::fs::Fs;
 use crate::journal::{Ingest, Journal};

@@ -4,3 +4,5 @@
 #[cfg(feature = "test-kit")]
 mod crash;
 mod journal;
+#[cfg(feature = "shipping")]
+mod shipping;

@@ -116,14 +116,6 @@ impl MirrorSession {
         self.origin_end
     }
 
-    /// When [`on_time`](Self::on_time) wants to be called, if nothing arrives before.
-    pub(crate) fn next_deadline(&self) -> Instant {
-        match self.state {
-            State::Streaming => self.deadline.min(self.said_at + self.config.deadlines.heartbeat),
-            _ => self.deadline,
-        }
-    }
-
     /// Takes what is to be written.
     pub(crate) fn take_output(&mut self, now: Now, out: &mut Vec<u8>) {
         if let (true, Some(mirrored)) = (std::mem::take(&mut self.ack_due), self.durable) {

@@ -30,7 +30,7 @@ mod mirror;
 mod origin;
 
 pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
-pub(crate) use origin::{Next, OriginConfig, OriginSession, OriginStatus, Source, SourceError};
+pub(crate) use origin::{Next, OriginConfig, OriginSession, Source, SourceError};
 
 /// How long each side waits for the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,21 +144,21 @@ impl std::fmt::Display for Deadline {
 
 /// The histories of mirror and origin differ; what is known of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DivergedAt {
+pub(crate) struct DivergedAt {
     /// In what way.
-    pub divergence: Divergence,
+    pub(crate) divergence: Divergence,
     /// Found at the old end of a tail that the mirror had set aside, not at its present end.
-    pub at_witness: bool,
+    pub(crate) at_witness: bool,
     /// The last place known to be common; `None`: unknown.
-    pub common: Option<Common>,
+    pub(crate) common: Option<Common>,
     /// The origin's durable end.
-    pub origin: Checkpoint,
+    pub(crate) origin: Checkpoint,
 }
 
 /// Why a session ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum SessionEnd {
+pub(crate) enum SessionEnd {
     /// The other side closed the connection without a word.
     #[error("the peer closed the connection")]
     Disconnected,
