@@ -282,29 +282,41 @@ impl ShippingError {
     }
 
     /// What the end of a session means for the mirror that ends at `mirror`.
-    pub(crate) fn from_end(end: SessionEnd, mirror: Option<Checkpoint>, witness: Option<Witness>) -> Self {
+    pub(crate) fn from_end(
+        end: SessionEnd,
+        mirror: Option<Checkpoint>,
+        witness: Option<Witness>,
+    ) -> Self {
         match end {
             SessionEnd::Disconnected | SessionEnd::ShuttingDown => Self::Disconnected,
             SessionEnd::Violation(violation) => Self::Violation(violation),
             SessionEnd::Timeout(deadline) => Self::Timeout(deadline),
             SessionEnd::Version(versions) => Self::Version { versions },
-            SessionEnd::Peer(failure) | SessionEnd::Own(failure) => Self::Reported { failure: Box::new(failure) },
+            SessionEnd::Peer(failure) | SessionEnd::Own(failure) => {
+                Self::Reported { failure: Box::new(failure) }
+            }
             SessionEnd::GoAway(go_away) => {
                 Self::GoingAway { reconnect_after_ms: go_away.reconnect_after_ms }
             }
-            SessionEnd::Truncated { first } => {
-                Self::Truncated { mirror: mirror.map_or(Position::START, |end| end.position), first }
-            }
+            SessionEnd::Truncated { first } => Self::Truncated {
+                mirror: mirror.map_or(Position::START, |end| end.position),
+                first,
+            },
             SessionEnd::Cycle => Self::Cycle,
             SessionEnd::Diverged(at) => Self::from_divergence(&at, mirror, witness),
         }
     }
 
-    fn from_divergence(at: &DivergedAt, mirror: Option<Checkpoint>, witness: Option<Witness>) -> Self {
+    fn from_divergence(
+        at: &DivergedAt,
+        mirror: Option<Checkpoint>,
+        witness: Option<Witness>,
+    ) -> Self {
         let origin = at.origin;
         // A mirror that has nothing yet can't differ from anything; an origin that says so all the same
         // serves another journal than the one asked for.
-        let mirror = mirror.unwrap_or_else(|| crate::format::files::Mark::start(origin.journal).end);
+        let mirror =
+            mirror.unwrap_or_else(|| crate::format::files::Mark::start(origin.journal).end);
         let witness = witness.filter(|_| at.at_witness);
         let common = at.common.map(|common| common.position);
         let divergent = Box::new(Divergent { mirror, origin, witness, common });
@@ -320,7 +332,8 @@ impl ShippingError {
 const fn is_unsupported(refusal: &Refusal) -> bool {
     matches!(
         refusal,
-        Refusal::Page(FormatError::Unsupported { .. }) | Refusal::Batch(FormatError::Unsupported { .. })
+        Refusal::Page(FormatError::Unsupported { .. })
+            | Refusal::Batch(FormatError::Unsupported { .. })
     )
 }
 

@@ -797,7 +797,8 @@ impl Subscribe {
 
     fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
         let from = input.array()?;
-        let from = if from == [0; Checkpoint::ENCODED_LEN] { None } else { Some(checkpoint(&from)?) };
+        let from =
+            if from == [0; Checkpoint::ENCODED_LEN] { None } else { Some(checkpoint(&from)?) };
         if input.u8()? != 0 {
             return Err(FormatError::Invalid("mode"));
         }
@@ -912,8 +913,7 @@ impl<'a> Data<'a> {
 
     fn decode(continued: bool, input: &mut Decoder<'a>) -> Result<Self, FormatError> {
         let offset = input.u64()?;
-        let origin_end =
-            OriginEnd { offset: input.u64()?, position: Position::new(input.u64()?) };
+        let origin_end = OriginEnd { offset: input.u64()?, position: Position::new(input.u64()?) };
         zeros(input, 8)?;
         let bytes = input.bytes(input.rest().len())?;
         let end = offset.checked_add(bytes.len() as u64).ok_or(FormatError::Invalid("offset"))?;

@@ -26,12 +26,12 @@ use std::time::{Duration, Instant};
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
 use parking_lot::{Condvar, Mutex};
-use uuid::Uuid;
 
 use super::error::{Divergent, ShippingError, WaitError};
 use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd};
 use super::session::{Deadlines, Delivery, MirrorConfig, MirrorSession, Resume, batches};
 use super::transport::{self, Received};
+use crate::env;
 use crate::error::{IngestError, OpenError};
 use crate::fs::Fs;
 use crate::journal::{Ingest, Journal};
@@ -524,7 +524,9 @@ impl Shared {
         let written = thread::scope(|scope| {
             let listener = thread::Builder::new().name("headwater-listen".into());
             let connection = &connection;
-            listener.spawn_scoped(scope, move || connection.listen(&sender)).map_err(setup_error)?;
+            listener
+                .spawn_scoped(scope, move || connection.listen(&sender))
+                .map_err(setup_error)?;
             let written = MirrorWriter::new(connection, ingest).write_all(&deliveries);
             if let Err(error) = &written {
                 connection.give_up(error);
@@ -545,10 +547,14 @@ impl Shared {
         Attempt { error, healthy }
     }
 
-    fn config(&self, node: Option<crate::position::NodeId>, resume: Option<Resume>) -> MirrorConfig {
+    fn config(
+        &self,
+        node: Option<crate::position::NodeId>,
+        resume: Option<Resume>,
+    ) -> MirrorConfig {
         MirrorConfig {
             node,
-            nonce: Uuid::new_v4().into_bytes(),
+            nonce: env::random_id(),
             agent: self.options.agent.clone(),
             deadlines: self.options.deadlines,
             max_frame: FRAME_BYTES_MAX,

@@ -22,14 +22,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use uuid::Uuid;
 
 use super::error::ServeError;
 use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, Message};
-use super::session::{
-    Deadlines, Next, OriginConfig, OriginSession, Source, SourceError,
-};
+use super::session::{Deadlines, Next, OriginConfig, OriginSession, Source, SourceError};
 use super::transport::{self, Received, TICK};
+use crate::env;
 use crate::error::ReadError;
 use crate::format::batch::BatchRef;
 use crate::format::files::{Role, Witness};
@@ -285,7 +283,7 @@ impl Shared {
     fn config(&self) -> OriginConfig {
         OriginConfig {
             node: self.journal.node(),
-            session: Uuid::new_v4().into_bytes(),
+            session: env::random_id(),
             deadlines: self.options.deadlines,
             max_frame: FRAME_BYTES_MAX,
             data_bytes: self.options.frame_bytes.clamp(1, FRAME_BYTES_MAX as usize),

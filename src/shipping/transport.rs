@@ -5,13 +5,14 @@ use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::error::ShippingError;
 use super::session::Now;
+use crate::env;
 
 /// How long a read waits before the session is asked about its deadlines, and how soon a thread notices
 /// that it shall stop.
@@ -20,8 +21,7 @@ pub(crate) const TICK: Duration = Duration::from_millis(200);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) fn now() -> Now {
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Now { at: Instant::now(), unix_us: i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX) }
+    Now { at: Instant::now(), unix_us: env::now_us() }
 }
 
 /// Whether plain TCP to or from this address stays on this machine.
@@ -88,8 +88,9 @@ pub(crate) fn resolve(
     if let Ok(address) = address.parse() {
         return Ok(vec![address]);
     }
-    let failed = |source: io::Error| {
-        ShippingError::Resolve { address: address.to_owned(), source: Arc::new(source) }
+    let failed = |source: io::Error| ShippingError::Resolve {
+        address: address.to_owned(),
+        source: Arc::new(source),
     };
     let (answer, answered) = bounded(1);
     let name = address.to_owned();
@@ -101,7 +102,9 @@ pub(crate) fn resolve(
     let deadline = Instant::now() + RESOLVE_TIMEOUT;
     loop {
         match answered.recv_timeout(TICK) {
-            Ok(Ok(found)) if found.is_empty() => return Err(failed(io::ErrorKind::NotFound.into())),
+            Ok(Ok(found)) if found.is_empty() => {
+                return Err(failed(io::ErrorKind::NotFound.into()));
+            }
             Ok(found) => return found.map_err(failed),
             Err(RecvTimeoutError::Timeout) if !give_up() && Instant::now() < deadline => {}
             Err(_) => return Err(failed(io::ErrorKind::TimedOut.into())),

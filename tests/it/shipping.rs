@@ -51,8 +51,7 @@ impl Origin {
     fn open(&mut self) {
         let builder = Store::builder(&self.dir).create_if_missing();
         let store = builder.journal_options(self.options.clone()).open().unwrap();
-        let server =
-            serve(store.journal().clone(), self.address, ServeOptions::default()).unwrap();
+        let server = serve(store.journal().clone(), self.address, ServeOptions::default()).unwrap();
         self.address = server.local_addr();
         (self.store, self.server) = (Some(store), Some(server));
     }
@@ -680,7 +679,8 @@ fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> SocketAddr {
             else {
                 return;
             };
-            let (mut from, mut to) = (downstream.try_clone().unwrap(), upstream.try_clone().unwrap());
+            let (mut from, mut to) =
+                (downstream.try_clone().unwrap(), upstream.try_clone().unwrap());
             std::thread::spawn(move || {
                 drop(std::io::copy(&mut from, &mut to));
                 drop(to.shutdown(std::net::Shutdown::Both));
@@ -715,14 +715,18 @@ fn flipped_bits_and_cut_connections_on_the_way_heal_and_never_reach_the_mirror()
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..400);
-    for seed in 0..8 {
-        println!("seed {seed}");
-        let through = faulty_proxy(origin.address, seed, 6);
-        let mirror_dir = dir.path().join(format!("mirror-{seed}"));
-        let mirror = follow(Arc::new(OsFs), &mirror_dir, through.to_string(), options()).unwrap();
-        let journal = converged(&mirror, &origin);
-        assert_same_bytes(origin.store().journal(), &journal);
-    }
+    std::thread::scope(|scope| {
+        for seed in 0..8 {
+            let (origin, dir) = (&origin, dir.path().join(format!("mirror-{seed}")));
+            scope.spawn(move || {
+                println!("seed {seed}");
+                let through = faulty_proxy(origin.address, seed, 5).to_string();
+                let mirror = follow(Arc::new(OsFs), &dir, through, options()).unwrap();
+                let journal = converged(&mirror, origin);
+                assert_same_bytes(origin.store().journal(), &journal);
+            });
+        }
+    });
 }
 
 #[test]

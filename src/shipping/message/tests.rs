@@ -145,7 +145,9 @@ fn every_flipped_bit_in_front_of_the_batches_of_a_data_frame_is_noticed() {
 
 #[test]
 fn a_length_beyond_the_limit_is_refused_from_the_header_alone() {
-    for (kind, limit) in [(kind::HELLO, CONTROL_BYTES_MAX), (kind::DATA, FRAME_BYTES_MAX), (0x77, 4096)] {
+    for (kind, limit) in
+        [(kind::HELLO, CONTROL_BYTES_MAX), (kind::DATA, FRAME_BYTES_MAX), (0x77, 4096)]
+    {
         for length in [limit + 1, u32::MAX] {
             let header = FrameHeader { length, kind, flags: FLAG_OPTIONAL, sub: 0, crc: 0 };
             let mut reader = reader();

@@ -8,8 +8,8 @@ use crate::format::files::{Mark, Witness};
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::message::{
-    Ack, Data, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure, FrameReader, Heartbeat, Hello, Message,
-    OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome, claimed_batch_len,
+    Ack, Data, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure, FrameReader, Heartbeat, Hello,
+    Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome, claimed_batch_len,
 };
 
 /// What a mirror's session is told at its beginning.

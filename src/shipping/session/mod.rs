@@ -21,9 +21,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::message::{
-    Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange,
-};
+use super::message::{Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange};
 use crate::position::{Checkpoint, Position};
 
 mod mirror;

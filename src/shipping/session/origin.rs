@@ -9,9 +9,9 @@ use crate::format::segment::SegmentPage;
 use crate::journal::Comparison;
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
-    Ack, DATA_FIXED_BYTES, Data, Diverged, Divergence, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure,
-    FrameReader, FrameWriter, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe,
-    Subscribed, Welcome,
+    Ack, DATA_FIXED_BYTES, Data, Diverged, Divergence, ErrorCode, FEATURES, FRAME_BYTES_MAX,
+    Failure, FrameReader, FrameWriter, GoAway, Heartbeat, Hello, Message, OriginEnd,
+    PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
 };
 
 /// Why the origin can't read its own journal.
@@ -243,12 +243,7 @@ impl OriginSession {
     }
 
     /// What to do next. Everything that is to be written is appended to `out`.
-    pub(crate) fn poll(
-        &mut self,
-        source: &mut impl Source,
-        now: Now,
-        out: &mut Vec<u8>,
-    ) -> Next {
+    pub(crate) fn poll(&mut self, source: &mut impl Source, now: Now, out: &mut Vec<u8>) -> Next {
         self.check_deadlines(now);
         if let State::Judging(subscribe) = self.state {
             self.judge(&subscribe, source, now);

@@ -6,13 +6,16 @@ use std::time::{Duration, Instant};
 use super::origin::end_of;
 use super::*;
 use crate::format::Flags;
-use crate::format::batch::{BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest, padded_len};
+use crate::format::batch::{
+    BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest, padded_len,
+};
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::{PageState, SegmentHeader, SegmentPage};
 use crate::journal::Comparison;
 use crate::position::{Incarnation, JournalId, NodeId};
 use crate::shipping::message::{
-    Ack, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe,
+    Ack, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
+    Subscribe,
 };
 
 const JOURNAL: JournalId = JournalId::from_bytes([0x1A; 16]);
@@ -43,7 +46,16 @@ impl ModelJournal {
     fn new(id: JournalId) -> Self {
         let (incarnation, clock_us) = (1, 1_700_000_000_000_000);
         let batches = Vec::new();
-        Self { id, batches, durable: 0, next: 0, closed: false, damaged_at: None, incarnation, clock_us }
+        Self {
+            id,
+            batches,
+            durable: 0,
+            next: 0,
+            closed: false,
+            damaged_at: None,
+            incarnation,
+            clock_us,
+        }
     }
 
     fn end_of_batches(&self, count: usize) -> Checkpoint {
@@ -141,7 +153,8 @@ impl Source for ModelJournal {
         if witness.offset > self.end().offset {
             return Ok(Comparison::Ahead);
         }
-        let equal = (0..=self.durable).any(|count| witness_at(&self.end_of_batches(count)) == *witness);
+        let equal =
+            (0..=self.durable).any(|count| witness_at(&self.end_of_batches(count)) == *witness);
         Ok(if equal { Comparison::Equal } else { Comparison::Differs })
     }
 
@@ -373,7 +386,9 @@ fn whatever_happens_the_mirror_is_a_prefix_and_converges() {
             assert_is_prefix(&mirror, &journal);
             if connection.mirror.end().is_some() || connection.origin.end().is_some() {
                 let ends = (connection.mirror.end(), connection.origin.end());
-                let timed_out = |end: Option<&SessionEnd>| matches!(end, None | Some(SessionEnd::Timeout(_) | SessionEnd::Peer(_)));
+                let timed_out = |end: Option<&SessionEnd>| {
+                    matches!(end, None | Some(SessionEnd::Timeout(_) | SessionEnd::Peer(_)))
+                };
                 assert!(timed_out(ends.0) && timed_out(ends.1), "{ends:?}");
                 connection = Connection::new(&mirror, now);
             }

@@ -13,7 +13,11 @@ struct Capture {
 
 impl Capture {
     fn new(title: &str) -> Self {
-        Self { text: format!("# {title}\n# sender, frame, bytes in hexadecimal; batches of DATA included\n") }
+        Self {
+            text: format!(
+                "# {title}\n# sender, frame, bytes in hexadecimal; batches of DATA included\n"
+            ),
+        }
     }
 
     fn add(&mut self, who: &str, reader: &mut FrameReader, bytes: &[u8]) {
@@ -36,7 +40,8 @@ impl Capture {
     }
 
     fn check(&self, name: &str) {
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/wire").join(name);
+        let path =
+            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/wire").join(name);
         if std::env::var_os("HEADWATER_WRITE_GOLDEN").is_some() {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(&path, &self.text).unwrap();
@@ -84,8 +89,12 @@ fn small_journal() -> ModelJournal {
 #[test]
 fn golden_first_subscription_of_a_new_mirror() {
     let (mut journal, mut mirror) = (small_journal(), ModelMirror::default());
-    capture("a new mirror subscribes, catches up across a roll, and stays", &mut journal, &mut mirror)
-        .check("first-subscription.txt");
+    capture(
+        "a new mirror subscribes, catches up across a roll, and stays",
+        &mut journal,
+        &mut mirror,
+    )
+    .check("first-subscription.txt");
 }
 
 #[test]
@@ -122,5 +131,6 @@ fn golden_divergence() {
 fn golden_damage() {
     let (mut journal, mut mirror) = (small_journal(), ModelMirror::default());
     journal.damaged_at = Some(2);
-    capture("the origin finds damage in its journal", &mut journal, &mut mirror).check("damage.txt");
+    capture("the origin finds damage in its journal", &mut journal, &mut mirror)
+        .check("damage.txt");
 }
