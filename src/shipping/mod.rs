@@ -33,3 +33,8 @@ pub use error::{Divergent, ServeError, ShippingError, WaitError};
 pub use mirror::{FollowOptions, Mirror, MirrorState, MirrorStatus, follow};
 pub use server::{PeerState, PeerStatus, ServeOptions, Server, serve};
 pub use session::{Deadline, Deadlines, Violation};
+
+/// Runs the examples of the specification.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/protocol.md")]
+mod protocol {}

@@ -7,7 +7,7 @@ use super::origin::end_of;
 use super::*;
 use crate::format::Flags;
 use crate::format::batch::{
-    BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest, padded_len,
+    BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest,
 };
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::{PageState, SegmentHeader, SegmentPage};
@@ -83,7 +83,7 @@ impl ModelJournal {
             offset: at.offset,
             durable_offset: self.end_of_batches(self.durable).offset,
             epoch: self.incarnation as u32,
-            padded_len: padded_len(body.len() as u64, 64) as u32,
+            padded_len: (BATCH_HEADER_BYTES + body.len()).next_multiple_of(64) as u32,
             incarnation: Incarnation::new(self.incarnation),
             time_us: self.clock_us,
             chain: at.chain,

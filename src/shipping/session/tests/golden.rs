@@ -134,3 +134,19 @@ fn golden_damage() {
     capture("the origin finds damage in its journal", &mut journal, &mut mirror)
         .check("damage.txt");
 }
+
+#[test]
+fn the_specification_shows_the_frames_of_the_capture() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    let specification: String = read("docs/protocol.md").split_whitespace().collect();
+    let capture = read("tests/golden/v1/wire/first-subscription.txt");
+    let mut seen = std::collections::BTreeSet::new();
+    for line in capture.lines().filter(|line| !line.starts_with('#')) {
+        let [_, frame, hex] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        if frame != "SEGMENT" && seen.insert(frame) {
+            assert!(specification.contains(hex), "{frame} in docs/protocol.md is another one");
+        }
+    }
+    assert_eq!(seen.len(), 7);
+}
