@@ -93,3 +93,11 @@ pub use position::{
     Token,
 };
 pub use store::{Store, StoreBuilder};
+
+/// The specifications, executed.
+#[cfg(doctest)]
+mod specifications {
+    #[cfg(feature = "shipping")]
+    #[doc = include_str!("../docs/protocol.md")]
+    struct Protocol;
+}

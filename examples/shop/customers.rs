@@ -23,7 +23,7 @@ pub fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
     // A line in, a line (or several) out: enough of an interface for a demonstration.
     for line in io::stdin().lock().lines() {
         match line?.split_whitespace().collect::<Vec<_>>()[..] {
-            ["get", customer] => match totals.get(&customer.parse()?)? {
+            ["get", customer] => match totals.get(&customer.parse::<u32>()?)? {
                 Some(row) => println!("row {}", show(&row)),
                 None => println!("row none"),
             },

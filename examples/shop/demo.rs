@@ -232,7 +232,7 @@ impl Demo {
             self.note(&what, &came, Some(row) == counted);
         }
         let what = format!("rows of the view that equal a recount of {} purchases", purchases.len());
-        let equal = recount.iter().filter(|(customer, row)| found.get(customer) == Some(row)).count();
+        let equal = recount.iter().filter(|(customer, row)| found.get(*customer) == Some(*row)).count();
         let came = format!("{equal} of {}", recount.len());
         self.note(&what, &came, found == recount);
         Ok(())

@@ -31,7 +31,7 @@ use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset};
-use crate::position::{Checkpoint, NodeId, Position};
+use crate::position::{Checkpoint, Incarnation, NodeId, Position};
 
 /// A segment file as it was found.
 #[derive(Debug)]
@@ -125,6 +125,7 @@ pub(crate) fn survey(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey
     let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
     let mut walk = Walk::new(layout, node, mark.as_ref(), &used);
     walk.run(&used)?;
+    walk.identify_end(&used)?;
     let (end, kept) = (walk.end, walk.kept);
     let stop = walk.stop;
     let last = kept.last().map(Kept::number);
@@ -268,6 +269,27 @@ impl<'a> Walk<'a> {
                 Some(end) => self.keep(found, page, intact, end, None),
                 None => self.scan(found, page, intact)?,
             }
+        }
+        Ok(())
+    }
+
+    /// A prefix that ends with a segment taken by its header alone still lacks the epoch and the incarnation
+    /// of its last batch, without which nobody would recognise its end.
+    fn identify_end(&mut self, used: &[Found]) -> Result<(), OpenError> {
+        let unknown = self.end.offset > 0 && self.end.incarnation == Incarnation::default();
+        let held = |kept: &&Kept| kept.page.header.base_offset < self.end.offset;
+        let Some(last) = self.kept.iter().rfind(held).filter(|_| unknown) else { return Ok(()) };
+        let Some(found) = used.iter().find(|found| found.number == last.number()) else {
+            return Ok(());
+        };
+        let header = last.page.header;
+        let mut window = found.window(self.layout);
+        let mut offset = header.base_offset;
+        while offset < self.end.offset {
+            let at = file_offset(header.base_offset, offset);
+            let Ok(batch) = window.batch_header(at, u64::MAX, header.salt)? else { break };
+            (self.end.epoch, self.end.incarnation) = (batch.epoch, batch.incarnation);
+            offset = batch.end_offset();
         }
         Ok(())
     }

@@ -26,7 +26,6 @@ const MIRROR: &str = "/mirror";
 type Batch = Vec<(EventId, Vec<u8>)>;
 
 struct Run {
-    seed: u64,
     rng: fastrand::Rng,
     fs: SimFs,
     mirror_fs: SimFs,
@@ -80,7 +79,6 @@ impl Run {
             background_mark_sync: false,
         };
         Self {
-            seed,
             rng,
             fs,
             mirror_fs,
@@ -331,7 +329,7 @@ impl Run {
                 self.maybe.push(batch.clone());
                 group.push(batch);
             }
-            match writer.write(&group, &mut self.rng) {
+            match writer.write(&group) {
                 Ok(true) => {}
                 Ok(false) | Err(_) => return Ok(()),
             }
@@ -523,7 +521,7 @@ impl Overlapping {
     }
 
     /// Writes a group behind the last one; false if it doesn't fit.
-    fn write(&mut self, group: &[Batch], rng: &mut fastrand::Rng) -> std::io::Result<bool> {
+    fn write(&mut self, group: &[Batch]) -> std::io::Result<bool> {
         self.previous = self.end;
         let mut bytes = Vec::new();
         let start = self.end.offset;

@@ -6,3 +6,5 @@ mod crash;
 mod journal;
 #[cfg(feature = "views")]
 mod views;
+#[cfg(feature = "shipping")]
+mod shipping;

@@ -1,0 +1,388 @@
+//! What can go wrong when journals are shipped, sorted by who has to act.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::message::{Divergence, Failure, VersionRange};
+use super::session::{Deadline, DivergedAt, SessionEnd, Violation};
+use crate::error::{IngestError, OpenError, Refusal};
+use crate::format::FormatError;
+use crate::format::files::Witness;
+use crate::position::{Checkpoint, JournalId, Position};
+
+/// Why a journal can't be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The address is not on this machine's loopback, and there is no encryption.
+    #[error("{address} is not a loopback address, and connections are not encrypted")]
+    Plaintext {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The journal is a mirror. Relaying a mirror to others isn't possible yet.
+    #[error("journal {journal} is a mirror here; only its origin can serve it")]
+    NotAnOrigin {
+        /// The journal.
+        journal: JournalId,
+    },
+    /// The address can't be listened on.
+    #[error("can't listen: {0}")]
+    Listen(#[source] Arc<io::Error>),
+    /// No thread could be started.
+    #[error("can't start a thread: {0}")]
+    Thread(#[source] Arc<io::Error>),
+}
+
+impl ServeError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Plaintext { .. } => "serve.plaintext",
+            Self::NotAnOrigin { .. } => "serve.not_an_origin",
+            Self::Listen(_) => "serve.listen",
+            Self::Thread(_) => "serve.thread",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub const fn hint(&self) -> &'static str {
+        match self {
+            Self::Plaintext { .. } => PLAINTEXT_HINT,
+            Self::NotAnOrigin { .. } => "serve it from the store that appends to it",
+            Self::Listen(_) => "see the system's error: is the address this machine's, and free?",
+            Self::Thread(_) => "raise the limit on threads",
+        }
+    }
+}
+
+const PLAINTEXT_HINT: &str = "use a loopback address, put an encrypting tunnel in between, or set allow_plaintext_off_loopback if everybody who can reach the address may read the journal";
+
+/// Why a mirror doesn't follow its origin at present.
+///
+/// [`is_halting`](Self::is_halting) tells those that end all attempts until somebody acts from those that
+/// heal by themselves.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShippingError {
+    /// The origin has lost events that this mirror has. The mirror is kept as it is: it may hold the only
+    /// copy of them.
+    #[error("the mirror is ahead of its origin: {0}")]
+    Ahead(Box<Divergent>),
+    /// The origin has other events than this mirror in the same places. The mirror is kept as it is.
+    #[error("the origin's history is another one than the mirror's: {0}")]
+    Fork(Box<Divergent>),
+    /// The address belongs to another journal's origin.
+    #[error("the mirror is of journal {mirror}, the origin's is {origin}")]
+    Foreign {
+        /// The mirror's journal.
+        mirror: JournalId,
+        /// The journal that is served at the address.
+        origin: JournalId,
+    },
+    /// The origin no longer has what the mirror needs next.
+    #[error("the mirror ends at position {mirror}, the origin begins at {first}")]
+    Truncated {
+        /// The mirror's end.
+        mirror: Position,
+        /// The first position that the origin has.
+        first: Position,
+    },
+    /// The journal comes from this mirror itself.
+    #[error("the origin at this address is the mirror itself, or gets the journal from it")]
+    Cycle,
+    /// No version of the protocol in common.
+    #[error("the origin speaks versions {} to {} of the protocol", versions.min, versions.max)]
+    Version {
+        /// The origin's versions.
+        versions: VersionRange,
+    },
+    /// The origin refuses, or has trouble of its own: its code, and where it says so, the position.
+    #[error("the origin reports {}{}: {}", failure.code, At(failure.position), failure.detail)]
+    Reported {
+        /// What it said.
+        failure: Box<Failure>,
+    },
+    /// The origin sent bytes that don't continue the mirror; nothing of them was written. Damage on the way
+    /// heals by fetching them again; after several times at one place the mirror halts.
+    #[error("what the origin sent was refused at position {position}: {refusal}")]
+    Refused {
+        /// The mirror's end.
+        position: Position,
+        /// What is wrong with the bytes.
+        refusal: Refusal,
+    },
+    /// The address is not on this machine's loopback, and there is no encryption.
+    #[error("{address} is not a loopback address, and the connection would not be encrypted")]
+    Plaintext {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The mirror's disk is full, or failed.
+    #[error(transparent)]
+    Storage(IngestError),
+    /// The mirror can't be opened or created.
+    #[error(transparent)]
+    Open(#[from] Arc<OpenError>),
+    /// The address can't be resolved.
+    #[error("can't resolve {address}: {source}")]
+    Resolve {
+        /// The address as it was given.
+        address: String,
+        /// The system's answer.
+        source: Arc<io::Error>,
+    },
+    /// Nobody answers.
+    #[error("can't connect to {address}: {source}")]
+    Connect {
+        /// The last address that was tried.
+        address: SocketAddr,
+        /// The system's answer.
+        source: Arc<io::Error>,
+    },
+    /// A connection can't be set up on this side.
+    #[error("can't set up the connection: {0}")]
+    Setup(#[source] Arc<io::Error>),
+    /// The connection was closed.
+    #[error("the origin closed the connection")]
+    Disconnected,
+    /// The origin said that it is going away.
+    #[error("the origin is going away")]
+    GoingAway {
+        /// It asks for this much time before the next attempt, in milliseconds.
+        reconnect_after_ms: u32,
+    },
+    /// A deadline has passed.
+    #[error("{0}")]
+    Timeout(Deadline),
+    /// What answers at the address doesn't keep to the protocol.
+    #[error("the origin broke the protocol: {0}")]
+    Violation(#[from] Violation),
+}
+
+/// What is known of two histories that differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Divergent {
+    /// The mirror's end.
+    pub mirror: Checkpoint,
+    /// The origin's durable end.
+    pub origin: Checkpoint,
+    /// The old end of a tail that the mirror has set aside, if that is where they differ.
+    pub witness: Option<Witness>,
+    /// Up to where both have the same events; `None`: nobody knows yet.
+    pub common: Option<Position>,
+}
+
+impl std::fmt::Display for Divergent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the mirror ends at position {}", self.mirror.position)?;
+        if let Some(witness) = self.witness {
+            write!(f, " (and held events up to {} before)", witness.position)?;
+        }
+        write!(f, ", the origin at {}; ", self.origin.position)?;
+        match self.common {
+            Some(position) => write!(f, "they agree up to {position}"),
+            None => f.write_str("up to where they agree is not known"),
+        }
+    }
+}
+
+struct At(Option<Position>);
+
+impl std::fmt::Display for At {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.map_or(Ok(()), |position| write!(f, " at position {position}"))
+    }
+}
+
+impl ShippingError {
+    /// Whether no further attempt is made until [`Mirror::resume`](super::Mirror::resume) or a restart.
+    #[must_use]
+    pub const fn is_halting(&self) -> bool {
+        match self {
+            Self::Ahead(_)
+            | Self::Fork(_)
+            | Self::Foreign { .. }
+            | Self::Truncated { .. }
+            | Self::Cycle
+            | Self::Version { .. }
+            | Self::Plaintext { .. }
+            | Self::Open(_) => true,
+            Self::Reported { failure } => !failure.code.is_transient(),
+            Self::Storage(error) => !matches!(error, IngestError::DiskFull(_)),
+            Self::Refused { refusal, .. } => is_unsupported(refusal),
+            Self::Resolve { .. }
+            | Self::Connect { .. }
+            | Self::Setup(_)
+            | Self::Disconnected
+            | Self::GoingAway { .. }
+            | Self::Timeout(_)
+            | Self::Violation(_) => false,
+        }
+    }
+
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Ahead(_) => "shipping.ahead",
+            Self::Fork(_) => "shipping.fork",
+            Self::Foreign { .. } => "shipping.foreign",
+            Self::Truncated { .. } => "shipping.truncated",
+            Self::Cycle => "shipping.cycle",
+            Self::Version { .. } => "shipping.version",
+            Self::Reported { .. } => "shipping.reported",
+            Self::Refused { .. } => "shipping.refused",
+            Self::Plaintext { .. } => "shipping.plaintext",
+            Self::Storage(_) => "shipping.storage",
+            Self::Open(_) => "shipping.open",
+            Self::Resolve { .. } => "shipping.resolve",
+            Self::Connect { .. } => "shipping.connect",
+            Self::Setup(_) => "shipping.setup",
+            Self::Disconnected => "shipping.disconnected",
+            Self::GoingAway { .. } => "shipping.going_away",
+            Self::Timeout(_) => "shipping.timeout",
+            Self::Violation(_) => "shipping.violation",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Ahead(_) | Self::Fork(_) => {
+                "don't delete the mirror: it may hold the only copy of acknowledged events. Was the origin restored from an older copy? Put its newest state back, then resume; or, to give up the mirror's events, follow into a new directory"
+            }
+            Self::Foreign { .. } => {
+                "check the address; to follow this origin too, use another mirror directory"
+            }
+            Self::Truncated { .. } => "copy the missing part from another mirror or an archive",
+            Self::Cycle => "follow the journal's origin, not its mirror",
+            Self::Version { .. } => "upgrade the older side",
+            Self::Reported { .. } => "see the origin: the trouble is on its side",
+            Self::Refused { .. } => {
+                "run `headwater verify` on the origin's journal, and check its version"
+            }
+            Self::Plaintext { .. } => PLAINTEXT_HINT,
+            Self::Storage(_) => "check the mirror's disk, then resume",
+            Self::Open(error) => error.hint(),
+            Self::Resolve { .. } | Self::Connect { .. } => {
+                "is the origin running, and is the address right? Attempts go on"
+            }
+            Self::Setup(_) => "raise the limits on threads and open files; attempts go on",
+            Self::Disconnected | Self::GoingAway { .. } | Self::Timeout(_) => {
+                "nothing: attempts go on"
+            }
+            Self::Violation(_) => "does another service answer at this address? Attempts go on",
+        }
+    }
+
+    /// What the end of a session means for the mirror that ends at `mirror`.
+    pub(crate) fn from_end(
+        end: SessionEnd,
+        mirror: Option<Checkpoint>,
+        witness: Option<Witness>,
+    ) -> Self {
+        match end {
+            SessionEnd::Disconnected | SessionEnd::ShuttingDown => Self::Disconnected,
+            SessionEnd::Violation(violation) => Self::Violation(violation),
+            SessionEnd::Timeout(deadline) => Self::Timeout(deadline),
+            SessionEnd::Version(versions) => Self::Version { versions },
+            SessionEnd::Peer(failure) | SessionEnd::Own(failure) => {
+                Self::Reported { failure: Box::new(failure) }
+            }
+            SessionEnd::GoAway(go_away) => {
+                Self::GoingAway { reconnect_after_ms: go_away.reconnect_after_ms }
+            }
+            SessionEnd::Truncated { first } => Self::Truncated {
+                mirror: mirror.map_or(Position::START, |end| end.position),
+                first,
+            },
+            SessionEnd::Cycle => Self::Cycle,
+            SessionEnd::Diverged(at) => Self::from_divergence(&at, mirror, witness),
+        }
+    }
+
+    fn from_divergence(
+        at: &DivergedAt,
+        mirror: Option<Checkpoint>,
+        witness: Option<Witness>,
+    ) -> Self {
+        let origin = at.origin;
+        // A mirror that has nothing yet can't differ from anything; an origin that says so all the same
+        // serves another journal than the one asked for.
+        let mirror =
+            mirror.unwrap_or_else(|| crate::format::files::Mark::start(origin.journal).end);
+        let witness = witness.filter(|_| at.at_witness);
+        let common = at.common.map(|common| common.position);
+        let divergent = Box::new(Divergent { mirror, origin, witness, common });
+        match at.divergence {
+            Divergence::Ahead => Self::Ahead(divergent),
+            Divergence::Fork => Self::Fork(divergent),
+            Divergence::Foreign => Self::Foreign { mirror: mirror.journal, origin: origin.journal },
+        }
+    }
+}
+
+/// Whether the peer's bytes are whole but of a later version: fetching them again changes nothing.
+const fn is_unsupported(refusal: &Refusal) -> bool {
+    matches!(
+        refusal,
+        Refusal::Page(FormatError::Unsupported { .. })
+            | Refusal::Batch(FormatError::Unsupported { .. })
+    )
+}
+
+/// Why waiting for a mirror ended without what was waited for.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// The time is up.
+    #[error("the time is up{}", Because(last_error))]
+    Timeout {
+        /// Why the mirror didn't follow when it was last tried, if it didn't.
+        last_error: Option<ShippingError>,
+    },
+    /// The mirror doesn't follow any more, until somebody acts.
+    #[error("the mirror has halted: {0}")]
+    Halted(ShippingError),
+    /// The mirror was stopped.
+    #[error("the mirror was stopped")]
+    Stopped,
+}
+
+struct Because<'a>(&'a Option<ShippingError>);
+
+impl std::fmt::Display for Because<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.as_ref().map_or(Ok(()), |error| write!(f, "; the last attempt: {error}"))
+    }
+}
+
+impl WaitError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Timeout { .. } => "mirror.timeout",
+            Self::Halted(_) => "mirror.halted",
+            Self::Stopped => "mirror.stopped",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Timeout { last_error } => {
+                last_error.as_ref().map_or("wait longer", ShippingError::hint)
+            }
+            Self::Halted(error) => error.hint(),
+            Self::Stopped => "follow again",
+        }
+    }
+}

@@ -1,0 +1,856 @@
+//! The mirror's side in threads: one that owns the mirror and writes it, and while there is a connection,
+//! one that listens to it.
+//!
+//! ```text
+//!        ┌─────────────────────────── until stopped ─────────────────────────────┐
+//!        ▼                                                                        │
+//!   Connecting ── resolve, connect ──▶ session ──▶ CatchingUp ──▶ Live ── lost ──▶ back off, 50 ms to 10 s
+//!        ▲                                │            │            │
+//!        └── resume ── Halted ◀───────────┴── AHEAD, FORK, FOREIGN, damage: nothing is tried any more
+//!
+//!   listener: socket ─▶ session ─▶ pages, batches ─▶ writer: Ingest: verify, write ─▶ sync ─▶ ACK
+//! ```
+//! Invariants:
+//! - Only what the [`Ingest`] has verified and synced is published, acknowledged and shown to followers.
+//! - The listener never waits for the disk, so a slow sync doesn't look like a dead mirror; what lies
+//!   between the two is bounded by the window.
+//! - A mirror whose history differs from the origin's is kept as it is, whatever happens.
+
+use std::io::Write as _;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
+use parking_lot::{Condvar, Mutex};
+
+use super::error::{Divergent, ShippingError, WaitError};
+use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd};
+use super::session::{Deadlines, Delivery, MirrorConfig, MirrorSession, Resume, batches};
+use super::transport::{self, Received};
+use crate::env;
+use crate::error::{IngestError, OpenError};
+use crate::fs::Fs;
+use crate::journal::{Ingest, Journal};
+use crate::options::JournalOptions;
+use crate::position::{Checkpoint, Position};
+
+const BACK_OFF_MIN: Duration = Duration::from_millis(50);
+/// Jitter comes on top, up to as much again.
+const BACK_OFF_MAX: Duration = Duration::from_secs(5);
+/// An origin can ask for no longer a wait than this.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+/// A session that lasted this long was healthy: the next attempt after it comes soon.
+const HEALTHY_AFTER: Duration = Duration::from_secs(5);
+/// A mirror that lags by less syncs whenever nothing more has arrived.
+const LIVE_LAG_BYTES: u64 = 1 << 20;
+/// While catching up, a pause in the stream longer than this ends a group.
+const CATCH_UP_PAUSE: Duration = Duration::from_millis(20);
+/// Bytes refused so many times at the same place weren't damaged on the way.
+const REFUSALS_MAX: u32 = 3;
+
+/// How an origin is followed.
+///
+/// ```
+/// let options = headwater::shipping::FollowOptions { window_bytes: 4 << 20, ..Default::default() };
+/// # assert!(!options.allow_plaintext_off_loopback);
+/// ```
+#[derive(Clone, Debug)]
+pub struct FollowOptions {
+    /// How the mirror is written.
+    pub journal: JournalOptions,
+    /// How long the origin may take, and how often it is told that this side is alive.
+    pub deadlines: Deadlines,
+    /// How long one address may take to answer a connection attempt. Default 3 s.
+    pub connect_timeout: Duration,
+    /// How many bytes may be under way or in memory without being durable yet; half as many are synced at
+    /// once while catching up. Default 16 MiB.
+    pub window_bytes: u32,
+    /// Connections are not encrypted yet, so by default only loopback addresses are connected to. With
+    /// this, everybody on the way can read and forge what is shipped.
+    pub allow_plaintext_off_loopback: bool,
+    /// How this program introduces itself to the origin, for people to read there.
+    pub agent: String,
+}
+
+impl Default for FollowOptions {
+    fn default() -> Self {
+        Self {
+            journal: JournalOptions::default(),
+            deadlines: Deadlines::default(),
+            connect_timeout: Duration::from_secs(3),
+            window_bytes: 16 << 20,
+            allow_plaintext_off_loopback: false,
+            agent: concat!("headwater/", env!("CARGO_PKG_VERSION")).to_owned(),
+        }
+    }
+}
+
+/// What a mirror is doing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum MirrorState {
+    /// It looks for its origin, or waits before the next attempt.
+    Connecting,
+    /// It receives what it doesn't have yet.
+    CatchingUp,
+    /// It has reached the origin's durable end, and gets what comes as it comes.
+    Live,
+    /// It doesn't follow any more until [`Mirror::resume`], or until it is followed anew.
+    Halted(ShippingError),
+    /// It was stopped.
+    Stopped,
+}
+
+/// How a mirror is doing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct MirrorStatus {
+    /// The origin's address, as it was given.
+    pub address: String,
+    /// What it is doing.
+    pub state: MirrorState,
+    /// Its durable end; `None` while there is no mirror yet.
+    pub mirrored: Option<Checkpoint>,
+    /// The origin's durable end as last told; `None` if it has never been.
+    pub origin_end: Option<OriginEnd>,
+    /// How long ago that was.
+    pub origin_heard: Option<Duration>,
+    /// Why the last attempt or session ended.
+    pub last_error: Option<ShippingError>,
+    /// How many sessions there have been after the first.
+    pub reconnects: u64,
+    /// Whether what is known of the origin's end is fresh.
+    lag_is_known: bool,
+}
+
+impl MirrorStatus {
+    /// How many events the origin has made durable and this mirror hasn't; `None` if the origin hasn't been
+    /// heard for three heartbeats.
+    #[must_use]
+    pub fn lag_events(&self) -> Option<u64> {
+        let (end, mirrored) = self.known_ends()?;
+        Some(end.position.since(mirrored.position))
+    }
+
+    /// The same in bytes.
+    #[must_use]
+    pub fn lag_bytes(&self) -> Option<u64> {
+        let (end, mirrored) = self.known_ends()?;
+        Some(end.offset.saturating_sub(mirrored.offset))
+    }
+
+    fn known_ends(&self) -> Option<(OriginEnd, Checkpoint)> {
+        self.origin_end.zip(self.mirrored).filter(|_| self.lag_is_known)
+    }
+
+    /// Whether nothing is tried any more.
+    #[must_use]
+    pub const fn is_halted(&self) -> bool {
+        matches!(self.state, MirrorState::Halted(_))
+    }
+
+    /// Whether the mirror has reached its origin's end and stays there.
+    #[must_use]
+    pub const fn is_live(&self) -> bool {
+        matches!(self.state, MirrorState::Live)
+    }
+}
+
+/// A mirror of another service's journal, and the threads that keep it following.
+///
+/// Dropping it stops following; the mirror stays.
+#[derive(Debug)]
+pub struct Mirror {
+    shared: Arc<Shared>,
+    following: Option<JoinHandle<Result<(), IngestError>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    fs: Arc<dyn Fs>,
+    dir: PathBuf,
+    address: String,
+    options: FollowOptions,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: MirrorState,
+    journal: Option<Journal>,
+    mirrored: Option<Checkpoint>,
+    origin: Option<(OriginEnd, Instant)>,
+    applied: Option<Position>,
+    last_error: Option<ShippingError>,
+    sessions: u64,
+    stopping: bool,
+    resuming: bool,
+    /// The connection's socket, to interrupt whoever reads from it.
+    socket: Option<TcpStream>,
+}
+
+/// Follows the journal that is served at `address` into a mirror in `dir`.
+///
+/// The mirror is opened, with recovery, before this returns; if there is none yet, it is created once the
+/// origin has said which journal it serves. `address` is kept as it is and resolved before every attempt.
+///
+/// # Errors
+/// [`ShippingError::Open`] if there is something in `dir` that can't be opened as a mirror,
+/// [`ShippingError::Plaintext`] if the address is a literal one off the loopback,
+/// [`ShippingError::Setup`] if no thread can be started.
+pub fn follow(
+    fs: Arc<dyn Fs>,
+    dir: &Path,
+    address: impl Into<String>,
+    options: FollowOptions,
+) -> Result<Mirror, ShippingError> {
+    let address = address.into();
+    if let Ok(literal) = address.parse::<SocketAddr>() {
+        check_plaintext(&[literal], &options)?;
+    }
+    let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
+    let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
+    let shared = Arc::new(Shared {
+        fs,
+        dir: dir.to_owned(),
+        address,
+        options,
+        state: Mutex::new(State {
+            phase: MirrorState::Connecting,
+            mirrored: journal.as_ref().map(Journal::end),
+            journal,
+            origin: None,
+            applied: None,
+            last_error: None,
+            sessions: 0,
+            stopping: false,
+            resuming: false,
+            socket: None,
+        }),
+        changed: Condvar::new(),
+    });
+    let for_thread = Arc::clone(&shared);
+    let following = thread::Builder::new()
+        .name("headwater-mirror".into())
+        .spawn(move || for_thread.run(ingest))
+        .map_err(setup_error)?;
+    Ok(Mirror { shared, following: Some(following) })
+}
+
+fn open_error(error: OpenError) -> ShippingError {
+    ShippingError::Open(Arc::new(error))
+}
+
+fn setup_error(error: std::io::Error) -> ShippingError {
+    ShippingError::Setup(Arc::new(error))
+}
+
+/// Leaves the addresses that may be connected to; an error if there are none.
+fn check_plaintext(
+    addresses: &[SocketAddr],
+    options: &FollowOptions,
+) -> Result<Vec<SocketAddr>, ShippingError> {
+    let allowed = |address: &&SocketAddr| {
+        options.allow_plaintext_off_loopback || transport::is_loopback(address)
+    };
+    let usable: Vec<_> = addresses.iter().filter(allowed).copied().collect();
+    match addresses.first() {
+        Some(&address) if usable.is_empty() => Err(ShippingError::Plaintext { address }),
+        _ => Ok(usable),
+    }
+}
+
+impl Mirror {
+    /// The mirrored journal, to read from and to fold views from; `None` until the origin was reached for
+    /// the first time.
+    #[must_use]
+    pub fn journal(&self) -> Option<Journal> {
+        self.shared.state.lock().journal.clone()
+    }
+
+    /// Waits until there is a mirrored journal to read: at once if there was one already, else until the
+    /// origin was reached. It may be far behind; see [`wait_caught_up`](Self::wait_caught_up).
+    ///
+    /// # Errors
+    /// [`WaitError`].
+    pub fn wait_ready(&self, timeout: Duration) -> Result<Journal, WaitError> {
+        self.shared.wait_for(timeout, |state| state.journal.clone())
+    }
+
+    /// Waits until the mirror is durable up to an end that the origin told after this call. That comes with
+    /// the next events or the next heartbeat. To wait for a certain event, wait for its position in
+    /// [`journal`](Self::journal) or for its token in a view instead.
+    ///
+    /// # Errors
+    /// [`WaitError`].
+    pub fn wait_caught_up(&self, timeout: Duration) -> Result<Checkpoint, WaitError> {
+        let called = Instant::now();
+        self.shared.wait_for(timeout, |state| {
+            let (end, _) = state.origin.filter(|(_, told)| *told >= called)?;
+            state.mirrored.filter(|mirrored| mirrored.offset >= end.offset)
+        })
+    }
+
+    /// Waits until `condition` holds of the status, also of a halted or stopped mirror.
+    ///
+    /// # Errors
+    /// [`WaitError::Timeout`].
+    pub fn wait_until(
+        &self,
+        timeout: Duration,
+        condition: impl Fn(&MirrorStatus) -> bool,
+    ) -> Result<MirrorStatus, WaitError> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.shared.state.lock();
+        loop {
+            let status = self.shared.status(&state);
+            if condition(&status) {
+                return Ok(status);
+            }
+            if self.shared.changed.wait_until(&mut state, deadline).timed_out() {
+                return Err(WaitError::Timeout { last_error: state.last_error.clone() });
+            }
+        }
+    }
+
+    /// How it is doing.
+    #[must_use]
+    pub fn status(&self) -> MirrorStatus {
+        self.shared.status(&self.shared.state.lock())
+    }
+
+    /// Tells the origin, with the next acknowledgement, up to where views of this mirror are applied.
+    pub fn report_applied(&self, position: Position) {
+        self.shared.state.lock().applied = Some(position);
+    }
+
+    /// Tries again now: a halted mirror, once what halted it was put right, or one that waits before its
+    /// next attempt. A mirror whose disk had failed is opened again; take the new
+    /// [`journal`](Self::journal) then.
+    pub fn resume(&self) {
+        self.shared.state.lock().resuming = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// Stops following, closes the mirror, and waits for all threads to end.
+    ///
+    /// # Errors
+    /// [`IngestError`] if the mirror can't be closed cleanly; what was published as durable is.
+    pub fn stop(mut self) -> Result<(), IngestError> {
+        self.stop_following()
+    }
+
+    fn stop_following(&mut self) -> Result<(), IngestError> {
+        self.shared.stop();
+        match self.following.take().map(JoinHandle::join) {
+            Some(Ok(closed)) => closed,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.shared.stop();
+        if let Some(following) = self.following.take() {
+            drop(following.join());
+        }
+    }
+}
+
+/// How an attempt went.
+struct Attempt {
+    error: ShippingError,
+    /// It came to a session that went well for a while.
+    healthy: bool,
+}
+
+impl From<ShippingError> for Attempt {
+    fn from(error: ShippingError) -> Self {
+        Self { error, healthy: false }
+    }
+}
+
+/// Counts how often bytes were refused at one place.
+#[derive(Default)]
+struct Refusals {
+    at: Option<Position>,
+    count: u32,
+}
+
+impl Refusals {
+    /// Whether this was one too many.
+    fn count(&mut self, error: &ShippingError) -> bool {
+        let ShippingError::Refused { position, .. } = error else { return false };
+        if self.at != Some(*position) {
+            *self = Self { at: Some(*position), count: 0 };
+        }
+        self.count += 1;
+        self.count >= REFUSALS_MAX
+    }
+}
+
+fn back_off() -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_jitter()
+        .with_min_delay(BACK_OFF_MIN)
+        .with_max_delay(BACK_OFF_MAX)
+        .without_max_times()
+        .build()
+}
+
+impl Shared {
+    fn run(&self, mut ingest: Option<Ingest>) -> Result<(), IngestError> {
+        let (mut pauses, mut refusals) = (back_off(), Refusals::default());
+        while !self.state.lock().stopping {
+            let attempt = self.attempt(&mut ingest);
+            if attempt.healthy {
+                pauses = back_off();
+            }
+            if attempt.error.is_halting() || refusals.count(&attempt.error) {
+                let poisoned = is_poisoned(&attempt.error);
+                self.halt(attempt.error);
+                (pauses, refusals) = (back_off(), Refusals::default());
+                if poisoned {
+                    ingest = None;
+                }
+            } else {
+                let asked_for = retry_after(&attempt.error);
+                self.note(attempt.error);
+                self.pause(pauses.next().unwrap_or(BACK_OFF_MAX).max(asked_for));
+            }
+        }
+        let closed = ingest.map_or(Ok(()), Ingest::close);
+        self.state.lock().phase = MirrorState::Stopped;
+        self.changed.notify_all();
+        closed
+    }
+
+    fn stop(&self) {
+        let mut state = self.state.lock();
+        state.stopping = true;
+        if let Some(socket) = &state.socket {
+            drop(socket.shutdown(Shutdown::Both));
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until somebody wants it to go on or to end.
+    fn halt(&self, error: ShippingError) {
+        let mut state = self.state.lock();
+        state.last_error = Some(error.clone());
+        state.phase = MirrorState::Halted(error);
+        state.resuming = false;
+        self.changed.notify_all();
+        while !state.resuming && !state.stopping {
+            self.changed.wait(&mut state);
+        }
+        state.resuming = false;
+        state.phase = MirrorState::Connecting;
+    }
+
+    fn note(&self, error: ShippingError) {
+        let mut state = self.state.lock();
+        state.last_error = Some(error);
+        state.phase = MirrorState::Connecting;
+        self.changed.notify_all();
+    }
+
+    fn pause(&self, pause: Duration) {
+        let deadline = Instant::now() + pause;
+        let mut state = self.state.lock();
+        while !state.resuming && !state.stopping {
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                break;
+            }
+        }
+        state.resuming = false;
+    }
+
+    fn attempt(&self, ingest: &mut Option<Ingest>) -> Attempt {
+        match self.connect(ingest) {
+            Ok(stream) => self.converse(ingest, stream),
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Opens the mirror if it isn't open, and connects to the origin, wherever it is now.
+    fn connect(&self, ingest: &mut Option<Ingest>) -> Result<TcpStream, ShippingError> {
+        if ingest.is_none() {
+            let opened = Ingest::open(&self.fs, &self.dir, &self.options.journal);
+            *ingest = opened.map_err(open_error)?;
+            self.publish_journal(ingest.as_ref());
+        }
+        let give_up = || self.state.lock().stopping;
+        let addresses = transport::resolve(&self.address, give_up)?;
+        let addresses = check_plaintext(&addresses, &self.options)?;
+        let stream = transport::connect(&addresses, self.options.connect_timeout, give_up)?;
+        transport::prepare(&stream, self.options.deadlines.silence).map_err(setup_error)?;
+        let mut state = self.state.lock();
+        if state.stopping {
+            return Err(ShippingError::Disconnected);
+        }
+        state.socket = Some(stream.try_clone().map_err(setup_error)?);
+        Ok(stream)
+    }
+
+    fn publish_journal(&self, ingest: Option<&Ingest>) {
+        if let Some(ingest) = ingest {
+            let mut state = self.state.lock();
+            state.journal = Some(ingest.journal().clone());
+            state.mirrored = Some(ingest.journal().end());
+            self.changed.notify_all();
+        }
+    }
+
+    /// One session, from its first byte to its end.
+    fn converse(&self, ingest: &mut Option<Ingest>, stream: TcpStream) -> Attempt {
+        let started = Instant::now();
+        let resume = ingest.as_ref().map(|i| Resume { end: i.end(), witness: i.witness() });
+        let node = ingest.as_ref().map(|ingest| ingest.journal().node());
+        let connection = Connection {
+            shared: self,
+            session: Mutex::new(MirrorSession::new(self.config(node, resume), transport::now())),
+            stream: &stream,
+            writing: Mutex::new(Vec::new()),
+        };
+        let (sender, deliveries) = unbounded();
+        let written = thread::scope(|scope| {
+            let listener = thread::Builder::new().name("headwater-listen".into());
+            let connection = &connection;
+            listener
+                .spawn_scoped(scope, move || connection.listen(&sender))
+                .map_err(setup_error)?;
+            let written = MirrorWriter::new(connection, ingest).write_all(&deliveries);
+            if let Err(error) = &written {
+                connection.give_up(error);
+            }
+            written
+        });
+        let end = connection.session.into_inner().end().cloned();
+        let mut state = self.state.lock();
+        state.socket = None;
+        let was_live = matches!(state.phase, MirrorState::Live);
+        let healthy = was_live || started.elapsed() >= HEALTHY_AFTER;
+        let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
+        let error = match (written, end) {
+            (Err(error), _) => error,
+            (Ok(()), Some(end)) => ShippingError::from_end(end, mirror, witness),
+            (Ok(()), None) => ShippingError::Disconnected,
+        };
+        Attempt { error, healthy }
+    }
+
+    fn config(
+        &self,
+        node: Option<crate::position::NodeId>,
+        resume: Option<Resume>,
+    ) -> MirrorConfig {
+        MirrorConfig {
+            node,
+            nonce: env::random_id(),
+            agent: self.options.agent.clone(),
+            deadlines: self.options.deadlines,
+            max_frame: FRAME_BYTES_MAX,
+            window_bytes: self.options.window_bytes.max(1),
+            resume,
+        }
+    }
+
+    /// The origin has told its end.
+    fn origin_ends_at(&self, end: Option<(OriginEnd, Instant)>) {
+        let mut state = self.state.lock();
+        state.origin = end.or(state.origin);
+        self.judge_phase(&mut state);
+    }
+
+    /// The mirror is durable up to here.
+    fn mirrored_to(&self, end: Checkpoint) {
+        let mut state = self.state.lock();
+        state.mirrored = Some(end);
+        self.judge_phase(&mut state);
+    }
+
+    /// Live once it has reached the origin's end; catching up again when it lags by more than the window.
+    fn judge_phase(&self, state: &mut State) {
+        self.changed.notify_all();
+        let Some(((end, _), mirrored)) = state.origin.zip(state.mirrored) else { return };
+        let lag_bytes = end.offset.saturating_sub(mirrored.offset);
+        match state.phase {
+            MirrorState::CatchingUp if lag_bytes == 0 => state.phase = MirrorState::Live,
+            MirrorState::Live if lag_bytes > u64::from(self.options.window_bytes) => {
+                state.phase = MirrorState::CatchingUp;
+            }
+            _ => {}
+        }
+    }
+
+    fn status(&self, state: &State) -> MirrorStatus {
+        let heard = state.origin.map(|(_, told)| told.elapsed());
+        let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
+        let fresh = |age: Duration| age <= 3 * self.options.deadlines.heartbeat;
+        MirrorStatus {
+            address: self.address.clone(),
+            state: state.phase.clone(),
+            mirrored: state.mirrored,
+            origin_end: state.origin.map(|(end, _)| end),
+            origin_heard: heard,
+            last_error: state.last_error.clone(),
+            reconnects: state.sessions.saturating_sub(1),
+            lag_is_known: connected && heard.is_some_and(fresh),
+        }
+    }
+
+    /// Waits until `look` finds something; a halted or stopped mirror ends the wait.
+    fn wait_for<T>(
+        &self,
+        timeout: Duration,
+        look: impl Fn(&State) -> Option<T>,
+    ) -> Result<T, WaitError> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.state.lock();
+        loop {
+            if let Some(found) = look(&state) {
+                return Ok(found);
+            }
+            match &state.phase {
+                MirrorState::Halted(error) => return Err(WaitError::Halted(error.clone())),
+                MirrorState::Stopped => return Err(WaitError::Stopped),
+                _ => {}
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() {
+                return Err(WaitError::Timeout { last_error: state.last_error.clone() });
+            }
+        }
+    }
+}
+
+fn is_poisoned(error: &ShippingError) -> bool {
+    matches!(error, ShippingError::Storage(IngestError::Poisoned(_)))
+}
+
+/// How long the origin asked to wait.
+fn retry_after(error: &ShippingError) -> Duration {
+    let asked_for_ms = match error {
+        ShippingError::Reported { failure } => failure.retry_after_ms,
+        ShippingError::GoingAway { reconnect_after_ms } => *reconnect_after_ms,
+        _ => 0,
+    };
+    Duration::from_millis(asked_for_ms.into()).min(RETRY_AFTER_MAX)
+}
+
+/// A connection, shared by the listener and the writer.
+struct Connection<'a> {
+    shared: &'a Shared,
+    session: Mutex<MirrorSession>,
+    stream: &'a TcpStream,
+    /// Held while writing, so that frames stay whole and in order.
+    writing: Mutex<Vec<u8>>,
+}
+
+impl Connection<'_> {
+    /// Feeds the session with what arrives, and passes on what it delivers, until it ends.
+    fn listen(&self, sender: &Sender<Delivery>) {
+        let mut buffer = vec![0; 128 << 10];
+        let mut deliveries = Vec::new();
+        let mut told = None;
+        while self.flush() {
+            let received = transport::receive(self.stream, &mut buffer);
+            let now = transport::now();
+            let mut session = self.session.lock();
+            match received {
+                Received::Bytes(len) => {
+                    let bytes = buffer.get(..len).unwrap_or_default();
+                    session.on_bytes(bytes, now, &mut deliveries);
+                }
+                Received::Nothing => {}
+                Received::Closed => session.on_closed(),
+            }
+            session.on_time(now);
+            let (ended, origin_end) = (session.end().is_some(), session.origin_end());
+            drop(session);
+            let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
+            if told != origin_end {
+                told = origin_end;
+                self.shared.origin_ends_at(origin_end);
+            }
+            if ended || !writing {
+                break;
+            }
+        }
+        self.flush();
+    }
+
+    /// Writes what the session has to say; false if nobody takes it any more.
+    fn flush(&self) -> bool {
+        let mut out = self.writing.lock();
+        out.clear();
+        let applied = self.shared.state.lock().applied;
+        let mut session = self.session.lock();
+        applied.into_iter().for_each(|position| session.on_applied(position));
+        session.take_output(transport::now(), &mut out);
+        drop(session);
+        let mut stream = self.stream;
+        let written = out.is_empty() || stream.write_all(&out).is_ok();
+        if !written {
+            self.session.lock().on_closed();
+        }
+        written
+    }
+
+    fn became_durable(&self, end: Checkpoint) {
+        self.shared.mirrored_to(end);
+        self.session.lock().on_durable(end);
+        self.flush();
+    }
+
+    /// The writer can't go on: the origin is told why, and the listener is interrupted.
+    fn give_up(&self, error: &ShippingError) {
+        let code = match error {
+            ShippingError::Refused { .. } | ShippingError::Fork(_) => ErrorCode::REFUSED,
+            _ => ErrorCode::STORAGE,
+        };
+        self.session.lock().fail(Failure::new(code, error.to_string()));
+        self.flush();
+        drop(self.stream.shutdown(Shutdown::Both));
+    }
+}
+
+/// Puts what a session delivers into the mirror.
+struct MirrorWriter<'a> {
+    connection: &'a Connection<'a>,
+    ingest: &'a mut Option<Ingest>,
+    /// The origin's durable end when it granted the subscription.
+    origin: Option<Checkpoint>,
+    unsynced_bytes: u64,
+}
+
+/// What comes next for a writer.
+enum Step {
+    Take(Delivery),
+    Sync,
+    End,
+}
+
+impl<'a> MirrorWriter<'a> {
+    fn new(connection: &'a Connection<'a>, ingest: &'a mut Option<Ingest>) -> Self {
+        Self { connection, ingest, origin: None, unsynced_bytes: 0 }
+    }
+
+    /// Takes all deliveries, until the listener has ended. What has been written is synced also then, and
+    /// also when a later delivery is refused.
+    fn write_all(mut self, deliveries: &Receiver<Delivery>) -> Result<(), ShippingError> {
+        loop {
+            let taken = match self.next_step(deliveries) {
+                Step::Take(delivery) => self.take(delivery),
+                Step::Sync => self.sync(),
+                Step::End => return self.sync(),
+            };
+            if let Err(error) = taken {
+                if !is_poisoned(&error) {
+                    self.sync()?;
+                }
+                return Err(error);
+            }
+        }
+    }
+
+    /// When live, everything is synced as soon as nothing more has arrived; while catching up, in groups
+    /// of half a window.
+    fn next_step(&self, deliveries: &Receiver<Delivery>) -> Step {
+        if self.unsynced_bytes == 0 {
+            return deliveries.recv().map_or(Step::End, Step::Take);
+        }
+        let group_bytes = u64::from(self.connection.shared.options.window_bytes) / 2;
+        if self.unsynced_bytes >= group_bytes {
+            return Step::Sync;
+        }
+        match deliveries.try_recv() {
+            Ok(delivery) => Step::Take(delivery),
+            Err(TryRecvError::Disconnected) => Step::End,
+            Err(TryRecvError::Empty) if self.lag_bytes() <= LIVE_LAG_BYTES => Step::Sync,
+            Err(TryRecvError::Empty) => match deliveries.recv_timeout(CATCH_UP_PAUSE) {
+                Ok(delivery) => Step::Take(delivery),
+                Err(RecvTimeoutError::Timeout) => Step::Sync,
+                Err(RecvTimeoutError::Disconnected) => Step::End,
+            },
+        }
+    }
+
+    /// How far what is written lies behind what the origin has.
+    fn lag_bytes(&self) -> u64 {
+        let origin = self.connection.session.lock().origin_end().map_or(0, |(end, _)| end.offset);
+        let written = self.ingest.as_ref().map_or(0, |ingest| ingest.end().offset);
+        origin.saturating_sub(written)
+    }
+
+    fn take(&mut self, delivery: Delivery) -> Result<(), ShippingError> {
+        match delivery {
+            Delivery::Subscribed(origin) => self.subscribed(origin),
+            Delivery::Segment(page) => {
+                let taken = self.ingest()?.segment(&page);
+                taken.map_err(|error| self.ingest_error(error))?;
+                // Everything in front of the new segment was synced on the way.
+                self.sync()
+            }
+            Delivery::Batches(bytes) => batches(&bytes).try_for_each(|batch| {
+                let taken = self.ingest()?.batch(batch);
+                taken.map_err(|error| self.ingest_error(error))?;
+                self.unsynced_bytes += batch.len() as u64;
+                Ok(())
+            }),
+        }
+    }
+
+    /// The session has compared the journal ids already, if there was a mirror.
+    fn subscribed(&mut self, origin: Checkpoint) -> Result<(), ShippingError> {
+        let shared = self.connection.shared;
+        self.origin = Some(origin);
+        if self.ingest.is_none() {
+            let options = &shared.options.journal;
+            let created = Ingest::create(&shared.fs, &shared.dir, origin.journal, options);
+            *self.ingest = Some(created.map_err(open_error)?);
+        }
+        shared.publish_journal(self.ingest.as_ref());
+        let mut state = shared.state.lock();
+        state.phase = MirrorState::CatchingUp;
+        state.sessions += 1;
+        shared.judge_phase(&mut state);
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<(), ShippingError> {
+        if std::mem::take(&mut self.unsynced_bytes) == 0 {
+            return Ok(());
+        }
+        let synced = self.ingest()?.sync();
+        let end = synced.map_err(|error| self.ingest_error(error))?;
+        self.connection.became_durable(end);
+        Ok(())
+    }
+
+    /// The mirror; it is there once the subscription was granted.
+    fn ingest(&mut self) -> Result<&mut Ingest, ShippingError> {
+        self.ingest.as_mut().ok_or(ShippingError::Disconnected)
+    }
+
+    fn ingest_error(&self, error: IngestError) -> ShippingError {
+        let ends = self.origin.zip(self.ingest.as_ref());
+        match (error, ends) {
+            (IngestError::Refused { position, refusal }, _) => {
+                ShippingError::Refused { position, refusal }
+            }
+            (IngestError::WitnessDiffers { .. }, Some((origin, ingest))) => {
+                let (mirror, witness) = (ingest.end(), ingest.witness());
+                ShippingError::Fork(Box::new(Divergent { mirror, origin, witness, common: None }))
+            }
+            (error, _) => ShippingError::Storage(error),
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! The mirror's end of a session.
+
+use std::time::Instant;
+
+use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, Violation};
+use crate::format::batch::BATCH_BYTES_LIMIT;
+use crate::format::files::{Mark, Witness};
+use crate::format::segment::HEADER_PAGE_BYTES;
+use crate::position::{Checkpoint, NodeId, Position};
+use crate::shipping::message::{
+    Ack, Data, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure, FrameReader, Heartbeat, Hello,
+    Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome, claimed_batch_len,
+};
+
+/// What a mirror's session is told at its beginning.
+#[derive(Clone, Debug)]
+pub(crate) struct MirrorConfig {
+    /// `None` while there is no mirror yet.
+    pub(crate) node: Option<NodeId>,
+    pub(crate) nonce: [u8; 16],
+    pub(crate) agent: String,
+    pub(crate) deadlines: Deadlines,
+    pub(crate) max_frame: u32,
+    pub(crate) window_bytes: u32,
+    /// Where the mirror ends; `None` while there is none yet.
+    pub(crate) resume: Option<Resume>,
+}
+
+/// What the origin must find in its own history before it sends anything.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resume {
+    pub(crate) end: Checkpoint,
+    pub(crate) witness: Option<Witness>,
+}
+
+/// What the session hands on to whoever writes the mirror, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    /// The subscription was granted, for the journal that ends here at the origin.
+    Subscribed(Checkpoint),
+    /// The header page of the next segment.
+    Segment(Box<[u8; HEADER_PAGE_BYTES]>),
+    /// Whole batches, not verified yet.
+    Batches(Vec<u8>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    AwaitWelcome,
+    AwaitSubscribed,
+    Streaming,
+    Ended,
+}
+
+/// The mirror's end of a session. See the [module](super) for states and invariants.
+#[derive(Debug)]
+pub(crate) struct MirrorSession {
+    config: MirrorConfig,
+    reader: FrameReader,
+    state: State,
+    control: Vec<u8>,
+    /// For the answer that is awaited, or for the next byte.
+    deadline: Instant,
+    said_at: Instant,
+    /// What the next DATA frame must begin with.
+    next_offset: u64,
+    /// The parts so far of a batch that goes on.
+    partial: Vec<u8>,
+    durable: Option<Checkpoint>,
+    applied: Option<Position>,
+    ack_due: bool,
+    origin_end: Option<(OriginEnd, Instant)>,
+    end: Option<SessionEnd>,
+}
+
+impl MirrorSession {
+    pub(crate) fn new(config: MirrorConfig, now: Now) -> Self {
+        let durable = config.resume.map(|resume| resume.end);
+        let mut session = Self {
+            reader: FrameReader::new(),
+            state: State::AwaitWelcome,
+            control: Vec::new(),
+            deadline: now.at + config.deadlines.handshake,
+            said_at: now.at,
+            next_offset: durable.map_or(0, |end| end.offset),
+            partial: Vec::new(),
+            durable,
+            applied: None,
+            ack_due: false,
+            origin_end: None,
+            end: None,
+            config,
+        };
+        session.say_hello();
+        session
+    }
+
+    fn say_hello(&mut self) {
+        self.say(&Message::Hello(Hello {
+            versions: PROTOCOL_VERSIONS,
+            features: FEATURES,
+            max_frame: self.config.max_frame.min(FRAME_BYTES_MAX),
+            node: self.config.node,
+            nonce: self.config.nonce,
+            agent: self.config.agent.clone(),
+        }));
+    }
+
+    /// Why the session ended, once it has.
+    pub(crate) const fn end(&self) -> Option<&SessionEnd> {
+        self.end.as_ref()
+    }
+
+    /// The origin's durable end as last told in this session, and when.
+    pub(crate) const fn origin_end(&self) -> Option<(OriginEnd, Instant)> {
+        self.origin_end
+    }
+
+    /// Takes what is to be written.
+    pub(crate) fn take_output(&mut self, now: Now, out: &mut Vec<u8>) {
+        if let (true, Some(mirrored)) = (std::mem::take(&mut self.ack_due), self.durable) {
+            self.say(&Message::Ack(Ack { mirrored, applied: self.applied }));
+        }
+        if !self.control.is_empty() {
+            self.said_at = now.at;
+            out.append(&mut self.control);
+        }
+    }
+
+    /// The mirror has made this much durable.
+    pub(crate) fn on_durable(&mut self, end: Checkpoint) {
+        self.ack_due |= self.durable.is_none_or(|durable| durable.offset < end.offset);
+        self.durable = Some(end);
+        self.ack_due &= self.state == State::Streaming;
+    }
+
+    /// Views have been applied this far; goes out with the next acknowledgement.
+    pub(crate) fn on_applied(&mut self, position: Position) {
+        self.applied = Some(position);
+    }
+
+    /// The peer closed its side.
+    pub(crate) fn on_closed(&mut self) {
+        self.finish(SessionEnd::Disconnected);
+    }
+
+    /// Time has passed.
+    pub(crate) fn on_time(&mut self, now: Now) {
+        if self.end.is_some() {
+            return;
+        }
+        if now.at >= self.deadline {
+            let deadline = match self.state {
+                State::Streaming => Deadline::Silence,
+                _ => Deadline::Handshake,
+            };
+            return self.finish(SessionEnd::Timeout(deadline));
+        }
+        self.ack_due |= self.state == State::Streaming
+            && now.at >= self.said_at + self.config.deadlines.heartbeat;
+    }
+
+    /// This side can't go on; the peer is told why.
+    pub(crate) fn fail(&mut self, failure: Failure) {
+        if self.end.is_none() {
+            self.say(&Message::Error(failure.clone()));
+            self.finish(SessionEnd::Own(failure));
+        }
+    }
+
+    /// Bytes have arrived. What they deliver is appended to `deliveries`.
+    pub(crate) fn on_bytes(&mut self, bytes: &[u8], now: Now, deliveries: &mut Vec<Delivery>) {
+        if self.end.is_some() {
+            return;
+        }
+        if self.state == State::Streaming {
+            self.deadline = now.at + self.config.deadlines.silence;
+        }
+        let mut reader = std::mem::take(&mut self.reader);
+        reader.push(bytes);
+        while self.end.is_none() {
+            let taken = match reader.next_message() {
+                Ok(Some(message)) => self.on_message(message, now, deliveries),
+                Ok(None) => break,
+                Err(error) => Err(error.into()),
+            };
+            match taken {
+                Ok(Some(max_frame)) => reader.allow_data(max_frame),
+                Ok(None) => {}
+                Err(violation) => self.violated(violation),
+            }
+        }
+        self.reader = reader;
+    }
+
+    /// Returns the frame limit once it is agreed upon.
+    fn on_message(
+        &mut self,
+        message: Message<'_>,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<Option<u32>, Violation> {
+        match (self.state, message) {
+            (_, Message::Error(failure)) => self.reported(failure),
+            (_, Message::GoAway(go_away)) => self.finish(SessionEnd::GoAway(go_away)),
+            (State::AwaitWelcome, Message::Welcome(welcome)) => {
+                self.welcomed(&welcome, now)?;
+                return Ok(Some(welcome.max_frame));
+            }
+            (State::AwaitSubscribed, Message::Subscribed(subscribed)) => {
+                self.subscribed(&subscribed, now, deliveries)?;
+            }
+            (State::AwaitSubscribed, Message::Diverged(diverged)) => {
+                let (divergence, at_witness) = (diverged.divergence, diverged.at_witness);
+                let (common, origin) = (diverged.common, diverged.end);
+                let at = DivergedAt { divergence, at_witness, common, origin };
+                self.finish(SessionEnd::Diverged(at));
+            }
+            (State::Streaming, Message::Segment(page)) if self.partial.is_empty() => {
+                deliveries.push(Delivery::Segment(Box::new(*page)));
+            }
+            (State::Streaming, Message::Data(data)) => self.data(&data, now, deliveries)?,
+            (State::Streaming, Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat, now)?,
+            (_, message) => {
+                let (frame, expected) = (message.name(), self.expected());
+                return Err(Violation::Unexpected { frame, expected });
+            }
+        }
+        Ok(None)
+    }
+
+    const fn expected(&self) -> &'static str {
+        match self.state {
+            State::AwaitWelcome => "WELCOME",
+            State::AwaitSubscribed => "SUBSCRIBED",
+            State::Streaming | State::Ended if self.partial.is_empty() => "DATA",
+            State::Streaming | State::Ended => "the rest of a batch",
+        }
+    }
+
+    fn reported(&mut self, failure: Failure) {
+        self.finish(match failure.code {
+            ErrorCode::VERSION => SessionEnd::Version(failure.versions),
+            _ => SessionEnd::Peer(failure),
+        });
+    }
+
+    fn welcomed(&mut self, welcome: &Welcome, now: Now) -> Result<(), Violation> {
+        let ours = PROTOCOL_VERSIONS.min..=PROTOCOL_VERSIONS.max;
+        if !ours.contains(&welcome.version)
+            || welcome.nonce != self.config.nonce
+            || welcome.features & !FEATURES != 0
+            || welcome.max_frame > self.config.max_frame
+        {
+            return Err(Violation::Welcome);
+        }
+        if self.config.node == Some(welcome.node) {
+            self.finish(SessionEnd::Cycle);
+            return Ok(());
+        }
+        self.state = State::AwaitSubscribed;
+        self.deadline = now.at + self.config.deadlines.silence;
+        self.say(&Message::Subscribe(Subscribe {
+            from: self.config.resume.map(|resume| resume.end),
+            witness: self.config.resume.and_then(|resume| resume.witness),
+            window_bytes: self.config.window_bytes,
+        }));
+        Ok(())
+    }
+
+    fn subscribed(
+        &mut self,
+        subscribed: &Subscribed,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<(), Violation> {
+        let from = self.durable.unwrap_or_else(|| Mark::start(subscribed.end.journal).end);
+        let end = subscribed.end;
+        let behind = end.offset < from.offset || end.position < from.position;
+        if end.journal != from.journal || behind {
+            return Err(Violation::Subscribed);
+        }
+        if self.config.node.is_some_and(|node| subscribed.path.contains(&node)) {
+            self.finish(SessionEnd::Cycle);
+            return Ok(());
+        }
+        if subscribed.first_position > from.position {
+            self.finish(SessionEnd::Truncated { first: subscribed.first_position });
+            return Ok(());
+        }
+        self.durable = Some(from);
+        self.state = State::Streaming;
+        self.deadline = now.at + self.config.deadlines.silence;
+        self.origin_end = Some((OriginEnd::from(&end), now.at));
+        self.ack_due = true;
+        deliveries.push(Delivery::Subscribed(end));
+        Ok(())
+    }
+
+    fn heartbeat(&mut self, heartbeat: &Heartbeat, now: Now) -> Result<(), Violation> {
+        if self.durable.is_none_or(|durable| durable.journal != heartbeat.end.journal) {
+            return Err(Violation::Subscribed);
+        }
+        self.origin_is_durable_to(OriginEnd::from(&heartbeat.end), now)
+    }
+
+    /// A durable end never goes back, and never lies in front of what was sent.
+    fn origin_is_durable_to(&mut self, end: OriginEnd, now: Now) -> Result<(), Violation> {
+        let known = self.origin_end.map_or(end, |(end, _)| end);
+        if end.offset < known.offset || end.position < known.position {
+            return Err(Violation::EndWentBack { known: known.position, found: end.position });
+        }
+        self.origin_end = Some((end, now.at));
+        Ok(())
+    }
+
+    fn data(
+        &mut self,
+        data: &Data<'_>,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<(), Violation> {
+        if data.offset != self.next_offset {
+            return Err(Violation::Offset { expected: self.next_offset, found: data.offset });
+        }
+        self.origin_is_durable_to(data.origin_end, now)?;
+        self.next_offset += data.bytes.len() as u64;
+        self.check_window()?;
+        if data.continued || !self.partial.is_empty() {
+            return self.part(data, deliveries);
+        }
+        if !divides_into_batches(data.bytes) {
+            return Err(Violation::Batches(data.offset));
+        }
+        deliveries.push(Delivery::Batches(data.bytes.to_vec()));
+        Ok(())
+    }
+
+    /// A peer that keeps to the window sends at most one batch more than it.
+    fn check_window(&self) -> Result<(), Violation> {
+        let window_bytes = self.config.window_bytes;
+        let acked = self.durable.map_or(0, |durable| durable.offset);
+        let limit = u64::from(window_bytes) + u64::from(BATCH_BYTES_LIMIT);
+        if self.next_offset.saturating_sub(acked) > limit {
+            return Err(Violation::Window { window_bytes });
+        }
+        Ok(())
+    }
+
+    fn part(&mut self, data: &Data<'_>, deliveries: &mut Vec<Delivery>) -> Result<(), Violation> {
+        let at = data.offset - self.partial.len() as u64;
+        self.partial.extend_from_slice(data.bytes);
+        let held = self.partial.len();
+        let whole = claimed_batch_len(&self.partial).ok_or(Violation::Batches(at))?;
+        if (data.continued && held >= whole) || (!data.continued && held != whole) {
+            return Err(Violation::Batches(at));
+        }
+        if !data.continued {
+            deliveries.push(Delivery::Batches(std::mem::take(&mut self.partial)));
+        }
+        Ok(())
+    }
+
+    fn violated(&mut self, violation: Violation) {
+        self.say(&Message::Error(violation.to_failure()));
+        self.finish(SessionEnd::Violation(violation));
+    }
+
+    fn say(&mut self, message: &Message<'_>) {
+        message.encode(&mut self.control);
+    }
+
+    fn finish(&mut self, end: SessionEnd) {
+        self.state = State::Ended;
+        self.ack_due = false;
+        self.partial = Vec::new();
+        self.end.get_or_insert(end);
+    }
+}
+
+fn divides_into_batches(mut bytes: &[u8]) -> bool {
+    while !bytes.is_empty() {
+        let Some((_, rest)) = claimed_batch_len(bytes).and_then(|len| bytes.split_at_checked(len))
+        else {
+            return false;
+        };
+        bytes = rest;
+    }
+    true
+}
+
+/// The batches in a [`Delivery::Batches`].
+pub(crate) fn batches(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    std::iter::from_fn(move || {
+        if bytes.is_empty() {
+            return None;
+        }
+        let len = claimed_batch_len(bytes).unwrap_or(bytes.len());
+        let (batch, rest) = bytes.split_at_checked(len).unwrap_or((bytes, &[]));
+        bytes = rest;
+        Some(batch)
+    })
+}

@@ -1,0 +1,208 @@
+//! The two ends of a session as state machines without I/O: bytes and the time in, bytes and deliveries out.
+//!
+//! ```text
+//! mirror                                                                 origin
+//! AwaitWelcome ── HELLO ───────────────────────────────────────────────▶ AwaitHello
+//!      │       ◀─────────────────────────────────────────────── WELCOME ── │
+//! AwaitSubscribed ── SUBSCRIBE {end, witness, window} ──────────────────▶ AwaitSubscribe
+//!      │                                                                 Judging: compares before it sends
+//!      │       ◀──────────────────────────────── SUBSCRIBED │ DIVERGED ── │
+//! Streaming    ◀──────────── SEGMENT, DATA, DATA, HEARTBEAT, DATA … ── Streaming
+//!      │ ── ACK {durable end of the mirror} ───────────────────────────▶ │
+//! ```
+//!
+//! Invariants:
+//! - The origin sends nothing of the journal before it has found the mirror's end, and its witness, in its
+//!   own history; and only what is durable, in order, each byte once per session.
+//! - Every state has a deadline. Time is what the caller says.
+//! - The origin sends no more than the window ahead of what was acknowledged, up to one batch more; the
+//!   mirror keeps no more than that.
+//! - After its end a session takes nothing more and says nothing more than one last frame.
+
+use std::time::{Duration, Instant};
+
+use super::message::{Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange};
+use crate::position::{Checkpoint, Position};
+
+mod mirror;
+mod origin;
+
+pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
+pub(crate) use origin::{Next, OriginConfig, OriginSession, Source, SourceError};
+
+/// How long each side waits for the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Deadlines {
+    /// For a peer to say who it is and what it wants, in total from the connection on; default 3 s.
+    pub handshake: Duration,
+    /// Without a byte from the other side it is taken for dead; default 5 s.
+    pub silence: Duration,
+    /// How often each side makes itself heard; default 1 s.
+    pub heartbeat: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(3),
+            silence: Duration::from_secs(5),
+            heartbeat: Duration::from_secs(1),
+        }
+    }
+}
+
+/// What a peer did that the protocol forbids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Violation {
+    /// What it sent isn't a frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A frame that has no business in this state of the session.
+    #[error("{frame} while waiting for {expected}")]
+    Unexpected {
+        /// The frame.
+        frame: &'static str,
+        /// What would have been right.
+        expected: &'static str,
+    },
+    /// WELCOME doesn't answer this HELLO.
+    #[error("WELCOME answers another HELLO, or promises what was not asked for")]
+    Welcome,
+    /// SUBSCRIBED for another journal, or for an end in front of the mirror's.
+    #[error("SUBSCRIBED does not fit the subscription")]
+    Subscribed,
+    /// An acknowledgement of what was not sent, or of less than before.
+    #[error("ACK of offset {acked}, outside {from} to {sent}")]
+    Ack {
+        /// The offset that was acknowledged.
+        acked: u64,
+        /// The offset that had been acknowledged before.
+        from: u64,
+        /// The offset up to which was sent.
+        sent: u64,
+    },
+    /// Bytes of another place than the next.
+    #[error("bytes of offset {found} where those of offset {expected} follow")]
+    Offset {
+        /// The next offset.
+        expected: u64,
+        /// The offset of the frame.
+        found: u64,
+    },
+    /// The bytes don't divide into batches.
+    #[error("bytes that do not divide into batches, at offset {0}")]
+    Batches(u64),
+    /// More bytes in flight than the window allows.
+    #[error("more bytes in flight than the window of {window_bytes}")]
+    Window {
+        /// The window.
+        window_bytes: u32,
+    },
+    /// A durable end that goes back.
+    #[error("a durable end at position {found} after one at {known}")]
+    EndWentBack {
+        /// The end known.
+        known: Position,
+        /// The end told.
+        found: Position,
+    },
+}
+
+impl Violation {
+    /// The frame with which the peer is told.
+    pub(crate) fn to_failure(self) -> Failure {
+        let code = match self {
+            Self::Frame(FrameError::TooLong { .. }) => ErrorCode::FRAME_TOO_LONG,
+            _ => ErrorCode::PROTOCOL,
+        };
+        Failure::new(code, self.to_string())
+    }
+}
+
+/// Which deadline has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Deadline {
+    /// The peer didn't introduce itself in time.
+    Handshake,
+    /// Nothing was heard of the peer.
+    Silence,
+}
+
+impl std::fmt::Display for Deadline {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Handshake => "the handshake took too long",
+            Self::Silence => "nothing was heard for too long",
+        })
+    }
+}
+
+/// The histories of mirror and origin differ; what is known of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DivergedAt {
+    /// In what way.
+    pub(crate) divergence: Divergence,
+    /// Found at the old end of a tail that the mirror had set aside, not at its present end.
+    pub(crate) at_witness: bool,
+    /// The last place known to be common; `None`: unknown.
+    pub(crate) common: Option<Common>,
+    /// The origin's durable end.
+    pub(crate) origin: Checkpoint,
+}
+
+/// Why a session ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum SessionEnd {
+    /// The other side closed the connection without a word.
+    #[error("the peer closed the connection")]
+    Disconnected,
+    /// The other side broke the protocol.
+    #[error("the peer broke the protocol: {0}")]
+    Violation(#[from] Violation),
+    /// A deadline has passed.
+    #[error("{0}")]
+    Timeout(Deadline),
+    /// No version of the protocol in common.
+    #[error("the peer speaks versions {} to {} of the protocol", .0.min, .0.max)]
+    Version(VersionRange),
+    /// The other side said so, with a reason.
+    #[error("the peer reports {}: {}", .0.code, .0.detail)]
+    Peer(Failure),
+    /// The other side goes away.
+    #[error("the peer goes away")]
+    GoAway(GoAway),
+    /// The histories differ.
+    #[error("the histories differ")]
+    Diverged(DivergedAt),
+    /// The mirror needs what the origin has removed.
+    #[error("the origin has nothing in front of position {first}")]
+    Truncated {
+        /// The first position that the origin has.
+        first: Position,
+    },
+    /// The journal comes from the mirror itself.
+    #[error("the path of the journal leads through this mirror")]
+    Cycle,
+    /// This side ended the session because of its own journal or disk.
+    #[error("ended by this side: {}", .0.detail)]
+    Own(Failure),
+    /// This side is shutting down.
+    #[error("this side is shutting down")]
+    ShuttingDown,
+}
+
+/// What time it is, as the caller says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now {
+    /// For deadlines.
+    pub(crate) at: Instant,
+    /// For the other side to read, in microseconds since 1970.
+    pub(crate) unix_us: i64,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,738 @@
+//! Both ends of a session against each other, over a wire that cuts the bytes anywhere, with journals in
+//! memory: lost connections, crashes of either side, histories that differ. Real batches, real chains.
+
+use std::time::{Duration, Instant};
+
+use super::origin::end_of;
+use super::*;
+use crate::format::Flags;
+use crate::format::batch::{
+    BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest,
+};
+use crate::format::files::{Mark, Witness};
+use crate::format::segment::{PageState, SegmentHeader, SegmentPage};
+use crate::journal::Comparison;
+use crate::position::{Incarnation, JournalId, NodeId};
+use crate::shipping::message::{
+    Ack, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
+    Subscribe,
+};
+
+const JOURNAL: JournalId = JournalId::from_bytes([0x1A; 16]);
+const SEGMENT_BATCHES: usize = 5;
+
+#[derive(Clone)]
+struct ModelBatch {
+    bytes: Vec<u8>,
+    page: SegmentPage,
+    first_of_segment: bool,
+    end: Checkpoint,
+}
+
+/// An origin's journal: batches, of which the first so many are durable.
+#[derive(Clone)]
+struct ModelJournal {
+    id: JournalId,
+    batches: Vec<ModelBatch>,
+    durable: usize,
+    next: usize,
+    closed: bool,
+    damaged_at: Option<usize>,
+    incarnation: u64,
+    clock_us: i64,
+}
+
+impl ModelJournal {
+    fn new(id: JournalId) -> Self {
+        let (incarnation, clock_us) = (1, 1_700_000_000_000_000);
+        let batches = Vec::new();
+        Self {
+            id,
+            batches,
+            durable: 0,
+            next: 0,
+            closed: false,
+            damaged_at: None,
+            incarnation,
+            clock_us,
+        }
+    }
+
+    fn end_of_batches(&self, count: usize) -> Checkpoint {
+        match count.checked_sub(1) {
+            Some(last) => self.batches[last].end,
+            None => Mark::start(self.id).end,
+        }
+    }
+
+    fn append(&mut self, body: &[u8]) {
+        let at = self.end_of_batches(self.batches.len());
+        let first_of_segment = self.batches.len().is_multiple_of(SEGMENT_BATCHES);
+        let page = match self.batches.last() {
+            Some(last) if !first_of_segment => last.page.clone(),
+            _ => self.next_page(&at),
+        };
+        let mut header = BatchHeader {
+            header_len: BATCH_HEADER_BYTES as u16,
+            flags: Flags::default(),
+            stored_len: body.len() as u32,
+            raw_len: body.len() as u32,
+            body_crc: crate::format::crc32(&[body]),
+            count: 1 + (body.len() / 300) as u32,
+            base_position: at.position,
+            offset: at.offset,
+            durable_offset: self.end_of_batches(self.durable).offset,
+            epoch: self.incarnation as u32,
+            padded_len: (BATCH_HEADER_BYTES + body.len()).next_multiple_of(64) as u32,
+            incarnation: Incarnation::new(self.incarnation),
+            time_us: self.clock_us,
+            chain: at.chain,
+        };
+        let digest = first_of_segment.then_some(&page.digest);
+        let front = header.seal(at.chain, digest, &body_digest(body), page.header.salt);
+        let mut bytes = [&front, body].concat();
+        bytes.resize(header.padded_len as usize, 0);
+        let end = end_of(&BatchRef::decode(&bytes, page.header.salt).unwrap(), self.id);
+        self.batches.push(ModelBatch { bytes, page, first_of_segment, end });
+    }
+
+    fn next_page(&self, at: &Checkpoint) -> SegmentPage {
+        let number = (self.batches.len() / SEGMENT_BATCHES) as u64;
+        SegmentHeader {
+            flags: Flags::default(),
+            group_alignment: 64,
+            journal: self.id,
+            number,
+            epoch: self.incarnation as u32,
+            incarnation: Incarnation::new(self.incarnation),
+            base_position: at.position,
+            base_offset: at.offset,
+            durable_offset: 0,
+            salt: 0x5A17_0000 + number,
+            created_at_us: self.clock_us,
+            capacity_bytes: 65536,
+            previous_chain: at.chain,
+        }
+        .to_page()
+    }
+
+    /// Loses what is not durable, or more; the next opening has another incarnation.
+    fn reopened_with(&mut self, batches: usize) {
+        self.batches.truncate(batches);
+        self.durable = self.batches.len();
+        self.incarnation += 1;
+        self.closed = false;
+    }
+
+    fn sync(&mut self) {
+        self.durable = self.batches.len();
+    }
+}
+
+impl Source for ModelJournal {
+    fn end(&self) -> Checkpoint {
+        self.end_of_batches(self.durable)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError> {
+        if checkpoint.journal != self.id {
+            return Ok(Comparison::Foreign);
+        }
+        if checkpoint.offset > self.end().offset {
+            return Ok(Comparison::Ahead);
+        }
+        let equal = (0..=self.durable).any(|count| self.end_of_batches(count) == *checkpoint);
+        Ok(if equal { Comparison::Equal } else { Comparison::Differs })
+    }
+
+    fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {
+        if witness.offset > self.end().offset {
+            return Ok(Comparison::Ahead);
+        }
+        let equal =
+            (0..=self.durable).any(|count| witness_at(&self.end_of_batches(count)) == *witness);
+        Ok(if equal { Comparison::Equal } else { Comparison::Differs })
+    }
+
+    fn seek(&mut self, from: Position) -> Result<(), SourceError> {
+        self.next = self.batches.iter().take_while(|batch| batch.end.position <= from).count();
+        Ok(())
+    }
+
+    fn next_batch(&mut self) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
+        if self.damaged_at == Some(self.next) {
+            return Err(SourceError::Corrupt { position: self.end_of_batches(self.next).position });
+        }
+        if self.next >= self.durable {
+            return Ok(None);
+        }
+        let batch = &self.batches[self.next];
+        self.next += 1;
+        let decoded = BatchRef::decode(&batch.bytes, batch.page.header.salt).unwrap();
+        Ok(Some((decoded, batch.first_of_segment.then_some(&batch.page))))
+    }
+}
+
+fn witness_at(end: &Checkpoint) -> Witness {
+    Witness { offset: end.offset, position: end.position, chain: end.chain }
+}
+
+/// A mirror: takes only what continues it, loses what it has not synced.
+#[derive(Clone, Default)]
+struct ModelMirror {
+    journal: Option<JournalId>,
+    batches: Vec<(Vec<u8>, SegmentPage, Checkpoint)>,
+    durable: usize,
+    page: Option<SegmentPage>,
+    witness: Option<Witness>,
+}
+
+impl ModelMirror {
+    fn end_of_batches(&self, count: usize) -> Option<Checkpoint> {
+        match count.checked_sub(1) {
+            Some(last) => Some(self.batches[last].2),
+            None => self.journal.map(|journal| Mark::start(journal).end),
+        }
+    }
+
+    fn resume(&self) -> Option<Resume> {
+        let end = self.end_of_batches(self.batches.len())?;
+        Some(Resume { end, witness: self.witness })
+    }
+
+    fn take(&mut self, delivery: Delivery) {
+        match delivery {
+            Delivery::Subscribed(end) => {
+                assert_eq!(*self.journal.get_or_insert(end.journal), end.journal);
+            }
+            Delivery::Segment(page) => match SegmentPage::read(&page) {
+                PageState::Valid { page, intact: true } => self.page = Some(page),
+                other => panic!("{other:?}"),
+            },
+            Delivery::Batches(bytes) => batches(&bytes).for_each(|bytes| self.batch(bytes)),
+        }
+    }
+
+    fn batch(&mut self, bytes: &[u8]) {
+        let new_page = self.page.take();
+        let page = new_page.clone().or_else(|| self.batches.last().map(|b| b.1.clone())).unwrap();
+        let batch = BatchRef::decode(bytes, page.header.salt).unwrap();
+        assert_eq!(batch.bytes().len(), bytes.len());
+        let at = self.end_of_batches(self.batches.len()).unwrap();
+        let link = Link { offset: at.offset, position: at.position, chain: at.chain };
+        assert!(batch.continues(&link, new_page.as_ref().map(|page| &page.digest)));
+        let end = end_of(&batch, at.journal);
+        self.batches.push((bytes.to_vec(), page, end));
+    }
+
+    fn sync(&mut self) -> Option<Checkpoint> {
+        self.durable = self.batches.len();
+        self.end_of_batches(self.durable)
+    }
+
+    fn crash(&mut self) {
+        self.batches.truncate(self.durable);
+        self.page = None;
+    }
+
+    fn set_aside_from(&mut self, batches: usize) {
+        self.witness = self.end_of_batches(self.batches.len()).map(|end| witness_at(&end));
+        self.durable = batches;
+        self.crash();
+    }
+}
+
+fn origin_config() -> OriginConfig {
+    OriginConfig {
+        node: NodeId::from_bytes([0x0E; 16]),
+        session: [0x5E; 16],
+        deadlines: Deadlines::default(),
+        max_frame: 8192,
+        data_bytes: 2048,
+        max_window_bytes: 1 << 20,
+    }
+}
+
+fn mirror_config(resume: Option<Resume>) -> MirrorConfig {
+    MirrorConfig {
+        node: Some(NodeId::from_bytes([0x11; 16])),
+        nonce: [0x17; 16],
+        agent: "headwater/test".to_owned(),
+        deadlines: Deadlines::default(),
+        max_frame: 8192,
+        window_bytes: 4096,
+        resume,
+    }
+}
+
+/// One connection between an origin and a mirror; bytes lie in the pipes until they are moved.
+struct Connection {
+    origin: OriginSession,
+    mirror: MirrorSession,
+    to_origin: Vec<u8>,
+    to_mirror: Vec<u8>,
+    wait: Option<Next>,
+}
+
+impl Connection {
+    fn new(mirror: &ModelMirror, now: Now) -> Self {
+        let mirror = MirrorSession::new(mirror_config(mirror.resume()), now);
+        let origin = OriginSession::new(origin_config(), now);
+        Self { origin, mirror, to_origin: Vec::new(), to_mirror: Vec::new(), wait: None }
+    }
+
+    /// Both sides say what they have to say.
+    fn speak(&mut self, journal: &mut ModelJournal, now: Now) {
+        self.mirror.on_time(now);
+        self.mirror.take_output(now, &mut self.to_origin);
+        self.wait = Some(self.origin.poll(journal, now, &mut self.to_mirror));
+    }
+
+    fn hear_origin(&mut self, up_to: usize, mirror: &mut ModelMirror, now: Now) {
+        let moved: Vec<u8> = self.to_mirror.drain(..up_to.min(self.to_mirror.len())).collect();
+        let mut deliveries = Vec::new();
+        self.mirror.on_bytes(&moved, now, &mut deliveries);
+        deliveries.into_iter().for_each(|delivery| mirror.take(delivery));
+    }
+
+    fn hear_mirror(&mut self, up_to: usize, now: Now) {
+        let moved: Vec<u8> = self.to_origin.drain(..up_to.min(self.to_origin.len())).collect();
+        self.origin.on_bytes(&moved, now);
+    }
+
+    /// Moves everything until nobody has anything to say, syncing the mirror on the way.
+    fn settle(&mut self, journal: &mut ModelJournal, mirror: &mut ModelMirror, now: Now) {
+        for _ in 0..10_000 {
+            self.speak(journal, now);
+            if self.to_mirror.is_empty() && self.to_origin.is_empty() {
+                return;
+            }
+            self.hear_origin(usize::MAX, mirror, now);
+            self.hear_mirror(usize::MAX, now);
+            if let Some(end) = mirror.sync() {
+                self.mirror.on_durable(end);
+            }
+        }
+        panic!("the session doesn't settle");
+    }
+}
+
+fn now() -> Now {
+    Now { at: Instant::now(), unix_us: 1_700_000_000_000_000 }
+}
+
+fn later(now: Now, by: Duration) -> Now {
+    Now { at: now.at + by, unix_us: now.unix_us + by.as_micros() as i64 }
+}
+
+fn random_body(rng: &mut fastrand::Rng) -> Vec<u8> {
+    let len = if rng.u8(..) < 12 { rng.usize(8_000..30_000) } else { rng.usize(64..900) };
+    (0..len).map(|_| rng.u8(..)).collect()
+}
+
+fn filled(batches: usize, seed: u64) -> ModelJournal {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut journal = ModelJournal::new(JOURNAL);
+    (0..batches).for_each(|_| journal.append(&random_body(&mut rng)));
+    journal.sync();
+    journal
+}
+
+fn assert_is_prefix(mirror: &ModelMirror, journal: &ModelJournal) {
+    assert!(mirror.batches.len() <= journal.durable, "more than is durable was shipped");
+    for (index, (bytes, page, end)) in mirror.batches.iter().enumerate() {
+        let batch = &journal.batches[index];
+        assert!(*bytes == batch.bytes && *page == batch.page && *end == batch.end, "batch {index}");
+    }
+}
+
+/// Appends, syncs, moves bytes, lets time pass, cuts connections and crashes both sides, all at random; the
+/// mirror is a prefix of what is durable at every step, and all of it once the disturbances end.
+#[test]
+fn whatever_happens_the_mirror_is_a_prefix_and_converges() {
+    for seed in 0..300 {
+        println!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let (mut journal, mut mirror) = (ModelJournal::new(JOURNAL), ModelMirror::default());
+        let mut now = now();
+        let mut connection = Connection::new(&mirror, now);
+        for _ in 0..400 {
+            match rng.u32(..100) {
+                0..20 => journal.append(&random_body(&mut rng)),
+                20..32 => journal.sync(),
+                32..50 => connection.speak(&mut journal, now),
+                50..70 => connection.hear_origin(rng.usize(1..6000), &mut mirror, now),
+                70..82 => connection.hear_mirror(rng.usize(1..300), now),
+                82..90 => {
+                    if let Some(end) = mirror.sync() {
+                        connection.mirror.on_durable(end);
+                    }
+                }
+                90..94 => now = later(now, Duration::from_millis(rng.u64(..700))),
+                94..96 => connection = Connection::new(&mirror, now),
+                96..98 => {
+                    mirror.crash();
+                    connection = Connection::new(&mirror, now);
+                }
+                _ => {
+                    journal.reopened_with(journal.durable);
+                    connection = Connection::new(&mirror, now);
+                }
+            }
+            assert_is_prefix(&mirror, &journal);
+            if connection.mirror.end().is_some() || connection.origin.end().is_some() {
+                let ends = (connection.mirror.end(), connection.origin.end());
+                let timed_out = |end: Option<&SessionEnd>| {
+                    matches!(end, None | Some(SessionEnd::Timeout(_) | SessionEnd::Peer(_)))
+                };
+                assert!(timed_out(ends.0) && timed_out(ends.1), "{ends:?}");
+                connection = Connection::new(&mirror, now);
+            }
+        }
+        journal.sync();
+        Connection::new(&mirror, now).settle(&mut journal, &mut mirror, now);
+        assert_is_prefix(&mirror, &journal);
+        assert_eq!(mirror.batches.len(), journal.batches.len(), "not converged");
+    }
+}
+
+/// An origin loses a tail of any length and grows again by any number of batches, with the same payloads or
+/// others: a mirror whose end is still there goes on, any other is told, and gets nothing.
+#[test]
+fn an_origin_restored_from_an_older_state_is_detected_for_every_tail_length() {
+    for mirrored in 0..9 {
+        for kept in 0..=8 {
+            for regrown in 0..9 {
+                let original = filled(8, 1);
+                let mut journal = original.clone();
+                let mut mirror = ModelMirror::default();
+                journal.durable = mirrored;
+                Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+                journal.reopened_with(kept);
+                // The very same payloads: only the incarnation tells the histories apart.
+                let bodies = original.batches.iter().skip(kept).cycle().take(regrown);
+                let bodies: Vec<_> = bodies.map(|batch| batch.bytes[128..].to_vec()).collect();
+                bodies.iter().for_each(|body| journal.append(body));
+                journal.sync();
+                let before = mirror.batches.len();
+                let mut connection = Connection::new(&mirror, now());
+                connection.settle(&mut journal, &mut mirror, now());
+                if mirrored <= kept {
+                    assert_is_prefix(&mirror, &journal);
+                    assert_eq!(mirror.batches.len(), journal.batches.len());
+                    continue;
+                }
+                let ahead = mirror.resume().unwrap().end.offset > journal.end().offset;
+                let expected = if ahead { Divergence::Ahead } else { Divergence::Fork };
+                let at = DivergedAt {
+                    divergence: expected,
+                    at_witness: false,
+                    common: None,
+                    origin: journal.end(),
+                };
+                assert_eq!(connection.mirror.end(), Some(&SessionEnd::Diverged(at)));
+                assert_eq!(mirror.batches.len(), before, "bytes of another history were shipped");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_origin_that_lost_what_a_mirror_has_set_aside_is_told_by_the_witness() {
+    for regrown in [0, 2, 9] {
+        let mut journal = filled(8, 2);
+        let mut mirror = ModelMirror::default();
+        Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+        mirror.set_aside_from(3);
+        journal.reopened_with(5);
+        (0..regrown).for_each(|_| journal.append(&[7; 100]));
+        journal.sync();
+        let mut connection = Connection::new(&mirror, now());
+        connection.settle(&mut journal, &mut mirror, now());
+        let ahead = mirror.witness.unwrap().offset > journal.end().offset;
+        let divergence = if ahead { Divergence::Ahead } else { Divergence::Fork };
+        let at = DivergedAt { divergence, at_witness: true, common: None, origin: journal.end() };
+        assert_eq!(connection.mirror.end(), Some(&SessionEnd::Diverged(at)), "{regrown}");
+        assert_eq!(mirror.batches.len(), 3);
+    }
+}
+
+#[test]
+fn a_witness_that_is_still_there_lets_the_mirror_refetch() {
+    let mut journal = filled(8, 2);
+    let mut mirror = ModelMirror::default();
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    mirror.set_aside_from(3);
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    assert_eq!(mirror.batches.len(), 8);
+}
+
+#[test]
+fn another_journal_is_foreign() {
+    let mut mirror = ModelMirror::default();
+    Connection::new(&mirror, now()).settle(&mut filled(3, 3), &mut mirror, now());
+    let mut other = ModelJournal::new(JournalId::from_bytes([0x2B; 16]));
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut other, &mut mirror, now());
+    assert!(matches!(
+        connection.mirror.end(),
+        Some(SessionEnd::Diverged(DivergedAt { divergence: Divergence::Foreign, .. }))
+    ));
+}
+
+#[test]
+fn damage_at_the_origin_is_reported_with_its_position_and_never_passed_over() {
+    let mut journal = filled(8, 4);
+    journal.damaged_at = Some(5);
+    let position = journal.end_of_batches(5).position;
+    let mut mirror = ModelMirror::default();
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    assert_eq!(mirror.batches.len(), 5, "everything in front of the damage was shipped");
+    match connection.mirror.end() {
+        Some(SessionEnd::Peer(failure)) => {
+            assert_eq!((failure.code, failure.position), (ErrorCode::CORRUPT, Some(position)));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_closed_journal_is_shipped_to_its_end_and_then_the_origin_goes_away() {
+    let mut journal = filled(12, 5);
+    journal.closed = true;
+    let mut mirror = ModelMirror::default();
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    assert_eq!(mirror.batches.len(), 12);
+    assert!(matches!(connection.mirror.end(), Some(SessionEnd::GoAway(_))));
+    assert_eq!(connection.wait, Some(Next::Close));
+}
+
+#[test]
+fn nothing_is_sent_beyond_the_window_until_it_is_acknowledged() {
+    let mut journal = ModelJournal::new(JOURNAL);
+    (0..100).for_each(|_| journal.append(&[1; 512]));
+    journal.sync();
+    let mut mirror = ModelMirror::default();
+    let (now, mut connection) = (now(), Connection::new(&mirror, now()));
+    for _ in 0..200 {
+        connection.speak(&mut journal, now);
+        connection.hear_origin(usize::MAX, &mut mirror, now);
+        connection.hear_mirror(usize::MAX, now);
+    }
+    let sent = connection.origin.status().sent.unwrap().offset;
+    assert!((4096..4096 + 704).contains(&sent), "{sent}");
+    assert!(matches!(connection.wait, Some(Next::Wait { past: None, .. })));
+    connection.mirror.on_durable(mirror.sync().unwrap());
+    connection.speak(&mut journal, now);
+    connection.hear_mirror(usize::MAX, now);
+    connection.speak(&mut journal, now);
+    assert!(connection.origin.status().sent.unwrap().offset > sent);
+}
+
+#[test]
+fn a_mirror_refuses_an_origin_that_ignores_the_window() {
+    let mut journal = filled(3, 6);
+    let mut mirror = ModelMirror::default();
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    // Looks like a batch until somebody verifies it.
+    let mut bytes = [0xB7; 4096];
+    bytes[60..64].copy_from_slice(&4096_u32.to_le_bytes());
+    let far = OriginEnd { offset: u64::MAX >> 1, position: Position::new(u64::MAX >> 1) };
+    let mut offset = journal.end().offset;
+    for kept in (0..).step_by(bytes.len()) {
+        let data = Data { offset, origin_end: far, continued: false, bytes: &bytes };
+        Message::Data(data).encode(&mut connection.to_mirror);
+        offset += bytes.len() as u64;
+        connection.mirror.on_bytes(&connection.to_mirror, now(), &mut Vec::new());
+        connection.to_mirror.clear();
+        assert!(kept <= 4096 + BATCH_BYTES_LIMIT, "the mirror takes everything");
+        if connection.mirror.end().is_some() {
+            break;
+        }
+    }
+    let violation = Violation::Window { window_bytes: 4096 };
+    assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(violation)));
+}
+
+#[test]
+fn a_peer_that_dribbles_its_hello_is_cut_off_by_the_absolute_deadline() {
+    let (mut journal, start) = (filled(1, 7), now());
+    let mut origin = OriginSession::new(origin_config(), start);
+    let mut hello = Vec::new();
+    MirrorSession::new(mirror_config(None), start).take_output(start, &mut hello);
+    let mut out = Vec::new();
+    for (index, byte) in hello.iter().enumerate() {
+        let at = later(start, Duration::from_millis(100 * index as u64));
+        origin.on_bytes(&[*byte], at);
+        if origin.poll(&mut journal, at, &mut out) == Next::Close {
+            break;
+        }
+        assert!(at.at <= start.at + Duration::from_millis(3100), "still there");
+        if origin.end().is_some() {
+            out.clear();
+        }
+    }
+    assert_eq!(origin.end(), Some(&SessionEnd::Timeout(Deadline::Handshake)));
+}
+
+#[test]
+fn silence_ends_a_session_on_both_sides_and_heartbeats_keep_it() {
+    let (mut journal, mut mirror, start) = (filled(2, 8), ModelMirror::default(), now());
+    let mut connection = Connection::new(&mirror, start);
+    connection.settle(&mut journal, &mut mirror, start);
+    let mut at = start;
+    for _ in 0..20 {
+        at = later(at, Duration::from_secs(1));
+        connection.settle(&mut journal, &mut mirror, at);
+    }
+    assert!(connection.mirror.end().is_none() && connection.origin.end().is_none());
+    at = later(at, Duration::from_secs(5));
+    connection.speak(&mut journal, at);
+    assert_eq!(connection.mirror.end(), Some(&SessionEnd::Timeout(Deadline::Silence)));
+    assert_eq!(connection.origin.end(), Some(&SessionEnd::Timeout(Deadline::Silence)));
+}
+
+#[test]
+fn a_mirror_gives_up_on_an_origin_that_never_answers() {
+    let start = now();
+    let mut mirror = MirrorSession::new(mirror_config(None), start);
+    mirror.on_time(later(start, Duration::from_millis(2999)));
+    assert_eq!(mirror.end(), None);
+    mirror.on_time(later(start, Duration::from_secs(3)));
+    assert_eq!(mirror.end(), Some(&SessionEnd::Timeout(Deadline::Handshake)));
+}
+
+fn streaming_origin(journal: &mut ModelJournal) -> Connection {
+    let mut mirror = ModelMirror::default();
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(journal, &mut mirror, now());
+    connection
+}
+
+#[test]
+fn acknowledgements_beyond_what_was_sent_or_going_back_or_of_another_journal_are_refused() {
+    let other = Mark::start(JournalId::from_bytes([0x2B; 16])).end;
+    let mut journal = filled(6, 9);
+    let beyond = Checkpoint { offset: journal.end().offset + 64, ..journal.end() };
+    for mirrored in [beyond, journal.end_of_batches(2), other] {
+        let mut connection = streaming_origin(&mut journal);
+        Message::Ack(Ack { mirrored, applied: None }).encode(&mut connection.to_origin);
+        connection.hear_mirror(usize::MAX, now());
+        assert!(matches!(
+            connection.origin.end(),
+            Some(SessionEnd::Violation(Violation::Ack { .. }))
+        ));
+    }
+}
+
+#[test]
+fn frames_out_of_their_state_are_refused_with_an_error_and_nothing_is_taken_after_it() {
+    let mut journal = filled(2, 10);
+    let mut connection = streaming_origin(&mut journal);
+    let subscribe = Subscribe { from: None, witness: None, window_bytes: 1 };
+    Message::Subscribe(subscribe).encode(&mut connection.to_origin);
+    Message::GoAway(GoAway { reconnect_after_ms: 0 }).encode(&mut connection.to_origin);
+    connection.hear_mirror(usize::MAX, now());
+    let unexpected = Violation::Unexpected { frame: "SUBSCRIBE", expected: "ACK" };
+    assert_eq!(connection.origin.end(), Some(&SessionEnd::Violation(unexpected)));
+    let mut out = Vec::new();
+    assert_eq!(connection.origin.poll(&mut journal, now(), &mut out), Next::Write);
+    let mut reader = FrameReader::new();
+    reader.push(&out);
+    match reader.next_message() {
+        Ok(Some(Message::Error(failure))) => assert_eq!(failure.code, ErrorCode::PROTOCOL),
+        other => panic!("{other:?}"),
+    }
+    out.clear();
+    assert_eq!(connection.origin.poll(&mut journal, now(), &mut out), Next::Close);
+}
+
+#[test]
+fn no_common_version_is_said_with_the_versions_that_are_spoken() {
+    let mut origin = OriginSession::new(origin_config(), now());
+    let mut bytes = Vec::new();
+    let versions = VersionRange { min: 7, max: 9 };
+    let (agent, nonce) = (String::new(), [0; 16]);
+    let hello = Hello { versions, features: 0, max_frame: 8192, node: None, nonce, agent };
+    Message::Hello(hello).encode(&mut bytes);
+    origin.on_bytes(&bytes, now());
+    assert_eq!(origin.end(), Some(&SessionEnd::Version(versions)));
+    let mut out = Vec::new();
+    origin.poll(&mut filled(0, 0), now(), &mut out);
+    let mut mirror = MirrorSession::new(mirror_config(None), now());
+    mirror.on_bytes(&out, now(), &mut Vec::new());
+    assert_eq!(mirror.end(), Some(&SessionEnd::Version(PROTOCOL_VERSIONS)));
+}
+
+#[test]
+fn a_mirror_refuses_its_own_journal_coming_back() {
+    let start = now();
+    let own = MirrorConfig { node: Some(origin_config().node), ..mirror_config(None) };
+    let mut mirror = MirrorSession::new(own, start);
+    let mut origin = OriginSession::new(origin_config(), start);
+    let (mut to_origin, mut to_mirror) = (Vec::new(), Vec::new());
+    mirror.take_output(start, &mut to_origin);
+    origin.on_bytes(&to_origin, start);
+    origin.poll(&mut filled(0, 0), start, &mut to_mirror);
+    mirror.on_bytes(&to_mirror, start, &mut Vec::new());
+    assert_eq!(mirror.end(), Some(&SessionEnd::Cycle));
+}
+
+#[test]
+fn a_durable_end_that_goes_back_within_a_session_is_refused() {
+    let mut journal = filled(4, 11);
+    let mut connection = streaming_origin(&mut journal);
+    let end = journal.end_of_batches(1);
+    Message::Heartbeat(Heartbeat { end, now_us: 0 }).encode(&mut connection.to_mirror);
+    connection.hear_origin(usize::MAX, &mut ModelMirror::default(), now());
+    assert!(matches!(
+        connection.mirror.end(),
+        Some(SessionEnd::Violation(Violation::EndWentBack { .. }))
+    ));
+}
+
+/// A bit flipped anywhere on the wire: the session ends or the mirror's checks fail, but nothing else than
+/// the origin's bytes is ever taken.
+#[test]
+fn a_bit_flipped_on_the_wire_never_reaches_the_mirror() {
+    let mut rng = fastrand::Rng::with_seed(12);
+    for _ in 0..400 {
+        let mut journal = filled(6, 12);
+        let mut mirror = ModelMirror::default();
+        let mut connection = Connection::new(&mirror, now());
+        let flip_at = rng.usize(..6);
+        for step in 0..12 {
+            connection.speak(&mut journal, now());
+            if step == flip_at && !connection.to_mirror.is_empty() {
+                let bit = rng.usize(..connection.to_mirror.len() * 8);
+                connection.to_mirror[bit / 8] ^= 1 << (bit % 8);
+            }
+            let moved = std::mem::take(&mut connection.to_mirror);
+            let mut deliveries = Vec::new();
+            connection.mirror.on_bytes(&moved, now(), &mut deliveries);
+            for delivery in deliveries {
+                let before = mirror.clone();
+                let verified = std::panic::catch_unwind(|| {
+                    let mut mirror = before;
+                    mirror.take(delivery);
+                    mirror
+                });
+                match verified {
+                    Ok(taken) => mirror = taken,
+                    Err(_) => connection.mirror.fail(Failure::new(ErrorCode::REFUSED, "")),
+                }
+            }
+            connection.hear_mirror(usize::MAX, now());
+        }
+        assert_is_prefix(&mirror, &journal);
+    }
+}
+
+mod golden;

@@ -1,0 +1,767 @@
+//! Journals shipped over loopback sockets, with real files at both ends.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use headwater::fs::os::OsFs;
+use headwater::shipping::message::{
+    ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe, VersionRange,
+};
+use headwater::shipping::{
+    FollowOptions, Mirror, MirrorState, PeerState, ServeError, ServeOptions, Server, ShippingError,
+    WaitError, follow, serve,
+};
+use headwater::{
+    Append, ExpectedRevision, Journal, JournalOptions, NewEvent, Position, Store, StreamId,
+};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn small() -> JournalOptions {
+    JournalOptions {
+        segment_bytes_first: 16 * 1024,
+        segment_bytes_max: 16 * 1024,
+        batch_bytes_max: 8 * 1024,
+        group_bytes_max: 8 * 1024,
+        ..JournalOptions::default()
+    }
+}
+
+/// An origin's store on disk, open and served or not.
+struct Origin {
+    dir: PathBuf,
+    options: JournalOptions,
+    store: Option<Store>,
+    server: Option<Server>,
+    address: SocketAddr,
+}
+
+impl Origin {
+    fn start(dir: PathBuf, options: JournalOptions) -> Self {
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut origin = Self { dir, options, store: None, server: None, address };
+        origin.open();
+        origin
+    }
+
+    fn open(&mut self) {
+        let builder = Store::builder(&self.dir).create_if_missing();
+        let store = builder.journal_options(self.options.clone()).open().unwrap();
+        let server = serve(store.journal().clone(), self.address, ServeOptions::default()).unwrap();
+        self.address = server.local_addr();
+        (self.store, self.server) = (Some(store), Some(server));
+    }
+
+    fn close(&mut self) {
+        self.server.take().unwrap().shutdown();
+        self.store.take().unwrap().close().unwrap();
+    }
+
+    fn store(&self) -> &Store {
+        self.store.as_ref().unwrap()
+    }
+
+    fn append(&self, range: std::ops::Range<usize>) {
+        for number in range {
+            self.append_text(&format!("{number}-{}", "x".repeat(number * 37 % 900)));
+        }
+    }
+
+    fn append_text(&self, text: &str) {
+        let to = StreamId::new("s").unwrap();
+        let event = NewEvent::raw("test.happened", text.as_bytes()).unwrap();
+        self.store().append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
+    }
+
+    fn end(&self) -> Position {
+        self.store().journal().end().position
+    }
+}
+
+fn options() -> FollowOptions {
+    FollowOptions { journal: small(), ..FollowOptions::default() }
+}
+
+fn start_mirror(dir: &Path, origin: &Origin) -> Mirror {
+    follow(Arc::new(OsFs), dir, origin.address.to_string(), options()).unwrap()
+}
+
+/// The mirror's journal once it is durable up to the origin's present end.
+fn converged(mirror: &Mirror, origin: &Origin) -> Journal {
+    let journal = mirror.wait_ready(SOON).unwrap();
+    let end = origin.store().journal().end();
+    let last = Position::new(end.position.get().saturating_sub(1));
+    if end.position > Position::START {
+        let reached = journal.wait_past(last, SOON);
+        assert_eq!(reached, end, "{:?}", mirror.status());
+    }
+    journal
+}
+
+/// Sealed segments whole, active ones up to the durable end.
+fn assert_same_bytes(origin: &Journal, mirror: &Journal) {
+    assert_eq!(origin.end(), mirror.end());
+    let (ours, theirs) = (origin.segments(), mirror.segments());
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        let (a, b) = (fs::read(&ours.path).unwrap(), fs::read(&theirs.path).unwrap());
+        let used = 4096 + (theirs.end_offset - theirs.base_offset) as usize;
+        assert!(a[..used] == b[..used], "segment {} differs", ours.number);
+        if ours.sealed && theirs.sealed {
+            assert_eq!((a.len(), b.len()), (used, used), "segment {}", ours.number);
+        }
+    }
+    assert!(theirs.len().abs_diff(ours.len()) <= 1);
+}
+
+fn halted(mirror: &Mirror) -> ShippingError {
+    match mirror.wait_until(SOON, headwater::shipping::MirrorStatus::is_halted).unwrap().state {
+        MirrorState::Halted(error) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_dir(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+fn replace_dir(dir: &Path, by: &Path) {
+    fs::remove_dir_all(dir).unwrap();
+    copy_dir(by, dir);
+}
+
+fn flip_bit(path: &Path, at: u64) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at as usize] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_mirror_catches_up_across_rolls_then_follows_live_and_is_identical_byte_for_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..300);
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    let journal = converged(&mirror, &origin);
+    assert!(origin.store().journal().segments().len() > 5, "the test is meant to roll");
+    assert_same_bytes(origin.store().journal(), &journal);
+    assert!(mirror.wait_until(SOON, |status| status.is_live()).is_ok());
+    origin.append(300..500);
+    converged(&mirror, &origin);
+    assert_same_bytes(origin.store().journal(), &journal);
+    assert_eq!(journal.id(), origin.store().journal().id());
+    let texts = |journal: &Journal| -> Vec<_> {
+        let events = journal.read_all(Position::START).unwrap();
+        events.map(|event| event.unwrap().into_data()).collect()
+    };
+    assert_eq!(texts(&journal), texts(origin.store().journal()));
+    mirror.stop().unwrap();
+}
+
+#[test]
+fn both_sides_report_how_far_the_mirror_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..20);
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    mirror.report_applied(Position::new(7));
+    assert_eq!(mirror.wait_caught_up(SOON).unwrap(), origin.store().journal().end());
+    let status = mirror.status();
+    assert_eq!((status.lag_events(), status.lag_bytes()), (Some(0), Some(0)));
+    let end = origin.store().journal().end();
+    let deadline = Instant::now() + SOON;
+    let peer = loop {
+        let peers = origin.server.as_ref().unwrap().peers();
+        match peers.into_iter().find(|peer| peer.acked == Some(end) && peer.applied.is_some()) {
+            Some(peer) => break peer,
+            None => assert!(Instant::now() < deadline, "never acknowledged"),
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!(peer.state, PeerState::Live);
+    assert_eq!(peer.sent, Some(end));
+    assert_eq!(peer.applied, Some(Position::new(7)));
+    assert!(peer.agent.starts_with("headwater/"));
+    origin.close();
+    let gone = |status: &headwater::shipping::MirrorStatus| {
+        matches!(status.state, MirrorState::Connecting) && status.last_error.is_some()
+    };
+    let status = mirror.wait_until(SOON, gone).unwrap();
+    assert_eq!((status.lag_events(), status.lag_bytes()), (None, None), "unknown is not 0");
+    assert_eq!(status.mirrored, Some(end));
+}
+
+#[test]
+fn either_side_may_be_restarted_at_any_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let mirror_dir = dir.path().join("mirror");
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    let mut mirror = start_mirror(&mirror_dir, &origin);
+    for round in 0..6 {
+        origin.append(round * 50..round * 50 + 50);
+        match round % 3 {
+            0 => {
+                origin.close();
+                origin.open();
+            }
+            1 => {
+                mirror.stop().unwrap();
+                origin.append(0..30);
+                mirror = start_mirror(&mirror_dir, &origin);
+            }
+            _ => {
+                drop(mirror);
+                origin.close();
+                mirror = start_mirror(&mirror_dir, &origin);
+                origin.open();
+            }
+        }
+        let journal = converged(&mirror, &origin);
+        assert_same_bytes(origin.store().journal(), &journal);
+    }
+    assert!(mirror.status().last_error.is_none_or(|error| !error.is_halting()));
+}
+
+/// The mirror has been durable up to 60 events; the origin is put back to 40 and grows to some length.
+fn restored(grow: impl Fn(&Origin)) -> (ShippingError, Journal, Journal, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let mirror_dir = dir.path().join("mirror");
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..40);
+    origin.close();
+    copy_dir(&origin.dir, &dir.path().join("backup"));
+    origin.open();
+    origin.append(40..60);
+    let mirror = start_mirror(&mirror_dir, &origin);
+    let before = converged(&mirror, &origin).end();
+    origin.close();
+    replace_dir(&origin.dir, &dir.path().join("backup"));
+    // Grown before it is served again: no mirror has seen the steps in between.
+    let address = std::mem::replace(&mut origin.address, ([127, 0, 0, 1], 0).into());
+    origin.open();
+    grow(&origin);
+    origin.close();
+    origin.address = address;
+    origin.open();
+    let error = halted(&mirror);
+    let journal = mirror.journal().unwrap();
+    assert_eq!(journal.end(), before, "the mirror is kept as it was");
+    (error, journal, origin.store().journal().clone(), dir)
+}
+
+#[test]
+fn an_origin_restored_from_an_older_copy_and_still_shorter_is_behind_its_mirror() {
+    for grown in [0, 7] {
+        let (error, mirror, origin, _dir) = restored(|origin| origin.append(100..100 + grown));
+        match error {
+            ShippingError::Ahead(at) => {
+                assert_eq!((at.mirror, at.origin), (mirror.end(), origin.end()));
+                assert_eq!((at.common, at.witness), (None, None));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn an_origin_restored_and_grown_again_to_the_same_length_is_a_fork_even_with_identical_payloads() {
+    let (error, mirror, origin, _dir) = restored(|origin| origin.append(40..60));
+    assert_eq!(mirror.end().position, origin.end().position);
+    assert_eq!(mirror.end().offset, origin.end().offset, "only the incarnation differs");
+    assert!(matches!(&error, ShippingError::Fork(at) if at.common.is_none()), "{error:?}");
+}
+
+#[test]
+fn an_origin_restored_and_grown_beyond_its_mirror_is_a_fork() {
+    for first in [40, 500] {
+        let (error, ..) = restored(|origin| origin.append(first..first + 50));
+        assert!(matches!(error, ShippingError::Fork(_)), "{error:?}");
+        assert!(error.hint().contains("don't delete the mirror"));
+    }
+}
+
+#[test]
+fn a_halted_mirror_goes_on_once_the_right_history_is_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mirror_dir = dir.path().join("mirror");
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..30);
+    origin.close();
+    copy_dir(&origin.dir, &dir.path().join("older"));
+    origin.open();
+    origin.append(30..60);
+    let mirror = start_mirror(&mirror_dir, &origin);
+    converged(&mirror, &origin);
+    origin.close();
+    copy_dir(&origin.dir, &dir.path().join("newest"));
+    replace_dir(&origin.dir, &dir.path().join("older"));
+    origin.open();
+    assert!(matches!(halted(&mirror), ShippingError::Ahead(_)));
+    assert!(matches!(mirror.wait_caught_up(SOON), Err(WaitError::Halted(_))));
+    origin.close();
+    replace_dir(&origin.dir, &dir.path().join("newest"));
+    origin.open();
+    mirror.resume();
+    origin.append(60..70);
+    assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+}
+
+#[test]
+fn a_mirror_refuses_another_journal_at_the_same_address() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..5);
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    let mirrored = converged(&mirror, &origin).id();
+    origin.close();
+    let mut other = Origin { dir: dir.path().join("other"), store: None, server: None, ..origin };
+    other.open();
+    other.append(0..50);
+    match halted(&mirror) {
+        ShippingError::Foreign { mirror, origin } => {
+            assert_eq!((mirror, origin), (mirrored, other.store().journal().id()));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A mirror whose last batch rots while it is closed.
+fn mirror_with_a_damaged_tail(mirror_dir: &Path, origin: &Origin) {
+    let mirror = start_mirror(mirror_dir, origin);
+    let journal = converged(&mirror, origin);
+    mirror.stop().unwrap();
+    let last = journal.segments().into_iter().rfind(|s| s.end_offset > s.base_offset).unwrap();
+    flip_bit(&last.path, 4096 + last.end_offset - last.base_offset - 70);
+}
+
+#[test]
+fn a_mirror_sets_a_damaged_tail_aside_and_fetches_it_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..50);
+    let mirror_dir = dir.path().join("mirror");
+    mirror_with_a_damaged_tail(&mirror_dir, &origin);
+    let mirror = start_mirror(&mirror_dir, &origin);
+    assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+}
+
+#[test]
+fn a_replaced_origin_is_detected_by_what_the_mirror_had_set_aside() {
+    for (grown, ahead) in [(0, true), (60, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut origin = Origin::start(dir.path().join("origin"), small());
+        origin.append(0..20);
+        origin.close();
+        copy_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        // In one batch, so that what is left of the mirror is in the backup too.
+        let to = StreamId::new("s").unwrap();
+        let events = (0..9).map(|_| NewEvent::raw("test.happened", *b"lost").unwrap());
+        let append = Append::to(&to, ExpectedRevision::Any, events);
+        origin.store().append(&append).unwrap();
+        let mirror_dir = dir.path().join("mirror");
+        mirror_with_a_damaged_tail(&mirror_dir, &origin);
+        origin.close();
+        replace_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(0..grown);
+        let mirror = start_mirror(&mirror_dir, &origin);
+        match halted(&mirror) {
+            ShippingError::Ahead(at) if ahead => {
+                assert_eq!(at.witness.unwrap().position, Position::new(29));
+                assert_eq!(at.mirror.position, Position::new(20));
+            }
+            ShippingError::Fork(at) if !ahead => {
+                assert_eq!(at.witness.unwrap().position, Position::new(29));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(mirror.journal().unwrap().end().position, Position::new(20));
+    }
+}
+
+#[test]
+fn bit_rot_at_the_origin_is_reported_with_its_position_and_nothing_behind_it_is_shipped() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..200);
+    let segments = origin.store().journal().segments();
+    flip_bit(&segments[3].path, 4096 + 200);
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    match halted(&mirror) {
+        ShippingError::Reported { failure } => {
+            assert_eq!(failure.code, ErrorCode::CORRUPT);
+            assert_eq!(failure.position, Some(segments[3].base_position));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(mirror.journal().unwrap().end().position, segments[3].base_position);
+    flip_bit(&segments[3].path, 4096 + 200);
+    mirror.resume();
+    assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+}
+
+#[test]
+fn batches_longer_than_a_frame_arrive_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let large = JournalOptions {
+        batch_bytes_max: 8 << 20,
+        group_bytes_max: 8 << 20,
+        segment_bytes_first: 16 << 20,
+        segment_bytes_max: 16 << 20,
+        ..JournalOptions::default()
+    };
+    let origin = Origin::start(dir.path().join("origin"), large.clone());
+    let follow_options = FollowOptions {
+        journal: large,
+        window_bytes: 1 << 20, // smaller than a batch
+        ..FollowOptions::default()
+    };
+    let address = origin.address.to_string();
+    let mirror =
+        follow(Arc::new(OsFs), &dir.path().join("mirror"), address, follow_options).unwrap();
+    let to = StreamId::new("s").unwrap();
+    for batch in 0..4_u8 {
+        let events = (0..6).map(|_| NewEvent::raw("test.large", vec![batch; 1_000_000]).unwrap());
+        origin.store().append(&Append::to(&to, ExpectedRevision::Any, events)).unwrap();
+        origin.append_text("small");
+    }
+    assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+}
+
+#[test]
+fn a_name_is_resolved_and_the_origin_found_on_loopback() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..3);
+    let address = format!("localhost:{}", origin.address.port());
+    let mirror = follow(Arc::new(OsFs), &dir.path().join("mirror"), address, options()).unwrap();
+    converged(&mirror, &origin);
+}
+
+#[test]
+fn without_encryption_only_loopback_is_served_and_followed_unless_allowed_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    let journal = origin.store().journal().clone();
+    match serve(journal.clone(), "0.0.0.0:0", ServeOptions::default()) {
+        Err(ServeError::Plaintext { address }) => assert_eq!(address.ip().to_string(), "0.0.0.0"),
+        other => panic!("{other:?}"),
+    }
+    let allowed = ServeOptions { allow_plaintext_off_loopback: true, ..ServeOptions::default() };
+    serve(journal, "0.0.0.0:0", allowed).unwrap().shutdown();
+    let mirror_dir = dir.path().join("mirror");
+    match follow(Arc::new(OsFs), &mirror_dir, "192.0.2.7:4000", options()) {
+        Err(error @ ShippingError::Plaintext { .. }) => {
+            assert!(error.to_string().contains("192.0.2.7:4000"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(!mirror_dir.exists());
+}
+
+#[test]
+fn a_mirror_is_not_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    let journal = mirror.wait_ready(SOON).unwrap();
+    let refused = serve(journal, "127.0.0.1:0", ServeOptions::default());
+    assert!(matches!(refused, Err(ServeError::NotAnOrigin { .. })));
+}
+
+#[test]
+fn a_directory_that_is_an_origin_is_not_followed_into() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..3);
+    origin.close();
+    let into = origin.dir.join("journal");
+    match follow(Arc::new(OsFs), &into, origin.address.to_string(), options()) {
+        Err(error @ ShippingError::Open(_)) => assert!(error.is_halting()),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What a server says to these bytes before it closes.
+fn answer_to(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(bytes).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    answer
+}
+
+fn error_in(answer: &[u8]) -> Option<ErrorCode> {
+    let mut reader = FrameReader::new();
+    reader.allow_data(1 << 20);
+    reader.push(answer);
+    while let Ok(Some(message)) = reader.next_message() {
+        if let Message::Error(failure) = message {
+            return Some(failure.code);
+        }
+    }
+    None
+}
+
+fn hello(versions: VersionRange) -> Vec<u8> {
+    let mut out = Vec::new();
+    let (nonce, agent) = ([1; 16], "test".to_owned());
+    let hello = Hello { versions, features: 0, max_frame: 1 << 20, node: None, nonce, agent };
+    Message::Hello(hello).encode(&mut out);
+    out
+}
+
+#[test]
+fn hostile_bytes_are_answered_with_an_error_and_a_closed_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let http = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    assert_eq!(error_in(&answer_to(origin.address, http)), Some(ErrorCode::FRAME_TOO_LONG));
+    assert_eq!(error_in(&answer_to(origin.address, &[0xFF; 64])), Some(ErrorCode::FRAME_TOO_LONG));
+    assert_eq!(error_in(&answer_to(origin.address, &[0; 64])), Some(ErrorCode::PROTOCOL));
+    let mut damaged = hello(PROTOCOL_VERSIONS);
+    damaged[20] ^= 1;
+    assert_eq!(error_in(&answer_to(origin.address, &damaged)), Some(ErrorCode::PROTOCOL));
+    let twice = [hello(PROTOCOL_VERSIONS), hello(PROTOCOL_VERSIONS)].concat();
+    assert_eq!(error_in(&answer_to(origin.address, &twice)), Some(ErrorCode::PROTOCOL));
+    let future = hello(VersionRange { min: 90, max: 99 });
+    assert_eq!(error_in(&answer_to(origin.address, &future)), Some(ErrorCode::VERSION));
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    converged(&mirror, &origin);
+}
+
+#[test]
+fn a_peer_that_dribbles_is_cut_off_after_the_handshake_deadline_and_others_are_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let mut dribbler = TcpStream::connect(origin.address).unwrap();
+    dribbler.set_read_timeout(Some(Duration::from_millis(150))).unwrap();
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    converged(&mirror, &origin);
+    let started = Instant::now();
+    let (mut answer, mut buffer) = (Vec::new(), [0; 256]);
+    for byte in hello(PROTOCOL_VERSIONS).iter().cycle() {
+        assert!(started.elapsed() < SOON, "still served");
+        // The pace of the dribble; once the server has closed, writing fails or reading ends.
+        match dribbler.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(len) => answer.extend_from_slice(&buffer[..len]),
+            Err(_) if !answer.is_empty() => break,
+            Err(_) => {}
+        }
+        drop(dribbler.write_all(&[*byte]));
+        if answer.is_empty() && started.elapsed() < Duration::from_millis(2500) {
+            continue;
+        }
+    }
+    assert_eq!(error_in(&answer), Some(ErrorCode::TIMEOUT));
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_peer_too_many_is_turned_away_and_comes_in_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let options = ServeOptions { handshakes_max: 3, ..ServeOptions::default() };
+    let server = serve(origin.store().journal().clone(), "127.0.0.1:0", options).unwrap();
+    let idle: Vec<_> = (0..3).map(|_| TcpStream::connect(server.local_addr()).unwrap()).collect();
+    assert_eq!(error_in(&answer_to(server.local_addr(), b"")), Some(ErrorCode::TOO_MANY));
+    let address = server.local_addr().to_string();
+    let mirror =
+        follow(Arc::new(OsFs), &dir.path().join("mirror"), address, self::options()).unwrap();
+    drop(idle);
+    converged(&mirror, &origin);
+}
+
+/// A subscriber that reads nothing: the origin sends up to the window, others and commits go on.
+#[test]
+fn a_subscriber_that_never_reads_delays_nobody_and_is_cut_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..200);
+    let mut stalled = TcpStream::connect(origin.address).unwrap();
+    stalled.write_all(&hello(PROTOCOL_VERSIONS)).unwrap();
+    let mut subscribe = Vec::new();
+    let all = Subscribe { from: None, witness: None, window_bytes: u32::MAX };
+    Message::Subscribe(all).encode(&mut subscribe);
+    stalled.write_all(&subscribe).unwrap();
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    origin.append(200..400);
+    converged(&mirror, &origin);
+    let server = origin.server.as_ref().unwrap();
+    let deadline = Instant::now() + SOON;
+    while server.peers().len() > 1 {
+        assert!(Instant::now() < deadline, "a silent peer is still connected");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_thousand_connections_that_come_and_go_leave_the_origin_serving() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    for number in 0..1000 {
+        if let Ok(mut stream) = TcpStream::connect(origin.address)
+            && number % 3 == 0
+        {
+            drop(stream.write_all(&hello(PROTOCOL_VERSIONS)[..number % 70]));
+        }
+    }
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    converged(&mirror, &origin);
+}
+
+#[test]
+fn shutting_down_is_prompt_and_the_mirror_finds_the_next_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    converged(&mirror, &origin);
+    let started = Instant::now();
+    origin.close();
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(TcpStream::connect(origin.address).is_err(), "nobody listens any more");
+    let started = Instant::now();
+    origin.open();
+    origin.append(10..20);
+    converged(&mirror, &origin);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(mirror.status().reconnects >= 1);
+    let started = Instant::now();
+    mirror.stop().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_mirror_that_waits_for_an_absent_origin_stops_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mirror =
+        follow(Arc::new(OsFs), &dir.path().join("mirror"), unused.to_string(), options()).unwrap();
+    match mirror.wait_ready(Duration::from_millis(300)) {
+        Err(WaitError::Timeout { last_error: Some(ShippingError::Connect { address, .. }) }) => {
+            assert_eq!(address, unused);
+        }
+        other => panic!("{other:?}"),
+    }
+    let started = Instant::now();
+    mirror.stop().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(2));
+}
+
+/// Forwards both directions; while `faults` last, it flips a bit in what the origin says, or cuts it off.
+fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        for (number, downstream) in listener.incoming().enumerate() {
+            let (Ok(mut downstream), Ok(mut upstream)) = (downstream, TcpStream::connect(origin))
+            else {
+                return;
+            };
+            let (mut from, mut to) =
+                (downstream.try_clone().unwrap(), upstream.try_clone().unwrap());
+            std::thread::spawn(move || {
+                drop(std::io::copy(&mut from, &mut to));
+                drop(to.shutdown(std::net::Shutdown::Both));
+            });
+            let fault_at = if number < faults { rng.usize(..60_000) } else { usize::MAX };
+            let (cut, bit) = (rng.bool(), rng.u8(..8));
+            std::thread::spawn(move || {
+                let (mut passed, mut buffer) = (0, [0; 4096]);
+                while let Ok(len @ 1..) = upstream.read(&mut buffer) {
+                    if (passed..passed + len).contains(&fault_at) {
+                        if cut {
+                            drop(downstream.write_all(&buffer[..fault_at - passed]));
+                            break;
+                        }
+                        buffer[fault_at - passed] ^= 1 << bit;
+                    }
+                    passed += len;
+                    if downstream.write_all(&buffer[..len]).is_err() {
+                        break;
+                    }
+                }
+                drop(downstream.shutdown(std::net::Shutdown::Both));
+                drop(upstream.shutdown(std::net::Shutdown::Both));
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn flipped_bits_and_cut_connections_on_the_way_heal_and_never_reach_the_mirror() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..400);
+    std::thread::scope(|scope| {
+        for seed in 0..8 {
+            let (origin, dir) = (&origin, dir.path().join(format!("mirror-{seed}")));
+            scope.spawn(move || {
+                println!("seed {seed}");
+                let through = faulty_proxy(origin.address, seed, 5).to_string();
+                let mirror = follow(Arc::new(OsFs), &dir, through, options()).unwrap();
+                let journal = converged(&mirror, origin);
+                assert_same_bytes(origin.store().journal(), &journal);
+            });
+        }
+    });
+}
+
+#[test]
+fn what_was_committed_reaches_a_live_mirror_without_waiting_for_a_timer() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    let journal = mirror.wait_ready(SOON).unwrap();
+    let mut times: Vec<_> = (0..60)
+        .map(|number| {
+            origin.append(number..number + 1);
+            let started = Instant::now();
+            let end = journal.wait_past(Position::new(number as u64), SOON);
+            assert_eq!(end.position, origin.end());
+            started.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!("from acknowledged to durable in the mirror: median {:?}", times[30]);
+    assert!(times[30] < Duration::from_millis(100), "{times:?}");
+}
+
+#[test]
+fn several_mirrors_follow_one_origin_under_concurrent_appends() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    let mirrors: Vec<_> =
+        (0..4).map(|n| start_mirror(&dir.path().join(format!("m{n}")), &origin)).collect();
+    std::thread::scope(|scope| {
+        (0..4).for_each(|_| {
+            scope.spawn(|| origin.append(0..100));
+        });
+    });
+    assert_eq!(origin.end(), Position::new(400));
+    for mirror in &mirrors {
+        assert_same_bytes(origin.store().journal(), &converged(mirror, &origin));
+    }
+}
