@@ -4,6 +4,7 @@
 /// A bug that can be planted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[allow(unreachable_pub, reason = "public with feature `test-kit` only")]
 pub enum Bug {
     /// Appends are acknowledged before their sync.
     AcknowledgeBeforeSync,

@@ -13,7 +13,7 @@ use crate::views::{ByMonth, Totals, TotalsRow};
 /// How long a service of its own may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-pub fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
     let store = Store::builder(dir).create_if_missing().open()?;
     let mirror = store.mirror("orders", orders)?;
     let journal = mirror.wait_ready(PATIENCE)?;
@@ -36,7 +36,12 @@ pub fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
             ["status"] => {
                 let (end, lag) = (journal.end(), mirror.status().lag_events());
                 let lag = lag.map_or("unknown".to_owned(), |lag| lag.to_string());
-                println!("status {} {} {lag} {}", end.position, totals.checkpoint().applied.position, end.chain);
+                println!(
+                    "status {} {} {lag} {}",
+                    end.position,
+                    totals.checkpoint().applied.position,
+                    end.chain
+                );
             }
             ["all"] => {
                 for row in totals.range(..) {

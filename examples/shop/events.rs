@@ -7,24 +7,24 @@ use serde::{Deserialize, Serialize};
 
 /// Somebody bought CDs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Purchase {
-    pub customer: u32,
+pub(crate) struct Purchase {
+    pub(crate) customer: u32,
     /// As in 19970131.
-    pub date: u32,
-    pub cds: u32,
-    pub amount_cents: u64,
+    pub(crate) date: u32,
+    pub(crate) cds: u32,
+    pub(crate) amount_cents: u64,
 }
 
 headwater::events! {
     /// Everything that `orders` publishes.
-    pub enum OrderEvent {
+    pub(crate) enum OrderEvent {
         Purchased(Purchase) = "order.purchased", version 1;
     }
 }
 
 impl Purchase {
     /// Each customer is a stream.
-    pub fn stream(&self) -> Result<StreamId, headwater::InvalidEvent> {
+    pub(crate) fn stream(&self) -> Result<StreamId, headwater::InvalidEvent> {
         StreamId::new(format!("customer-{:05}", self.customer))
     }
 
@@ -48,12 +48,13 @@ fn cents(dollars: &str) -> Option<u64> {
 }
 
 /// The purchases in the file, as they happened: by day, and on a day by customer.
-pub fn read_purchases(path: &Path) -> Result<Vec<Purchase>, Box<dyn std::error::Error>> {
+pub(crate) fn read_purchases(path: &Path) -> Result<Vec<Purchase>, Box<dyn std::error::Error>> {
     let text = std::fs::read_to_string(path)?;
     let lines = text.lines().enumerate().skip(1).filter(|(_, line)| !line.trim().is_empty());
     let purchases = lines.map(|(number, line)| {
-        Purchase::parse(line)
-            .ok_or_else(|| format!("{}:{}: not a purchase: {line:?}", path.display(), number + 1).into())
+        Purchase::parse(line).ok_or_else(|| {
+            format!("{}:{}: not a purchase: {line:?}", path.display(), number + 1).into()
+        })
     });
     let mut purchases = purchases.collect::<Result<Vec<Purchase>, Box<dyn std::error::Error>>>()?;
     purchases.sort_by_key(|purchase| (purchase.date, purchase.customer));

@@ -11,7 +11,7 @@ use crate::events::{OrderEvent, Purchase, read_purchases};
 /// At most so many purchases of a day are appended together.
 const BATCH: usize = 16;
 
-pub fn run(dir: &Path, listen: &str, input: &Path) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(dir: &Path, listen: &str, input: &Path) -> Result<(), Box<dyn Error>> {
     let store = Store::builder(dir).create_if_missing().open()?;
     let server = store.serve(listen)?;
     // One event a purchase: the end of the journal says where we were when we were killed.

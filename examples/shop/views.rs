@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 use crate::events::OrderEvent;
 
 /// What each customer has bought.
-pub struct Totals;
+pub(crate) struct Totals;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct TotalsRow {
-    pub purchases: u32,
-    pub cds: u32,
-    pub spent_cents: u64,
-    pub last_date: u32,
+pub(crate) struct TotalsRow {
+    pub(crate) purchases: u32,
+    pub(crate) cds: u32,
+    pub(crate) spent_cents: u64,
+    pub(crate) last_date: u32,
 }
 
 impl View for Totals {
@@ -47,12 +47,12 @@ impl View for Totals {
 }
 
 /// What was bought in each month (as in 199701).
-pub struct ByMonth;
+pub(crate) struct ByMonth;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct MonthRow {
-    pub purchases: u32,
-    pub spent_cents: u64,
+pub(crate) struct MonthRow {
+    pub(crate) purchases: u32,
+    pub(crate) spent_cents: u64,
 }
 
 impl View for ByMonth {

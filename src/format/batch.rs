@@ -34,8 +34,8 @@ const CHAIN_AT: usize = 80;
 const CHAIN_DOMAIN: &[u8] = b"headwater batch chain v1\0";
 const GENESIS_DOMAIN: &[u8] = b"headwater genesis v1\0";
 
-const _: () = assert!(BATCH_HEADER_BYTES as u64 % BATCH_ALIGNMENT == 0);
-const _: () = assert!(BATCH_BYTES_LIMIT as u64 % 4096 == 0);
+const _: () = assert!((BATCH_HEADER_BYTES as u64).is_multiple_of(BATCH_ALIGNMENT));
+const _: () = assert!((BATCH_BYTES_LIMIT as u64).is_multiple_of(4096));
 
 /// The fields of a batch header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,7 +245,7 @@ impl BatchHeader {
             self.offset.checked_add(padded),
             self.base_position.get().checked_add(u64::from(self.count)),
         );
-        if self.offset % BATCH_ALIGNMENT != 0 || ends.0.is_none() || ends.1.is_none() {
+        if !self.offset.is_multiple_of(BATCH_ALIGNMENT) || ends.0.is_none() || ends.1.is_none() {
             return Err(FormatError::Invalid("offset or position"));
         }
         Ok(self)

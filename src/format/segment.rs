@@ -172,7 +172,7 @@ impl SegmentHeader {
         if predecessor_end != self.base_offset {
             return Err(FormatError::Invalid("predecessor end"));
         }
-        if self.base_offset % super::batch::BATCH_ALIGNMENT != 0 {
+        if !self.base_offset.is_multiple_of(super::batch::BATCH_ALIGNMENT) {
             return Err(FormatError::Invalid("base offset"));
         }
         Ok(self)

@@ -43,6 +43,10 @@ pub struct StreamEvents {
 /// What a [`Subscription`] delivers.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "nearly every item is an event; a box each would cost more"
+)]
 pub enum Item {
     /// The next event.
     Event(Recorded),

@@ -147,9 +147,9 @@ impl Run {
         let cut =
             power || self.fs.down() == Some(headwater::fs::sim::Down::PowerCut) || self.rng.bool();
         if cut {
-            self.fs.power_cut()
+            self.fs.power_cut();
         } else {
-            self.fs.kill()
+            self.fs.kill();
         }
         self.crashes += 1;
         self.note(if cut { "power cut" } else { "kill" });

@@ -1,10 +1,18 @@
 //! The integration tests: behaviours as test names.
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::too_many_lines,
+    reason = "tests: a failure is a panic, and what was tried is printed"
+)]
 
 #[cfg(feature = "test-kit")]
 mod crash;
 mod journal;
-#[cfg(feature = "views")]
-mod views;
 #[cfg(feature = "shipping")]
 mod shipping;
+#[cfg(feature = "views")]
+mod views;

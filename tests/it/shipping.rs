@@ -157,7 +157,7 @@ fn a_mirror_catches_up_across_rolls_then_follows_live_and_is_identical_byte_for_
     let journal = converged(&mirror, &origin);
     assert!(origin.store().journal().segments().len() > 5, "the test is meant to roll");
     assert_same_bytes(origin.store().journal(), &journal);
-    assert!(mirror.wait_until(SOON, |status| status.is_live()).is_ok());
+    assert!(mirror.wait_until(SOON, headwater::shipping::MirrorStatus::is_live).is_ok());
     origin.append(300..500);
     converged(&mirror, &origin);
     assert_same_bytes(origin.store().journal(), &journal);
