@@ -138,7 +138,12 @@ impl<V: View> Chunk<V> {
     }
 
     /// Decodes and routes an event; false if it is of a type that the view doesn't know.
-    fn add_record(&mut self, view: &V, record: &RecordRef<'_>, at: Place) -> Result<bool, StopError> {
+    fn add_record(
+        &mut self,
+        view: &V,
+        record: &RecordRef<'_>,
+        at: Place,
+    ) -> Result<bool, StopError> {
         let failed = |cause| stop_at::<V, _>(&at.recorded(record, ()), cause);
         let Some(data) = decode::<V::Event>(record).map_err(failed)? else {
             return Ok(false);
@@ -175,6 +180,7 @@ impl<V: View> Chunk<V> {
     /// Folds all batches, or those in front of the one with the first event that fails.
     pub(super) fn fold(mut self, view: &V, db: &Db) -> Result<Folded, StopError> {
         let mut stop = None;
+        self.cut_routes();
         loop {
             match self.fold_routes(view, db) {
                 Ok(writes) => return Ok(Folded { writes, end: self.end(), stop }),
@@ -197,6 +203,11 @@ impl<V: View> Chunk<V> {
     /// Folds are pure: folding the batches in front again gives what it gave before.
     fn drop_batches_from(&mut self, route: usize) {
         self.batches.truncate(self.batches.partition_point(|batch| batch.routes <= route));
+        self.cut_routes();
+    }
+
+    /// Forgets what was routed of a batch that isn't a part of the chunk.
+    fn cut_routes(&mut self) {
         self.routes.truncate(self.batches.last().map_or(0, |batch| batch.routes));
     }
 
@@ -290,8 +301,10 @@ fn invalid_record(
     error: FormatError,
 ) -> ReadError {
     let segment = journal.segments().into_iter().find(|it| it.number == batch.segment);
-    let (path, base_offset) = segment
-        .map_or_else(|| (journal.dir().to_owned(), 0), |segment| (segment.path, segment.base_offset));
+    let (path, base_offset) = segment.map_or_else(
+        || (journal.dir().to_owned(), 0),
+        |segment| (segment.path, segment.base_offset),
+    );
     let file_offset = HEADER_PAGE_BYTES as u64 + (batch.batch.header.offset - base_offset);
     Corruption { path, file_offset, position, kind: CorruptionKind::Record(error) }.into()
 }

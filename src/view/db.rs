@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, DBRawIterator, FlushOptions, LogLevel, Options,
-    ReadOptions, ReadTier, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, DBRawIterator, FlushOptions, LogLevel,
+    Options, ReadOptions, ReadTier, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
 };
 
 use crate::format::Decoder;
@@ -172,7 +172,9 @@ fn kind_of(error: &rocksdb::Error) -> StorageErrorKind {
     match error.kind() {
         rocksdb::ErrorKind::Corruption => StorageErrorKind::Damaged,
         rocksdb::ErrorKind::IOError if message.contains("/LOCK:") => StorageErrorKind::InUse,
-        rocksdb::ErrorKind::IOError if message.contains("No space left") => StorageErrorKind::DiskFull,
+        rocksdb::ErrorKind::IOError if message.contains("No space left") => {
+            StorageErrorKind::DiskFull
+        }
         _ => StorageErrorKind::Other,
     }
 }
@@ -280,7 +282,8 @@ impl Db {
         start: Progress,
     ) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's identity";
-        let identity = [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat();
+        let identity =
+            [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat();
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
         match found {
             Some(found) if found == identity => self.stored_progress(),
@@ -470,6 +473,9 @@ pub(super) struct Scan<'a> {
     state: ScanState,
 }
 
+/// Key and value.
+type Entry = (Box<[u8]>, Box<[u8]>);
+
 enum ScanState {
     AtNext,
     AtReturned,
@@ -477,7 +483,7 @@ enum ScanState {
 }
 
 impl Scan<'_> {
-    fn entry(&mut self) -> Result<Option<(Box<[u8]>, Box<[u8]>)>, rocksdb::Error> {
+    fn entry(&mut self) -> Result<Option<Entry>, rocksdb::Error> {
         if matches!(self.state, ScanState::AtReturned) {
             self.entries.next();
         }
@@ -490,7 +496,7 @@ impl Scan<'_> {
 }
 
 impl Iterator for Scan<'_> {
-    type Item = Result<(Box<[u8]>, Box<[u8]>), StorageError>;
+    type Item = Result<Entry, StorageError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if matches!(self.state, ScanState::Ended) {

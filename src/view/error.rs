@@ -31,8 +31,8 @@ pub enum ViewError {
     /// The view has applied events that its own journal no longer has: the journal has lost its tail, or
     /// was restored from an older copy. Nothing was changed; the view is the witness of the loss.
     #[error(
-        "view {view} has applied the journal up to position {}, but the journal ends at position {}: \
-         its tail is lost", checkpoint.position, end.position
+        "view {view} has applied the journal up to position {}, but the journal ends at position {end}: \
+         its tail is lost", checkpoint.position
     )]
     LostTail {
         /// The view.
@@ -40,7 +40,7 @@ pub enum ViewError {
         /// How far the view has got.
         checkpoint: Checkpoint,
         /// Where the journal ends.
-        end: Checkpoint,
+        end: Position,
     },
     /// The file that says which generation is live is damaged.
     #[error("{}: the view's pointer is damaged", path.display())]
@@ -105,7 +105,9 @@ impl ViewError {
 #[non_exhaustive]
 pub enum StopError {
     /// An event could not be applied. The view's checkpoint is the end of the batch in front of it.
-    #[error("view {view} stopped at position {position} ({event_type} in stream {stream}): {cause}")]
+    #[error(
+        "view {view} stopped at position {position} ({event_type} in stream {stream}): {cause}"
+    )]
     Event {
         /// The view.
         view: &'static str,
@@ -130,7 +132,7 @@ pub enum StopError {
         /// What the view has applied.
         checkpoint: Checkpoint,
         /// The mirror's durable end.
-        end: Checkpoint,
+        end: Position,
     },
     /// The journal can't be read.
     #[error("view {view} stopped: {source}")]
@@ -249,7 +251,9 @@ pub enum WaitError {
         wanted: Position,
     },
     /// The journal has another event at the token's position: what the token stands for was lost.
-    #[error("the append that ended at position {position} is not in this journal's history: it was lost")]
+    #[error(
+        "the append that ended at position {position} is not in this journal's history: it was lost"
+    )]
     TokenLost {
         /// The token's position.
         position: Position,

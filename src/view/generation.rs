@@ -22,7 +22,6 @@
 //!   has looked at it may delete its folder.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +41,9 @@ pub(super) const NAME_BYTES_MAX: usize = 64;
 
 /// A view's name is the name of its folder.
 pub(super) fn is_valid_name(name: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
+    let plain = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')
+    };
     !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain)
 }
 
@@ -146,9 +147,7 @@ fn read_pointer(fs: &dyn Fs, path: &Path) -> Result<BTreeMap<u32, u32>, ViewErro
 fn pointer_text(live: &BTreeMap<u32, u32>) -> String {
     let lines = live.iter().map(|(version, generation)| format!("{version} {generation}\n"));
     let mut text = std::iter::once(format!("{POINTER_HEAD}\n")).chain(lines).collect::<String>();
-    let crc = crc32(&[text.as_bytes()]);
-    // Writing to a string can't fail.
-    let _ = writeln!(text, "crc32 {crc:08x}");
+    text += &format!("crc32 {:08x}\n", crc32(&[text.as_bytes()]));
     text
 }
 
@@ -215,7 +214,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = open(dir.path()).unwrap();
         let error = open(dir.path()).unwrap_err();
-        assert!(matches!(&error, ViewError::InUse { owner, .. } if owner.contains("process")), "{error}");
+        assert!(
+            matches!(&error, ViewError::InUse { owner, .. } if owner.contains("process")),
+            "{error}"
+        );
         drop(first);
         open(dir.path()).unwrap();
     }
@@ -237,7 +239,8 @@ mod tests {
     fn a_damaged_pointer_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
         drop(open(dir.path()).unwrap().live(1).unwrap());
-        std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n").unwrap();
+        std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n")
+            .unwrap();
         assert!(matches!(open(dir.path()), Err(ViewError::DamagedPointer { .. })));
     }
 }
