@@ -180,6 +180,7 @@ impl<V: View> Chunk<V> {
     /// Folds all batches, or those in front of the one with the first event that fails.
     pub(super) fn fold(mut self, view: &V, db: &Db) -> Result<Folded, StopError> {
         let mut stop = None;
+        self.cut_routes();
         loop {
             match self.fold_routes(view, db) {
                 Ok(writes) => return Ok(Folded { writes, end: self.end(), stop }),
@@ -202,6 +203,11 @@ impl<V: View> Chunk<V> {
     /// Folds are pure: folding the batches in front again gives what it gave before.
     fn drop_batches_from(&mut self, route: usize) {
         self.batches.truncate(self.batches.partition_point(|batch| batch.routes <= route));
+        self.cut_routes();
+    }
+
+    /// Forgets what was routed of a batch that isn't a part of the chunk.
+    fn cut_routes(&mut self) {
         self.routes.truncate(self.batches.last().map_or(0, |batch| batch.routes));
     }
 

@@ -473,6 +473,9 @@ pub(super) struct Scan<'a> {
     state: ScanState,
 }
 
+/// Key and value.
+type Entry = (Box<[u8]>, Box<[u8]>);
+
 enum ScanState {
     AtNext,
     AtReturned,
@@ -480,7 +483,7 @@ enum ScanState {
 }
 
 impl Scan<'_> {
-    fn entry(&mut self) -> Result<Option<(Box<[u8]>, Box<[u8]>)>, rocksdb::Error> {
+    fn entry(&mut self) -> Result<Option<Entry>, rocksdb::Error> {
         if matches!(self.state, ScanState::AtReturned) {
             self.entries.next();
         }
@@ -493,7 +496,7 @@ impl Scan<'_> {
 }
 
 impl Iterator for Scan<'_> {
-    type Item = Result<(Box<[u8]>, Box<[u8]>), StorageError>;
+    type Item = Result<Entry, StorageError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if matches!(self.state, ScanState::Ended) {

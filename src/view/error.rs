@@ -31,8 +31,8 @@ pub enum ViewError {
     /// The view has applied events that its own journal no longer has: the journal has lost its tail, or
     /// was restored from an older copy. Nothing was changed; the view is the witness of the loss.
     #[error(
-        "view {view} has applied the journal up to position {}, but the journal ends at position {}: \
-         its tail is lost", checkpoint.position, end.position
+        "view {view} has applied the journal up to position {}, but the journal ends at position {end}: \
+         its tail is lost", checkpoint.position
     )]
     LostTail {
         /// The view.
@@ -40,7 +40,7 @@ pub enum ViewError {
         /// How far the view has got.
         checkpoint: Checkpoint,
         /// Where the journal ends.
-        end: Checkpoint,
+        end: Position,
     },
     /// The file that says which generation is live is damaged.
     #[error("{}: the view's pointer is damaged", path.display())]
@@ -132,7 +132,7 @@ pub enum StopError {
         /// What the view has applied.
         checkpoint: Checkpoint,
         /// The mirror's durable end.
-        end: Checkpoint,
+        end: Position,
     },
     /// The journal can't be read.
     #[error("view {view} stopped: {source}")]

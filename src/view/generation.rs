@@ -22,7 +22,6 @@
 //!   has looked at it may delete its folder.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -148,9 +147,7 @@ fn read_pointer(fs: &dyn Fs, path: &Path) -> Result<BTreeMap<u32, u32>, ViewErro
 fn pointer_text(live: &BTreeMap<u32, u32>) -> String {
     let lines = live.iter().map(|(version, generation)| format!("{version} {generation}\n"));
     let mut text = std::iter::once(format!("{POINTER_HEAD}\n")).chain(lines).collect::<String>();
-    let crc = crc32(&[text.as_bytes()]);
-    // Writing to a string can't fail.
-    let _ = writeln!(text, "crc32 {crc:08x}");
+    text += &format!("crc32 {:08x}\n", crc32(&[text.as_bytes()]));
     text
 }
 

@@ -174,7 +174,7 @@ fn judge<V: View>(
         Ok(Comparison::Ahead) if journal.role() == Role::Mirror => Judgement::AwaitMirror,
         Ok(Comparison::Ahead) if lost_tail == LostTail::SetAside => Judgement::SetAside,
         Ok(Comparison::Ahead) => {
-            let (checkpoint, end) = (*checkpoint, journal.end());
+            let (checkpoint, end) = (*checkpoint, journal.end().position);
             return Err(ViewError::LostTail { view: V::NAME, checkpoint, end });
         }
     })
@@ -266,7 +266,10 @@ impl<V: View> Runner<V> {
                 }
                 Comparison::Ahead if closed => return Ok(false),
                 Comparison::Ahead => {}
-                _ => return Err(StopError::Fork { view: V::NAME, checkpoint, end }),
+                _ => {
+                    let end = end.position;
+                    return Err(StopError::Fork { view: V::NAME, checkpoint, end });
+                }
             }
         }
         Ok(false)

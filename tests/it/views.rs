@@ -16,8 +16,8 @@ use headwater::view::{
     ViewOptions, ViewSnapshot, ViewState, WaitError,
 };
 use headwater::{
-    Append, ExpectedRevision, Incarnation, Journal, JournalOptions, NewEvent, Position, Recorded,
-    Store, StreamId, Token,
+    Append, ExpectedRevision, Incarnation, Ingest, Journal, JournalOptions, NewEvent, Position,
+    Recorded, Store, StreamId, Token,
 };
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
@@ -651,7 +651,7 @@ fn a_journal_that_lost_its_tail_is_noticed_by_the_view() {
     let origin = world.origin();
     let refused = world.try_view::<1>(origin.journal(), ViewOptions::default()).unwrap_err();
     let ViewError::LostTail { checkpoint, end, .. } = &refused else { panic!("{refused}") };
-    assert_eq!((checkpoint.position, end.position), (lost.position, kept.position));
+    assert_eq!((checkpoint.position, *end), (lost.position, kept.position));
     // It stays that way until somebody decides.
     assert!(world.try_view::<1>(origin.journal(), ViewOptions::default()).is_err());
 
@@ -668,8 +668,11 @@ fn a_journal_that_lost_its_tail_is_noticed_by_the_view() {
 
 #[test]
 fn a_journal_that_was_restored_and_has_grown_again_is_noticed_by_the_view() {
-    // How many events of how many cents it grows again by: shorter in events or bytes is LostTail.
-    for (events, cents) in [(2, 2), (3, 900), (40, 2)] {
+    let lost_events = vec![paid("a", 2), paid("a", 2)];
+    let long = (0..40).map(|cents| paid("b", cents)).collect();
+    let as_many_in_more_bytes = vec![paid("a", 2), paid(&"b".repeat(999), 2)];
+    // The first is identical: only the incarnation tells the histories apart.
+    for grown in [lost_events.clone(), as_many_in_more_bytes, long] {
         let world = World::new();
         let backup = world.dir.path().join("backup");
         let origin = world.origin();
@@ -677,7 +680,7 @@ fn a_journal_that_was_restored_and_has_grown_again_is_noticed_by_the_view() {
         origin.close();
         copy_dir(&world.journal_dir(), &backup);
         let origin = world.origin();
-        let lost = origin.append(vec![paid("a", 2), paid("a", 2)]);
+        let lost = origin.append(lost_events.clone());
         let view = world.view(origin.journal());
         view.wait_for(&lost, PATIENCE).unwrap();
         drop(view);
@@ -685,13 +688,37 @@ fn a_journal_that_was_restored_and_has_grown_again_is_noticed_by_the_view() {
 
         replace_dir(&backup, &world.journal_dir());
         let origin = world.origin();
-        origin.append((0..events).map(|_| paid("a", cents)).collect());
+        let count = grown.len();
+        origin.append(grown);
         let view = world.view(origin.journal());
-        assert!(view.status().set_aside.is_some(), "{events} events of {cents}");
+        assert!(view.status().set_aside.is_some(), "grown by {count} events");
         assert!(matches!(view.wait_for(&lost, PATIENCE), Err(WaitError::TokenLost { .. })));
         catch_up(&view);
         assert_is_prefix(&view, origin.journal());
     }
+}
+
+#[test]
+fn a_journal_with_fewer_events_in_more_bytes_is_another_history_not_a_lost_tail() {
+    let world = World::new();
+    let backup = world.dir.path().join("backup");
+    let origin = world.origin();
+    origin.append(vec![paid("a", 1)]);
+    origin.close();
+    copy_dir(&world.journal_dir(), &backup);
+    let origin = world.origin();
+    let lost = origin.append((0..3).map(|cents| paid("a", cents)).collect());
+    let view = world.view(origin.journal());
+    view.wait_for(&lost, PATIENCE).unwrap();
+    drop(view);
+    origin.close();
+    replace_dir(&backup, &world.journal_dir());
+    let origin = world.origin();
+    origin.append(vec![paid(&"b".repeat(999), 1)]);
+    let view = world.view(origin.journal());
+    assert!(view.status().set_aside.is_some());
+    catch_up(&view);
+    assert_is_prefix(&view, origin.journal());
 }
 
 #[test]
@@ -708,6 +735,143 @@ fn a_view_of_another_journal_is_set_aside() {
     assert!(view.status().set_aside.is_some());
     catch_up(&view);
     assert_is_prefix(&view, other.journal());
+}
+
+/// A mirror that is fed by hand.
+struct Mirror(Ingest);
+
+impl Mirror {
+    /// Opens the mirror of `journal`, creating it if there is none.
+    fn open(dir: &Path, journal: &Journal) -> Self {
+        let fs: Arc<dyn headwater::fs::Fs> = Arc::new(headwater::fs::os::OsFs);
+        let options = JournalOptions::default();
+        let ingest = Ingest::open(&fs, dir, &options).unwrap();
+        Self(ingest.unwrap_or_else(|| Ingest::create(&fs, dir, journal.id(), &options).unwrap()))
+    }
+
+    /// Takes over what the mirror lacks.
+    fn fetch_from(&mut self, origin: &Journal) {
+        let mut cursor = origin.cursor(self.0.end().position).unwrap();
+        while let Some(batch) = cursor.next_batch().unwrap() {
+            if let Some(page) = batch.page {
+                self.0.segment(&page.bytes()).unwrap();
+            }
+            self.0.batch(batch.batch.bytes()).unwrap();
+        }
+        self.0.sync().unwrap();
+    }
+
+    fn journal(&self) -> &Journal {
+        self.0.journal()
+    }
+}
+
+#[test]
+fn a_view_of_a_mirror_gives_the_origins_answers_and_honours_its_tokens() {
+    let (world, mut rng) = (World::new(), rng(1));
+    let origin = world.origin();
+    let mut mirror = Mirror::open(&world.dir.path().join("mirror"), origin.journal());
+    let view = world.view(mirror.journal());
+    let tokens: Vec<Token> = (0..20).map(|_| origin.append(random_batch(&mut rng))).collect();
+    let early = view.wait_for(&tokens[19], Duration::from_millis(1));
+    assert!(matches!(early, Err(WaitError::Timeout { .. })), "{early:?}");
+    mirror.fetch_from(origin.journal());
+    for token in &tokens {
+        view.wait_for(token, PATIENCE).unwrap();
+    }
+    assert_eq!(assert_is_prefix(&view, origin.journal()), tokens[19].position);
+}
+
+/// A view that has applied more than its mirror holds: the mirror was put back. Returns the view's last
+/// token, and where backups of origin and mirror lie.
+fn view_ahead_of_its_mirror(world: &World) -> (Token, PathBuf) {
+    let (mirror_dir, backup) = (world.dir.path().join("mirror"), world.dir.path().join("backup"));
+    let origin = world.origin();
+    origin.append(vec![paid("a", 1)]);
+    let mut mirror = Mirror::open(&mirror_dir, origin.journal());
+    mirror.fetch_from(origin.journal());
+    drop(mirror);
+    origin.close();
+    copy_dir(&mirror_dir, &backup.join("mirror"));
+    copy_dir(&world.journal_dir(), &backup.join("journal"));
+
+    let origin = world.origin();
+    let token = origin.append(vec![paid("a", 2), paid("b", 3)]);
+    let mut mirror = Mirror::open(&mirror_dir, origin.journal());
+    mirror.fetch_from(origin.journal());
+    let view = world.view(mirror.journal());
+    view.wait_for(&token, PATIENCE).unwrap();
+    drop((view, mirror));
+    origin.close();
+    replace_dir(&backup.join("mirror"), &mirror_dir);
+    (token, backup)
+}
+
+#[test]
+fn a_view_ahead_of_its_mirror_serves_flagged_and_goes_on_when_the_mirror_has_caught_up() {
+    let world = World::new();
+    let (token, _) = view_ahead_of_its_mirror(&world);
+    let origin = world.origin();
+    let mut mirror = Mirror::open(&world.dir.path().join("mirror"), origin.journal());
+    let view = world.view(mirror.journal());
+    assert!(matches!(view.status().state, ViewState::AwaitingMirror));
+    assert_eq!(assert_is_prefix(&view, origin.journal()), token.position, "it serves");
+    let unjudged = view.wait_for(&token, Duration::from_millis(1));
+    assert!(matches!(unjudged, Err(WaitError::Timeout { .. })), "{unjudged:?}");
+
+    let later = origin.append(vec![paid("c", 4)]);
+    mirror.fetch_from(origin.journal());
+    view.wait_for(&token, PATIENCE).unwrap();
+    view.wait_for(&later, PATIENCE).unwrap();
+    assert_is_prefix(&view, origin.journal());
+    assert_eq!(view.status().set_aside, None);
+}
+
+#[test]
+fn a_view_whose_mirror_becomes_another_history_stops_as_a_fork() {
+    for events in [2, 30] {
+        let world = World::new();
+        let (token, backup) = view_ahead_of_its_mirror(&world);
+        replace_dir(&backup.join("journal"), &world.journal_dir());
+        let origin = world.origin();
+        origin.append((0..events).map(|cents| paid("c", cents)).collect());
+        let mut mirror = Mirror::open(&world.dir.path().join("mirror"), origin.journal());
+        let view = world.view(mirror.journal());
+        mirror.fetch_from(origin.journal());
+        let error = stopped(&view);
+        assert!(matches!(&*error, StopError::Fork { .. }), "{error}");
+        assert_eq!(view.checkpoint().applied.position, token.position);
+        assert!(view.get(&(ONE_ACCOUNT, "b".to_owned())).unwrap().is_some(), "it serves");
+    }
+}
+
+#[test]
+fn a_journal_that_is_damaged_where_the_view_is_leaves_the_view_serving() {
+    let world = World::new();
+    let origin = world.origin();
+    let view = world.view(origin.journal());
+    let big = || paid(&"x".repeat(1000), 1);
+    let last = (0..200).map(|_| origin.append(vec![big()])).last().unwrap();
+    view.wait_for(&last, PATIENCE).unwrap();
+    drop(view);
+    let segment = origin.journal().segments().first().unwrap().path.clone();
+    assert!(origin.journal().segments().len() > 1);
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[4096 + 200] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+
+    // What is behind the damage can be judged; the view goes on.
+    let view = world.view(origin.journal());
+    catch_up(&view);
+    drop(view);
+    // To build it anew the damaged batch is needed.
+    std::fs::remove_dir_all(world.views()).unwrap();
+    let view = world.view(origin.journal());
+    let error = stopped(&view);
+    assert!(matches!(&*error, StopError::Journal { .. }), "{error}");
+    assert!(error.to_string().contains("corruption"), "{error}");
+    assert!(rows(&view.snapshot().unwrap()).is_empty());
+    assert_eq!(view.checkpoint().applied.position, Position::START);
 }
 
 const CHILD_DIR: &str = "HEADWATER_VIEWS_CHILD_DIR";
