@@ -1,5 +1,5 @@
 //! The integration tests: behaviours as test names.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 #[cfg(feature = "test-kit")]
 mod crash;
@@ -8,3 +8,5 @@ mod journal;
 mod views;
 #[cfg(feature = "shipping")]
 mod shipping;
+#[cfg(feature = "shipping")]
+mod shipping_processes;
