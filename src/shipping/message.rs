@@ -998,16 +998,22 @@ fn put_node(out: &mut Vec<u8>, node: Option<NodeId>) {
     out.extend_from_slice(node.map_or([0; 16], |node| *node.as_bytes()).as_slice());
 }
 
-/// A text with its length in front.
+/// A text with its length in front, for people: no control characters.
 fn text(input: &mut Decoder<'_>, max: usize, what: &'static str) -> Result<String, FormatError> {
     let len = usize::from(input.u16()?);
     if len > max {
         return Err(FormatError::Invalid(what));
     }
-    input.text(len, what).map(str::to_owned)
+    let text = input.text(len, what)?;
+    if text.chars().any(char::is_control) {
+        return Err(FormatError::Invalid(what));
+    }
+    Ok(text.to_owned())
 }
 
 fn put_text(out: &mut Vec<u8>, text: &str, max: usize) {
+    // It may end up on somebody's terminal.
+    let text = text.replace(char::is_control, " ");
     let end = (0..=text.len().min(max)).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
     let text = text.get(..end).unwrap_or_default();
     put_u16(out, u16::try_from(text.len()).unwrap_or(0));

@@ -12,8 +12,8 @@ use headwater::shipping::message::{
     ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe, VersionRange,
 };
 use headwater::shipping::{
-    FollowOptions, Mirror, MirrorState, PeerState, ServeError, ServeOptions, Server, ShippingError,
-    WaitError, follow, serve,
+    FollowOptions, Mirror, MirrorState, MirrorStatus, PeerState, ServeError, ServeOptions, Server,
+    ShippingError, WaitError, follow, serve,
 };
 use headwater::{
     Append, ExpectedRevision, Journal, JournalOptions, NewEvent, Position, Store, StreamId,
@@ -103,7 +103,7 @@ fn converged(mirror: &Mirror, origin: &Origin) -> Journal {
 }
 
 /// Sealed segments whole, active ones up to the durable end.
-fn assert_same_bytes(origin: &Journal, mirror: &Journal) {
+pub(crate) fn assert_same_bytes(origin: &Journal, mirror: &Journal) {
     assert_eq!(origin.end(), mirror.end());
     let (ours, theirs) = (origin.segments(), mirror.segments());
     for (ours, theirs) in ours.iter().zip(&theirs) {
@@ -118,7 +118,7 @@ fn assert_same_bytes(origin: &Journal, mirror: &Journal) {
 }
 
 fn halted(mirror: &Mirror) -> ShippingError {
-    match mirror.wait_until(SOON, headwater::shipping::MirrorStatus::is_halted).unwrap().state {
+    match mirror.wait_until(SOON, MirrorStatus::is_halted).unwrap().state {
         MirrorState::Halted(error) => error,
         other => panic!("{other:?}"),
     }
@@ -157,7 +157,7 @@ fn a_mirror_catches_up_across_rolls_then_follows_live_and_is_identical_byte_for_
     let journal = converged(&mirror, &origin);
     assert!(origin.store().journal().segments().len() > 5, "the test is meant to roll");
     assert_same_bytes(origin.store().journal(), &journal);
-    assert!(mirror.wait_until(SOON, headwater::shipping::MirrorStatus::is_live).is_ok());
+    assert!(mirror.wait_until(SOON, MirrorStatus::is_live).is_ok());
     origin.append(300..500);
     converged(&mirror, &origin);
     assert_same_bytes(origin.store().journal(), &journal);
@@ -195,7 +195,7 @@ fn both_sides_report_how_far_the_mirror_is() {
     assert_eq!(peer.applied, Some(Position::new(7)));
     assert!(peer.agent.starts_with("headwater/"));
     origin.close();
-    let gone = |status: &headwater::shipping::MirrorStatus| {
+    let gone = |status: &MirrorStatus| {
         matches!(status.state, MirrorState::Connecting) && status.last_error.is_some()
     };
     let status = mirror.wait_until(SOON, gone).unwrap();

@@ -225,6 +225,27 @@ fn texts_are_cut_between_characters() {
 }
 
 #[test]
+fn control_characters_never_reach_a_terminal() {
+    let failure = Failure::new(ErrorCode::STORAGE, "a\u{1b}[2Jb");
+    let mut frame = encoded(&Message::Error(failure));
+    let mut reader = reader();
+    reader.push(&frame);
+    match reader.next_message() {
+        Ok(Some(Message::Error(read))) => assert_eq!(read.detail, "a [2Jb"),
+        other => panic!("{other:?}"),
+    }
+    let escape = frame.iter().position(|&byte| byte == b' ').unwrap();
+    frame[escape] = 0x1B;
+    let payload = frame.split_off(FRAME_HEADER_BYTES);
+    let mut forged = Vec::new();
+    let writer = FrameWriter::begin(&mut forged);
+    forged.extend_from_slice(&payload);
+    writer.finish(&mut forged, kind::ERROR, 0);
+    reader.push(&forged);
+    assert!(matches!(reader.next_message(), Err(FrameError::Malformed { frame: "ERROR", .. })));
+}
+
+#[test]
 fn version_ranges_meet_at_their_highest_common_version() {
     let range = |min, max| VersionRange { min, max };
     assert_eq!(range(1, 1).common(range(1, 2)), Some(1));

@@ -14,6 +14,9 @@ use crate::shipping::message::{
     PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
 };
 
+/// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
+const CLOSED_RECONNECT_MS: u32 = 1000;
+
 /// Why the origin can't read its own journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SourceError {
@@ -159,8 +162,12 @@ impl OriginSession {
 
     /// This side wants to end the session in good order.
     pub(crate) fn shut_down(&mut self) {
+        self.go_away(0);
+    }
+
+    fn go_away(&mut self, reconnect_after_ms: u32) {
         if self.end.is_none() {
-            self.say(&Message::GoAway(GoAway { reconnect_after_ms: 0 }));
+            self.say(&Message::GoAway(GoAway { reconnect_after_ms }));
             self.finish(SessionEnd::ShuttingDown);
         }
     }
@@ -341,7 +348,7 @@ impl OriginSession {
         }
         let nothing_left = out.len() == before && self.window_is_open();
         if closed && nothing_left {
-            self.shut_down();
+            self.go_away(CLOSED_RECONNECT_MS);
         }
     }
 
