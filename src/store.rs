@@ -191,7 +191,7 @@ impl Store {
         let mut lost_tail = self.inner.lost_tail.write();
         match &opened {
             Err(ViewError::LostTail { checkpoint, end, .. }) => {
-                let (view, applied, end) = (V::NAME, checkpoint.position, end.position);
+                let (view, applied, end) = (V::NAME, checkpoint.position, *end);
                 *lost_tail = Some(AppendError::LostTail { view, applied, end });
             }
             Ok(_) if lost_tail.as_ref().is_some_and(|lost| lost.is_remembered_by(V::NAME)) => {
