@@ -1,5 +1,4 @@
 //! The integration tests: behaviours as test names.
-<<<<<<< HEAD
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -9,19 +8,14 @@
     clippy::too_many_lines,
     reason = "tests: a failure is a panic, and what was tried is printed"
 )]
-=======
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
->>>>>>> ship
 
 #[cfg(feature = "test-kit")]
 mod crash;
 mod journal;
 #[cfg(feature = "shipping")]
 mod shipping;
-<<<<<<< HEAD
 #[cfg(feature = "views")]
 mod views;
-=======
 #[cfg(feature = "shipping")]
 mod shipping_processes;
->>>>>>> ship
