@@ -8,14 +8,13 @@
     clippy::too_many_lines,
     reason = "tests: a failure is a panic, and what was tried is printed"
 )]
-#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
 
 #[cfg(feature = "test-kit")]
 mod crash;
 mod journal;
 #[cfg(feature = "shipping")]
 mod shipping;
-#[cfg(feature = "views")]
-mod views;
 #[cfg(feature = "shipping")]
 mod shipping_processes;
+#[cfg(feature = "views")]
+mod views;
