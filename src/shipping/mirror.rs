@@ -854,3 +854,48 @@ impl<'a> MirrorWriter<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Refusal;
+
+    fn refused_at(position: u64) -> ShippingError {
+        let position = Position::new(position);
+        ShippingError::Refused { position, refusal: Refusal::BatchLink }
+    }
+
+    #[test]
+    fn only_refusals_at_one_place_in_a_row_are_too_many() {
+        let mut refusals = Refusals::default();
+        let counted: Vec<_> = [1, 1, 2, 2, 1, 1, 1]
+            .map(|position| refusals.count(&refused_at(position)))
+            .into_iter()
+            .collect();
+        assert_eq!(counted, [false, false, false, false, false, false, true]);
+        assert!(!refusals.count(&ShippingError::Disconnected));
+    }
+
+    #[test]
+    fn pauses_begin_at_50_ms_never_exceed_10_s_and_never_end() {
+        let pauses: Vec<_> = back_off().take(40).collect();
+        assert_eq!(pauses.len(), 40);
+        assert!(pauses[0] >= BACK_OFF_MIN && pauses[0] <= 2 * BACK_OFF_MIN, "{pauses:?}");
+        assert!(pauses.iter().all(|pause| *pause <= Duration::from_secs(10)), "{pauses:?}");
+        assert!(pauses[39] >= BACK_OFF_MAX, "{pauses:?}");
+    }
+
+    #[test]
+    fn of_several_addresses_only_those_on_loopback_are_used() {
+        let addresses = ["192.0.2.1:1", "127.0.0.9:2", "[::1]:3", "[::ffff:127.0.0.1]:4"]
+            .map(|address| address.parse::<SocketAddr>().unwrap());
+        let mut options = FollowOptions::default();
+        assert_eq!(check_plaintext(&addresses, &options).unwrap(), addresses[1..]);
+        match check_plaintext(&addresses[..1], &options) {
+            Err(ShippingError::Plaintext { address }) => assert_eq!(address, addresses[0]),
+            other => panic!("{other:?}"),
+        }
+        options.allow_plaintext_off_loopback = true;
+        assert_eq!(check_plaintext(&addresses, &options).unwrap(), addresses);
+    }
+}

@@ -7,16 +7,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use headwater::format::files::Mark;
 use headwater::fs::os::OsFs;
 use headwater::shipping::message::{
-    ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe, VersionRange,
+    Data, ErrorCode, FrameReader, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe,
+    Subscribed, VersionRange, Welcome,
 };
 use headwater::shipping::{
-    FollowOptions, Mirror, MirrorState, MirrorStatus, PeerState, ServeError, ServeOptions, Server,
-    ShippingError, WaitError, follow, serve,
+    Deadline, Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, PeerState, ServeError,
+    ServeOptions, Server, ShippingError, WaitError, follow, serve,
 };
 use headwater::{
-    Append, ExpectedRevision, Journal, JournalOptions, NewEvent, Position, Store, StreamId,
+    Append, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, Position, Store,
+    StreamId,
 };
 
 const SOON: Duration = Duration::from_secs(20);
@@ -764,4 +767,125 @@ fn several_mirrors_follow_one_origin_under_concurrent_appends() {
     for mirror in &mirrors {
         assert_same_bytes(origin.store().journal(), &converged(mirror, &origin));
     }
+}
+
+/// Answers HELLO and SUBSCRIBE as an origin with an empty journal would, then sends `then`, and stays.
+fn false_origin(then: fn(&mut Vec<u8>)) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || answer_falsely(&stream, then));
+        }
+    });
+    address
+}
+
+fn answer_falsely(mut stream: &TcpStream, then: fn(&mut Vec<u8>)) -> Option<()> {
+    let journal = JournalId::from_bytes([7; 16]);
+    let (mut reader, mut buffer) = (FrameReader::new(), [0; 4096]);
+    loop {
+        let len = stream.read(&mut buffer).ok().filter(|&len| len > 0)?;
+        reader.push(&buffer[..len]);
+        while let Some(message) = reader.next_message().ok()? {
+            let mut out = Vec::new();
+            match message {
+                Message::Hello(hello) => Message::Welcome(Welcome {
+                    version: 1,
+                    heartbeat_ms: 1000,
+                    max_frame: 8192,
+                    features: 0,
+                    node: headwater::NodeId::from_bytes([9; 16]),
+                    session: [1; 16],
+                    nonce: hello.nonce,
+                    now_us: 0,
+                })
+                .encode(&mut out),
+                Message::Subscribe(_) => {
+                    let end = Mark::start(journal).end;
+                    let first_position = Position::START;
+                    Message::Subscribed(Subscribed { end, first_position, path: vec![] })
+                        .encode(&mut out);
+                    then(&mut out);
+                }
+                _ => {}
+            }
+            stream.write_all(&out).ok()?;
+        }
+    }
+}
+
+#[test]
+fn bytes_that_are_refused_again_and_again_halt_the_mirror() {
+    let address = false_origin(|out| {
+        let mut bytes = [0xB7; 128];
+        bytes[60..64].copy_from_slice(&128_u32.to_le_bytes());
+        let origin_end = OriginEnd { offset: 128, position: Position::new(1) };
+        Message::Data(Data { offset: 0, origin_end, continued: false, bytes: &bytes }).encode(out);
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let mirror =
+        follow(Arc::new(OsFs), &dir.path().join("mirror"), address.to_string(), options()).unwrap();
+    match halted(&mirror) {
+        ShippingError::Refused { position, .. } => assert_eq!(position, Position::START),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(mirror.status().reconnects, 2, "damage on the way would have healed");
+    assert_eq!(mirror.journal().unwrap().end().position, Position::START);
+}
+
+#[test]
+fn an_origin_that_falls_silent_is_given_up_and_tried_again() {
+    let address = false_origin(|_| {});
+    let dir = tempfile::tempdir().unwrap();
+    let deadlines = Deadlines {
+        handshake: Duration::from_millis(400),
+        silence: Duration::from_millis(400),
+        heartbeat: Duration::from_millis(100),
+    };
+    let options = FollowOptions { deadlines, ..options() };
+    let address = address.to_string();
+    let mirror = follow(Arc::new(OsFs), &dir.path().join("mirror"), address, options).unwrap();
+    let status = mirror.wait_until(SOON, |status| status.reconnects >= 2).unwrap();
+    assert!(
+        matches!(status.last_error, Some(ShippingError::Timeout(Deadline::Silence))),
+        "{status:?}"
+    );
+}
+
+#[test]
+fn a_service_that_accepts_and_says_nothing_is_given_up_and_tried_again() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let deadlines = Deadlines { handshake: Duration::from_millis(300), ..Deadlines::default() };
+    let options = FollowOptions { deadlines, ..options() };
+    let address = silent.local_addr().unwrap().to_string();
+    let mirror = follow(Arc::new(OsFs), &dir.path().join("mirror"), address, options).unwrap();
+    let timed_out = |status: &MirrorStatus| {
+        matches!(status.last_error, Some(ShippingError::Timeout(Deadline::Handshake)))
+    };
+    mirror.wait_until(SOON, timed_out).unwrap();
+    let first = silent.accept().unwrap();
+    let again = silent.accept().unwrap();
+    assert_ne!(first.1, again.1);
+}
+
+/// Everything a mirror sent is answered by another service's greeting.
+#[test]
+fn another_service_at_the_address_is_not_taken_for_an_origin() {
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = other.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for mut stream in other.incoming().map_while(Result::ok) {
+            drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"));
+        }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let mirror = follow(Arc::new(OsFs), &dir.path().join("mirror"), address, options()).unwrap();
+    let violated = |status: &MirrorStatus| {
+        matches!(status.last_error, Some(ShippingError::Violation(_) | ShippingError::Disconnected))
+    };
+    let status = mirror.wait_until(SOON, violated).unwrap();
+    assert!(!status.is_halted());
+    assert!(mirror.journal().is_none());
 }

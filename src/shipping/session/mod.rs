@@ -30,9 +30,8 @@ mod origin;
 pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
 pub(crate) use origin::{Next, OriginConfig, OriginSession, Source, SourceError};
 
-/// How long each side waits for the other.
+/// How long each side waits for the other. One side's heartbeat must be well below the other's silence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct Deadlines {
     /// For a peer to say who it is and what it wants, in total from the connection on; default 3 s.
     pub handshake: Duration,
