@@ -89,7 +89,7 @@ impl Ingest {
             // The sync of its name may have failed when it was begun.
             locked.write_node(&node)?;
         }
-        let reserve = 2 * options.group_bytes_max;
+        let reserve = CATCH_UP_BYTES_MAX.min(options.segment_bytes_max);
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
         let page = recovered.kept.last().map(|kept| kept.page.clone());
@@ -294,6 +294,9 @@ impl Drop for Ingest {
         self.writer.journal.close_watch();
     }
 }
+
+/// As much as a mirror may take in before it syncs: space for it is kept for the quarantine.
+const CATCH_UP_BYTES_MAX: u64 = 9 << 20;
 
 /// How much of a segment is prepared ahead, at the most, on the word of a peer.
 const RESERVE_BYTES_MAX: u64 = 64 << 20;
