@@ -378,7 +378,7 @@ impl Journal {
     /// # Errors
     /// [`ReadError`] if an index can't be read.
     pub fn stream_head(&self, stream: &StreamId) -> Result<Option<Revision>, ReadError> {
-        let sealed: Vec<Arc<Segment>> = {
+        let (seen, sealed): (usize, Vec<Arc<Segment>>) = {
             let segments = self.0.segments.read();
             if let Some(span) = segments::span(&segments.active, stream.as_str()) {
                 return Ok(Some(span.last));
@@ -386,15 +386,25 @@ impl Journal {
             if let Some(head) = self.0.heads.get(stream) {
                 return Ok(Some(head));
             }
-            segments.all.iter().rev().filter(|s| s.sealed.is_some()).cloned().collect()
+            let sealed = segments.all.iter().rev().filter(|s| s.sealed.is_some()).cloned();
+            (segments.all.len(), sealed.collect())
         };
         for segment in sealed {
             if let Some(span) = self.span(&segment, stream)? {
-                self.0.heads.insert(stream.clone(), span.last);
+                self.remember_head(stream, span.last, seen);
                 return Ok(Some(span.last));
             }
         }
         Ok(None)
+    }
+
+    /// Remembers a head that was found in the sealed ones of `seen` segments. If another one was sealed
+    /// while they were read, it may hold a newer head, which [`roll`](Self::roll) has remembered.
+    fn remember_head(&self, stream: &StreamId, head: Revision, seen: usize) {
+        let segments = self.0.segments.read();
+        if segments.all.len() == seen {
+            self.0.heads.insert(stream.clone(), head);
+        }
     }
 
     fn span(&self, segment: &Segment, stream: &StreamId) -> Result<Option<Span>, ReadError> {
@@ -404,27 +414,39 @@ impl Journal {
         }
     }
 
+    /// Segment `number` and where a stream's events lie in it; `None` if there is no such segment (yet).
+    ///
+    /// Both under one lock: the active segment's index is another segment's a moment later.
     fn postings(
         &self,
-        segment: &Segment,
+        number: u64,
         stream: &StreamId,
         from: Revision,
         max: usize,
-    ) -> Result<Vec<Posting>, ReadError> {
-        match &segment.sealed {
+    ) -> Result<Option<(Arc<Segment>, Vec<Posting>)>, ReadError> {
+        let segment = {
+            let segments = self.0.segments.read();
+            let Some(segment) = segments.all.get(number as usize).cloned() else { return Ok(None) };
+            if segment.sealed.is_none() {
+                let found = segments::postings(&segments.active, stream.as_str(), from, max);
+                return Ok(Some((segment, found)));
+            }
+            segment
+        };
+        let found = match &segment.sealed {
             Some(sealed) => {
-                sealed.postings(&self.0.files, &segment.page, stream.as_str(), from, max)
+                sealed.postings(&self.0.files, &segment.page, stream.as_str(), from, max)?
             }
-            None => {
-                let segments = self.0.segments.read();
-                Ok(segments::postings(&segments.active, stream.as_str(), from, max))
-            }
-        }
+            None => Vec::new(),
+        };
+        Ok(Some((segment, found)))
     }
 
-    /// Publishes batches that have just become durable.
+    /// Publishes batches that have just become durable: index and end at once, so that nobody finds an
+    /// event in the index that lies behind the end.
     fn publish(&self, end: Checkpoint, index: impl FnOnce(&mut SegmentIndex)) {
-        index(&mut self.0.segments.write().active);
+        let mut segments = self.0.segments.write();
+        index(&mut segments.active);
         self.0.watch.publish(end);
     }
 
