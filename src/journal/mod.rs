@@ -51,6 +51,9 @@ pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
 
+/// How often a reader beside a writer looks again before it reports damage.
+const SURVEYS_MAX: usize = 2;
+
 /// How many streams' last revisions are remembered.
 const HEADS_MAX: usize = 64 * 1024;
 
@@ -161,11 +164,21 @@ impl Journal {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
-        let mut survey = match recovery::survey(&**fs, &layout, &node) {
-            Err(OpenError::Corruption(corruption)) => return Err(corruption.into()),
-            survey => survey?,
-        };
-        let corruption = survey.corruption(&layout);
+        let mut survey = recovery::survey(&**fs, &layout, &node, Access::ReadOnly)?;
+        let mut corruption = survey.corruption(&layout);
+        for _ in 0..SURVEYS_MAX {
+            if corruption.is_none() {
+                break;
+            }
+            // A live writer may have gone on between two reads of ours: its later batches then claim to be
+            // behind what had not been there yet. Whatever had been durable before is there on a second look.
+            let known = survey.proven;
+            survey = recovery::survey(&**fs, &layout, &node, Access::ReadOnly)?;
+            if survey.end.offset >= known {
+                survey.proven = survey.proven.min(survey.end.offset);
+            }
+            corruption = survey.corruption(&layout);
+        }
         survey.cut_to_proven(&**fs, &layout)?;
         let Survey { kept, end, .. } = survey;
         Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
