@@ -456,6 +456,11 @@ impl Found {
 }
 
 impl Survey {
+    /// No segment that belongs to the journal.
+    pub(crate) fn has_no_segment(&self) -> bool {
+        self.kept.is_empty()
+    }
+
     /// No used segment at all.
     pub(crate) fn is_empty(&self) -> bool {
         self.kept.is_empty() && self.beyond.is_empty()
