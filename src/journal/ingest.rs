@@ -16,7 +16,7 @@ use crate::fs::Fs;
 use crate::journal::marker::Marker;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
-use crate::journal::writer::{Failure, Writer, checkpoint_of};
+use crate::journal::writer::{Failure, RESERVE_BYTES_MAX, Writer, checkpoint_of};
 use crate::journal::{Journal, Locked, read_node};
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, JournalId, NodeId};
@@ -294,9 +294,6 @@ impl Drop for Ingest {
         self.writer.journal.close_watch();
     }
 }
-
-/// How much of a segment is prepared ahead, at the most, on the word of a peer.
-const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
 fn add_all(index: &mut SegmentIndex, bytes: &[u8], salt: u64) {
     let mut rest = bytes;
