@@ -464,9 +464,10 @@ impl Journal {
     }
 
     /// Seals the active segment and goes on in the next one.
-    fn roll(&self, next: crate::format::segment::SegmentPage, access: Access) {
+    fn roll(&self, next: crate::format::segment::SegmentPage) {
         let end = self.end();
         let mut segments = self.0.segments.write();
+        let mut just_sealed = None;
         if let Some(active) = segments.all.pop() {
             let index = Arc::new(std::mem::take(&mut segments.active));
             for (name, postings) in &index.streams {
@@ -479,11 +480,19 @@ impl Journal {
                 position: end.position,
                 chain: end.chain,
             };
-            let sealed = Sealed::with_index(&self.0.files, &active.page, link, index, access);
-            let page = active.page.clone();
-            segments.all.push(Arc::new(Segment { page, sealed: Some(sealed) }));
+            let sealed = Some(Sealed::in_memory(link, index));
+            let segment = Arc::new(Segment { page: active.page.clone(), sealed });
+            just_sealed = Some(Arc::clone(&segment));
+            segments.all.push(segment);
         }
         segments.all.push(Arc::new(Segment { page: next, sealed: None }));
+        drop(segments);
+        // Not under the lock: no reader waits for a sidecar to be written.
+        if let Some(segment) = just_sealed
+            && let Some(sealed) = &segment.sealed
+        {
+            sealed.write_sidecar(&self.0.files, &segment.page);
+        }
     }
 
     /// Replaces the header page of the active segment, which has no batches yet.

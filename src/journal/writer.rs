@@ -15,7 +15,6 @@ use crate::format::sidecar::SegmentIndex;
 use crate::fs::{self, File, OpenMode};
 use crate::journal::marker::Marker;
 use crate::journal::scan::file_offset;
-use crate::journal::segments::Access;
 use crate::journal::{Journal, Locked};
 use crate::planted::{self, Bug};
 use crate::position::Checkpoint;
@@ -158,7 +157,7 @@ impl Writer {
     pub(crate) fn enter(&mut self, spare: Spare, page: SegmentPage) -> Result<(), Failure> {
         let Spare { file, path, capacity_bytes } = spare;
         fs::write_all_at(&*file, &page.bytes(), 0).context("writing", &path)?;
-        self.journal.roll(page.clone(), Access::Writer);
+        self.journal.roll(page.clone());
         self.active = Some(Active { file, path, page, capacity_bytes });
         Ok(())
     }
