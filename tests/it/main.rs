@@ -4,3 +4,7 @@
 #[cfg(feature = "test-kit")]
 mod crash;
 mod journal;
+#[cfg(feature = "test-kit")]
+mod races;
+#[cfg(feature = "test-kit")]
+mod recovery;
