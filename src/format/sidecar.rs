@@ -79,7 +79,8 @@ impl StreamPostings {
     /// Revision of the last of them.
     #[must_use]
     pub fn last_revision(&self) -> Revision {
-        Revision::new((self.first_revision.get() + self.postings.len() as u64).saturating_sub(1))
+        let behind = self.first_revision.get().saturating_add(self.postings.len() as u64);
+        Revision::new(behind.saturating_sub(1))
     }
 }
 
@@ -399,7 +400,9 @@ impl<P: Pages> Sidecar<P> {
             if entry.0 != hash {
                 break;
             }
-            if self.read(self.layout[3] + entry.2, entry.1 as usize)? == name.as_bytes() {
+            if self.read(self.layout[3].saturating_add(entry.2), entry.1 as usize)?
+                == name.as_bytes()
+            {
                 return Ok(Some(entry.3));
             }
             index += 1;
@@ -490,7 +493,9 @@ impl StreamSpan {
     /// Revision of the last of them.
     #[must_use]
     pub fn last_revision(&self) -> Revision {
-        Revision::new((self.first_revision.get() + u64::from(self.count)).saturating_sub(1))
+        Revision::new(
+            self.first_revision.get().saturating_add(u64::from(self.count)).saturating_sub(1),
+        )
     }
 }
 

@@ -89,9 +89,10 @@ impl Fs for OsFs {
             .open(path)?;
         match file.try_lock() {
             Ok(()) => {
-                file.set_len(0)?;
+                // Over the old name, then cut: a full disk has no block to give for one that was freed.
                 file.rewind()?;
                 file.write_all(owner.as_bytes())?;
+                file.set_len(owner.len() as u64)?;
                 Ok(Ok(Box::new(OsLock(file))))
             }
             Err(fs::TryLockError::WouldBlock) => {

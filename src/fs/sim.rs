@@ -1112,9 +1112,9 @@ impl State {
             let text: Vec<u8> = inode.cache.bytes.iter().copied().take(OWNER_BYTES).collect();
             return Ok(Err(LockHeld { owner: String::from_utf8_lossy(&text).into_owned() }));
         }
-        let (inode, rng) = self.inode(id)?;
-        inode.set_len(0, sector, rng);
         self.write(id, owner.as_bytes(), 0, How::Whole)?;
+        let (inode, rng) = self.inode(id)?;
+        inode.set_len(owner.len() as u64, sector, rng);
         self.next_token += 1;
         self.locks.insert(id, self.next_token);
         Ok(Ok((id, self.next_token)))

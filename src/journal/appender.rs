@@ -29,6 +29,7 @@ use crate::format::files::{Node, Role};
 use crate::format::segment::SegmentHeader;
 use crate::format::{Flags, crc32, record, sidecar};
 use crate::fs::Fs;
+use crate::journal::mark;
 use crate::journal::marker::Marker;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
@@ -260,7 +261,7 @@ struct Pending {
 #[derive(Debug)]
 struct IdWindow {
     known: HashMap<u64, Position>,
-    order: VecDeque<u64>,
+    order: VecDeque<(u64, Position)>,
     max: usize,
 }
 
@@ -270,11 +271,13 @@ impl IdWindow {
             return;
         }
         if self.order.len() >= self.max
-            && let Some(oldest) = self.order.pop_front()
+            && let Some((oldest, at)) = self.order.pop_front()
+            // The same id may have come again since, when it had left a smaller window.
+            && self.known.get(&oldest) == Some(&at)
         {
             self.known.remove(&oldest);
         }
-        self.order.push_back(hash);
+        self.order.push_back((hash, position));
         self.known.insert(hash, position);
     }
 }
@@ -314,6 +317,12 @@ impl Appender {
         if read_node(&**fs, &locked.layout)?.is_some() || locked.has_segments()? {
             return Err(exists);
         }
+        let mark = mark::read(&**fs, &locked.layout, Access::Writer)?;
+        if let Some(mark) = mark.filter(|mark| mark.end.offset > 0) {
+            // Not even `node`: what is restored here later must find the directory as it was.
+            let position = mark.end.position;
+            return Err(OpenError::LostJournal { path: dir.to_owned(), position });
+        }
         let node =
             Node { role: Role::Origin, node: NodeId::random(), journal: JournalId::random() };
         Self::start(locked, node, options)
@@ -346,7 +355,7 @@ impl Appender {
             let (found, wanted) = (node.role, Role::Origin);
             return Err(OpenError::Role { path: dir.to_owned(), found, wanted });
         }
-        let survey = recovery::survey(&**fs, &locked.layout, &node)?;
+        let survey = recovery::survey(&**fs, &locked.layout, &node, Access::Writer)?;
         if survey.is_empty() {
             let position = survey.mark.map_or(Position::START, |mark| mark.end.position);
             if witnessed || survey.mark.is_some_and(|mark| mark.end.offset > 0) {
@@ -354,6 +363,11 @@ impl Appender {
             }
             // `create` was interrupted before its first segment was durable.
             return Self::start(locked, node, options);
+        }
+        if witnessed && survey.has_no_segment() {
+            // Not an interrupted `create`: what remembers events came after it.
+            let position = survey.end.position;
+            return Err(OpenError::LostJournal { path: dir.to_owned(), position });
         }
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&**fs, &locked.layout, &node, survey, reserve)?;
@@ -372,7 +386,7 @@ impl Appender {
     fn start(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
         locked.write_node(&node)?;
         let fs = Arc::clone(&locked.fs);
-        let survey = recovery::survey(&*fs, &locked.layout, &node)?;
+        let survey = recovery::survey(&*fs, &locked.layout, &node, Access::Writer)?;
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
@@ -458,14 +472,17 @@ impl Appender {
             match self.decide(&state, append)? {
                 Decision::Answer(answer) => return answer,
                 Decision::AnswerAfter(group, verdict) => {
-                    match self.lead_or_wait(state, &group) {
-                        Some(Ok(())) => {}
-                        Some(Err(poison)) => return Err(AppendError::Poisoned(poison)),
-                        None => return Err(self.poisoned()),
-                    }
-                    match *verdict {
-                        Verdict::Conflict(conflict) => return Err(conflict),
-                        Verdict::Duplicate => state = self.state.lock(),
+                    match (self.lead_or_wait(state, &group), *verdict) {
+                        (Some(Ok(())), Verdict::Conflict(conflict)) => return Err(conflict),
+                        (Some(Ok(())), Verdict::Duplicate) => state = self.state.lock(),
+                        (Some(Err(poison)), Verdict::Conflict(_)) => {
+                            return Err(AppendError::Poisoned(poison));
+                        }
+                        // Under these ids something was written, and nobody knows whether it stays.
+                        (Some(Err(poison)), Verdict::Duplicate) => {
+                            return Err(AppendError::Unknown(poison));
+                        }
+                        (None, _) => return Err(self.poisoned()),
                     }
                 }
                 Decision::Write(revisions) => {
@@ -497,12 +514,14 @@ impl Appender {
                     expected: part.expected,
                     actual: head,
                 };
+                if let Some(repeated) = self.repeated_beyond_window(append)? {
+                    return Ok(Decision::Answer(repeated));
+                }
                 if let Some((_, group)) = pending {
                     let verdict = Box::new(Verdict::Conflict(conflict));
                     return Ok(Decision::AnswerAfter(Arc::clone(group), verdict));
                 }
-                let repeated = self.repeated_beyond_window(append, part)?;
-                return Ok(Decision::Answer(repeated.unwrap_or(Err(conflict))));
+                return Ok(Decision::Answer(Err(conflict)));
             }
             firsts.push(head.map_or(Revision::FIRST, Revision::next));
         }
@@ -548,26 +567,27 @@ impl Appender {
         Ok(None)
     }
 
-    /// For `Exact` and `NoStream` every repetition is recognised, however old: the events behind the
-    /// expected revision are compared.
+    /// For `Exact` and `NoStream` every repetition is recognised, however old: the event behind the
+    /// expected revision is compared, in every part, for a condition that isn't met any more may be
+    /// another part's.
     fn repeated_beyond_window(
         &self,
         append: &Append,
-        part: &Part,
     ) -> Result<Option<Result<Appended, AppendError>>, AppendError> {
-        let next = match part.expected {
-            ExpectedRevision::NoStream => Revision::FIRST,
-            ExpectedRevision::Exact(revision) => revision.next(),
-            ExpectedRevision::Any | ExpectedRevision::StreamExists => return Ok(None),
-        };
-        let Some(event) = self.journal.read_stream(&part.stream, next)?.next().transpose()? else {
-            return Ok(None);
-        };
-        if !append.ids().any(|id| id == event.id()) {
-            return Ok(None);
+        for part in append.parts.iter().filter(|part| !part.events.is_empty()) {
+            let next = match part.expected {
+                ExpectedRevision::NoStream => Revision::FIRST,
+                ExpectedRevision::Exact(revision) => revision.next(),
+                ExpectedRevision::Any | ExpectedRevision::StreamExists => continue,
+            };
+            let event = self.journal.read_stream(&part.stream, next)?.next().transpose()?;
+            let ours = |event: &Recorded| append.ids().any(|id| id == event.id());
+            if let Some(event) = event.filter(ours) {
+                let batch = self.journal.events_around(event.position())?;
+                return Ok(Some(self.judge_duplicates(append, &batch)));
+            }
         }
-        let batch = self.journal.events_around(event.position())?;
-        Ok(Some(self.judge_duplicates(append, &batch)))
+        Ok(None)
     }
 
     /// At least one of the append's ids is in `batch`: all of them make it a duplicate.
@@ -724,7 +744,7 @@ impl Appender {
             let is_open = Arc::ptr_eq(&state.open.group, group);
             if !is_open || state.committing {
                 group.answered.wait(&mut state);
-            } else if state.end.is_some() {
+            } else if state.is_poisoned() {
                 return None;
             } else {
                 self.lead(&mut state);
@@ -804,14 +824,15 @@ impl Appender {
     /// The poison, if a write or sync had failed; or the failure to write the mark, which loses nothing.
     pub fn close(&self) -> Result<(), CloseError> {
         let mut state = self.state.lock();
-        while state.end.is_none() && (state.committing || !state.open.slots.is_empty()) {
+        // First nobody new is let in, or those who come one after the other would keep it open for ever.
+        state.end.get_or_insert(Ended::Closed);
+        while !state.is_poisoned() && (state.committing || !state.open.slots.is_empty()) {
             self.idle.wait(&mut state);
         }
         let poison = match &state.end {
             Some(Ended::Poisoned(poison)) => Some(poison.clone()),
             _ => None,
         };
-        state.end.get_or_insert(Ended::Closed);
         drop(state);
         self.journal.close_watch();
         match (self.writer.lock().take(), poison) {
@@ -878,6 +899,10 @@ impl Slot {
 }
 
 impl State {
+    const fn is_poisoned(&self) -> bool {
+        matches!(self.end, Some(Ended::Poisoned(_)))
+    }
+
     fn check_open(&self) -> Result<(), AppendError> {
         match &self.end {
             None => Ok(()),

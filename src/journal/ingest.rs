@@ -16,7 +16,7 @@ use crate::fs::Fs;
 use crate::journal::marker::Marker;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
-use crate::journal::writer::{Failure, Writer, checkpoint_of};
+use crate::journal::writer::{Failure, RESERVE_BYTES_MAX, Writer, checkpoint_of};
 use crate::journal::{Journal, Locked, read_node};
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, JournalId, NodeId};
@@ -84,7 +84,7 @@ impl Ingest {
     fn recover(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
         options.check()?;
         let fs = Arc::clone(&locked.fs);
-        let survey = recovery::survey(&*fs, &locked.layout, &node)?;
+        let survey = recovery::survey(&*fs, &locked.layout, &node, Access::Writer)?;
         if survey.is_empty() {
             // The sync of its name may have failed when it was begun.
             locked.write_node(&node)?;
@@ -297,9 +297,6 @@ impl Drop for Ingest {
 
 /// As much as a mirror may take in before it syncs: space for it is kept for the quarantine.
 const CATCH_UP_BYTES_MAX: u64 = 9 << 20;
-
-/// How much of a segment is prepared ahead, at the most, on the word of a peer.
-const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
 fn add_all(index: &mut SegmentIndex, bytes: &[u8], salt: u64) {
     let mut rest = bytes;

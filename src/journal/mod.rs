@@ -51,6 +51,9 @@ pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
 
+/// How often a reader beside a writer looks again before it reports damage.
+const SURVEYS_MAX: usize = 2;
+
 /// How many streams' last revisions are remembered.
 const HEADS_MAX: usize = 64 * 1024;
 
@@ -161,11 +164,21 @@ impl Journal {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
-        let mut survey = match recovery::survey(&**fs, &layout, &node) {
-            Err(OpenError::Corruption(corruption)) => return Err(corruption.into()),
-            survey => survey?,
-        };
-        let corruption = survey.corruption(&layout);
+        let mut survey = recovery::survey(&**fs, &layout, &node, Access::ReadOnly)?;
+        let mut corruption = survey.corruption(&layout);
+        for _ in 0..SURVEYS_MAX {
+            if corruption.is_none() {
+                break;
+            }
+            // A live writer may have gone on between two reads of ours: its later batches then claim to be
+            // behind what had not been there yet. Whatever had been durable before is there on a second look.
+            let known = survey.proven;
+            survey = recovery::survey(&**fs, &layout, &node, Access::ReadOnly)?;
+            if survey.end.offset >= known {
+                survey.proven = survey.proven.min(survey.end.offset);
+            }
+            corruption = survey.corruption(&layout);
+        }
         survey.cut_to_proven(&**fs, &layout)?;
         let Survey { kept, end, .. } = survey;
         Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
@@ -378,7 +391,7 @@ impl Journal {
     /// # Errors
     /// [`ReadError`] if an index can't be read.
     pub fn stream_head(&self, stream: &StreamId) -> Result<Option<Revision>, ReadError> {
-        let sealed: Vec<Arc<Segment>> = {
+        let (seen, sealed): (usize, Vec<Arc<Segment>>) = {
             let segments = self.0.segments.read();
             if let Some(span) = segments::span(&segments.active, stream.as_str()) {
                 return Ok(Some(span.last));
@@ -386,15 +399,25 @@ impl Journal {
             if let Some(head) = self.0.heads.get(stream) {
                 return Ok(Some(head));
             }
-            segments.all.iter().rev().filter(|s| s.sealed.is_some()).cloned().collect()
+            let sealed = segments.all.iter().rev().filter(|s| s.sealed.is_some()).cloned();
+            (segments.all.len(), sealed.collect())
         };
         for segment in sealed {
             if let Some(span) = self.span(&segment, stream)? {
-                self.0.heads.insert(stream.clone(), span.last);
+                self.remember_head(stream, span.last, seen);
                 return Ok(Some(span.last));
             }
         }
         Ok(None)
+    }
+
+    /// Remembers a head that was found in the sealed ones of `seen` segments. If another one was sealed
+    /// while they were read, it may hold a newer head, which [`roll`](Self::roll) has remembered.
+    fn remember_head(&self, stream: &StreamId, head: Revision, seen: usize) {
+        let segments = self.0.segments.read();
+        if segments.all.len() == seen {
+            self.0.heads.insert(stream.clone(), head);
+        }
     }
 
     fn span(&self, segment: &Segment, stream: &StreamId) -> Result<Option<Span>, ReadError> {
@@ -404,34 +427,47 @@ impl Journal {
         }
     }
 
+    /// Segment `number` and where a stream's events lie in it; `None` if there is no such segment (yet).
+    ///
+    /// Both under one lock: the active segment's index is another segment's a moment later.
     fn postings(
         &self,
-        segment: &Segment,
+        number: u64,
         stream: &StreamId,
         from: Revision,
         max: usize,
-    ) -> Result<Vec<Posting>, ReadError> {
-        match &segment.sealed {
+    ) -> Result<Option<(Arc<Segment>, Vec<Posting>)>, ReadError> {
+        let segment = {
+            let segments = self.0.segments.read();
+            let Some(segment) = segments.all.get(number as usize).cloned() else { return Ok(None) };
+            if segment.sealed.is_none() {
+                let found = segments::postings(&segments.active, stream.as_str(), from, max);
+                return Ok(Some((segment, found)));
+            }
+            segment
+        };
+        let found = match &segment.sealed {
             Some(sealed) => {
-                sealed.postings(&self.0.files, &segment.page, stream.as_str(), from, max)
+                sealed.postings(&self.0.files, &segment.page, stream.as_str(), from, max)?
             }
-            None => {
-                let segments = self.0.segments.read();
-                Ok(segments::postings(&segments.active, stream.as_str(), from, max))
-            }
-        }
+            None => Vec::new(),
+        };
+        Ok(Some((segment, found)))
     }
 
-    /// Publishes batches that have just become durable.
+    /// Publishes batches that have just become durable: index and end at once, so that nobody finds an
+    /// event in the index that lies behind the end.
     fn publish(&self, end: Checkpoint, index: impl FnOnce(&mut SegmentIndex)) {
-        index(&mut self.0.segments.write().active);
+        let mut segments = self.0.segments.write();
+        index(&mut segments.active);
         self.0.watch.publish(end);
     }
 
     /// Seals the active segment and goes on in the next one.
-    fn roll(&self, next: crate::format::segment::SegmentPage, access: Access) {
+    fn roll(&self, next: crate::format::segment::SegmentPage) {
         let end = self.end();
         let mut segments = self.0.segments.write();
+        let mut just_sealed = None;
         if let Some(active) = segments.all.pop() {
             let index = Arc::new(std::mem::take(&mut segments.active));
             for (name, postings) in &index.streams {
@@ -444,11 +480,19 @@ impl Journal {
                 position: end.position,
                 chain: end.chain,
             };
-            let sealed = Sealed::with_index(&self.0.files, &active.page, link, index, access);
-            let page = active.page.clone();
-            segments.all.push(Arc::new(Segment { page, sealed: Some(sealed) }));
+            let sealed = Some(Sealed::in_memory(link, index));
+            let segment = Arc::new(Segment { page: active.page.clone(), sealed });
+            just_sealed = Some(Arc::clone(&segment));
+            segments.all.push(segment);
         }
         segments.all.push(Arc::new(Segment { page: next, sealed: None }));
+        drop(segments);
+        // Not under the lock: no reader waits for a sidecar to be written.
+        if let Some(segment) = just_sealed
+            && let Some(sealed) = &segment.sealed
+        {
+            sealed.write_sidecar(&self.0.files, &segment.page);
+        }
     }
 
     /// Replaces the header page of the active segment, which has no batches yet.

@@ -35,7 +35,8 @@ pub struct StreamEvents {
     next: Revision,
     /// Number of the segment to look into next.
     segment: u64,
-    postings: VecDeque<Posting>,
+    /// What was looked up in that segment.
+    postings: Option<(Arc<Segment>, VecDeque<Posting>)>,
     ready: VecDeque<Recorded>,
     failed: bool,
 }
@@ -95,7 +96,7 @@ impl Journal {
             stream: stream.clone(),
             next: from,
             segment: self.first_segment_with(stream, from)?,
-            postings: VecDeque::new(),
+            postings: None,
             ready: VecDeque::new(),
             failed: false,
         })
@@ -237,8 +238,10 @@ impl StreamEvents {
             let Some((segment, posting)) = self.next_posting()? else { return Ok(None) };
             let events = self.journal.batch_events(&segment, &posting)?;
             // All of the batch's events of this stream come at once.
-            while self.postings.front().is_some_and(|p| p.batch_offset == posting.batch_offset) {
-                self.postings.pop_front();
+            if let Some((_, postings)) = &mut self.postings {
+                while postings.front().is_some_and(|p| p.batch_offset == posting.batch_offset) {
+                    postings.pop_front();
+                }
             }
             self.ready.extend(events);
         }
@@ -246,15 +249,16 @@ impl StreamEvents {
 
     fn next_posting(&mut self) -> Result<Option<(Arc<Segment>, Posting)>, ReadError> {
         loop {
-            let segment = self.journal.0.segments.read().all.get(self.segment as usize).cloned();
-            let Some(segment) = segment else { return Ok(None) };
-            if let Some(posting) = self.postings.pop_front() {
-                return Ok(Some((segment, posting)));
+            if let Some((segment, postings)) = &mut self.postings
+                && let Some(posting) = postings.pop_front()
+            {
+                return Ok(Some((Arc::clone(segment), posting)));
             }
             let found =
-                self.journal.postings(&segment, &self.stream, self.next, POSTINGS_AT_A_TIME)?;
+                self.journal.postings(self.segment, &self.stream, self.next, POSTINGS_AT_A_TIME)?;
+            let Some((segment, found)) = found else { return Ok(None) };
             match found.is_empty() {
-                false => self.postings = found.into(),
+                false => self.postings = Some((segment, found.into())),
                 true if segment.sealed.is_some() => self.segment += 1,
                 // The active segment may have been sealed meanwhile; the next call looks again.
                 true => return Ok(None),

@@ -19,25 +19,26 @@
 //!
 //! The rules and the reasons for them stand in `docs/format.md`, section "Recovery".
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
-use crate::format::FormatError;
 use crate::format::batch::{Link, genesis};
 use crate::format::files::{Mark, Node, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::SegmentIndex;
+use crate::format::{FORMAT_VERSION, Flags, FormatError};
 use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset};
-use crate::position::{Checkpoint, Incarnation, NodeId, Position};
+use crate::journal::segments::Access;
+use crate::position::{Checkpoint, NodeId, Position};
 
 /// A segment file as it was found.
 #[derive(Debug)]
 struct Found {
     number: u64,
-    file: Arc<dyn File>,
     len: u64,
     page: PageState,
 }
@@ -97,6 +98,8 @@ pub(crate) struct Survey {
     pub(crate) stop: Option<Corruption>,
     /// Highest epoch seen anywhere.
     pub(crate) epoch_max: u32,
+    /// The first segment with a feature that this version may read but must not append behind; its flags.
+    read_only: Option<(PathBuf, u16)>,
     /// Segments behind the prefix, in order.
     beyond: Vec<u64>,
     spares: Vec<u64>,
@@ -114,18 +117,30 @@ pub(crate) struct Recovered {
     pub(crate) report: RecoveryReport,
 }
 
-/// Reads the directory and decides what counts. Changes nothing (but the page cache).
-pub(crate) fn survey(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey, OpenError> {
-    let mark = mark::read(fs, layout)?;
+/// Reads the directory and decides what counts. Changes nothing (but, for a writer, the page cache).
+pub(crate) fn survey(
+    fs: &dyn Fs,
+    layout: &Layout,
+    node: &Node,
+    access: Access,
+) -> Result<Survey, OpenError> {
+    let mark = mark::read(fs, layout, access)?;
     if let Some(mark) = mark.filter(|mark| mark.end.journal != node.journal) {
         let path = layout.dir.clone();
         return Err(OpenError::HistoryReplaced { path, position: mark.end.position });
     }
     let found = find_segments(fs, layout, node)?;
     let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
-    let mut walk = Walk::new(layout, node, mark.as_ref(), &used);
+    let mut walk = Walk::new(fs, layout, node, access, mark.as_ref(), &used);
     walk.run(&used)?;
-    walk.identify_end(&used)?;
+    while let Some(base) = walk.unread_end() {
+        // X turned out to be the end of a segment that was taken by its successor's header. Who wrote its
+        // last batch isn't known then, and what a checkpoint rests on is better read: trust less.
+        let mut again = Walk::new(fs, layout, node, access, mark.as_ref(), &used);
+        again.trusted = base;
+        again.run(&used)?;
+        walk = again;
+    }
     let (end, kept) = (walk.end, walk.kept);
     let stop = walk.stop;
     let last = kept.last().map(Kept::number);
@@ -137,15 +152,16 @@ pub(crate) fn survey(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey
         proven: walk.claims.max(mark.map_or(0, |mark| mark.end.offset)),
         stop,
         epoch_max: walk.epoch_max.max(mark.map_or(0, |mark| mark.end.epoch)),
+        read_only: walk.read_only,
         kept,
         beyond,
         spares: spares.iter().map(|spare| spare.number).collect(),
         torn_events: 0,
     };
     let mark_seen = walk.mark_seen;
-    survey.count_claims_beyond(layout, node.role, &used)?;
+    survey.count_claims_beyond(fs, layout, node.role, &used)?;
     survey.check_mark(layout, mark_seen)?;
-    survey.check_sealed_tails(layout, &used)?;
+    survey.check_sealed_tails(fs, layout, &used)?;
     Ok(survey)
 }
 
@@ -174,12 +190,12 @@ impl Found {
             }
         }
         if page == PageState::Zero {
-            let mut window = Window::new(Arc::clone(&file), path);
+            let mut window = Window::new(file, path);
             if window.last_non_zero(HEADER_PAGE_BYTES as u64)?.is_some() {
                 page = PageState::Invalid(FormatError::Magic); // a used segment with a lost header
             }
         }
-        Ok(Self { number, file, len, page })
+        Ok(Self { number, len, page })
     }
 
     fn is_used(&self) -> bool {
@@ -193,15 +209,23 @@ impl Found {
         }
     }
 
-    fn window(&self, layout: &Layout) -> Window {
-        Window::new(Arc::clone(&self.file), layout.segment(self.number))
+    /// Opened again each time: a journal has more segments than a process may have open files.
+    fn file(&self, fs: &dyn Fs, layout: &Layout) -> Result<Arc<dyn File>, IoError> {
+        let path = layout.segment(self.number);
+        fs.open(&path, OpenMode::Read).context("opening", &path)
+    }
+
+    fn window(&self, fs: &dyn Fs, layout: &Layout) -> Result<Window, IoError> {
+        Ok(Window::new(self.file(fs, layout)?, layout.segment(self.number)))
     }
 }
 
 /// Follows the chain from the beginning to X.
 struct Walk<'a> {
+    fs: &'a dyn Fs,
     layout: &'a Layout,
     role: Role,
+    access: Access,
     /// The mark's offset: the batch that ends there is scanned, and compared with it.
     mark_offset: Option<u64>,
     /// Segments that end at or in front of this are taken by their headers.
@@ -211,12 +235,20 @@ struct Walk<'a> {
     claims: u64,
     epoch_max: u32,
     mark_seen: Option<Checkpoint>,
+    read_only: Option<(PathBuf, u16)>,
     kept: Vec<Kept>,
     stop: Option<Corruption>,
 }
 
 impl<'a> Walk<'a> {
-    fn new(layout: &'a Layout, node: &Node, mark: Option<&Mark>, used: &[Found]) -> Self {
+    fn new(
+        fs: &'a dyn Fs,
+        layout: &'a Layout,
+        node: &Node,
+        access: Access,
+        mark: Option<&Mark>,
+        used: &[Found],
+    ) -> Self {
         let claims = match node.role {
             Role::Origin => {
                 let headers = used.iter().filter_map(Found::valid);
@@ -226,8 +258,10 @@ impl<'a> Walk<'a> {
         };
         let start = Mark::start(node.journal).end;
         Self {
+            fs,
             layout,
             role: node.role,
+            access,
             mark_offset: mark.map(|mark| mark.end.offset),
             trusted: mark.map_or(claims, |mark| mark.end.offset),
             link: Link { offset: 0, position: Position::START, chain: genesis(node.journal) },
@@ -240,6 +274,7 @@ impl<'a> Walk<'a> {
                 .max()
                 .unwrap_or(0),
             mark_seen: mark.filter(|mark| mark.end.offset == 0).map(|_| start),
+            read_only: None,
             kept: Vec::new(),
             stop: None,
         }
@@ -273,25 +308,10 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// A prefix that ends with a segment taken by its header alone still lacks the epoch and the incarnation
-    /// of its last batch, without which nobody would recognise its end.
-    fn identify_end(&mut self, used: &[Found]) -> Result<(), OpenError> {
-        let unknown = self.end.offset > 0 && self.end.incarnation == Incarnation::default();
-        let held = |kept: &&Kept| kept.page.header.base_offset < self.end.offset;
-        let Some(last) = self.kept.iter().rfind(held).filter(|_| unknown) else { return Ok(()) };
-        let Some(found) = used.iter().find(|found| found.number == last.number()) else {
-            return Ok(());
-        };
-        let header = last.page.header;
-        let mut window = found.window(self.layout);
-        let mut offset = header.base_offset;
-        while offset < self.end.offset {
-            let at = file_offset(header.base_offset, offset);
-            let Ok(batch) = window.batch_header(at, u64::MAX, header.salt)? else { break };
-            (self.end.epoch, self.end.incarnation) = (batch.epoch, batch.incarnation);
-            offset = batch.end_offset();
-        }
-        Ok(())
+    /// The base of the segment that holds the last batch, if that segment was not read.
+    fn unread_end(&self) -> Option<u64> {
+        let holds = self.kept.iter().rfind(|k| k.end.offset > k.page.header.base_offset)?;
+        holds.index.is_none().then_some(holds.page.header.base_offset)
     }
 
     fn links(&self, page: &SegmentPage) -> bool {
@@ -329,6 +349,7 @@ impl<'a> Walk<'a> {
         end: Link,
         index: Option<SegmentIndex>,
     ) {
+        self.note_flags(page.header.number, page.header.flags);
         self.link = end;
         self.end =
             Checkpoint { offset: end.offset, position: end.position, chain: end.chain, ..self.end };
@@ -344,11 +365,15 @@ impl<'a> Walk<'a> {
     /// Reads all batches of a segment, as the disk holds them.
     fn scan(&mut self, found: &Found, page: &SegmentPage, intact: bool) -> Result<(), OpenError> {
         let path = self.layout.segment(found.number);
-        // A failed sync left pages that the disk doesn't hold: sync what is dirty, drop the cache, and
-        // read the disk. If the sync fails now, nothing that is read can be trusted.
-        found.file.sync_data().context("syncing", &path)?;
-        found.file.drop_cache().context("dropping the cache of", &path)?;
-        let mut window = found.window(self.layout);
+        let file = found.file(self.fs, self.layout)?;
+        if self.access == Access::Writer {
+            // A failed sync left pages that the disk doesn't hold: sync what is dirty, drop the cache, and
+            // read the disk. If the sync fails now, nothing that is read can be trusted. A reader leaves
+            // that alone: beside a live writer its sync could take an error that is the writer's.
+            file.sync_data().context("syncing", &path)?;
+            file.drop_cache().context("dropping the cache of", &path)?;
+        }
+        let mut window = Window::new(file, path.clone());
         let (base, salt) = (page.header.base_offset, page.header.salt);
         let mut index = SegmentIndex::default();
         let mut link = self.link;
@@ -364,11 +389,16 @@ impl<'a> Walk<'a> {
             if !batch.continues(&link, first.then_some(&page.digest)) {
                 break CorruptionKind::Chain;
             }
-            if let Err(error) = batch.check_records().and_then(|()| index.add(&batch)) {
-                break CorruptionKind::Record(error);
+            match batch.check_records().and_then(|()| index.add(&batch)) {
+                Ok(()) => {}
+                Err(source @ FormatError::Unsupported { .. }) => {
+                    return Err(OpenError::Unsupported { path, source });
+                }
+                Err(error) => break CorruptionKind::Record(error),
             }
             let header = batch.header;
             self.note(&header);
+            self.note_flags(found.number, header.flags);
             link = header.end_link();
             self.end = Checkpoint {
                 journal: page.header.journal,
@@ -391,6 +421,12 @@ impl<'a> Walk<'a> {
         self.epoch_max = self.epoch_max.max(header.epoch);
         if self.role == Role::Origin {
             self.claims = self.claims.max(header.durable_offset);
+        }
+    }
+
+    fn note_flags(&mut self, number: u64, flags: Flags) {
+        if flags.read_only != 0 && self.read_only.is_none() {
+            self.read_only = Some((self.layout.segment(number), flags.read_only));
         }
     }
 
@@ -420,6 +456,11 @@ impl Found {
 }
 
 impl Survey {
+    /// No segment that belongs to the journal.
+    pub(crate) fn has_no_segment(&self) -> bool {
+        self.kept.is_empty()
+    }
+
     /// No used segment at all.
     pub(crate) fn is_empty(&self) -> bool {
         self.kept.is_empty() && self.beyond.is_empty()
@@ -428,6 +469,7 @@ impl Survey {
     /// Batch headers behind X: in an origin they tell what had been durable when they were written.
     fn count_claims_beyond(
         &mut self,
+        fs: &dyn Fs,
         layout: &Layout,
         role: Role,
         used: &[Found],
@@ -438,7 +480,7 @@ impl Survey {
             let behind = self.kept.last().filter(|kept| kept.number() == found.number);
             let at = behind.map_or(HEADER_PAGE_BYTES as u64, Kept::end_in_file);
             let (mut proven, mut events) = (self.proven, 0);
-            found.window(layout).headers_behind(at, page, |header| {
+            found.window(fs, layout)?.headers_behind(at, page, |header| {
                 events += u64::from(header.count);
                 if role == Role::Origin {
                     proven = proven.max(header.durable_offset);
@@ -498,12 +540,18 @@ impl Survey {
     }
 
     /// Non-zero bytes behind the end of a sealed segment below `proven` were never written by us.
-    fn check_sealed_tails(&self, layout: &Layout, used: &[Found]) -> Result<(), OpenError> {
+    fn check_sealed_tails(
+        &self,
+        fs: &dyn Fs,
+        layout: &Layout,
+        used: &[Found],
+    ) -> Result<(), OpenError> {
         let Some((_, sealed)) = self.kept.split_last() else { return Ok(()) };
         for kept in sealed.iter().filter(|kept| kept.len > kept.end_in_file()) {
             let Some(found) = used.get(kept.number() as usize) else { continue };
             let end = kept.end_in_file();
-            if kept.end.offset <= self.proven && found.window(layout).last_non_zero(end)?.is_some()
+            if kept.end.offset <= self.proven
+                && found.window(fs, layout)?.last_non_zero(end)?.is_some()
             {
                 return Err(OpenError::Corruption(Corruption {
                     path: layout.segment(kept.number()),
@@ -531,6 +579,10 @@ pub(crate) fn mend(
     let corruption = survey.corruption(layout);
     if let Some(corruption) = corruption.clone().filter(|_| node.role == Role::Origin) {
         return Err(OpenError::Corruption(corruption));
+    }
+    if let Some((path, flags)) = survey.read_only.clone().filter(|_| node.role == Role::Origin) {
+        let source = FormatError::Unsupported { version: FORMAT_VERSION, flags };
+        return Err(OpenError::Unsupported { path, source });
     }
     let mut mark = MarkFile::open(fs, layout, survey.mark.map_or(0, |mark| mark.sequence))?;
     let mut witness = survey.mark.and_then(|mark| mark.witness);
@@ -672,16 +724,13 @@ fn rewrite_unproven(
         let mut window = Window::new(Arc::clone(&file), path.clone());
         let (mut at, to) = (file_offset(base, from), kept.end_in_file());
         while at < to {
-            let bytes = window.read(at, 64 * 1024, to)?;
-            if bytes.is_empty() {
-                return Err(IoError::new(
-                    "reading",
-                    &path,
-                    std::io::ErrorKind::UnexpectedEof.into(),
-                ));
-            }
-            let len = bytes.len() as u64;
-            fs::write_all_at(&*file, bytes, at).context("writing", &path)?;
+            // Verified once more: where the cache couldn't be dropped, a page of it may have gone since the
+            // scan, and the disk may hold something else.
+            let batch = window.batch(at, to, kept.page.header.salt)?.map_err(|_| {
+                IoError::new("reading again", &path, std::io::ErrorKind::InvalidData.into())
+            })?;
+            let len = batch.bytes().len() as u64;
+            fs::write_all_at(&*file, batch.bytes(), at).context("writing", &path)?;
             at += len;
             report.rewritten_bytes += len;
         }
@@ -738,10 +787,21 @@ fn remove_stale(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoE
 pub(crate) fn ensure_reserve(fs: &dyn Fs, layout: &Layout, bytes: u64) {
     let path = layout.quarantine().join(layout::RESERVE);
     let made = match fs.open(&path, OpenMode::CreateNew) {
-        Ok(file) => fs::write_zeros(&*file, 0..bytes).and_then(|()| file.sync_data()),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(error),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            fs.open(&path, OpenMode::Write)
+        }
+        opened => opened,
     };
+    // It may be shorter than it should be: made under other options, or in an opening that was killed.
+    let made = made.and_then(|file| {
+        let len = file.size()?;
+        if len < bytes {
+            fs::write_zeros(&*file, len..bytes)?;
+            file.sync_data()?;
+            fs.sync_dir(&layout.quarantine())?;
+        }
+        Ok(())
+    });
     if made.is_err() {
         drop(fs.remove(&path));
     }

@@ -16,7 +16,7 @@ const CHUNK_BYTES: usize = 256 * 1024;
 
 /// The file offset of the journal offset `offset` in the segment that begins at `base_offset`.
 pub(crate) const fn file_offset(base_offset: u64, offset: u64) -> u64 {
-    HEADER_PAGE_BYTES as u64 + offset.saturating_sub(base_offset)
+    (HEADER_PAGE_BYTES as u64).saturating_add(offset.saturating_sub(base_offset))
 }
 
 /// A moving window over a file: keeps what was read last.
@@ -41,7 +41,8 @@ impl Window {
     /// `limit`: what lies there may be changing.
     pub(crate) fn read(&mut self, at: u64, len: usize, limit: u64) -> Result<&[u8], IoError> {
         let len = usize::try_from(limit.saturating_sub(at)).map_or(len, |room| len.min(room));
-        let in_window = at >= self.start && at + len as u64 <= self.start + self.data.len() as u64;
+        let in_window = at >= self.start
+            && at.saturating_add(len as u64) <= self.start + self.data.len() as u64;
         if !in_window {
             let room = usize::try_from(limit.saturating_sub(at)).unwrap_or(usize::MAX);
             self.data.resize(len.max(CHUNK_BYTES).min(room), 0);

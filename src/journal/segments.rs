@@ -41,6 +41,12 @@ pub(crate) struct Sealed {
 enum Index {
     File(Sidecar<SidecarFile>),
     Memory(Arc<SegmentIndex>),
+    Unread,
+}
+
+/// The answer of an index that is still to be read.
+fn unread<T>() -> io::Result<T> {
+    Err(io::ErrorKind::NotFound.into())
 }
 
 /// A stream's events in one segment.
@@ -144,26 +150,24 @@ pub(crate) enum Access {
 }
 
 impl Sealed {
-    /// Seals a segment whose index is known: writes its sidecar. An effort: the index stays in memory if it
-    /// can't be written.
-    pub(crate) fn with_index(
-        files: &Arc<Files>,
-        page: &SegmentPage,
-        end: Link,
-        index: Arc<SegmentIndex>,
-        access: Access,
-    ) -> Self {
-        let index = match access {
-            Access::Writer => {
-                write_sidecar(files, page, &end, &index).unwrap_or(Index::Memory(index))
-            }
-            Access::ReadOnly => Index::Memory(index),
-        };
-        Self { end, index: RwLock::new(Arc::new(index)) }
+    /// A segment whose index is known and has no sidecar yet.
+    pub(crate) fn in_memory(end: Link, index: Arc<SegmentIndex>) -> Self {
+        Self { end, index: RwLock::new(Arc::new(Index::Memory(index))) }
     }
 
-    /// Opens a sealed segment with its sidecar; without a valid one, writes it, from `index` if the segment
-    /// has just been read.
+    /// Writes the sidecar and lets go of the index in memory. An effort: it stays if it can't be written.
+    pub(crate) fn write_sidecar(&self, files: &Arc<Files>, page: &SegmentPage) {
+        let index = Arc::clone(&self.index.read());
+        if let Index::Memory(index) = &*index
+            && let Some(file) = write_sidecar(files, page, &self.end, index)
+        {
+            *self.index.write() = Arc::new(file);
+        }
+    }
+
+    /// Opens a sealed segment with its sidecar. Without a valid one, a writer writes it, from `index` if the
+    /// segment has just been read; a reader reads the segment when it is asked about it, so that damage
+    /// there doesn't keep it from everything in front.
     pub(crate) fn open(
         files: &Arc<Files>,
         page: &SegmentPage,
@@ -175,11 +179,18 @@ impl Sealed {
         if let Ok(Some(sidecar)) = Sidecar::open(pages, &key_of(page, &end)) {
             return Ok(Self { end, index: RwLock::new(Arc::new(Index::File(sidecar))) });
         }
-        let index = match index {
-            Some(index) => index,
-            None => Arc::new(read_index(files, page, &end)?),
+        let index = match (index, access) {
+            (Some(index), _) => index,
+            (None, Access::Writer) => Arc::new(read_index(files, page, &end)?),
+            (None, Access::ReadOnly) => {
+                return Ok(Self { end, index: RwLock::new(Arc::new(Index::Unread)) });
+            }
         };
-        Ok(Self::with_index(files, page, end, index, access))
+        let sealed = Self::in_memory(end, index);
+        if access == Access::Writer {
+            sealed.write_sidecar(files, page);
+        }
+        Ok(sealed)
     }
 
     /// Asks the index. A damaged sidecar is derived data: the segment is read instead, once.
@@ -208,6 +219,7 @@ impl Sealed {
         self.ask(files, page, |index| match index {
             Index::File(sidecar) => sidecar.seek(position),
             Index::Memory(index) => seek(index, position).ok_or(io::ErrorKind::InvalidData.into()),
+            Index::Unread => unread(),
         })
     }
 
@@ -222,6 +234,7 @@ impl Sealed {
                 .stream(stream)?
                 .map(|span| Span { first: span.first_revision, last: span.last_revision() })),
             Index::Memory(index) => Ok(span(index, stream)),
+            Index::Unread => unread(),
         })
     }
 
@@ -242,6 +255,7 @@ impl Sealed {
                 None => Ok(Vec::new()),
             },
             Index::Memory(index) => Ok(postings(index, stream, from, max)),
+            Index::Unread => unread(),
         })
     }
 
@@ -258,6 +272,7 @@ impl Sealed {
                     index.ids.len().saturating_sub(usize::try_from(count).unwrap_or(usize::MAX));
                 Ok(index.ids.get(skip..).unwrap_or_default().to_vec())
             }
+            Index::Unread => unread(),
         })
     }
 }

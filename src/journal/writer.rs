@@ -9,23 +9,26 @@ use std::sync::Arc;
 
 use crate::error::{IoContext, IoError};
 use crate::format::batch::BatchHeader;
-use crate::format::files::{Mark, Witness};
+use crate::format::files::{Mark, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::format::sidecar::SegmentIndex;
 use crate::fs::{self, File, OpenMode};
 use crate::journal::marker::Marker;
 use crate::journal::scan::file_offset;
-use crate::journal::segments::Access;
 use crate::journal::{Journal, Locked};
 use crate::planted::{self, Bug};
 use crate::position::Checkpoint;
 
+/// How much of a segment is prepared ahead, at the most, on the word of a peer.
+pub(crate) const RESERVE_BYTES_MAX: u64 = 64 << 20;
+
 #[derive(Debug)]
 pub(crate) struct Writer {
-    locked: Locked,
     pub(crate) journal: Journal,
     marker: Marker,
     active: Option<Active>,
+    /// Last: the lock is released when nothing of ours touches the files any more.
+    locked: Locked,
 }
 
 #[derive(Debug)]
@@ -62,7 +65,7 @@ pub(crate) struct Spare {
 
 impl Writer {
     pub(crate) fn new(locked: Locked, journal: Journal, marker: Marker) -> Self {
-        Self { locked, journal, marker, active: None }
+        Self { journal, marker, active: None, locked }
     }
 
     /// Goes on in the journal's last segment. If its file was cut, tries to make it as long as it was
@@ -71,13 +74,20 @@ impl Writer {
         let path = self.locked.layout.segment(page.header.number);
         let file = self.locked.fs.open(&path, OpenMode::Write).context("opening", &path)?;
         let mut capacity_bytes = file.size().context("measuring", &path)?;
-        let wanted = page.header.capacity_bytes;
+        // In a mirror the header is a peer's word, so what is prepared on it is bounded.
+        let wanted = page.header.capacity_bytes.min(match self.journal.role() {
+            Role::Origin => u64::MAX,
+            Role::Mirror => RESERVE_BYTES_MAX,
+        });
         if capacity_bytes < wanted {
             let grown =
                 fs::write_zeros(&*file, capacity_bytes..wanted).and_then(|()| file.sync_data());
             match grown.context("extending", &path) {
                 Ok(()) => capacity_bytes = wanted,
-                Err(error) if error.is_disk_full() => {}
+                Err(error) if error.is_disk_full() => {
+                    // Give back what there was: others need it too, and half a segment serves nobody.
+                    file.set_len(capacity_bytes).context("cutting", &path)?;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -147,7 +157,7 @@ impl Writer {
     pub(crate) fn enter(&mut self, spare: Spare, page: SegmentPage) -> Result<(), Failure> {
         let Spare { file, path, capacity_bytes } = spare;
         fs::write_all_at(&*file, &page.bytes(), 0).context("writing", &path)?;
-        self.journal.roll(page.clone(), Access::Writer);
+        self.journal.roll(page.clone());
         self.active = Some(Active { file, path, page, capacity_bytes });
         Ok(())
     }

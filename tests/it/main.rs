@@ -18,3 +18,7 @@ mod shipping;
 mod shipping_processes;
 #[cfg(feature = "views")]
 mod views;
+#[cfg(feature = "test-kit")]
+mod races;
+#[cfg(feature = "test-kit")]
+mod recovery;
