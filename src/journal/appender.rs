@@ -346,7 +346,7 @@ impl Appender {
             let (found, wanted) = (node.role, Role::Origin);
             return Err(OpenError::Role { path: dir.to_owned(), found, wanted });
         }
-        let survey = recovery::survey(&**fs, &locked.layout, &node)?;
+        let survey = recovery::survey(&**fs, &locked.layout, &node, Access::Writer)?;
         if survey.is_empty() {
             let position = survey.mark.map_or(Position::START, |mark| mark.end.position);
             if witnessed || survey.mark.is_some_and(|mark| mark.end.offset > 0) {
@@ -372,7 +372,7 @@ impl Appender {
     fn start(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
         locked.write_node(&node)?;
         let fs = Arc::clone(&locked.fs);
-        let survey = recovery::survey(&*fs, &locked.layout, &node)?;
+        let survey = recovery::survey(&*fs, &locked.layout, &node, Access::Writer)?;
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;

@@ -84,7 +84,7 @@ impl Ingest {
     fn recover(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
         options.check()?;
         let fs = Arc::clone(&locked.fs);
-        let survey = recovery::survey(&*fs, &locked.layout, &node)?;
+        let survey = recovery::survey(&*fs, &locked.layout, &node, Access::Writer)?;
         if survey.is_empty() {
             // The sync of its name may have failed when it was begun.
             locked.write_node(&node)?;

@@ -10,6 +10,7 @@ use crate::error::{IoContext, IoError};
 use crate::format::files::{MARK_FILE_BYTES, MARK_SLOT_BYTES, MARK_SLOT_STRIDE, Mark};
 use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::layout::{Layout, MARK};
+use crate::journal::segments::Access;
 
 /// The open mark file and what it says.
 #[derive(Debug)]
@@ -20,7 +21,7 @@ pub(crate) struct MarkFile {
 }
 
 /// Reads the mark; `None` if there is none, or no slot was ever written completely.
-pub(crate) fn read(fs: &dyn Fs, layout: &Layout) -> Result<Option<Mark>, IoError> {
+pub(crate) fn read(fs: &dyn Fs, layout: &Layout, access: Access) -> Result<Option<Mark>, IoError> {
     let path = layout.file(MARK);
     let file = match fs.open(&path, OpenMode::Read) {
         Ok(file) => file,
@@ -29,8 +30,10 @@ pub(crate) fn read(fs: &dyn Fs, layout: &Layout) -> Result<Option<Mark>, IoError
     };
     // The cache may show what a failed sync has lost: read what the disk holds. The error of the sync
     // itself is of no interest, a mark that is lost proves less and nothing wrong.
-    drop(file.sync_data());
-    file.drop_cache().context("dropping the cache of", &path)?;
+    if access == Access::Writer {
+        drop(file.sync_data());
+        file.drop_cache().context("dropping the cache of", &path)?;
+    }
     let mut best: Option<Mark> = None;
     for slot in 0..2 {
         let mut bytes = [0; MARK_SLOT_BYTES];

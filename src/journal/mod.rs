@@ -42,6 +42,7 @@ mod read;
 mod recovery;
 mod scan;
 mod segments;
+mod verify;
 mod watch;
 mod writer;
 
@@ -50,6 +51,9 @@ pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
+pub use verify::{
+    Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
+};
 
 /// How many streams' last revisions are remembered.
 const HEADS_MAX: usize = 64 * 1024;
@@ -161,11 +165,7 @@ impl Journal {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
-        let mut survey = match recovery::survey(&**fs, &layout, &node) {
-            Err(OpenError::Corruption(corruption)) => return Err(corruption.into()),
-            survey => survey?,
-        };
-        let corruption = survey.corruption(&layout);
+        let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
         survey.cut_to_proven(&**fs, &layout)?;
         let Survey { kept, end, .. } = survey;
         Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
@@ -483,6 +483,42 @@ pub struct SegmentInfo {
     pub end_offset: u64,
 }
 
+/// Surveys a journal that may be written meanwhile.
+///
+/// The batches may be read before, and the claim that they are durable after, the writer has written them:
+/// that looks like lost data. But what a claim vouches for had been written before the claim was read, so
+/// the same place is found damaged twice only if it is damaged.
+fn survey_beside_writer(
+    fs: &dyn Fs,
+    layout: &Layout,
+    node: &Node,
+) -> Result<(Survey, Option<crate::error::Corruption>), OpenError> {
+    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+    refuse_later(layout, &names)?;
+    let mut suspect = None;
+    loop {
+        let survey = recovery::survey(fs, layout, node, Access::ReadOnly)?;
+        let found = survey.corruption(layout);
+        let place = found.as_ref().map(|found| (found.path.clone(), found.file_offset));
+        if place.is_none() || place == suspect {
+            return Ok((survey, found));
+        }
+        suspect = place;
+    }
+}
+
+/// Files that only a later version writes: what they say changes what the segments mean.
+fn refuse_later(layout: &Layout, names: &[String]) -> Result<(), OpenError> {
+    for name in [layout::BASE, layout::GAPS] {
+        if names.iter().any(|known| known == name) {
+            let version = crate::format::FORMAT_VERSION;
+            let source = crate::format::FormatError::Unsupported { version, flags: 0 };
+            return Err(OpenError::Unsupported { path: layout.file(name), source });
+        }
+    }
+    Ok(())
+}
+
 /// The files, locked for writing.
 #[derive(Debug)]
 struct Locked {
@@ -509,20 +545,10 @@ impl Locked {
     /// Files that only a later version, or an unfinished restore, leaves behind.
     fn refuse_unfinished(&self) -> Result<(), OpenError> {
         let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
-        let has = |name: &str| names.iter().any(|known| known == name);
-        if has(layout::INCOMING) {
+        if names.iter().any(|name| name == layout::INCOMING) {
             return Err(OpenError::Incomplete { path: self.layout.dir.clone() });
         }
-        for name in [layout::BASE, layout::GAPS] {
-            if has(name) {
-                let source = crate::format::FormatError::Unsupported {
-                    version: crate::format::FORMAT_VERSION,
-                    flags: 0,
-                };
-                return Err(OpenError::Unsupported { path: self.layout.file(name), source });
-            }
-        }
-        Ok(())
+        refuse_later(&self.layout, &names)
     }
 
     fn has_segments(&self) -> Result<bool, OpenError> {

@@ -31,6 +31,7 @@ use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset};
+use crate::journal::segments::Access;
 use crate::position::{Checkpoint, Incarnation, NodeId, Position};
 
 /// A segment file as it was found.
@@ -115,15 +116,23 @@ pub(crate) struct Recovered {
 }
 
 /// Reads the directory and decides what counts. Changes nothing (but the page cache).
-pub(crate) fn survey(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey, OpenError> {
-    let mark = mark::read(fs, layout)?;
+///
+/// A reader ([`Access::ReadOnly`]) leaves the page cache alone: it trusts only what is proven, and must not
+/// add syncs to those of the writer that it may run beside.
+pub(crate) fn survey(
+    fs: &dyn Fs,
+    layout: &Layout,
+    node: &Node,
+    access: Access,
+) -> Result<Survey, OpenError> {
+    let mark = mark::read(fs, layout, access)?;
     if let Some(mark) = mark.filter(|mark| mark.end.journal != node.journal) {
         let path = layout.dir.clone();
         return Err(OpenError::HistoryReplaced { path, position: mark.end.position });
     }
     let found = find_segments(fs, layout, node)?;
     let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
-    let mut walk = Walk::new(layout, node, mark.as_ref(), &used);
+    let mut walk = Walk::new(layout, node, mark.as_ref(), &used, access);
     walk.run(&used)?;
     walk.identify_end(&used)?;
     let (end, kept) = (walk.end, walk.kept);
@@ -202,6 +211,7 @@ impl Found {
 struct Walk<'a> {
     layout: &'a Layout,
     role: Role,
+    access: Access,
     /// The mark's offset: the batch that ends there is scanned, and compared with it.
     mark_offset: Option<u64>,
     /// Segments that end at or in front of this are taken by their headers.
@@ -216,7 +226,13 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(layout: &'a Layout, node: &Node, mark: Option<&Mark>, used: &[Found]) -> Self {
+    fn new(
+        layout: &'a Layout,
+        node: &Node,
+        mark: Option<&Mark>,
+        used: &[Found],
+        access: Access,
+    ) -> Self {
         let claims = match node.role {
             Role::Origin => {
                 let headers = used.iter().filter_map(Found::valid);
@@ -228,6 +244,7 @@ impl<'a> Walk<'a> {
         Self {
             layout,
             role: node.role,
+            access,
             mark_offset: mark.map(|mark| mark.end.offset),
             trusted: mark.map_or(claims, |mark| mark.end.offset),
             link: Link { offset: 0, position: Position::START, chain: genesis(node.journal) },
@@ -346,8 +363,10 @@ impl<'a> Walk<'a> {
         let path = self.layout.segment(found.number);
         // A failed sync left pages that the disk doesn't hold: sync what is dirty, drop the cache, and
         // read the disk. If the sync fails now, nothing that is read can be trusted.
-        found.file.sync_data().context("syncing", &path)?;
-        found.file.drop_cache().context("dropping the cache of", &path)?;
+        if self.access == Access::Writer {
+            found.file.sync_data().context("syncing", &path)?;
+            found.file.drop_cache().context("dropping the cache of", &path)?;
+        }
         let mut window = found.window(self.layout);
         let (base, salt) = (page.header.base_offset, page.header.salt);
         let mut index = SegmentIndex::default();
