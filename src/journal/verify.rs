@@ -241,7 +241,12 @@ pub fn verify(
     let mark = marks.best();
     let mut verifier = Verifier::new(fs, &layout, node, role, mark, &heads, damage, progress);
     if let Some(mark) = mark.filter(|mark| mark.end.journal != node.journal) {
-        verifier.damage(layout.file(layout::MARK), 0, mark.end.position, DamageKind::HistoryReplaced);
+        verifier.damage(
+            layout.file(layout::MARK),
+            0,
+            mark.end.position,
+            DamageKind::HistoryReplaced,
+        );
     }
     verifier.segments(&heads)?;
     Ok(verifier.finish())
@@ -344,9 +349,10 @@ impl Marks {
                 return Some(damage(index as u64 * MARK_SLOT_STRIDE, *error));
             }
         }
-        let stray = self.bytes.iter().enumerate().position(|(at, &byte)| {
-            at % MARK_SLOT_STRIDE as usize >= MARK_SLOT_BYTES && byte != 0
-        });
+        let stray =
+            self.bytes.iter().enumerate().position(|(at, &byte)| {
+                at % MARK_SLOT_STRIDE as usize >= MARK_SLOT_BYTES && byte != 0
+            });
         if let Some(at) = stray {
             return Some(damage(at as u64, FormatError::Invalid("bytes between the slots")));
         }
@@ -493,7 +499,9 @@ impl<'a> Verifier<'a> {
                 unacknowledged_bytes: 0,
             },
             mark_seen: mark.is_some_and(|mark| {
-                mark.end.offset == 0 && mark.end.position == end.position && mark.end.chain == end.chain
+                mark.end.offset == 0
+                    && mark.end.position == end.position
+                    && mark.end.chain == end.chain
             }),
             unbroken: true,
             progress,
@@ -595,7 +603,12 @@ impl<'a> Verifier<'a> {
         if let (true, PageState::Invalid(error)) = (must, &head.page) {
             self.read(head.len);
             let position = self.report.end.position;
-            self.damage(head.path.clone(), 0, position, CorruptionKind::SegmentHeader(*error).into());
+            self.damage(
+                head.path.clone(),
+                0,
+                position,
+                CorruptionKind::SegmentHeader(*error).into(),
+            );
             self.note(head, SegmentState::Active, position, position, 0, false);
         }
         Ok(must)

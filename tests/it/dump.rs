@@ -3,7 +3,7 @@
 
 /// The bytes of the dump that stands under the line `LABEL (...)` in `text`: an offset, two blanks and up to
 /// sixteen bytes a line; `*` stands for repetitions of the line above it up to the next offset.
-pub fn dump_of(text: &str, label: &str) -> Vec<u8> {
+pub(crate) fn dump_of(text: &str, label: &str) -> Vec<u8> {
     let mut lines = text.lines().skip_while(|line| !line.starts_with(&format!("{label} (")));
     assert!(lines.next().is_some(), "no dump {label:?}");
     let mut bytes: Vec<u8> = Vec::new();
@@ -31,7 +31,7 @@ pub fn dump_of(text: &str, label: &str) -> Vec<u8> {
 
 /// Bytes as a dump that [`dump_of`] reads.
 #[allow(dead_code, reason = "the examples only read dumps")]
-pub fn dump(bytes: &[u8]) -> String {
+pub(crate) fn dump(bytes: &[u8]) -> String {
     let mut out = String::new();
     let mut last: Option<&[u8]> = None;
     let mut repeated = false;
@@ -47,7 +47,11 @@ pub fn dump(bytes: &[u8]) -> String {
         let hex: Vec<String> = line.iter().map(|byte| format!("{byte:02x}")).collect();
         let text: String = line
             .iter()
-            .map(|&byte| if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '.' })
+            .map(
+                |&byte| {
+                    if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '.' }
+                },
+            )
             .collect();
         out += &format!("{:08x}  {:<47}  |{text}|\n", index * 16, hex.join(" "));
     }

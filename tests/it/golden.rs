@@ -292,8 +292,7 @@ fn write_batch(
     };
     let first = end.offset == page.header.base_offset;
     let digest = first.then_some(&page.digest);
-    let mut out =
-        header.seal(end.chain, digest, &body_digest(&body), page.header.salt).to_vec();
+    let mut out = header.seal(end.chain, digest, &body_digest(&body), page.header.salt).to_vec();
     out.extend_from_slice(&body);
     out.resize(padded as usize, 0);
     out
@@ -390,12 +389,12 @@ fn expected_json() -> Vec<Value> {
 }
 
 /// The directory of the golden files.
-pub fn golden() -> PathBuf {
+pub(crate) fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1")
 }
 
 /// The events of a golden journal in JSON.
-pub fn golden_json(journal: &str) -> Vec<Value> {
+pub(crate) fn golden_json(journal: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(golden().join(format!("{journal}.ndjson"))).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

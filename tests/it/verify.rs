@@ -10,7 +10,7 @@ use headwater::{
     SegmentState, Store, StreamId, VerifyReport, verify,
 };
 
-pub fn small() -> JournalOptions {
+pub(crate) fn small() -> JournalOptions {
     JournalOptions {
         segment_bytes_first: 16 * 1024,
         segment_bytes_max: 16 * 1024,
@@ -21,7 +21,7 @@ pub fn small() -> JournalOptions {
 }
 
 /// A store with `events` events in several segments.
-pub fn fill(dir: &Path, options: JournalOptions, events: usize) -> Store {
+pub(crate) fn fill(dir: &Path, options: JournalOptions, events: usize) -> Store {
     let store = Store::builder(dir).create_if_missing().journal_options(options).open().unwrap();
     for i in 0..events {
         let stream = StreamId::new(format!("s-{}", i % 7)).unwrap();
@@ -55,7 +55,8 @@ fn copy_dir(from: &Path, to: &Path) {
 /// The files that make up the journal: all but the lock.
 fn files(journal: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(journal).unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<_> = entries.filter(|path| path.is_file() && !path.ends_with("lock")).collect();
+    let mut files: Vec<_> =
+        entries.filter(|path| path.is_file() && !path.ends_with("lock")).collect();
     files.sort();
     files
 }
@@ -96,7 +97,9 @@ fn every_flipped_bit_of_a_closed_journal_is_found() {
                 "seed {seed}: bit {bit} of {} was not found: {damage:?}",
                 path.display()
             );
-            assert!(damage.iter().all(|damage| !damage.code().is_empty() && !damage.hint().is_empty()));
+            assert!(
+                damage.iter().all(|damage| !damage.code().is_empty() && !damage.hint().is_empty())
+            );
         }
         healthy(&journal);
     }
@@ -185,10 +188,7 @@ fn a_replaced_history_is_damage() {
     let segment = "journal/0000000000000000.seg";
     std::fs::copy(a.join(segment), b.join(segment)).unwrap();
     let damage = check(&b.join("journal")).damage;
-    assert!(
-        damage.iter().any(|damage| damage.code() == "damage.history_replaced"),
-        "{damage:?}"
-    );
+    assert!(damage.iter().any(|damage| damage.code() == "damage.history_replaced"), "{damage:?}");
 }
 
 #[test]
