@@ -84,8 +84,9 @@ pub use event::{
     InvalidEvent, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
 };
 pub use journal::{
-    Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Events, Ingest, Item, Journal,
-    Placed, Receipt, RecoveryReport, SegmentInfo, StreamEvents, Subscription, TokenState,
+    Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
+    Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,
+    SegmentState, StreamEvents, Subscription, TokenState, VerifyProgress, VerifyReport, verify,
 };
 pub use options::JournalOptions;
 pub use position::{
@@ -97,6 +98,8 @@ pub use store::{Store, StoreBuilder};
 /// The specifications, executed.
 #[cfg(doctest)]
 mod specifications {
+    #[doc = include_str!("../docs/format.md")]
+    struct Format;
     #[cfg(feature = "shipping")]
     #[doc = include_str!("../docs/protocol.md")]
     struct Protocol;

@@ -7,7 +7,11 @@ use crate::format::segment::HEADER_PAGE_BYTES;
 /// How a journal is written. The defaults are safe and suit nearly everybody.
 ///
 /// ```
-/// let options = headwater::JournalOptions { batch_bytes_max: 4 << 20, ..Default::default() };
+/// let options = headwater::JournalOptions {
+///     batch_bytes_max: 4 << 20,
+///     group_bytes_max: 4 << 20,
+///     ..Default::default()
+/// };
 /// assert!(options.check().is_ok());
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]

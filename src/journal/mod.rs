@@ -42,6 +42,7 @@ mod read;
 mod recovery;
 mod scan;
 mod segments;
+mod verify;
 mod watch;
 mod writer;
 
@@ -50,6 +51,9 @@ pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
+pub use verify::{
+    Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
+};
 
 /// How often a reader beside a writer looks again before it reports damage.
 const SURVEYS_MAX: usize = 2;
@@ -164,21 +168,7 @@ impl Journal {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
-        let mut survey = recovery::survey(&**fs, &layout, &node, Access::ReadOnly)?;
-        let mut corruption = survey.corruption(&layout);
-        for _ in 0..SURVEYS_MAX {
-            if corruption.is_none() {
-                break;
-            }
-            // A live writer may have gone on between two reads of ours: its later batches then claim to be
-            // behind what had not been there yet. Whatever had been durable before is there on a second look.
-            let known = survey.proven;
-            survey = recovery::survey(&**fs, &layout, &node, Access::ReadOnly)?;
-            if survey.end.offset >= known {
-                survey.proven = survey.proven.min(survey.end.offset);
-            }
-            corruption = survey.corruption(&layout);
-        }
+        let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
         survey.cut_to_proven(&**fs, &layout)?;
         let Survey { kept, end, .. } = survey;
         Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
@@ -527,6 +517,48 @@ pub struct SegmentInfo {
     pub end_offset: u64,
 }
 
+/// Surveys a journal that may be written meanwhile.
+///
+/// The batches may be read before, and the claim that they are durable after, the writer has written them:
+/// that looks like lost data. But what a claim vouches for had been written before the claim was read, so
+/// the same place is found damaged twice only if it is damaged.
+fn survey_beside_writer(
+    fs: &dyn Fs,
+    layout: &Layout,
+    node: &Node,
+) -> Result<(Survey, Option<crate::error::Corruption>), OpenError> {
+    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+    refuse_later(layout, &names)?;
+    let mut survey = recovery::survey(fs, layout, node, Access::ReadOnly)?;
+    let mut corruption = survey.corruption(layout);
+    for _ in 0..SURVEYS_MAX {
+        if corruption.is_none() {
+            break;
+        }
+        // A live writer may have gone on between two reads of ours: its later batches then claim to be
+        // behind what had not been there yet. Whatever had been durable before is there on a second look.
+        let known = survey.proven;
+        survey = recovery::survey(fs, layout, node, Access::ReadOnly)?;
+        if survey.end.offset >= known {
+            survey.proven = survey.proven.min(survey.end.offset);
+        }
+        corruption = survey.corruption(layout);
+    }
+    Ok((survey, corruption))
+}
+
+/// Files that only a later version writes: what they say changes what the segments mean.
+fn refuse_later(layout: &Layout, names: &[String]) -> Result<(), OpenError> {
+    for name in [layout::BASE, layout::GAPS] {
+        if names.iter().any(|known| known == name) {
+            let version = crate::format::FORMAT_VERSION;
+            let source = crate::format::FormatError::Unsupported { version, flags: 0 };
+            return Err(OpenError::Unsupported { path: layout.file(name), source });
+        }
+    }
+    Ok(())
+}
+
 /// The files, locked for writing.
 #[derive(Debug)]
 struct Locked {
@@ -553,20 +585,10 @@ impl Locked {
     /// Files that only a later version, or an unfinished restore, leaves behind.
     fn refuse_unfinished(&self) -> Result<(), OpenError> {
         let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
-        let has = |name: &str| names.iter().any(|known| known == name);
-        if has(layout::INCOMING) {
+        if names.iter().any(|name| name == layout::INCOMING) {
             return Err(OpenError::Incomplete { path: self.layout.dir.clone() });
         }
-        for name in [layout::BASE, layout::GAPS] {
-            if has(name) {
-                let source = crate::format::FormatError::Unsupported {
-                    version: crate::format::FORMAT_VERSION,
-                    flags: 0,
-                };
-                return Err(OpenError::Unsupported { path: self.layout.file(name), source });
-            }
-        }
-        Ok(())
+        refuse_later(&self.layout, &names)
     }
 
     fn has_segments(&self) -> Result<bool, OpenError> {

@@ -9,13 +9,18 @@
     reason = "tests: a failure is a panic, and what was tried is printed"
 )]
 
+#[cfg(feature = "cli")]
+mod cli;
 #[cfg(feature = "test-kit")]
 mod crash;
+mod dump;
+mod golden;
 mod journal;
 #[cfg(feature = "shipping")]
 mod shipping;
 #[cfg(feature = "shipping")]
 mod shipping_processes;
+mod verify;
 #[cfg(feature = "views")]
 mod views;
 #[cfg(feature = "test-kit")]

@@ -1,1 +1,67 @@
-fn main() {}
+//! The command line: reads journals, changes nothing, takes no lock. Described in `docs/cli.md`.
+
+mod cat;
+mod events;
+mod failure;
+mod stat;
+mod tail;
+mod target;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+/// Reads the event journals of Headwater. Changes nothing, and works beside the service that writes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "headwater",
+    version,
+    after_help = "Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 damage found.\n\
+                  DIR is a store, its journal, or a mirror (STORE/mirrors/NAME)."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows what a journal is, how far it reaches and its segments
+    Stat(Target),
+    /// Prints events, in order
+    Cat(cat::Args),
+    /// Prints the last events, and with -f those that follow
+    Tail(tail::Args),
+    /// Reads every byte and reports every damage
+    Verify(Target),
+}
+
+/// What every command is told.
+#[derive(Debug, clap::Args)]
+struct Target {
+    /// A store, its journal, or a mirror
+    dir: PathBuf,
+    /// Prints JSON, with the fields of docs/cli.md
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Stat(target) => stat::run(&target),
+        Command::Cat(args) => cat::run(&args),
+        Command::Tail(args) => tail::run(&args),
+        Command::Verify(target) => verify::run(&target),
+    };
+    match outcome {
+        Ok(()) | Err(Failure::PipeClosed) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            failure.exit_code()
+        }
+    }
+}

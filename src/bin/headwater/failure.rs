@@ -1,0 +1,95 @@
+//! Why a command failed, and what the user is told: code, what, where, and what to do next.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use headwater::{Corruption, IoError, OpenError, ReadError};
+
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Open(OpenError),
+    Read(ReadError),
+    /// What lies in front was printed.
+    Damaged(Corruption),
+    /// Damage was found and has been printed.
+    Reported,
+    /// The journal in the directory is another one than it was.
+    Replaced,
+    Output(io::Error),
+    /// Whoever read the output has seen enough.
+    PipeClosed,
+}
+
+impl From<OpenError> for Failure {
+    fn from(error: OpenError) -> Self {
+        Self::Open(error)
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl From<IoError> for Failure {
+    fn from(error: IoError) -> Self {
+        Self::Open(error.into())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::PipeClosed,
+            _ => Self::Output(error),
+        }
+    }
+}
+
+impl From<serde_json::Error> for Failure {
+    fn from(error: serde_json::Error) -> Self {
+        io::Error::from(error).into()
+    }
+}
+
+impl Failure {
+    pub(crate) fn report(&self) {
+        let (code, what, hint) = match self {
+            Self::Open(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Read(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Damaged(corruption) => {
+                let error = ReadError::from(corruption.clone());
+                (error.code(), error.to_string(), error.hint())
+            }
+            Self::Replaced => (
+                "open.replaced",
+                "the directory holds another journal than before".to_owned(),
+                "run the command again to read the new one",
+            ),
+            Self::Output(error) => (
+                "output.io",
+                format!("standard output: writing failed: {error}"),
+                "see the system's error",
+            ),
+            Self::Reported | Self::PipeClosed => return,
+        };
+        // There is nobody to tell if standard error is closed as well.
+        drop(writeln!(io::stderr(), "error[{code}]: {what}\n  hint: {hint}"));
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        let damage = match self {
+            Self::Open(error) => matches!(
+                error,
+                OpenError::Corruption(_)
+                    | OpenError::LostJournal { .. }
+                    | OpenError::HistoryReplaced { .. }
+            ),
+            Self::Read(error) => matches!(error, ReadError::Corruption(_)),
+            Self::Damaged(_) | Self::Reported => true,
+            Self::Replaced | Self::Output(_) | Self::PipeClosed => false,
+        };
+        ExitCode::from(if damage { 3 } else { 1 })
+    }
+}

@@ -1,0 +1,359 @@
+//! The command line, as the real binary. Every command that docs/cli.md shows is run here.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use headwater::{Append, ExpectedRevision, NewEvent, Store, StreamId};
+use serde_json::{Value, json};
+
+use crate::golden::{golden, golden_json};
+use crate::verify::{fill, small};
+
+fn headwater(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_headwater"));
+    command.args(args).env("NO_COLOR", "1");
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    headwater(args).output().unwrap()
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[track_caller]
+fn ok(args: &[&str]) -> String {
+    let output = run(args);
+    assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()), "{args:?}");
+    out(&output)
+}
+
+fn lines(text: &str) -> Vec<Value> {
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn origin() -> String {
+    golden().join("origin").display().to_string()
+}
+
+fn stream(name: &str) -> StreamId {
+    StreamId::new(name).unwrap()
+}
+
+fn append(store: &Store, text: &str) {
+    let event = NewEvent::raw("noted", text).unwrap();
+    store.append(&Append::to(&stream("notes"), ExpectedRevision::Any, [event])).unwrap();
+}
+
+#[test]
+fn cat_prints_every_event_with_the_documented_fields() {
+    for journal in ["origin", "mirror"] {
+        let dir = golden().join(journal).display().to_string();
+        assert_eq!(lines(&ok(&["cat", "--json", &dir])), golden_json(journal));
+    }
+}
+
+#[test]
+fn cat_prints_json_payloads_as_they_were_written_text_as_text_and_the_rest_in_hexadecimal() {
+    let text = ok(&["cat", &origin()]);
+    let payloads: Vec<&str> =
+        text.lines().map(|line| line.splitn(5, "  ").last().unwrap()).collect();
+    assert!(payloads[0].ends_with(r#"{"total_cents":1250}"#), "{text}");
+    assert!(payloads[1].ends_with("0xfbe20400"), "{text}");
+    assert!(payloads[2].ends_with("one lamp, reserved"), "{text}");
+    assert!(payloads[3].ends_with(r#"{"parcels":["A 1","B\"2"],"weight_kg":1.50}"#), "{text}");
+    assert!(payloads[5].ends_with("0x0001feff"), "{text}");
+    assert!(payloads[6].ends_with(r#"{"total_cents":18446744073709551615}"#), "{text}");
+    assert!(
+        text.starts_with("       0  2026-01-01T00:00:00.001000Z  order-1@0  order.placed v1  ")
+    );
+}
+
+#[test]
+fn cat_selects_by_position_number_stream_and_type() {
+    let positions = |args: &[&str]| -> Vec<u64> {
+        let origin = origin();
+        let all = [&["cat", "--json", &origin], args].concat();
+        lines(&ok(&all)).iter().map(|line| line["position"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(positions(&["--from", "5"]), [5, 6]);
+    assert_eq!(positions(&["--from", "7"]), [] as [u64; 0]);
+    assert_eq!(positions(&["--from", "1", "--limit", "2"]), [1, 2]);
+    assert_eq!(positions(&["--stream", "order-1"]), [0, 1, 3]);
+    assert_eq!(positions(&["--stream", "order-1", "--from", "1", "--limit", "1"]), [1]);
+    assert_eq!(positions(&["--type", "order.placed"]), [0, 6]);
+    assert_eq!(positions(&["--stream", "σ", "--type", "é"]), [5]);
+    assert_eq!(positions(&["--stream", "absent"]), [] as [u64; 0]);
+    let beyond = run(&["cat", &origin(), "--from", "8"]);
+    assert_eq!(beyond.status.code(), Some(1));
+    assert!(err(&beyond).starts_with("error[read.beyond_end]: "), "{}", err(&beyond));
+}
+
+#[test]
+fn stat_tells_identity_end_and_segments() {
+    let stat: Value = serde_json::from_str(&ok(&["stat", "--json", &origin()])).unwrap();
+    assert_eq!(stat["journal"], "00112233-4455-4677-8899-aabbccddeeff");
+    assert_eq!((&stat["role"], &stat["end_position"]), (&json!("origin"), &json!(7)));
+    assert_eq!((&stat["epoch"], &stat["damage"]), (&json!(2), &Value::Null));
+    assert_eq!(stat["first_recorded_at_us"], 1_767_225_600_001_000_i64);
+    assert_eq!(stat["last_recorded_at_us"], 1_767_225_600_007_000_i64);
+    let states: Vec<_> = stat["segments"].as_array().unwrap().iter().map(|s| &s["state"]).collect();
+    assert_eq!(states, ["sealed", "sealed", "active"]);
+    let text = ok(&["stat", &origin()]);
+    assert!(
+        text.contains("00112233-4455-4677-8899-aabbccddeeff") && text.contains("0..3"),
+        "{text}"
+    );
+    assert!(!text.contains('\u{1b}'));
+}
+
+#[test]
+fn a_store_its_journal_and_its_mirrors_are_all_accepted() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    fill(&store, small(), 3).close().unwrap();
+    for to in ["mirrors/flat", "mirrors/nested/journal"] {
+        std::fs::create_dir_all(store.join(to)).unwrap();
+        for file in std::fs::read_dir(golden().join("mirror")).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), store.join(to).join(file.file_name())).unwrap();
+        }
+    }
+    let count = |path: PathBuf| lines(&ok(&["cat", "--json", path.to_str().unwrap()])).len();
+    assert_eq!((count(store.clone()), count(store.join("journal"))), (3, 3));
+    assert_eq!((count(store.join("mirrors/flat")), count(store.join("mirrors/nested"))), (4, 4));
+    let path = store.display().to_string();
+    let stat: Value = serde_json::from_str(&ok(&["stat", "--json", &path])).unwrap();
+    let mirrors = stat["mirrors"].as_array().unwrap();
+    assert_eq!(mirrors.len(), 2);
+    assert_eq!((&mirrors[0]["name"], &mirrors[0]["end_position"]), (&json!("flat"), &json!(4)));
+    assert!(ok(&["stat", &path]).contains("nested"));
+}
+
+#[test]
+fn nothing_is_changed_and_no_lock_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = fill(dir.path(), small(), 40);
+    let path = dir.path().display().to_string();
+    let snapshot = |dir: &Path| {
+        let mut all: Vec<(PathBuf, Vec<u8>)> = Vec::new();
+        for entry in std::fs::read_dir(dir.join("journal")).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                all.push((path.clone(), std::fs::read(path).unwrap()));
+            }
+        }
+        all.sort();
+        all
+    };
+    // Beside the writer, which holds the lock.
+    let before = snapshot(dir.path());
+    assert_eq!(ok(&["cat", &path]).lines().count(), 40);
+    assert_eq!(ok(&["tail", &path]).lines().count(), 10);
+    assert!(ok(&["stat", &path]).contains("40"));
+    assert!(ok(&["verify", &path]).contains("healthy"));
+    assert_eq!(snapshot(dir.path()), before);
+    append(&store, "goes on");
+    drop(store);
+    assert_eq!(ok(&["cat", &path]).lines().count(), 41);
+}
+
+#[test]
+fn verify_exits_with_3_and_names_the_place_of_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    fill(dir.path(), small(), 60).close().unwrap();
+    let path = dir.path().display().to_string();
+    let report: Value = serde_json::from_str(&ok(&["verify", "--json", &path])).unwrap();
+    assert_eq!((&report["healthy"], &report["events"]), (&json!(true), &json!(60)));
+    assert_eq!(report["damage"], json!([]));
+
+    let segment = dir.path().join("journal/0000000000000001.seg");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[4096 + 150] ^= 0x10;
+    std::fs::write(&segment, &bytes).unwrap();
+    let found = run(&["verify", &path]);
+    assert_eq!(found.status.code(), Some(3));
+    let text = out(&found);
+    assert!(text.contains("damage[damage.batch]: ") && text.contains("hint: "), "{text}");
+    assert!(text.contains("0000000000000001.seg: damage at byte 4096"), "{text}");
+    let found = run(&["verify", "--json", &path]);
+    assert_eq!(found.status.code(), Some(3));
+    let report: Value = serde_json::from_str(&out(&found)).unwrap();
+    let damage = &report["damage"][0];
+    assert_eq!((&damage["code"], &damage["file_offset"]), (&json!("damage.batch"), &json!(4096)));
+    let position = damage["position"].as_u64().unwrap();
+
+    // The others print what lies in front, then say what is wrong.
+    let cat = run(&["cat", "--json", &path]);
+    assert_eq!(cat.status.code(), Some(3), "{}", err(&cat));
+    assert_eq!(lines(&out(&cat)).len() as u64, position);
+    assert!(err(&cat).starts_with("error[read.corruption]: ") && err(&cat).contains("hint: "));
+    let within = ["cat", &path, "--limit", "5"];
+    assert_eq!(run(&within).status.code(), Some(0));
+}
+
+#[test]
+fn errors_say_code_what_where_and_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing").display().to_string();
+    for verb in ["stat", "cat", "tail", "verify"] {
+        let output = run(&[verb, &missing]);
+        assert_eq!(output.status.code(), Some(1), "{verb}");
+        let text = err(&output);
+        assert!(text.starts_with("error[open.not_found]: "), "{verb}: {text}");
+        assert!(text.contains(&missing) && text.contains("\n  hint: "), "{verb}: {text}");
+        assert_eq!(out(&output), "");
+    }
+    assert_eq!(run(&["cat"]).status.code(), Some(2));
+    assert_eq!(run(&["mend", &missing]).status.code(), Some(2));
+    assert_eq!(run(&["cat", &missing, "--from", "x"]).status.code(), Some(2));
+    assert!(ok(&["--help"]).contains("Exit codes"));
+    assert!(ok(&["--version"]).starts_with("headwater "));
+}
+
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let dir = tempfile::tempdir().unwrap();
+    fill(dir.path(), small(), 400).close().unwrap();
+    let path = dir.path().display().to_string();
+    let mut child =
+        headwater(&["cat", &path]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 10];
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap(); // and the pipe is closed
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()));
+}
+
+fn follow(path: &str, n: &str) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = headwater(&["tail", "-f", "-n", n, "--json", path])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    (child, stdout)
+}
+
+fn next_text(reader: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    let line: Value = serde_json::from_str(&line).unwrap();
+    line["payload_text"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn tail_prints_the_last_events_and_follows_a_live_writer_across_rolls_and_reopenings() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().display().to_string();
+    let store = fill(dir.path(), small(), 3);
+    append(&store, "before");
+    let last = lines(&ok(&["tail", "-n", "2", "--json", &path]));
+    assert_eq!((last.len(), &last[1]["payload_text"]), (2, &json!("before")));
+    assert_eq!(ok(&["tail", "-n", "0", &path]), "");
+
+    let (mut child, mut reader) = follow(&path, "1");
+    assert_eq!(next_text(&mut reader), "before");
+    let long = "x".repeat(900);
+    for i in 0..60 {
+        append(&store, &format!("{i}-{long}")); // several segments
+    }
+    for i in 0..60 {
+        assert_eq!(next_text(&mut reader), format!("{i}-{long}"));
+    }
+    store.close().unwrap();
+    let store = fill(dir.path(), small(), 0);
+    append(&store, "reopened");
+    assert_eq!(next_text(&mut reader), "reopened");
+
+    // Interrupted: it ends at once, with nothing half printed.
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let mut rest = String::new();
+    reader.read_to_string(&mut rest).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!((rest.as_str(), status.code()), ("", None));
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(2));
+}
+
+#[test]
+fn tail_stops_following_when_nobody_reads_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().display().to_string();
+    let store = fill(dir.path(), small(), 0);
+    append(&store, "only");
+    let (child, mut reader) = follow(&path, "1");
+    assert_eq!(next_text(&mut reader), "only");
+    drop(reader); // nothing more is ever appended
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()));
+}
+
+/// The documented commands, as they stand in docs/cli.md: `DIR` is a store here.
+#[test]
+fn every_command_that_the_documentation_shows_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    fill(&store, small(), 30).close().unwrap();
+    std::fs::create_dir_all(store.join("mirrors")).unwrap();
+    let mirror = store.join("mirrors/customers");
+    std::fs::create_dir_all(&mirror).unwrap();
+    for file in std::fs::read_dir(golden().join("mirror")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), mirror.join(file.file_name())).unwrap();
+    }
+    let text = include_str!("../../docs/cli.md");
+    let shown: Vec<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
+    assert!(shown.len() >= 10, "{shown:?}");
+    for command in shown {
+        let command = command.split(" #").next().unwrap_or(command).trim();
+        let (command, piped) = match command.split_once(" | ") {
+            Some((command, piped)) => (command, Some(piped)),
+            None => (command, None),
+        };
+        let command = command.replace("DIR", store.to_str().unwrap());
+        let args: Vec<&str> = command.split_whitespace().collect();
+        let following = args.contains(&"-f") || args.contains(&"--follow");
+        if following || piped.is_some() {
+            let mut child = headwater(&args).stdout(Stdio::piped()).spawn().unwrap();
+            let mut line = String::new();
+            BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+            assert!(!line.is_empty(), "{command}");
+            assert_eq!(child.wait().unwrap().code(), Some(0), "{command}");
+        } else {
+            let output = run(&args);
+            assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()), "{command}");
+        }
+    }
+}
+
+/// The tables of fields in docs/cli.md are the fields that are printed.
+#[test]
+fn the_documented_fields_are_exactly_those_that_are_printed() {
+    let text = include_str!("../../docs/cli.md");
+    let documented = |title: &str| -> Vec<String> {
+        let section = text.split(&format!("### {title}\n")).nth(1).expect(title);
+        let section = section.split("\n#").next().unwrap();
+        let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+        let mut names: Vec<_> = rows.map(|row| row.split('`').next().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    let keys = |values: &[Value]| -> Vec<String> {
+        let mut keys: Vec<String> =
+            values.iter().flat_map(|value| value.as_object().unwrap().keys().cloned()).collect();
+        keys.sort();
+        keys.dedup();
+        keys
+    };
+    assert_eq!(documented("An event"), keys(&lines(&ok(&["cat", "--json", &origin()]))));
+    assert_eq!(documented("stat"), keys(&lines(&ok(&["stat", "--json", &origin()]))));
+    assert_eq!(documented("verify"), keys(&lines(&ok(&["verify", "--json", &origin()]))));
+}
