@@ -536,7 +536,10 @@ fn a_view_ends_with_its_journal_and_has_applied_all_of_it() {
     let world = World::new();
     let origin = world.origin();
     let view = world.view(origin.journal());
-    let last = (0..100).map(|_| origin.append(vec![paid("a", 1)])).next_back().unwrap();
+    let mut last = origin.append(vec![paid("a", 1)]);
+    for _ in 0..100 {
+        last = origin.append(vec![paid("a", 1)]);
+    }
     let journal = origin.journal().clone();
     origin.close();
     until("closed", || matches!(view.status().state, ViewState::Closed));
@@ -851,7 +854,10 @@ fn a_journal_that_is_damaged_where_the_view_is_leaves_the_view_serving() {
     let origin = world.origin();
     let view = world.view(origin.journal());
     let big = || paid(&"x".repeat(1000), 1);
-    let last = (0..200).map(|_| origin.append(vec![big()])).last().unwrap();
+    let mut last = origin.append(vec![big()]);
+    for _ in 0..200 {
+        last = origin.append(vec![big()]);
+    }
     view.wait_for(&last, PATIENCE).unwrap();
     drop(view);
     let segment = origin.journal().segments().first().unwrap().path.clone();
