@@ -16,11 +16,17 @@ pub struct OsFs;
 struct OsFile(fs::File);
 
 #[derive(Debug)]
-struct OsLock(
-    #[allow(dead_code, reason = "held, never read: closing it releases the lock")] fs::File,
-);
+struct OsLock(fs::File);
 
 impl Lock for OsLock {}
+
+impl Drop for OsLock {
+    /// Closing the file would release the lock too, but not while a process that is just being started
+    /// holds a copy of the descriptor.
+    fn drop(&mut self) {
+        drop(self.0.unlock());
+    }
+}
 
 impl Fs for OsFs {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
@@ -130,5 +136,24 @@ impl File for OsFile {
         #[cfg(target_os = "linux")]
         rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_released_lock_is_free_even_while_a_started_process_holds_a_copy_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let file = fs::File::create(&path).unwrap();
+        file.try_lock().unwrap();
+        let inherited = file.try_clone().unwrap();
+        let lock = OsLock(file);
+        assert!(OsFs.lock(&path, "second").unwrap().is_err());
+        drop(lock);
+        assert!(OsFs.lock(&path, "second").unwrap().is_ok());
+        drop(inherited);
     }
 }

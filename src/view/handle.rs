@@ -18,6 +18,53 @@ use crate::position::{Checkpoint, Token};
 /// An open view. Cheap to clone; the view is closed when the last clone is dropped.
 ///
 /// Reads see what is applied, never wait for the fold, and go on when the view has stopped or was closed.
+///
+/// ```
+/// # use std::time::Duration;
+/// # use headwater::view::{Fold, FoldError, Keys, View};
+/// # use headwater::{Append, ExpectedRevision, NewEvent, Recorded, Store, StreamId};
+/// /// How many events each stream has.
+/// struct Count;
+///
+/// impl View for Count {
+///     const NAME: &'static str = "count";
+///     const VERSION: u32 = 1;
+///     type Key = StreamId;
+///     type Row = u64;
+///     type Event = Vec<u8>; // every event, undecoded
+///
+///     fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<StreamId>) {
+///         keys.add(event.stream().clone());
+///     }
+///
+///     fn fold(
+///         &self,
+///         _: &StreamId,
+///         count: Option<u64>,
+///         _: &Recorded<Vec<u8>>,
+///     ) -> Result<Fold<u64>, FoldError> {
+///         Ok(Fold::Put(count.unwrap_or(0) + 1))
+///     }
+/// }
+///
+/// # let dir = tempfile::tempdir()?;
+/// let store = Store::create(dir.path().join("orders"))?;
+/// let count = store.view(Count)?;
+/// let order = StreamId::new("order-7")?;
+/// let placed = NewEvent::json("order.placed", &1250)?;
+/// let appended = store.append(&Append::to(&order, ExpectedRevision::Any, [placed]))?;
+///
+/// // Read your write: wait until the view has applied it.
+/// let patience = Duration::from_secs(10);
+/// assert_eq!(count.get_at_least("order-7", &appended.token(), patience)?, Some(1));
+///
+/// // Several rows of one moment, and which moment it is.
+/// let snapshot = count.snapshot()?;
+/// let rows: Result<Vec<_>, _> = snapshot.range(..).collect();
+/// assert_eq!(rows?, [(order, 1)]);
+/// assert_eq!(snapshot.checkpoint().position, appended.token().position);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct ViewHandle<V: View> {
     running: Arc<Running>,
     view: PhantomData<fn() -> V>,
@@ -81,7 +128,7 @@ pub enum ViewState {
     AwaitingMirror,
     /// It can't go on. Its rows are as of its checkpoint.
     Stopped(Arc<StopError>),
-    /// It was closed, or its journal was. Its rows are as of its checkpoint.
+    /// It was closed, or its journal was, or the journal's writer failed. Its rows are as of its checkpoint.
     Closed,
 }
 

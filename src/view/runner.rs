@@ -212,7 +212,8 @@ impl FlushClock {
         }
     }
 
-    fn written(&mut self) {
+    /// Something isn't durable: the clock runs.
+    fn start(&mut self) {
         self.unflushed_since.get_or_insert_with(Instant::now);
     }
 
@@ -318,7 +319,7 @@ impl<V: View> Runner<V> {
     fn apply(&mut self, chunk: Chunk<V>) -> Result<(), StopError> {
         let Folded { writes, end, stop } = chunk.fold(&self.view, &self.shared.db)?;
         self.shared.db.write(writes, &end).map_err(storage_failed::<V>)?;
-        self.flush.written();
+        self.flush.start();
         self.shared.change(|state| state.applied = end);
         stop.map_or(Ok(()), Err)
     }
@@ -334,6 +335,8 @@ impl<V: View> Runner<V> {
         if state.durable != applied && self.flush.looked_at.elapsed() >= TICK {
             self.shared.look_at_durable()?;
             self.flush.looked_at = Instant::now();
+            // A flush runs in the background: asking for it again tells whether it failed.
+            self.flush.start();
         }
         Ok(())
     }

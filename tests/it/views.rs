@@ -16,8 +16,8 @@ use headwater::view::{
     ViewOptions, ViewSnapshot, ViewState, WaitError,
 };
 use headwater::{
-    Append, ExpectedRevision, Incarnation, Ingest, Journal, JournalOptions, NewEvent, Position,
-    Recorded, Store, StreamId, Token,
+    Append, AppendError, ExpectedRevision, Incarnation, Ingest, Journal, JournalOptions, NewEvent,
+    Position, Recorded, Store, StreamId, Token,
 };
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
@@ -536,7 +536,10 @@ fn a_view_ends_with_its_journal_and_has_applied_all_of_it() {
     let world = World::new();
     let origin = world.origin();
     let view = world.view(origin.journal());
-    let last = (0..100).map(|_| origin.append(vec![paid("a", 1)])).next_back().unwrap();
+    let mut last = origin.append(vec![paid("a", 1)]);
+    for _ in 0..100 {
+        last = origin.append(vec![paid("a", 1)]);
+    }
     let journal = origin.journal().clone();
     origin.close();
     until("closed", || matches!(view.status().state, ViewState::Closed));
@@ -851,7 +854,10 @@ fn a_journal_that_is_damaged_where_the_view_is_leaves_the_view_serving() {
     let origin = world.origin();
     let view = world.view(origin.journal());
     let big = || paid(&"x".repeat(1000), 1);
-    let last = (0..200).map(|_| origin.append(vec![big()])).last().unwrap();
+    let mut last = origin.append(vec![big()]);
+    for _ in 0..200 {
+        last = origin.append(vec![big()]);
+    }
     view.wait_for(&last, PATIENCE).unwrap();
     drop(view);
     let segment = origin.journal().segments().first().unwrap().path.clone();
@@ -872,6 +878,85 @@ fn a_journal_that_is_damaged_where_the_view_is_leaves_the_view_serving() {
     assert!(error.to_string().contains("corruption"), "{error}");
     assert!(rows(&view.snapshot().unwrap()).is_empty());
     assert_eq!(view.checkpoint().applied.position, Position::START);
+}
+
+/// What a power cut leaves of a view are its files without what is only in memory.
+#[test]
+fn what_was_not_durable_is_folded_again_after_a_power_cut() {
+    let (world, mut rng) = (World::new(), rng(1));
+    let origin = world.origin();
+    for _ in 0..20 {
+        origin.append(random_batch(&mut rng));
+    }
+    let view = world.view(origin.journal());
+    catch_up(&view);
+    drop(view);
+    let view = world.view(origin.journal());
+    let mut last = origin.append(random_batch(&mut rng));
+    for _ in 0..20 {
+        last = origin.append(random_batch(&mut rng));
+    }
+    view.wait_for(&last, PATIENCE).unwrap();
+    let durable = view.checkpoint().durable;
+    assert!(durable.position < last.position);
+
+    let left = World::new();
+    copy_dir(world.dir.path(), left.dir.path());
+    let origin = left.origin();
+    let (view, gate) = left.held_view(origin.journal());
+    assert_eq!(view.checkpoint().applied, durable);
+    assert_eq!(assert_is_prefix(&view, origin.journal()), durable.position);
+    gate.open();
+    view.wait_for(&last, PATIENCE).unwrap();
+    assert_is_prefix(&view, origin.journal());
+}
+
+/// After a loss was noticed, nothing may be appended in place of what was lost.
+#[test]
+fn a_store_refuses_appends_while_a_view_remembers_lost_events() {
+    let world = World::new();
+    let backup = world.dir.path().join("backup");
+    let origin = world.origin();
+    origin.append(vec![paid("a", 1)]);
+    origin.close();
+    copy_dir(&world.journal_dir(), &backup);
+    let origin = world.origin();
+    let lost = origin.append(vec![paid("a", 2)]);
+    let view = origin.0.view(Accounts::<1>::default()).unwrap();
+    view.wait_for(&lost, PATIENCE).unwrap();
+    drop(view);
+    origin.close();
+
+    replace_dir(&backup, &world.journal_dir());
+    let origin = world.origin();
+    let stream = StreamId::new("accounts").unwrap();
+    let append = Append::to(&stream, ExpectedRevision::Any, vec![paid("a", 3)]);
+    assert!(matches!(origin.0.view(Accounts::<1>::default()), Err(ViewError::LostTail { .. })));
+    assert!(matches!(origin.0.append(&append), Err(AppendError::LostTail { .. })));
+    let accepted = ViewOptions { lost_tail: LostTail::SetAside, ..ViewOptions::default() };
+    let view = origin.0.view_with(Accounts::<1>::default(), accepted).unwrap();
+    let token = origin.0.append(&append).unwrap().token();
+    view.wait_for(&token, PATIENCE).unwrap();
+    assert_is_prefix(&view, origin.journal());
+}
+
+#[test]
+fn a_damaged_database_is_reported_and_built_anew_once_it_is_moved_away() {
+    let world = World::new();
+    let origin = world.origin();
+    let token = origin.append(vec![paid("a", 1)]);
+    let view = world.view(origin.journal());
+    view.wait_for(&token, PATIENCE).unwrap();
+    let generation = view.status().generation;
+    drop(view);
+    std::fs::write(generation.join("CURRENT"), "MANIFEST-999999\n").unwrap();
+    let error = world.try_view::<1>(origin.journal(), ViewOptions::default()).unwrap_err();
+    assert!(error.code().starts_with("view_storage."), "{error}");
+    assert!(error.to_string().contains("accounts"), "{error}");
+    std::fs::remove_dir_all(&generation).unwrap();
+    let view = world.view(origin.journal());
+    view.wait_for(&token, PATIENCE).unwrap();
+    assert_is_prefix(&view, origin.journal());
 }
 
 const CHILD_DIR: &str = "HEADWATER_VIEWS_CHILD_DIR";
