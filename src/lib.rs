@@ -76,8 +76,8 @@ pub mod store;
 pub mod view;
 
 pub use error::{
-    AppendError, Corruption, CorruptionKind, IngestError, InvalidAppend, IoError, OpenError, Poison,
-    ReadError, Refusal,
+    AppendError, Corruption, CorruptionKind, IngestError, InvalidAppend, IoError, OpenError,
+    Poison, ReadError, Refusal,
 };
 pub use event::{
     EncodeError, Event, EventId, EventKind, EventKindRef, EventType, ExpectedRevision,

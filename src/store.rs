@@ -186,7 +186,8 @@ impl Store {
         view: V,
         options: ViewOptions,
     ) -> Result<ViewHandle<V>, ViewError> {
-        let opened = crate::view::open(&self.inner.dir.join(VIEWS), self.journal().clone(), view, options);
+        let opened =
+            crate::view::open(&self.inner.dir.join(VIEWS), self.journal().clone(), view, options);
         let mut lost_tail = self.inner.lost_tail.write();
         match &opened {
             Err(ViewError::LostTail { checkpoint, end, .. }) => {

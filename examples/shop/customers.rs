@@ -36,7 +36,12 @@ pub fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
             ["status"] => {
                 let (end, lag) = (journal.end(), mirror.status().lag_events());
                 let lag = lag.map_or("unknown".to_owned(), |lag| lag.to_string());
-                println!("status {} {} {lag} {}", end.position, totals.checkpoint().applied.position, end.chain);
+                println!(
+                    "status {} {} {lag} {}",
+                    end.position,
+                    totals.checkpoint().applied.position,
+                    end.chain
+                );
             }
             ["all"] => {
                 for row in totals.range(..) {

@@ -140,7 +140,10 @@ impl Demo {
 
         follow_until(&mut orders, all, all * 6 / 10)?;
         let status = customers.ask("status")?;
-        self.say(&format!("SIGKILL to customers, while it folds (at {} of {all})", word(&status, 2)));
+        self.say(&format!(
+            "SIGKILL to customers, while it folds (at {} of {all})",
+            word(&status, 2)
+        ));
         customers.kill()?;
         let mut customers = self.start_customers()?;
         let resumed: usize = word(&customers_ready(&mut customers)?, 1).parse()?;
@@ -166,7 +169,8 @@ impl Demo {
         self.address = word(&line, 1).to_owned();
         self.say(&format!("orders serves {} with {recovered} purchases", self.address));
         if at_least > 0 {
-            let what = format!("orders has all {at_least} acknowledged purchases after its restart");
+            let what =
+                format!("orders has all {at_least} acknowledged purchases after its restart");
             self.note(&what, &format!("{recovered} recovered"), recovered >= at_least);
         }
         Ok(orders)
@@ -184,9 +188,16 @@ impl Demo {
         let status = customers.ask("status")?;
         let row = customers.ask("get 3")?;
         let answered = word(&row, 0) == "row";
-        self.say(&format!("orders is down; customers answers from its own view: customer 3: {}", row[1..].join(" ")));
+        self.say(&format!(
+            "orders is down; customers answers from its own view: customer 3: {}",
+            row[1..].join(" ")
+        ));
         let behind = acknowledged.saturating_sub(word(&status, 1).parse()?);
-        self.note("customers answered while orders was down", &format!("{behind} purchases behind"), answered);
+        self.note(
+            "customers answered while orders was down",
+            &format!("{behind} purchases behind"),
+            answered,
+        );
         Ok(())
     }
 
@@ -223,16 +234,24 @@ impl Demo {
             found.insert(word(line, 1).parse()?, row);
         }
         for customer in SHOWN {
-            let (Some(row), counted) = (found.get(&customer), recount.get(&customer)) else { continue };
+            let (Some(row), counted) = (found.get(&customer), recount.get(&customer)) else {
+                continue;
+            };
             let what = format!("customer {customer}: purchases, CDs, spent, last");
             let came = format!(
                 "{}, {}, {}.{:02}, {}",
-                row.purchases, row.cds, row.spent_cents / 100, row.spent_cents % 100, row.last_date
+                row.purchases,
+                row.cds,
+                row.spent_cents / 100,
+                row.spent_cents % 100,
+                row.last_date
             );
             self.note(&what, &came, Some(row) == counted);
         }
-        let what = format!("rows of the view that equal a recount of {} purchases", purchases.len());
-        let equal = recount.iter().filter(|(customer, row)| found.get(*customer) == Some(*row)).count();
+        let what =
+            format!("rows of the view that equal a recount of {} purchases", purchases.len());
+        let equal =
+            recount.iter().filter(|(customer, row)| found.get(*customer) == Some(*row)).count();
         let came = format!("{equal} of {}", recount.len());
         self.note(&what, &came, found == recount);
         Ok(())
@@ -247,10 +266,12 @@ impl Demo {
             row.spent_cents += purchase.amount_cents;
         }
         let mut answers = customers.ask_all("months")?;
-        let elapsed = answers.pop().and_then(|end| end.get(1)?.parse().ok()).map(Duration::from_micros);
+        let elapsed =
+            answers.pop().and_then(|end| end.get(1)?.parse().ok()).map(Duration::from_micros);
         let mut found = BTreeMap::new();
         for line in &answers {
-            let row = MonthRow { purchases: word(line, 2).parse()?, spent_cents: word(line, 3).parse()? };
+            let row =
+                MonthRow { purchases: word(line, 2).parse()?, spent_cents: word(line, 3).parse()? };
             found.insert(word(line, 1).parse()?, row);
         }
         let agrees = found == recount;
@@ -283,7 +304,11 @@ impl Demo {
             equal += usize::from(ours == theirs);
         }
         let came = format!("{equal} of {}, {} KiB", names.len(), bytes / 1024);
-        self.note("segment files of the mirror that equal the origin's", &came, equal == names.len());
+        self.note(
+            "segment files of the mirror that equal the origin's",
+            &came,
+            equal == names.len(),
+        );
         Ok(())
     }
 

@@ -52,8 +52,9 @@ pub fn read_purchases(path: &Path) -> Result<Vec<Purchase>, Box<dyn std::error::
     let text = std::fs::read_to_string(path)?;
     let lines = text.lines().enumerate().skip(1).filter(|(_, line)| !line.trim().is_empty());
     let purchases = lines.map(|(number, line)| {
-        Purchase::parse(line)
-            .ok_or_else(|| format!("{}:{}: not a purchase: {line:?}", path.display(), number + 1).into())
+        Purchase::parse(line).ok_or_else(|| {
+            format!("{}:{}: not a purchase: {line:?}", path.display(), number + 1).into()
+        })
     });
     let mut purchases = purchases.collect::<Result<Vec<Purchase>, Box<dyn std::error::Error>>>()?;
     purchases.sort_by_key(|purchase| (purchase.date, purchase.customer));

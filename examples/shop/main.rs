@@ -14,7 +14,8 @@ mod events;
 mod orders;
 mod views;
 
-const USAGE: &str = "usage: shop demo [DIR] | shop orders DIR LISTEN INPUT | shop customers DIR ORDERS";
+const USAGE: &str =
+    "usage: shop demo [DIR] | shop orders DIR LISTEN INPUT | shop customers DIR ORDERS";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

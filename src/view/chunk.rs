@@ -138,7 +138,12 @@ impl<V: View> Chunk<V> {
     }
 
     /// Decodes and routes an event; false if it is of a type that the view doesn't know.
-    fn add_record(&mut self, view: &V, record: &RecordRef<'_>, at: Place) -> Result<bool, StopError> {
+    fn add_record(
+        &mut self,
+        view: &V,
+        record: &RecordRef<'_>,
+        at: Place,
+    ) -> Result<bool, StopError> {
         let failed = |cause| stop_at::<V, _>(&at.recorded(record, ()), cause);
         let Some(data) = decode::<V::Event>(record).map_err(failed)? else {
             return Ok(false);
@@ -290,8 +295,10 @@ fn invalid_record(
     error: FormatError,
 ) -> ReadError {
     let segment = journal.segments().into_iter().find(|it| it.number == batch.segment);
-    let (path, base_offset) = segment
-        .map_or_else(|| (journal.dir().to_owned(), 0), |segment| (segment.path, segment.base_offset));
+    let (path, base_offset) = segment.map_or_else(
+        || (journal.dir().to_owned(), 0),
+        |segment| (segment.path, segment.base_offset),
+    );
     let file_offset = HEADER_PAGE_BYTES as u64 + (batch.batch.header.offset - base_offset);
     Corruption { path, file_offset, position, kind: CorruptionKind::Record(error) }.into()
 }

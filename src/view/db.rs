@@ -23,8 +23,8 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, DBRawIterator, FlushOptions, LogLevel, Options,
-    ReadOptions, ReadTier, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, DBRawIterator, FlushOptions, LogLevel,
+    Options, ReadOptions, ReadTier, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
 };
 
 use crate::format::Decoder;
@@ -172,7 +172,9 @@ fn kind_of(error: &rocksdb::Error) -> StorageErrorKind {
     match error.kind() {
         rocksdb::ErrorKind::Corruption => StorageErrorKind::Damaged,
         rocksdb::ErrorKind::IOError if message.contains("/LOCK:") => StorageErrorKind::InUse,
-        rocksdb::ErrorKind::IOError if message.contains("No space left") => StorageErrorKind::DiskFull,
+        rocksdb::ErrorKind::IOError if message.contains("No space left") => {
+            StorageErrorKind::DiskFull
+        }
         _ => StorageErrorKind::Other,
     }
 }
@@ -280,7 +282,8 @@ impl Db {
         start: Progress,
     ) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's identity";
-        let identity = [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat();
+        let identity =
+            [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat();
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
         match found {
             Some(found) if found == identity => self.stored_progress(),

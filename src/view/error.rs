@@ -105,7 +105,9 @@ impl ViewError {
 #[non_exhaustive]
 pub enum StopError {
     /// An event could not be applied. The view's checkpoint is the end of the batch in front of it.
-    #[error("view {view} stopped at position {position} ({event_type} in stream {stream}): {cause}")]
+    #[error(
+        "view {view} stopped at position {position} ({event_type} in stream {stream}): {cause}"
+    )]
     Event {
         /// The view.
         view: &'static str,
@@ -249,7 +251,9 @@ pub enum WaitError {
         wanted: Position,
     },
     /// The journal has another event at the token's position: what the token stands for was lost.
-    #[error("the append that ended at position {position} is not in this journal's history: it was lost")]
+    #[error(
+        "the append that ended at position {position} is not in this journal's history: it was lost"
+    )]
     TokenLost {
         /// The token's position.
         position: Position,

@@ -42,7 +42,9 @@ pub(super) const NAME_BYTES_MAX: usize = 64;
 
 /// A view's name is the name of its folder.
 pub(super) fn is_valid_name(name: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
+    let plain = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')
+    };
     !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain)
 }
 
@@ -215,7 +217,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = open(dir.path()).unwrap();
         let error = open(dir.path()).unwrap_err();
-        assert!(matches!(&error, ViewError::InUse { owner, .. } if owner.contains("process")), "{error}");
+        assert!(
+            matches!(&error, ViewError::InUse { owner, .. } if owner.contains("process")),
+            "{error}"
+        );
         drop(first);
         open(dir.path()).unwrap();
     }
@@ -237,7 +242,8 @@ mod tests {
     fn a_damaged_pointer_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
         drop(open(dir.path()).unwrap().live(1).unwrap());
-        std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n").unwrap();
+        std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n")
+            .unwrap();
         assert!(matches!(open(dir.path()), Err(ViewError::DamagedPointer { .. })));
     }
 }

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::View;
 use super::db::{Reader, Scan, all_rows, behind_prefix, row_key};
 use super::error::{StopError, ViewError, ViewReadError, WaitError};
 use super::key::{EncodeKey, KeyPrefix, ViewKey, decode_all};
 use super::runner::{Phase, Running, Shared};
-use super::View;
 use crate::codec::{Bincode, Codec};
 use crate::journal::TokenState;
 use crate::position::{Checkpoint, Token};
@@ -345,8 +345,8 @@ impl<V: View> Iterator for Rows<'_, V> {
     fn next(&mut self) -> Option<Self::Item> {
         Some(self.scan.next()?.map_err(ViewReadError::from).and_then(|(key, row)| {
             let key = key.get(1..).unwrap_or_default();
-            let key = decode_all(key)
-                .map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
+            let key =
+                decode_all(key).map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
             Ok((key, decode_row::<V>(&row)?))
         }))
     }

@@ -93,7 +93,8 @@ pub(super) fn start<V: View>(
         changed: Condvar::new(),
         _folder: folder,
     });
-    let runner = Runner { view, shared: shared.clone(), flush: FlushClock::new(&options, durable.offset) };
+    let runner =
+        Runner { view, shared: shared.clone(), flush: FlushClock::new(&options, durable.offset) };
     let thread = thread::Builder::new()
         .name(format!("view-{}", V::NAME))
         .spawn(move || runner.run(options.chunk_bytes))
@@ -236,8 +237,8 @@ struct Runner<V> {
 
 impl<V: View> Runner<V> {
     fn run(mut self, chunk_bytes: u64) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.enter(chunk_bytes)))
-            .unwrap_or_else(|panic| {
+        let outcome =
+            catch_unwind(AssertUnwindSafe(|| self.enter(chunk_bytes))).unwrap_or_else(|panic| {
                 Err(StopError::Panic { view: V::NAME, message: panic_message(&*panic) })
             });
         self.shared.end(outcome);

@@ -4,7 +4,7 @@
 #[cfg(feature = "test-kit")]
 mod crash;
 mod journal;
-#[cfg(feature = "views")]
-mod views;
 #[cfg(feature = "shipping")]
 mod shipping;
+#[cfg(feature = "views")]
+mod views;

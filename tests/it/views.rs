@@ -72,7 +72,8 @@ struct Row {
 type Recount = BTreeMap<Key, Row>;
 
 fn keys_of(event: &AccountEvent) -> Vec<Key> {
-    let (AccountEvent::Paid(Paid { account, .. }) | AccountEvent::Closed(Closed { account })) = event;
+    let (AccountEvent::Paid(Paid { account, .. }) | AccountEvent::Closed(Closed { account })) =
+        event;
     let initial = account.chars().take(1).collect();
     // The second one is named twice: it is to be folded once.
     vec![(ONE_ACCOUNT, account.clone()), (BY_INITIAL, initial), (ONE_ACCOUNT, account.clone())]
@@ -196,7 +197,10 @@ fn rows<V: View<Key = Key, Row = Row>>(snapshot: &ViewSnapshot<'_, V>) -> Recoun
 }
 
 /// The view holds exactly what the events in front of its checkpoint make.
-fn assert_is_prefix<V: View<Key = Key, Row = Row>>(view: &ViewHandle<V>, journal: &Journal) -> Position {
+fn assert_is_prefix<V: View<Key = Key, Row = Row>>(
+    view: &ViewHandle<V>,
+    journal: &Journal,
+) -> Position {
     let snapshot = view.snapshot().unwrap();
     let position = snapshot.checkpoint().position;
     assert_eq!(rows(&snapshot), recount(journal, position), "at position {position}");
@@ -208,7 +212,8 @@ fn paid(account: &str, cents: u64) -> NewEvent {
 }
 
 fn random_event(rng: &mut Rng) -> NewEvent {
-    let account: String = (0..rng.usize(0..3)).map(|_| rng.choice(['a', 'b', '\0']).unwrap()).collect();
+    let account: String =
+        (0..rng.usize(0..3)).map(|_| rng.choice(['a', 'b', '\0']).unwrap()).collect();
     match rng.u8(0..10) {
         0 => NewEvent::typed(&OtherEvent::from(Noise { loudness: rng.u8(..) })).unwrap(),
         1 => NewEvent::typed(&AccountEvent::from(Closed { account })).unwrap(),
@@ -498,7 +503,8 @@ fn a_wait_for_a_future_token_is_answered_by_what_really_comes() {
 #[test]
 fn what_is_applied_becomes_durable_by_bytes_and_by_time() {
     let by_bytes = ViewOptions { flush_bytes: 1, ..ViewOptions::default() };
-    let by_time = ViewOptions { flush_interval: Duration::from_millis(1), ..ViewOptions::default() };
+    let by_time =
+        ViewOptions { flush_interval: Duration::from_millis(1), ..ViewOptions::default() };
     for options in [by_bytes, by_time] {
         let world = World::new();
         let origin = world.origin();
@@ -584,7 +590,8 @@ fn a_failing_fold_stops_its_view_in_front_of_the_batch_and_nothing_else() {
         let bad = origin.append(vec![paid("a", 3), paid(name, 4), paid("a", 5)]);
         origin.append(vec![paid("a", 6)]);
 
-        let fragile = view::open(&world.views(), origin.journal().clone(), Fragile, ViewOptions::default());
+        let fragile =
+            view::open(&world.views(), origin.journal().clone(), Fragile, ViewOptions::default());
         let fragile = fragile.unwrap();
         let other = world.view(origin.journal());
         let error = stopped(&fragile);
@@ -616,10 +623,7 @@ fn an_undecodable_payload_stops_the_view_at_its_event() {
     let view = world.view(origin.journal());
     let error = stopped(&view);
     assert_eq!(error.position(), Some(Position::new(2)));
-    assert!(
-        matches!(&*error, StopError::Event { cause: EventFailure::Payload(_), .. }),
-        "{error}"
-    );
+    assert!(matches!(&*error, StopError::Event { cause: EventFailure::Payload(_), .. }), "{error}");
     assert_eq!(view.checkpoint().applied.position, good.position);
     drop(view);
     // Again after reopening: it isn't skipped.
@@ -718,7 +722,8 @@ fn child_that_appends_and_folds() {
     let origin = Origin::open(Path::new(&dir));
     let views = Path::new(&dir).join("views");
     let accounts = Accounts::<1>::default();
-    let view = view::open(&views, origin.journal().clone(), accounts, small_steps(&mut rng)).unwrap();
+    let view =
+        view::open(&views, origin.journal().clone(), accounts, small_steps(&mut rng)).unwrap();
     let mut stdout = std::io::stdout();
     loop {
         let token = origin.append(random_batch(&mut rng));
@@ -741,7 +746,8 @@ fn run_child_and_kill_it(dir: &Path, seed: u64, lines: usize) {
         .spawn()
         .unwrap();
     let output = BufReader::new(child.stdout.take().unwrap());
-    let is_progress = |line: &Result<String, _>| line.as_ref().is_ok_and(|it| it.starts_with("appended"));
+    let is_progress =
+        |line: &Result<String, _>| line.as_ref().is_ok_and(|it| it.starts_with("appended"));
     let seen = output.lines().filter(is_progress).take(lines).count();
     child.kill().unwrap();
     child.wait().unwrap();
