@@ -521,7 +521,7 @@ pub struct SegmentInfo {
 ///
 /// The batches may be read before, and the claim that they are durable after, the writer has written them:
 /// that looks like lost data. But what a claim vouches for had been written before the claim was read, so
-/// the same place is found damaged twice only if it is damaged.
+/// it is there on a second look, unless it is damaged.
 fn survey_beside_writer(
     fs: &dyn Fs,
     layout: &Layout,

@@ -16,6 +16,10 @@ mod crash;
 mod dump;
 mod golden;
 mod journal;
+#[cfg(feature = "test-kit")]
+mod races;
+#[cfg(feature = "test-kit")]
+mod recovery;
 #[cfg(feature = "shipping")]
 mod shipping;
 #[cfg(feature = "shipping")]
@@ -23,7 +27,3 @@ mod shipping_processes;
 mod verify;
 #[cfg(feature = "views")]
 mod views;
-#[cfg(feature = "test-kit")]
-mod races;
-#[cfg(feature = "test-kit")]
-mod recovery;

@@ -1,0 +1,106 @@
+//! The journal that is read, folded and shipped, and the events that all groups append.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use headwater::format::segment::HEADER_PAGE_BYTES;
+use headwater::{Append, ExpectedRevision, Journal, NewEvent, Store, StreamId, Token};
+use serde::{Deserialize, Serialize};
+
+use crate::{Outcome, Scratch};
+
+/// Of every event's payload.
+pub(crate) const PAYLOAD_BYTES: usize = 256;
+/// Of the journal's batches.
+const EVENTS_PER_BATCH: u64 = 100;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Sale {
+    pub(crate) customer: u32,
+    pub(crate) cents: u64,
+    note: String,
+}
+
+headwater::events! {
+    pub(crate) enum ShopEvent {
+        Sold(Sale) = "shop.sold", version 1;
+    }
+}
+
+/// A closed-over journal of many events, and what is known of it.
+pub(crate) struct Corpus {
+    pub(crate) store: Store,
+    pub(crate) events: u64,
+    pub(crate) bytes: u64,
+    /// The segments' files, each with how much of it holds events.
+    pub(crate) files: Vec<(PathBuf, u64)>,
+    pub(crate) token: Token,
+}
+
+impl Corpus {
+    pub(crate) fn write(scratch: &Scratch) -> Outcome<Self> {
+        let store = Store::create(scratch.dir.path().join("corpus"))?;
+        let events = scratch.scale.events;
+        let mut token = None;
+        for batch in 0..events / EVENTS_PER_BATCH {
+            let first = batch * EVENTS_PER_BATCH;
+            let sales = (first..first + EVENTS_PER_BATCH)
+                .map(|number| Ok(NewEvent::typed(&sale(number, scratch.scale.keys)?)?));
+            let sales = sales.collect::<Outcome<Vec<_>>>()?;
+            let till = StreamId::new(format!("till-{}", batch % 16))?;
+            token = Some(store.append(&Append::to(&till, ExpectedRevision::Any, sales))?.token());
+        }
+        let end = store.journal().end();
+        Ok(Self {
+            events: end.position.get(),
+            bytes: end.offset,
+            files: files(store.journal()),
+            token: token.ok_or("a journal without events")?,
+            store,
+        })
+    }
+
+    pub(crate) fn journal(&self) -> &Journal {
+        self.store.journal()
+    }
+}
+
+impl fmt::Display for Corpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mb = self.bytes as f64 / 1e6;
+        let segments = self.files.len();
+        write!(
+            f,
+            "{} events of {PAYLOAD_BYTES} B in batches of {EVENTS_PER_BATCH}: {mb:.1} MB in {segments} segments",
+            self.events
+        )
+    }
+}
+
+fn files(journal: &Journal) -> Vec<(PathBuf, u64)> {
+    let used = |segment: headwater::SegmentInfo| {
+        let batches = segment.end_offset - segment.base_offset;
+        (segment.path, HEADER_PAGE_BYTES as u64 + batches)
+    };
+    journal.segments().into_iter().map(used).collect()
+}
+
+/// Customers in an order that no cache likes, and a payload of exactly the wanted length.
+pub(crate) fn sale(number: u64, customers: u32) -> Outcome<ShopEvent> {
+    use headwater::codec::{Bincode, Codec as _};
+    let customer = number.wrapping_mul(2_654_435_761) % u64::from(customers);
+    let sale = Sale {
+        customer: u32::try_from(customer)?,
+        cents: 100 + number % 9_900,
+        note: String::new(),
+    };
+    let note = "x".repeat(PAYLOAD_BYTES.saturating_sub(Bincode::encode(&sale)?.len()));
+    Ok(ShopEvent::Sold(Sale { note, ..sale }))
+}
+
+/// An append of `count` plain events.
+pub(crate) fn plain(stream: &StreamId, count: usize) -> Outcome<Append> {
+    let event = || NewEvent::raw("bench.event", vec![0xA5; PAYLOAD_BYTES]);
+    let events = std::iter::repeat_with(event).take(count).collect::<Result<Vec<_>, _>>()?;
+    Ok(Append::to(stream, ExpectedRevision::Any, events))
+}
