@@ -98,6 +98,9 @@ pub use store::{Store, StoreBuilder};
 /// The specifications, executed.
 #[cfg(doctest)]
 mod specifications {
+    #[cfg(all(feature = "views", feature = "shipping"))]
+    #[doc = include_str!("../README.md")]
+    struct Readme;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[cfg(feature = "shipping")]
