@@ -574,7 +574,8 @@ impl Locked {
         fs.create_dir_all(dir).context("creating", dir)?;
         let path = layout.file(layout::LOCK);
         let program = std::env::current_exe().ok();
-        let program = program.as_deref().and_then(Path::file_name).and_then(std::ffi::OsStr::to_str);
+        let program =
+            program.as_deref().and_then(Path::file_name).and_then(std::ffi::OsStr::to_str);
         let owner = format!("process {} ({})", std::process::id(), program.unwrap_or("unknown"));
         match fs.lock(&path, &owner).context("locking", &path)? {
             Ok(lock) => Ok(Self { fs: Arc::clone(fs), layout, _lock: lock }),

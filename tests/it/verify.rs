@@ -133,7 +133,7 @@ fn lost_files_and_cut_files_are_damage() {
     for (index, segment) in segments.iter().enumerate() {
         let whole = std::fs::read(&segment.path).unwrap();
         std::fs::remove_file(&segment.path).unwrap();
-        let codes: Vec<_> = check(&journal).damage.iter().map(|damage| damage.code()).collect();
+        let codes: Vec<_> = check(&journal).damage.iter().map(headwater::Damage::code).collect();
         let last = index + 1 == segments.len();
         assert!(
             codes.contains(&if last { "damage.lost_tail" } else { "damage.missing_segment" }),

@@ -54,7 +54,7 @@ fn to_json(report: &VerifyReport) -> Value {
             "code": damage.code(),
             "path": damage.path.display().to_string(),
             "file_offset": damage.file_offset,
-            "position": damage.position.map(|position| position.get()),
+            "position": damage.position.map(headwater::Position::get),
             "message": damage.kind.to_string(),
             "hint": damage.hint(),
         })
