@@ -232,7 +232,8 @@ fn beside_a_writer_nothing_looks_damaged_and_readers_see_a_growing_prefix() {
                 assert_eq!(corruption, None);
                 let end = reader.end().position;
                 assert!(end >= last && end <= store.journal().end().position);
-                assert!(end >= before, "a published end is proven");
+                // The mark is written just behind the publication, so one group may still be missing.
+                assert!(before.since(end) <= 2, "published {before}, proven {end}");
                 let events = reader.read_all(last).unwrap();
                 assert_eq!(events.map(Result::unwrap).count() as u64, end.since(last));
                 last = end;
@@ -241,6 +242,8 @@ fn beside_a_writer_nothing_looks_damaged_and_readers_see_a_growing_prefix() {
         stop.store(true, Ordering::Relaxed);
         outcome.unwrap();
     });
+    let (reader, _) = Journal::open_read_only(&fs, &journal).unwrap();
+    assert_eq!(reader.end(), store.journal().end());
     store.close().unwrap();
     healthy(&journal);
 }
