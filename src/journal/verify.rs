@@ -7,8 +7,8 @@
 //! Changes nothing, takes no lock, and may run beside the journal's writer. Every finding is certain even
 //! then, because it rests on an order that the writer keeps:
 //! - Whatever a mark or a header claims to be durable was written before the claim. A claim that was read
-//!   first must be met by bytes that are read afterwards; so the mark and the segment headers are read in
-//!   front of everything else, and where the batches stop in front of a claim that was found later, the
+//!   first must be met by bytes that are read afterwards; so the mark is read first, then the names of the
+//!   segments, then their headers, and where the batches stop in front of a claim that was found later, the
 //!   place is read once more.
 //! - An opening clears the mark's `closed` flag before it writes anything else; so what lies behind the end
 //!   of a journal whose mark is *still* closed afterwards was not written by anybody.
@@ -228,9 +228,9 @@ pub fn verify(
     let layout = Layout::new(dir);
     let mut damage = Vec::new();
     let (node, role) = find_node(fs, &layout, &mut damage)?;
+    let marks = Marks::read(fs, &layout)?; // what it vouches for is there when the names are listed
     let names = fs.list(dir).context("listing", dir)?;
     super::refuse_later(&layout, &names)?;
-    let marks = Marks::read(fs, &layout)?;
     let heads = names
         .iter()
         .filter_map(|name| layout::number_of(name, "seg"))
