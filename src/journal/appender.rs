@@ -362,7 +362,7 @@ impl Appender {
         let marker = Marker::new(recovered.mark, options.background_mark_sync);
         let mut writer = Writer::new(locked, journal, marker);
         if let Some(page) = page {
-            writer.resume(page)?;
+            writer.resume(page, u64::MAX)?;
         }
         Self::assemble(writer, options, recovered.epoch_next, recovered.report)
     }

@@ -96,7 +96,7 @@ impl Ingest {
         let marker = Marker::new(recovered.mark, options.background_mark_sync);
         let mut writer = Writer::new(locked, journal, marker);
         if let Some(page) = page {
-            writer.resume(page)?;
+            writer.resume(page, RESERVE_BYTES_MAX)?;
         }
         Ok(Self {
             end: writer.journal.end(),

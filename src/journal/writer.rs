@@ -66,12 +66,12 @@ impl Writer {
     }
 
     /// Goes on in the journal's last segment. If its file was cut, tries to make it as long as it was
-    /// prepared to be; without space it counts as full.
-    pub(crate) fn resume(&mut self, page: SegmentPage) -> Result<(), IoError> {
+    /// prepared to be, but no longer than `reserve_max`; without space it counts as full.
+    pub(crate) fn resume(&mut self, page: SegmentPage, reserve_max: u64) -> Result<(), IoError> {
         let path = self.locked.layout.segment(page.header.number);
         let file = self.locked.fs.open(&path, OpenMode::Write).context("opening", &path)?;
         let mut capacity_bytes = file.size().context("measuring", &path)?;
-        let wanted = page.header.capacity_bytes;
+        let wanted = page.header.capacity_bytes.min(reserve_max);
         if capacity_bytes < wanted {
             let grown =
                 fs::write_zeros(&*file, capacity_bytes..wanted).and_then(|()| file.sync_data());
