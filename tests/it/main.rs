@@ -1,5 +1,4 @@
 //! The integration tests: behaviours as test names.
-<<<<<<< HEAD
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -9,19 +8,17 @@
     clippy::too_many_lines,
     reason = "tests: a failure is a panic, and what was tried is printed"
 )]
-=======
-#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "tests")]
->>>>>>> ship
 
 #[cfg(feature = "test-kit")]
 mod crash;
+#[cfg(all(feature = "test-kit", feature = "shipping"))]
+mod fuzz_corpus;
 mod journal;
+#[cfg(all(feature = "views", feature = "shipping"))]
+mod processes;
 #[cfg(feature = "shipping")]
 mod shipping;
-<<<<<<< HEAD
-#[cfg(feature = "views")]
-mod views;
-=======
 #[cfg(feature = "shipping")]
 mod shipping_processes;
->>>>>>> ship
+#[cfg(feature = "views")]
+mod views;
