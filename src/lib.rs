@@ -61,6 +61,9 @@ pub mod error;
 pub mod event;
 pub mod format;
 pub mod fs;
+#[cfg(feature = "test-kit")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod journal;
 pub mod options;
 #[cfg(feature = "test-kit")]

@@ -79,8 +79,7 @@ impl StreamPostings {
     /// Revision of the last of them.
     #[must_use]
     pub fn last_revision(&self) -> Revision {
-        let behind = self.first_revision.get().saturating_add(self.postings.len() as u64);
-        Revision::new(behind.saturating_sub(1))
+        last_revision(self.first_revision, self.postings.len() as u64)
     }
 }
 
@@ -493,10 +492,13 @@ impl StreamSpan {
     /// Revision of the last of them.
     #[must_use]
     pub fn last_revision(&self) -> Revision {
-        Revision::new(
-            self.first_revision.get().saturating_add(u64::from(self.count)).saturating_sub(1),
-        )
+        last_revision(self.first_revision, u64::from(self.count))
     }
+}
+
+/// The first revision is what a record says, and so any number.
+const fn last_revision(first: Revision, count: u64) -> Revision {
+    Revision::new(first.get().saturating_add(count.saturating_sub(1)))
 }
 
 fn verified(segment: u64, number: u64, page: &[u8; PAGE_BYTES]) -> Option<&[u8]> {

@@ -230,13 +230,19 @@ impl StreamEvents {
     fn step(&mut self) -> Result<Option<Recorded>, ReadError> {
         loop {
             while let Some(event) = self.ready.pop_front() {
-                if event.stream() == &self.stream && event.revision() == self.next {
+                if event.revision() == self.next {
                     self.next = self.next.next();
                     return Ok(Some(event));
                 }
             }
             let Some((segment, posting)) = self.next_posting()? else { return Ok(None) };
-            let events = self.journal.batch_events(&segment, &posting)?;
+            let mut events = self.journal.batch_events(&segment, &posting)?;
+            events.retain(|e| e.stream() == &self.stream && e.revision() >= self.next);
+            // The index goes by count. A faulty or hostile writer may have left a gap; looking again would
+            // find the same batch for ever.
+            if events.first().is_none_or(|event| event.revision() != self.next) {
+                return Err(self.misplaced(&segment, &posting));
+            }
             // All of the batch's events of this stream come at once.
             if let Some((_, postings)) = &mut self.postings {
                 while postings.front().is_some_and(|p| p.batch_offset == posting.batch_offset) {
@@ -245,6 +251,15 @@ impl StreamEvents {
             }
             self.ready.extend(events);
         }
+    }
+
+    fn misplaced(&self, segment: &Segment, posting: &Posting) -> ReadError {
+        ReadError::Corruption(Corruption {
+            path: self.journal.0.layout.segment(segment.number()),
+            file_offset: file_offset(segment.base_offset(), posting.batch_offset),
+            position: posting.position,
+            kind: CorruptionKind::Record(FormatError::Invalid("revision")),
+        })
     }
 
     fn next_posting(&mut self) -> Result<Option<(Arc<Segment>, Posting)>, ReadError> {

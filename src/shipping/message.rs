@@ -13,7 +13,7 @@
 //! - Reserved fields are zero when written and refused otherwise, except in HELLO, which a later version may
 //!   lengthen: it is read before the version is known.
 
-use crate::format::batch::BATCH_BYTES_LIMIT;
+use crate::format::batch::PADDED_BYTES_LIMIT;
 use crate::format::files::Witness;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::format::{Decoder, FormatError, crc32};
@@ -573,6 +573,21 @@ impl FrameHeader {
     }
 }
 
+/// Makes the checksums of the frames in `bytes` right, up to the first that isn't whole: a fuzzer can't.
+#[cfg(feature = "test-kit")]
+pub(crate) fn seal_frames(mut bytes: &mut [u8]) {
+    while let Some((header, rest)) = bytes.split_first_chunk_mut::<FRAME_HEADER_BYTES>() {
+        let frame = FrameHeader::decode(header);
+        let Some((payload, behind)) = rest.split_at_mut_checked(frame.length as usize) else {
+            return;
+        };
+        let covered = payload.get(..covered_len(frame.kind, frame.length)).unwrap_or_default();
+        let crc = crc32(&[&frame.covered(), covered]);
+        *header = FrameHeader { crc, ..frame }.encode();
+        bytes = behind;
+    }
+}
+
 /// Cuts a stream of bytes into frames, and verifies them.
 ///
 /// Holds no more than the beginning of one frame and what was pushed last.
@@ -1045,7 +1060,7 @@ pub(crate) fn claimed_batch_len(bytes: &[u8]) -> Option<usize> {
     let padded_len = bytes.get(60..).and_then(<[u8]>::first_chunk::<4>)?;
     let len = u32::from_le_bytes(*padded_len);
     let min = crate::format::batch::BATCH_HEADER_BYTES as u32;
-    (min..=BATCH_BYTES_LIMIT).contains(&len).then_some(len as usize)
+    (min..=PADDED_BYTES_LIMIT).contains(&len).then_some(len as usize)
 }
 
 #[cfg(test)]

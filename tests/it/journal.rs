@@ -1,10 +1,16 @@
 //! The journal on real files, through the public interface.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use headwater::format::Flags;
+use headwater::format::batch::genesis;
+use headwater::format::segment::SegmentHeader;
+use headwater::fs::Fs;
+use headwater::fs::os::OsFs;
 use headwater::{
-    Append, AppendError, Appended, EventId, ExpectedRevision, Item, JournalOptions, NewEvent,
-    OpenError, Position, Revision, Store, StreamId,
+    Append, AppendError, Appended, EventId, ExpectedRevision, Incarnation, Ingest, Item, JournalId,
+    JournalOptions, NewEvent, OpenError, Position, Revision, Store, StreamId,
 };
 
 fn small() -> JournalOptions {
@@ -219,6 +225,36 @@ fn too_large_and_invalid_appends_write_nothing() {
     assert!(matches!(append(vec![event("a").tag("")]), Err(AppendError::Invalid(_))));
     assert_eq!(store.journal().end().position, Position::START);
     append(vec![event("fine")]).unwrap();
+}
+
+#[test]
+fn a_mirror_reserves_no_more_than_its_bound_on_an_origins_word_also_when_it_is_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let fs: Arc<dyn Fs> = Arc::new(OsFs);
+    let journal = JournalId::from_bytes([1; 16]);
+    let mut mirror = Ingest::create(&fs, dir.path(), journal, &small()).unwrap();
+    let header = SegmentHeader {
+        flags: Flags::default(),
+        group_alignment: 64,
+        journal,
+        number: 0,
+        epoch: 1,
+        incarnation: Incarnation::new(1),
+        base_position: Position::START,
+        base_offset: 0,
+        durable_offset: 0,
+        salt: 1,
+        created_at_us: 0,
+        capacity_bytes: 200 << 20,
+        previous_chain: genesis(journal),
+    };
+    mirror.segment(&header.to_page().bytes()).unwrap();
+    drop(mirror);
+    let path = dir.path().join("0000000000000000.seg");
+    let reserved = || std::fs::metadata(&path).unwrap().len();
+    assert_eq!(reserved(), 64 << 20);
+    drop(Ingest::open(&fs, dir.path(), &small()).unwrap().unwrap());
+    assert_eq!(reserved(), 64 << 20);
 }
 
 #[test]

@@ -14,8 +14,12 @@ mod cli;
 #[cfg(feature = "test-kit")]
 mod crash;
 mod dump;
+#[cfg(all(feature = "test-kit", feature = "shipping"))]
+mod fuzz_corpus;
 mod golden;
 mod journal;
+#[cfg(all(feature = "views", feature = "shipping"))]
+mod processes;
 #[cfg(feature = "test-kit")]
 mod races;
 #[cfg(feature = "test-kit")]

@@ -238,7 +238,11 @@ fn reading_beside_a_live_writer_never_reports_damage() {
         assert_eq!(corruption, None, "step {step}");
         assert!(journal.end().position >= durable.position, "step {step}");
         assert!(journal.end().position <= store.journal().end().position, "step {step}");
-        let read = journal.read_all(Position::START).unwrap().map(|event| event.unwrap()).count();
+        let read = journal
+            .read_all(Position::START)
+            .unwrap()
+            .inspect(|event| assert!(event.is_ok()))
+            .count();
         assert_eq!(read as u64, journal.end().position.get());
         if step > 17 && count.load(Ordering::SeqCst) <= step {
             break;
@@ -271,7 +275,7 @@ fn opening_keeps_few_files_open_however_many_segments_there_are() {
             }
         }
         let journal = Journal::open_read_only(&fs, &Path::new(DIR).join("journal")).unwrap().0;
-        assert!(handles.most.load(Ordering::SeqCst) < 10, "{:?}", handles);
+        assert!(handles.most.load(Ordering::SeqCst) < 10, "{handles:?}");
         drop(journal);
     }
 }

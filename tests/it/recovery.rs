@@ -359,7 +359,7 @@ fn row_lost_tail_refuses_whatever_follows() {
         ("nothing behind the header", &|fs| {
             change(fs, &segment(number), |file| {
                 file.truncate(HEADER_PAGE_BYTES);
-            })
+            });
         }),
     ];
     for (what, damage) in cases {

@@ -127,7 +127,7 @@ fn halted(mirror: &Mirror) -> ShippingError {
     }
 }
 
-fn copy_dir(from: &Path, to: &Path) {
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -140,12 +140,12 @@ fn copy_dir(from: &Path, to: &Path) {
     }
 }
 
-fn replace_dir(dir: &Path, by: &Path) {
+pub(crate) fn replace_dir(dir: &Path, by: &Path) {
     fs::remove_dir_all(dir).unwrap();
     copy_dir(by, dir);
 }
 
-fn flip_bit(path: &Path, at: u64) {
+pub(crate) fn flip_bit(path: &Path, at: u64) {
     let mut bytes = fs::read(path).unwrap();
     bytes[at as usize] ^= 1;
     fs::write(path, bytes).unwrap();

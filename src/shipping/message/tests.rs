@@ -246,6 +246,19 @@ fn control_characters_never_reach_a_terminal() {
 }
 
 #[test]
+fn the_largest_batch_with_its_groups_padding_is_not_too_long() {
+    let claimed = |len: u32| {
+        let mut header = [0; 64];
+        header[60..].copy_from_slice(&len.to_le_bytes());
+        claimed_batch_len(&header)
+    };
+    let largest = PADDED_BYTES_LIMIT;
+    assert_eq!(claimed(largest), Some(largest as usize));
+    assert_eq!(claimed(largest + 1), None);
+    assert_eq!(claimed(127), None);
+}
+
+#[test]
 fn version_ranges_meet_at_their_highest_common_version() {
     let range = |min, max| VersionRange { min, max };
     assert_eq!(range(1, 1).common(range(1, 2)), Some(1));

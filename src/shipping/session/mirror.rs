@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, Violation};
-use crate::format::batch::BATCH_BYTES_LIMIT;
+use crate::format::batch::PADDED_BYTES_LIMIT;
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::position::{Checkpoint, NodeId, Position};
@@ -340,7 +340,7 @@ impl MirrorSession {
     fn check_window(&self) -> Result<(), Violation> {
         let window_bytes = self.config.window_bytes;
         let acked = self.durable.map_or(0, |durable| durable.offset);
-        let limit = u64::from(window_bytes) + u64::from(BATCH_BYTES_LIMIT);
+        let limit = u64::from(window_bytes) + u64::from(PADDED_BYTES_LIMIT);
         if self.next_offset.saturating_sub(acked) > limit {
             return Err(Violation::Window { window_bytes });
         }

@@ -1,0 +1,313 @@
+//! What the fuzzers begin with, and what they have found, through the code that they call; see `fuzz/`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use headwater::format::batch::BATCH_HEADER_BYTES;
+use headwater::format::files::Witness;
+use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
+use headwater::fs::sim::SimFs;
+use headwater::fuzzing::{DATA, MIRROR, SEAL, TARGETS};
+use headwater::shipping::message::{
+    Ack, Common, Data, Diverged, Divergence, ErrorCode, Failure, GoAway, Heartbeat, Hello, Message,
+    OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
+};
+use headwater::{
+    Append, Chain, Checkpoint, EventId, ExpectedRevision, Incarnation, JournalId, JournalOptions,
+    Locator, NewEvent, NodeId, Position, Store, StreamId,
+};
+
+fn fuzz_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz")
+}
+
+/// Inputs by target and name.
+type Seeds = BTreeMap<(&'static str, &'static str), Vec<u8>>;
+
+fn with_switches(switches: u8, bytes: &[u8]) -> Vec<u8> {
+    [&[switches], bytes].concat()
+}
+
+// ------------------------------------------------------------------------------------ made by the encoders
+
+fn id(number: u8) -> EventId {
+    EventId::from_bytes([number; 16])
+}
+
+/// A plain event, one with everything, one that is empty.
+fn events() -> Vec<NewEvent> {
+    let plain = NewEvent::json("order.placed", &serde_json::json!({ "total_cents": 1250 }));
+    let full = NewEvent::raw("order.paid", vec![0xA5; 100]).unwrap();
+    let causation = Locator { journal: JournalId::from_bytes([7; 16]), position: Position::new(9) };
+    let full = full.tag("vip").tag("eu").subject("customer-7").correlation(id(90));
+    let full =
+        full.causation(causation).occurred_at_us(-1).metadata("trace", "4f").schema_version(3);
+    let empty = NewEvent::raw("x", Vec::new()).unwrap();
+    vec![plain.unwrap().id(id(1)), full.id(id(2)), empty.id(id(3))]
+}
+
+/// Segment 0 of a journal of a few batches, as it lies on the disk while the journal is open.
+fn segment() -> Vec<u8> {
+    headwater::env::seed(Some(1));
+    let disk = SimFs::new(1);
+    let options = JournalOptions {
+        segment_bytes_first: 8 * 1024,
+        segment_bytes_max: 8 * 1024,
+        batch_bytes_max: 1024,
+        group_bytes_max: 1024,
+        background_mark_sync: false,
+        ..JournalOptions::default()
+    };
+    let store = Store::builder("/s").create_if_missing().journal_options(options);
+    let store = store.fs(Arc::new(disk.clone())).open().unwrap();
+    let (a, b) = (StreamId::new("order-7").unwrap(), StreamId::new("é").unwrap());
+    let mut events = events();
+    let later = NewEvent::raw("x", b"later".to_vec()).unwrap().id(id(4));
+    let rest = events.split_off(1);
+    let first = Append::to(&a, ExpectedRevision::NoStream, events);
+    store.append(&first.and_to(&b, ExpectedRevision::NoStream, rest)).unwrap();
+    store.append(&Append::to(&a, ExpectedRevision::Any, [later])).unwrap();
+    let bytes = disk.raw(Path::new("/s/journal/0000000000000000.seg")).unwrap();
+    headwater::env::seed(None);
+    bytes
+}
+
+/// The salt, and the place of each batch in the segment's file.
+fn batches(segment: &[u8]) -> (u64, Vec<std::ops::Range<usize>>) {
+    let page = segment.first_chunk::<HEADER_PAGE_BYTES>().unwrap();
+    let PageState::Valid { page, .. } = SegmentPage::read(page) else { panic!("no header") };
+    let mut places = Vec::new();
+    let mut at = HEADER_PAGE_BYTES;
+    while segment[at] != 0 {
+        let len = u32::from_le_bytes(*segment[at + 60..].first_chunk().unwrap()) as usize;
+        places.push(at..at + len);
+        at += len;
+    }
+    (page.header.salt, places)
+}
+
+fn batch_seeds(seeds: &mut Seeds) {
+    let segment = segment();
+    let (salt, places) = batches(&segment);
+    for (name, place) in ["several-streams", "one-event"].into_iter().zip(places) {
+        let input = [&salt.to_le_bytes(), &segment[place]].concat();
+        seeds.insert(("decode_batch", name), with_switches(0, &input));
+        let mut unsealed = with_switches(SEAL, &input);
+        unsealed[9 + 12..9 + 16].fill(0);
+        let name = if name == "one-event" { "one-event-sealed" } else { "several-streams-sealed" };
+        seeds.insert(("decode_batch", name), unsealed);
+    }
+}
+
+fn segment_seeds(seeds: &mut Seeds) {
+    let segment = segment();
+    let (_, places) = batches(&segment);
+    let end = places.last().unwrap().end;
+    let mut put = |name, switches, bytes: &[u8]| {
+        seeds.insert(("recover_segment", name), with_switches(switches, bytes));
+    };
+    put("cut-at-its-end", 0, &segment[..end]);
+    put("with-room", 0, &segment);
+    put("mirror", MIRROR, &segment[..end]);
+    put("torn-body", 0, &segment[..end - BATCH_HEADER_BYTES / 2]);
+    put("torn-header", 0, &segment[..places[1].start + 50]);
+    put("header-only", 0, &segment[..HEADER_PAGE_BYTES]);
+    let mut damaged = segment[..end].to_vec();
+    damaged[places[0].start + 200] ^= 1;
+    put("damaged-in-front-of-a-batch", 0, &damaged);
+    put("damaged-sealed", SEAL, &damaged);
+    put("mirror-sealed", SEAL | MIRROR, &damaged);
+    // Reading such a stream never ended.
+    let revision = places[1].start + BATCH_HEADER_BYTES + 32;
+    let mut gap = segment[..end].to_vec();
+    gap[revision..revision + 8].copy_from_slice(&5_u64.to_le_bytes());
+    put("found-gap-in-revisions", SEAL, &gap);
+    put("found-gap-in-revisions-of-a-mirror", SEAL | MIRROR, &gap);
+    let revision = places[0].start + BATCH_HEADER_BYTES + 32;
+    for (name, last) in [("found-last-revision", u64::MAX), ("found-last-but-one", u64::MAX - 1)] {
+        let mut huge = segment[..end].to_vec();
+        huge[revision..revision + 8].copy_from_slice(&last.to_le_bytes());
+        put(name, SEAL, &huge);
+    }
+    let mut one_copy = segment[..end].to_vec();
+    one_copy[20] ^= 1;
+    put("one-copy-of-the-header", 0, &one_copy);
+}
+
+fn checkpoint(position: u64) -> Checkpoint {
+    Checkpoint {
+        journal: JournalId::from_bytes([1; 16]),
+        epoch: 2,
+        incarnation: Incarnation::new(3),
+        offset: 64 * position,
+        position: Position::new(position),
+        chain: Chain::from_bytes([4; 16]),
+    }
+}
+
+fn message_seeds(seeds: &mut Seeds) {
+    let segment = segment();
+    let (_, places) = batches(&segment);
+    let node = NodeId::from_bytes([5; 16]);
+    let chain = Chain::from_bytes([4; 16]);
+    let witness = Witness { offset: 640, position: Position::new(10), chain };
+    let page = segment.first_chunk::<HEADER_PAGE_BYTES>().unwrap();
+    let bytes = &segment[places[0].start..places[1].end];
+    let origin_end = OriginEnd { offset: bytes.len() as u64, position: Position::new(4) };
+    let agent = "headwater/0.1.0".to_owned();
+    let failure = Failure::new(ErrorCode::CORRUPT, "damaged");
+    let messages = [
+        (
+            "hello",
+            Message::Hello(Hello {
+                versions: PROTOCOL_VERSIONS,
+                features: 0,
+                max_frame: 1 << 20,
+                node: Some(node),
+                nonce: [6; 16],
+                agent,
+            }),
+        ),
+        (
+            "welcome",
+            Message::Welcome(Welcome {
+                version: 1,
+                heartbeat_ms: 1000,
+                max_frame: 1 << 20,
+                features: 0,
+                node,
+                session: [8; 16],
+                nonce: [6; 16],
+                now_us: 1,
+            }),
+        ),
+        (
+            "subscribe",
+            Message::Subscribe(Subscribe {
+                from: Some(checkpoint(9)),
+                witness: Some(witness),
+                window_bytes: 1 << 20,
+            }),
+        ),
+        (
+            "subscribe-to-all",
+            Message::Subscribe(Subscribe { from: None, witness: None, window_bytes: 1 }),
+        ),
+        (
+            "subscribed",
+            Message::Subscribed(Subscribed {
+                end: checkpoint(20),
+                first_position: Position::START,
+                path: vec![node, NodeId::from_bytes([9; 16])],
+            }),
+        ),
+        (
+            "diverged",
+            Message::Diverged(Diverged {
+                divergence: Divergence::Fork,
+                at_witness: true,
+                common: Some(Common { position: Position::new(3), chain }),
+                end: checkpoint(20),
+            }),
+        ),
+        ("segment", Message::Segment(page)),
+        ("data", Message::Data(Data { offset: 0, origin_end, continued: false, bytes })),
+        ("heartbeat", Message::Heartbeat(Heartbeat { end: checkpoint(20), now_us: 7 })),
+        ("ack", Message::Ack(Ack { mirrored: checkpoint(20), applied: Some(Position::new(19)) })),
+        ("error", Message::Error(Failure { position: Some(Position::new(3)), ..failure })),
+        ("goaway", Message::GoAway(GoAway { reconnect_after_ms: 1000 })),
+    ];
+    let mut all = Vec::new();
+    for (name, message) in &messages {
+        let mut frame = Vec::new();
+        message.encode(&mut frame);
+        all.extend_from_slice(&frame);
+        seeds.insert(("decode_message", name), with_switches(SEAL | DATA, &frame));
+    }
+    seeds.insert(("decode_message", "all"), with_switches(DATA, &all));
+    seeds.insert(("decode_message", "all-without-data"), with_switches(0, &all));
+}
+
+fn seeds() -> Seeds {
+    let mut seeds = Seeds::new();
+    batch_seeds(&mut seeds);
+    message_seeds(&mut seeds);
+    segment_seeds(&mut seeds);
+    seeds
+}
+
+#[test]
+fn the_seeds_are_what_the_encoders_make() {
+    for ((target, name), bytes) in seeds() {
+        let path = fuzz_dir().join("seeds").join(target).join(name);
+        if std::env::var_os("HEADWATER_WRITE_SEEDS").is_some() {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, &bytes).unwrap();
+        }
+        let stored = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(stored == bytes, "{}: written by other code; see fuzz/README.md", path.display());
+    }
+}
+
+// --------------------------------------------------------------------------------------------- the corpus
+
+fn inputs_in(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths.into_iter().map(|path| (path.clone(), fs::read(&path).unwrap())).collect()
+}
+
+#[test]
+fn no_seed_and_nothing_that_fuzzers_have_found_breaks_a_promise() {
+    for (target, run) in TARGETS {
+        let mut count = 0;
+        for folder in ["seeds", "corpus", "artifacts"] {
+            for (path, input) in inputs_in(&fuzz_dir().join(folder).join(target)) {
+                println!("{}", path.display());
+                run(&input);
+                count += 1;
+            }
+        }
+        assert!(count > 3, "{target}: no seeds");
+        println!("{target}: {count} inputs");
+    }
+}
+
+#[test]
+fn seeds_with_single_bytes_changed_break_no_promise() {
+    let targets: BTreeMap<_, _> = TARGETS.iter().copied().collect();
+    for ((target, name), bytes) in seeds() {
+        let mut rng = fastrand::Rng::with_seed(bytes.len() as u64);
+        for _ in 0..60 {
+            let mut input = bytes.clone();
+            // Where headers and records are, most of the time.
+            let at = match rng.u8(..3) {
+                0 => rng.usize(1..input.len()),
+                1 => rng.usize(1..input.len().min(160)),
+                _ if input.len() > 4300 => rng.usize(4097..4300),
+                _ => rng.usize(1..input.len()),
+            };
+            input[at] = if rng.bool() { rng.u8(..) } else { input[at] ^ (1 << rng.u8(..8)) };
+            input[0] |= if rng.bool() { SEAL } else { 0 };
+            println!("{target}/{name}: byte {at} is {}, switches {}", input[at], input[0]);
+            targets[target](&input);
+        }
+    }
+}
+
+#[test]
+fn the_targets_reach_behind_the_checksums() {
+    // A seed whose payload is changed is refused as it is, and accepted once it is sealed: otherwise the
+    // fuzzers would only ever test checksums.
+    let segment = segment();
+    let (salt, places) = batches(&segment);
+    let mut batch = segment[places[0].clone()].to_vec();
+    let last = batch.iter().rposition(|&byte| byte == 0xA5).unwrap();
+    batch[last] ^= 1;
+    assert!(headwater::format::batch::BatchRef::decode(&batch, salt).is_err());
+    headwater::fuzzing::seal(&mut batch, salt);
+    assert!(headwater::format::batch::BatchRef::decode(&batch, salt).is_ok());
+}
