@@ -228,9 +228,13 @@ impl<V: View> Chunk<V> {
         Ok(stored.into_iter().map(RowState::stored).collect())
     }
 
+    /// What is to be written, in the order of the keys: the memtable takes that fastest.
     fn writes(&self, rows: Vec<RowState<V::Row>>) -> Result<Writes, FoldFailure> {
+        let mut changed: Vec<(&Slot<V::Key>, RowState<V::Row>)> =
+            self.slots.iter().zip(rows).filter(|(_, row)| row.changed_by.is_some()).collect();
+        changed.sort_unstable_by(|(a, _), (b, _)| a.row_key.cmp(&b.row_key));
         let mut writes = Writes::new();
-        for (slot, state) in self.slots.iter().zip(rows) {
+        for (slot, state) in changed {
             match (state.changed_by, state.row) {
                 (Some(route), Some(row)) => {
                     let encoded = guard(|| Bincode::encode(&row))
