@@ -448,12 +448,6 @@ impl AppendError {
         }
     }
 
-    /// Whether it is this view that remembers what the journal has lost.
-    #[cfg(feature = "views")]
-    pub(crate) fn is_remembered_by(&self, name: &str) -> bool {
-        matches!(self, Self::LostTail { view, .. } if *view == name)
-    }
-
     /// Whether the events were certainly not written.
     #[must_use]
     pub const fn is_certainly_not_written(&self) -> bool {

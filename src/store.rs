@@ -57,9 +57,10 @@ struct Inner {
     #[cfg(feature = "shipping")]
     fs: Arc<dyn Fs>,
     appender: Appender,
-    /// A view remembers events that the journal has lost: nothing is appended until that is settled.
+    /// Views, by name, that remember events which the journal has lost: nothing is appended until that is
+    /// settled for all of them.
     #[cfg(feature = "views")]
-    lost_tail: parking_lot::RwLock<Option<AppendError>>,
+    lost_tail: parking_lot::RwLock<std::collections::BTreeMap<&'static str, AppendError>>,
 }
 
 /// How to open a store; see [`Store::builder`].
@@ -124,7 +125,7 @@ impl Store {
     /// [`AppendError`]; every one but [`AppendError::Unknown`] means that nothing was written.
     pub fn append(&self, append: &Append) -> Result<Appended, AppendError> {
         #[cfg(feature = "views")]
-        if let Some(error) = &*self.inner.lost_tail.read() {
+        if let Some(error) = self.inner.lost_tail.read().values().next() {
             return Err(error.clone());
         }
         self.inner.appender.append(append)
@@ -188,16 +189,14 @@ impl Store {
     ) -> Result<ViewHandle<V>, ViewError> {
         let opened =
             crate::view::open(&self.inner.dir.join(VIEWS), self.journal().clone(), view, options);
-        let mut lost_tail = self.inner.lost_tail.write();
         match &opened {
             Err(ViewError::LostTail { checkpoint, end, .. }) => {
                 let (view, applied, end) = (V::NAME, checkpoint.position, *end);
-                *lost_tail = Some(AppendError::LostTail { view, applied, end });
+                let error = AppendError::LostTail { view, applied, end };
+                self.inner.lost_tail.write().insert(view, error);
             }
-            Ok(_) if lost_tail.as_ref().is_some_and(|lost| lost.is_remembered_by(V::NAME)) => {
-                *lost_tail = None;
-            }
-            _ => {}
+            Ok(_) => drop(self.inner.lost_tail.write().remove(V::NAME)),
+            Err(_) => {}
         }
         opened
     }
@@ -361,7 +360,7 @@ impl StoreBuilder {
                 fs,
                 appender,
                 #[cfg(feature = "views")]
-                lost_tail: parking_lot::RwLock::new(None),
+                lost_tail: parking_lot::RwLock::default(),
             }),
         })
     }
