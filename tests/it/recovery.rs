@@ -213,7 +213,7 @@ fn read_only(fs: &SimFs) -> (Journal, Option<Corruption>) {
 // -------------------------------------------------------------------------------------------- part A
 
 #[test]
-fn row_lost_journal_origin_refuses() {
+fn row_a1_nothing_left_origin_refuses() {
     let fs = closed_with(25);
     for (path, _) in segments(&fs) {
         assert!(fs.remove_raw(&path));
@@ -232,7 +232,7 @@ fn row_lost_journal_origin_refuses() {
 }
 
 #[test]
-fn row_read_error_refuses_and_changes_nothing() {
+fn row_a2_unreadable_refuses_and_changes_nothing() {
     let fs = closed_with(25);
     let before = segments(&fs);
     fs.set_fault_rates(FaultRates { read_eio: 1000, ..FaultRates::default() });
@@ -263,7 +263,7 @@ fn row_read_error_refuses_and_changes_nothing() {
 }
 
 #[test]
-fn row_unsupported_refuses() {
+fn row_a3_unsupported_refuses() {
     let fs = closed_with(25);
     let end = open(&fs).unwrap().journal().end();
     fs.kill();
@@ -303,7 +303,7 @@ fn row_unsupported_refuses() {
 }
 
 #[test]
-fn row_corruption_below_proven_refuses_and_reads_below_x_work() {
+fn row_a6_lost_refuses_and_reads_below_x_work() {
     let fs = closed_with(25);
     let (number, _) = active_end(&fs);
     let starts = batch_starts(&fs, &segment(number));
@@ -331,7 +331,7 @@ fn row_corruption_below_proven_refuses_and_reads_below_x_work() {
 }
 
 #[test]
-fn row_corruption_in_a_sealed_segment_is_found_by_readers_and_what_is_in_front_is_readable() {
+fn damage_in_a_sealed_segment_is_found_by_readers_and_what_is_in_front_is_readable() {
     let fs = closed_with(25);
     for path in [sidecar(0), sidecar(1)] {
         assert!(fs.remove_raw(&path)); // a copy may lack them
@@ -348,7 +348,7 @@ fn row_corruption_in_a_sealed_segment_is_found_by_readers_and_what_is_in_front_i
 }
 
 #[test]
-fn row_lost_tail_refuses_whatever_follows() {
+fn row_a6_lost_refuses_whatever_follows() {
     let fs = closed_with(25);
     let (number, end) = active_end(&fs);
     let last = *batch_starts(&fs, &segment(number)).last().unwrap();
@@ -379,7 +379,7 @@ fn row_lost_tail_refuses_whatever_follows() {
 }
 
 #[test]
-fn row_lost_tail_without_a_mark_is_known_from_the_headers() {
+fn row_a6_lost_is_known_from_the_headers_without_a_mark() {
     let fs = closed_with(25);
     assert!(fs.remove_raw(&Path::new(JOURNAL).join("mark")));
     let (number, _) = active_end(&fs);
@@ -390,7 +390,7 @@ fn row_lost_tail_without_a_mark_is_known_from_the_headers() {
 }
 
 #[test]
-fn row_history_replaced_refuses() {
+fn row_a4_replaced_refuses() {
     let fs = SimFs::new(1);
     let store = open(&fs).unwrap();
     append(&store, 0, 12, "a");
@@ -425,7 +425,7 @@ fn row_history_replaced_refuses() {
 // -------------------------------------------------------------------------------------------- part B
 
 #[test]
-fn step_1_later_segments_are_quarantined_last_first() {
+fn step_b1_quarantine_takes_later_segments_last_first() {
     let fs = closed_with(25);
     let (number, _) = active_end(&fs);
     let later: Vec<PathBuf> = (1..4).map(|more| segment(number + more)).collect();
@@ -462,7 +462,7 @@ fn torn() -> (SimFs, PathBuf, usize, Vec<u8>) {
 }
 
 #[test]
-fn step_2_torn_tail_is_copied_aside_then_zeroed() {
+fn step_b2_torn_tail_is_copied_aside_then_zeroed() {
     let (fs, path, at, half) = torn();
     crash_at_every_operation(&fs, |fs, when| {
         assert_eq!(payloads(open(fs).unwrap().journal()), expected(25), "{when}");
@@ -477,7 +477,7 @@ fn step_2_torn_tail_is_copied_aside_then_zeroed() {
 }
 
 #[test]
-fn step_2_works_with_no_space_left() {
+fn step_b2_torn_tail_needs_no_space() {
     let (fs, path, at, half) = torn();
     fs.set_capacity(Some(0));
     let store = open(&fs).unwrap();
@@ -488,7 +488,7 @@ fn step_2_works_with_no_space_left() {
 }
 
 #[test]
-fn step_3_lost_cut_is_repeated() {
+fn step_b3_cut_that_was_lost_is_repeated() {
     let fs = closed_with(25);
     let before = segments(&fs);
     for number in [0, 1] {
@@ -503,7 +503,7 @@ fn step_3_lost_cut_is_repeated() {
 }
 
 #[test]
-fn step_3_bytes_behind_a_sealed_end_are_corruption() {
+fn row_a5_stray_bytes_behind_a_sealed_end_are_corruption() {
     for number in [0, 1] {
         let fs = closed_with(25);
         let end = fs.raw(&segment(number)).unwrap().len() as u64;
@@ -517,7 +517,7 @@ fn step_3_bytes_behind_a_sealed_end_are_corruption() {
 }
 
 #[test]
-fn step_4_unproven_batches_and_headers_are_written_again() {
+fn step_b4_rewrite_of_unproven_batches_and_headers() {
     let mut shown_unproven = 0;
     for events in 1..14 {
         for seed in 0..12 {
@@ -565,7 +565,7 @@ fn crash_now_and_then(fs: &SimFs, events: usize, seed: u64) {
 }
 
 #[test]
-fn step_4_damaged_header_copy_is_remade() {
+fn step_b4_rewrite_remakes_a_damaged_header_copy() {
     let fs = closed_with(25);
     let before = segments(&fs);
     for number in 0..before.len() as u64 {
@@ -589,7 +589,7 @@ fn step_4_damaged_header_copy_is_remade() {
 }
 
 #[test]
-fn step_5_stale_sidecars_are_removed_and_rebuilt() {
+fn step_b5_settle_removes_stale_sidecars() {
     let fs = closed_with(25);
     let sidecars = named(&fs, JOURNAL, "idx");
     assert_eq!(sidecars.len(), 2);
@@ -611,7 +611,7 @@ fn step_5_stale_sidecars_are_removed_and_rebuilt() {
 }
 
 #[test]
-fn step_5_spares_are_removed_and_lost_headers_are_not_spares() {
+fn step_b5_settle_removes_spares_but_no_lost_headers() {
     let fs = closed_with(25);
     let (active, _) = active_end(&fs);
     fs.write_raw(&segment(active + 1), &[0; 7 * 1024]);
@@ -628,7 +628,7 @@ fn step_5_spares_are_removed_and_lost_headers_are_not_spares() {
 }
 
 #[test]
-fn clean_reopen_changes_no_byte() {
+fn step_b6_publish_after_a_clean_reopen_changed_no_byte() {
     let fs = closed_with(25);
     let before = segments(&fs);
     for _ in 0..3 {
@@ -691,7 +691,7 @@ fn assert_equal_files(origin: &SimFs, mirror: &SimFs, when: &str) {
 }
 
 #[test]
-fn row_lost_journal_mirror_refetches_from_0() {
+fn row_a1_nothing_left_mirror_refetches_from_0() {
     let (fs, store, mirror) = mirrored();
     let end = store.journal().end();
     for (path, _) in named(&mirror, MIRROR, "seg") {
@@ -709,7 +709,7 @@ fn row_lost_journal_mirror_refetches_from_0() {
 }
 
 #[test]
-fn mirror_lost_tail_lowers_the_mark_keeps_a_witness_and_refetches() {
+fn step_b0_lower_keeps_a_witness_and_the_mirror_refetches() {
     let (fs, store, mirror) = mirrored();
     let end = store.journal().end();
     let active = named(&mirror, MIRROR, "seg").len() as u64 - 1;
