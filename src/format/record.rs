@@ -98,9 +98,6 @@ impl<'a> RecordRef<'a> {
         input.u64()?; // extension room
         let stream = input.text(usize::from(stream_len), "stream name")?;
         let event_type = input.text(usize::from(type_len), "event type")?;
-        if revision.next() == revision {
-            return Err(FormatError::Invalid("revision")); // nothing could follow it
-        }
         StreamId::check(stream).map_err(|_| FormatError::Invalid("stream name"))?;
         EventType::check(event_type).map_err(|_| FormatError::Invalid("event type"))?;
         let tags = texts(&mut input, usize::from(tag_count), "tag")?;

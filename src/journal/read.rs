@@ -32,7 +32,8 @@ pub struct Events {
 pub struct StreamEvents {
     journal: Journal,
     stream: StreamId,
-    next: Revision,
+    /// `None` behind the last revision that there can be.
+    next: Option<Revision>,
     /// Number of the segment to look into next.
     segment: u64,
     /// What was looked up in that segment.
@@ -94,7 +95,7 @@ impl Journal {
         Ok(StreamEvents {
             journal: self.clone(),
             stream: stream.clone(),
-            next: from,
+            next: Some(from),
             segment: self.first_segment_with(stream, from)?,
             postings: None,
             ready: VecDeque::new(),
@@ -228,19 +229,20 @@ impl Iterator for Events {
 
 impl StreamEvents {
     fn step(&mut self) -> Result<Option<Recorded>, ReadError> {
+        let Some(next) = self.next else { return Ok(None) };
         loop {
             while let Some(event) = self.ready.pop_front() {
-                if event.revision() == self.next {
-                    self.next = self.next.next();
+                if event.revision() == next {
+                    self.next = Some(next.next()).filter(|behind| *behind > next);
                     return Ok(Some(event));
                 }
             }
-            let Some((segment, posting)) = self.next_posting()? else { return Ok(None) };
+            let Some((segment, posting)) = self.next_posting(next)? else { return Ok(None) };
             let mut events = self.journal.batch_events(&segment, &posting)?;
-            events.retain(|e| e.stream() == &self.stream && e.revision() >= self.next);
+            events.retain(|event| event.stream() == &self.stream && event.revision() >= next);
             // The index goes by count. A faulty or hostile writer may have left a gap; looking again would
             // find the same batch for ever.
-            if events.first().is_none_or(|event| event.revision() != self.next) {
+            if events.first().is_none_or(|event| event.revision() != next) {
                 return Err(self.misplaced(&segment, &posting));
             }
             // All of the batch's events of this stream come at once.
@@ -262,7 +264,10 @@ impl StreamEvents {
         })
     }
 
-    fn next_posting(&mut self) -> Result<Option<(Arc<Segment>, Posting)>, ReadError> {
+    fn next_posting(
+        &mut self,
+        next: Revision,
+    ) -> Result<Option<(Arc<Segment>, Posting)>, ReadError> {
         loop {
             if let Some((segment, postings)) = &mut self.postings
                 && let Some(posting) = postings.pop_front()
@@ -270,7 +275,7 @@ impl StreamEvents {
                 return Ok(Some((Arc::clone(segment), posting)));
             }
             let found =
-                self.journal.postings(self.segment, &self.stream, self.next, POSTINGS_AT_A_TIME)?;
+                self.journal.postings(self.segment, &self.stream, next, POSTINGS_AT_A_TIME)?;
             let Some((segment, found)) = found else { return Ok(None) };
             match found.is_empty() {
                 false => self.postings = Some((segment, found.into())),
