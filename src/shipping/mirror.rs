@@ -43,7 +43,8 @@ const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_secs(5);
 /// An origin can ask for no longer a wait than this.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
-/// A session that lasted this long was healthy: the next attempt after it comes soon.
+/// A session that lasted this long was healthy, as is one that was live or brought something: the next
+/// attempt after it comes soon.
 const HEALTHY_AFTER: Duration = Duration::from_secs(5);
 /// A mirror that lags by less syncs whenever nothing more has arrived.
 const LIVE_LAG_BYTES: u64 = 1 << 20;
@@ -537,7 +538,9 @@ impl Shared {
         let mut state = self.state.lock();
         state.socket = None;
         let was_live = matches!(state.phase, MirrorState::Live);
-        let healthy = was_live || started.elapsed() >= HEALTHY_AFTER;
+        let had = resume.map_or(Position::START, |resume| resume.end.position);
+        let progressed = state.mirrored.is_some_and(|mirrored| mirrored.position > had);
+        let healthy = was_live || progressed || started.elapsed() >= HEALTHY_AFTER;
         let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
         let error = match (written, end) {
             (Err(error), _) => error,
