@@ -48,6 +48,8 @@ pub(super) struct Shared {
 #[derive(Clone, Debug)]
 pub(super) struct State {
     pub(super) phase: Phase,
+    /// What is applied was found in the journal: before that, the rows may be of another history.
+    judged: bool,
     pub(super) applied: Progress,
     pub(super) durable: Checkpoint,
     stop_requested: bool,
@@ -79,6 +81,7 @@ pub(super) fn start<V: View>(
     let opened = open_live::<V>(&mut folder, &journal, &options)?;
     let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
     let state = State {
+        judged: matches!(opened.phase, Phase::Following),
         phase: opened.phase,
         applied: opened.progress,
         durable,
@@ -262,7 +265,10 @@ impl<V: View> Runner<V> {
             let end = self.shared.journal.wait_past(before, TICK);
             match compare(&self.shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
                 Comparison::Equal => {
-                    self.shared.change(|state| state.phase = Phase::Following);
+                    self.shared.change(|state| {
+                        state.phase = Phase::Following;
+                        state.judged = true;
+                    });
                     return Ok(true);
                 }
                 Comparison::Ahead if closed => return Ok(false),
@@ -394,10 +400,8 @@ impl Shared {
         loop {
             let reached = state.applied.checkpoint.position;
             match &state.phase {
-                // What an unjudged checkpoint has applied may be of another history.
-                Phase::AwaitingMirror => {}
-                _ if reached >= wanted => return Ok(()),
-                Phase::Following => {}
+                _ if state.judged && reached >= wanted => return Ok(()),
+                Phase::Following | Phase::AwaitingMirror => {}
                 Phase::Stopped(error) => return Err(WaitError::Stopped(error.clone())),
                 Phase::Closed => return Err(WaitError::Closed),
             }
