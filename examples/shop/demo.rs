@@ -104,7 +104,7 @@ pub(crate) fn run(dir: Option<PathBuf>) -> Result<()> {
     };
     let outcome = demo.play();
     demo.print_results();
-    if keep {
+    if keep || outcome.is_err() {
         println!("\nThe data is in {}.", dir.display());
     } else {
         std::fs::remove_dir_all(&dir)?;
@@ -125,6 +125,7 @@ impl Demo {
         let mut orders = self.start_orders(0)?;
         let mut customers = self.start_customers()?;
         let mut acknowledged = follow_until(&mut orders, all, all * 3 / 10)?;
+        customers_ready(&mut customers)?; // it has a mirror before its origin is killed
 
         self.say("SIGKILL to orders, while it writes");
         for line in orders.kill()? {
@@ -184,7 +185,6 @@ impl Demo {
 
     /// While the owner is down, the follower goes on answering.
     fn check_down(&mut self, customers: &mut Service, acknowledged: usize) -> Result<()> {
-        customers_ready(customers)?;
         let status = customers.ask("status")?;
         let row = customers.ask("get 3")?;
         let answered = word(&row, 0) == "row";
@@ -352,7 +352,7 @@ fn appended(line: &[String]) -> Option<usize> {
     }
 }
 
-/// The service's first line, if it hasn't been read yet.
+/// The service's first line.
 fn customers_ready(customers: &mut Service) -> Result<Vec<String>> {
     customers.line()
 }
