@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::error::{Divergent, ShippingError, WaitError};
 use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd};
@@ -184,7 +184,6 @@ struct Shared {
 struct State {
     phase: MirrorState,
     journal: Option<Journal>,
-    mirrored: Option<Checkpoint>,
     origin: Option<(OriginEnd, Instant)>,
     applied: Option<Position>,
     last_error: Option<ShippingError>,
@@ -193,6 +192,13 @@ struct State {
     resuming: bool,
     /// The connection's socket, to interrupt whoever reads from it.
     socket: Option<TcpStream>,
+}
+
+impl State {
+    /// The mirror's durable end: the journal's own, so it is never behind what a view shows already.
+    fn mirrored(&self) -> Option<Checkpoint> {
+        self.journal.as_ref().map(Journal::end)
+    }
 }
 
 /// Follows the journal that is served at `address` into a mirror in `dir`.
@@ -223,7 +229,6 @@ pub fn follow(
         options,
         state: Mutex::new(State {
             phase: MirrorState::Connecting,
-            mirrored: journal.as_ref().map(Journal::end),
             journal,
             origin: None,
             applied: None,
@@ -293,7 +298,7 @@ impl Mirror {
         let called = Instant::now();
         self.shared.wait_for(timeout, |state| {
             let (end, _) = state.origin.filter(|(_, told)| *told >= called)?;
-            state.mirrored.filter(|mirrored| mirrored.offset >= end.offset)
+            state.mirrored().filter(|mirrored| mirrored.offset >= end.offset)
         })
     }
 
@@ -306,14 +311,14 @@ impl Mirror {
         timeout: Duration,
         condition: impl Fn(&MirrorStatus) -> bool,
     ) -> Result<MirrorStatus, WaitError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now().checked_add(timeout);
         let mut state = self.shared.state.lock();
         loop {
             let status = self.shared.status(&state);
             if condition(&status) {
                 return Ok(status);
             }
-            if self.shared.changed.wait_until(&mut state, deadline).timed_out() {
+            if self.shared.is_too_late(&mut state, deadline) {
                 return Err(WaitError::Timeout { last_error: state.last_error.clone() });
             }
         }
@@ -505,7 +510,6 @@ impl Shared {
         if let Some(ingest) = ingest {
             let mut state = self.state.lock();
             state.journal = Some(ingest.journal().clone());
-            state.mirrored = Some(ingest.journal().end());
             self.changed.notify_all();
         }
     }
@@ -539,7 +543,7 @@ impl Shared {
         state.socket = None;
         let was_live = matches!(state.phase, MirrorState::Live);
         let had = resume.map_or(Position::START, |resume| resume.end.position);
-        let progressed = state.mirrored.is_some_and(|mirrored| mirrored.position > had);
+        let progressed = state.mirrored().is_some_and(|mirrored| mirrored.position > had);
         let healthy = was_live || progressed || started.elapsed() >= HEALTHY_AFTER;
         let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
         let error = match (written, end) {
@@ -573,17 +577,15 @@ impl Shared {
         self.judge_phase(&mut state);
     }
 
-    /// The mirror is durable up to here.
-    fn mirrored_to(&self, end: Checkpoint) {
-        let mut state = self.state.lock();
-        state.mirrored = Some(end);
-        self.judge_phase(&mut state);
+    /// The mirror's durable end has moved.
+    fn mirror_moved(&self) {
+        self.judge_phase(&mut self.state.lock());
     }
 
     /// Live once it has reached the origin's end; catching up again when it lags by more than the window.
     fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
-        let Some(((end, _), mirrored)) = state.origin.zip(state.mirrored) else { return };
+        let Some(((end, _), mirrored)) = state.origin.zip(state.mirrored()) else { return };
         let lag_bytes = end.offset.saturating_sub(mirrored.offset);
         match state.phase {
             MirrorState::CatchingUp if lag_bytes == 0 => state.phase = MirrorState::Live,
@@ -601,7 +603,7 @@ impl Shared {
         MirrorStatus {
             address: self.address.clone(),
             state: state.phase.clone(),
-            mirrored: state.mirrored,
+            mirrored: state.mirrored(),
             origin_end: state.origin.map(|(end, _)| end),
             origin_heard: heard,
             last_error: state.last_error.clone(),
@@ -616,7 +618,7 @@ impl Shared {
         timeout: Duration,
         look: impl Fn(&State) -> Option<T>,
     ) -> Result<T, WaitError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now().checked_add(timeout);
         let mut state = self.state.lock();
         loop {
             if let Some(found) = look(&state) {
@@ -627,8 +629,20 @@ impl Shared {
                 MirrorState::Stopped => return Err(WaitError::Stopped),
                 _ => {}
             }
-            if self.changed.wait_until(&mut state, deadline).timed_out() {
+            if self.is_too_late(&mut state, deadline) {
                 return Err(WaitError::Timeout { last_error: state.last_error.clone() });
+            }
+        }
+    }
+
+    /// Waits for a change; true if `deadline` has passed instead. Without one (a timeout beyond what the
+    /// clock can tell) it is never too late.
+    fn is_too_late(&self, state: &mut MutexGuard<'_, State>, deadline: Option<Instant>) -> bool {
+        match deadline {
+            Some(deadline) => self.changed.wait_until(state, deadline).timed_out(),
+            None => {
+                self.changed.wait(state);
+                false
             }
         }
     }
@@ -678,11 +692,12 @@ impl Connection<'_> {
             session.on_time(now);
             let (ended, origin_end) = (session.end().is_some(), session.origin_end());
             drop(session);
-            let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
+            // The end goes first: a mirror isn't live because it has reached that of an earlier session.
             if told != origin_end {
                 told = origin_end;
                 self.shared.origin_ends_at(origin_end);
             }
+            let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
             if ended || !writing {
                 break;
             }
@@ -708,7 +723,7 @@ impl Connection<'_> {
     }
 
     fn became_durable(&self, end: Checkpoint) {
-        self.shared.mirrored_to(end);
+        self.shared.mirror_moved();
         self.session.lock().on_durable(end);
         self.flush();
     }

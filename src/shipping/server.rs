@@ -375,7 +375,9 @@ impl Connection {
                     if stream.write_all(&out).is_err() {
                         return self.session.lock().on_closed();
                     }
-                    out.shrink_to(2 * shared.options.frame_bytes);
+                    // A large batch's buffer isn't kept while there is nothing to say.
+                    out.clear();
+                    out.shrink_to(shared.options.frame_bytes.saturating_mul(2));
                 }
                 Next::Wait { past: Some(position), until } => {
                     drop(session);
