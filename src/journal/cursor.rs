@@ -30,9 +30,16 @@ pub struct CursorBatch<'a> {
     /// The segment's number.
     pub segment: u64,
     journal: JournalId,
+    base_offset: u64,
 }
 
 impl CursorBatch<'_> {
+    /// Where the batch lies in its segment's file.
+    #[must_use]
+    pub fn file_offset(&self) -> u64 {
+        file_offset(self.base_offset, self.batch.header.offset)
+    }
+
     /// The checkpoint at the end of this batch.
     #[must_use]
     pub fn end(&self) -> Checkpoint {
@@ -123,6 +130,7 @@ impl Cursor {
             page: first.then_some(&segment.page),
             segment: segment.number(),
             journal: segment.page.header.journal,
+            base_offset: base,
         }))
     }
 

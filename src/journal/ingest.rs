@@ -188,7 +188,8 @@ impl Ingest {
         entered.map_err(|failure| self.fail(failure))
     }
 
-    /// Takes in exactly one whole batch. It is written, and durable after the next [`sync`](Self::sync).
+    /// Takes in exactly one whole batch. It is written, and durable after the next [`sync`](Self::sync) at
+    /// the latest.
     /// Returns the checkpoint at its end.
     ///
     /// # Errors
@@ -217,6 +218,9 @@ impl Ingest {
         }
         let end = checkpoint_of(&batch.header, self.end.journal);
         self.check_witness(&end)?;
+        if self.unsynced.len() as u64 + bytes.len() as u64 > CATCH_UP_BYTES_MAX {
+            self.sync()?;
+        }
         let offset = batch.header.offset;
         self.writer.write(bytes, offset).map_err(|failure| self.fail(failure))?;
         self.unsynced.extend_from_slice(bytes);
@@ -295,7 +299,8 @@ impl Drop for Ingest {
     }
 }
 
-/// As much as a mirror may take in before it syncs: space for it is kept for the quarantine.
+/// A mirror takes in no more than this (or one batch that is larger) before it syncs by itself: space for
+/// as much is kept for the quarantine.
 const CATCH_UP_BYTES_MAX: u64 = 9 << 20;
 
 fn add_all(index: &mut SegmentIndex, bytes: &[u8], salt: u64) {

@@ -185,10 +185,11 @@ fn fill(
     let position = cursor.position();
     let dir = cursor.journal().dir().to_owned();
     let Some(batch) = cursor.next_batch()? else { return Ok(false) };
+    let at = batch.file_offset();
     decode(&batch.batch, journal, from, ready).map_err(|error| {
         ReadError::Corruption(Corruption {
             path: dir.join(format!("{:016x}.seg", batch.segment)),
-            file_offset: file_offset(0, 0),
+            file_offset: at,
             position,
             kind: CorruptionKind::Record(error),
         })

@@ -214,8 +214,9 @@ pub fn follow(
     fs: Arc<dyn Fs>,
     dir: &Path,
     address: impl Into<String>,
-    options: FollowOptions,
+    mut options: FollowOptions,
 ) -> Result<Mirror, ShippingError> {
+    options.deadlines = options.deadlines.bounded();
     let address = address.into();
     if let Ok(literal) = address.parse::<SocketAddr>() {
         check_plaintext(&[literal], &options)?;

@@ -157,8 +157,9 @@ struct Connection {
 pub fn serve(
     journal: Journal,
     address: impl ToSocketAddrs,
-    options: ServeOptions,
+    mut options: ServeOptions,
 ) -> Result<Server, ServeError> {
+    options.deadlines = options.deadlines.bounded();
     let listen = |error| ServeError::Listen(Arc::new(error));
     if journal.role() != Role::Origin {
         return Err(ServeError::NotAnOrigin { journal: journal.id() });

@@ -105,8 +105,10 @@ pub struct ViewStatus {
     pub checkpoint: ViewCheckpoint,
     /// Where the journal ends.
     pub journal_end: Checkpoint,
-    /// How many events of the journal it hasn't applied.
-    pub lag_events: u64,
+    /// How many durable events of the journal, as it is on this machine, the view hasn't applied; `None`
+    /// when that says nothing, because the view doesn't follow it any more. How far a mirrored journal is
+    /// behind its origin is told by the mirror's status.
+    pub lag_events: Option<u64>,
     /// How many of the events in front of its checkpoint were of types that it doesn't know.
     pub skipped_events: u64,
     /// The folder of the generation that is served.
@@ -238,10 +240,11 @@ impl<V: View> ViewHandle<V> {
         let state = shared.state();
         let journal_end = shared.journal.end();
         let applied = state.applied.checkpoint;
-        let lag_events = journal_end.position.since(applied.position);
+        let behind = journal_end.position.since(applied.position);
+        let lag_events = matches!(state.phase, Phase::Following).then_some(behind);
         ViewStatus {
             state: match state.phase {
-                Phase::Following if lag_events == 0 => ViewState::CaughtUp,
+                Phase::Following if behind == 0 => ViewState::CaughtUp,
                 Phase::Following => ViewState::CatchingUp,
                 Phase::AwaitingMirror => ViewState::AwaitingMirror,
                 Phase::Stopped(error) => ViewState::Stopped(error),

@@ -66,6 +66,8 @@ pub(crate) struct MirrorSession {
     next_offset: u64,
     /// The parts so far of a batch that goes on.
     partial: Vec<u8>,
+    /// A header page has come, and not yet a batch behind it.
+    page_open: bool,
     durable: Option<Checkpoint>,
     applied: Option<Position>,
     ack_due: bool,
@@ -84,6 +86,7 @@ impl MirrorSession {
             said_at: now.at,
             next_offset: durable.map_or(0, |end| end.offset),
             partial: Vec::new(),
+            page_open: false,
             durable,
             applied: None,
             ack_due: false,
@@ -216,7 +219,10 @@ impl MirrorSession {
                 let at = DivergedAt { divergence, at_witness, common, origin };
                 self.finish(SessionEnd::Diverged(at));
             }
-            (State::Streaming, Message::Segment(page)) if self.partial.is_empty() => {
+            (State::Streaming, Message::Segment(page))
+                if self.partial.is_empty() && !self.page_open =>
+            {
+                self.page_open = true;
                 deliveries.push(Delivery::Segment(Box::new(*page)));
             }
             (State::Streaming, Message::Data(data)) => self.data(&data, now, deliveries)?,
@@ -323,6 +329,10 @@ impl MirrorSession {
         if data.offset != self.next_offset {
             return Err(Violation::Offset { expected: self.next_offset, found: data.offset });
         }
+        if data.bytes.is_empty() {
+            return Err(Violation::Batches(data.offset));
+        }
+        self.page_open = false;
         self.origin_is_durable_to(data.origin_end, now)?;
         self.next_offset += data.bytes.len() as u64;
         self.check_window()?;

@@ -41,6 +41,20 @@ pub struct Deadlines {
     pub heartbeat: Duration,
 }
 
+impl Deadlines {
+    /// The same, each from 1 ms to a day: nothing overflows, nothing floods.
+    pub(crate) fn bounded(self) -> Self {
+        let bounded = |time: Duration| {
+            time.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60))
+        };
+        Self {
+            handshake: bounded(self.handshake),
+            silence: bounded(self.silence),
+            heartbeat: bounded(self.heartbeat),
+        }
+    }
+}
+
 impl Default for Deadlines {
     fn default() -> Self {
         Self {
