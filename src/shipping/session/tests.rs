@@ -7,7 +7,7 @@ use super::origin::end_of;
 use super::*;
 use crate::format::Flags;
 use crate::format::batch::{
-    BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, body_digest,
+    BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, PADDED_BYTES_LIMIT, body_digest,
 };
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::{PageState, SegmentHeader, SegmentPage};
@@ -552,7 +552,7 @@ fn a_mirror_refuses_an_origin_that_ignores_the_window() {
         offset += bytes.len() as u64;
         connection.mirror.on_bytes(&connection.to_mirror, now(), &mut Vec::new());
         connection.to_mirror.clear();
-        assert!(kept <= 4096 + BATCH_BYTES_LIMIT, "the mirror takes everything");
+        assert!(kept <= 4096 + PADDED_BYTES_LIMIT, "the mirror takes everything");
         if connection.mirror.end().is_some() {
             break;
         }
