@@ -539,24 +539,7 @@ impl Appender {
             let verdict = Box::new(Verdict::Duplicate);
             return Ok(Some(Decision::AnswerAfter(Arc::clone(group), verdict)));
         }
-        let hit = append.ids().find_map(|id| {
-            state.window.known.get(&sidecar::id_hash(&id)).map(|position| (id, *position))
-        });
-        let Some((id, position)) = hit else { return Ok(None) };
-        let batch = self.journal.events_around(position)?;
-        if !batch.iter().any(|event| event.id() == id) {
-            // Two ids with the same hash. The other ids of the append are still to be looked at.
-            return self.find_duplicates_exactly(state, append);
-        }
-        Ok(Some(Decision::Answer(self.judge_duplicates(append, &batch))))
-    }
-
-    /// The slow way: confirms every hit by reading.
-    fn find_duplicates_exactly(
-        &self,
-        state: &State,
-        append: &Append,
-    ) -> Result<Option<Decision>, AppendError> {
+        // A hit is confirmed by reading: two ids may have the same hash.
         for id in append.ids() {
             let Some(position) = state.window.known.get(&sidecar::id_hash(&id)) else { continue };
             let batch = self.journal.events_around(*position)?;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, ReadError};
+use crate::format::FormatError;
 use crate::format::batch::BatchRef;
 use crate::format::segment::SegmentPage;
 use crate::journal::Journal;
@@ -101,26 +102,20 @@ impl Cursor {
         let base = segment.base_offset();
         let limit = segment.sealed.as_ref().map_or(end.offset, |sealed| sealed.end.offset);
         let at = file_offset(base, self.offset);
-        let corruption = |path: &std::path::Path, kind| {
-            let path = path.to_owned();
-            ReadError::Corruption(Corruption {
-                path,
-                file_offset: at,
-                position: self.position,
-                kind,
-            })
+        let (journal, position) = (&self.journal, self.position);
+        let path = || journal.0.layout.segment(segment.number());
+        let corruption = |kind| {
+            ReadError::Corruption(Corruption { path: path(), file_offset: at, position, kind })
         };
-        let path = window.path().clone();
-        let batch = window.batch(at, file_offset(base, limit), segment.page.header.salt)?;
-        let batch = match batch {
+        let batch = match window.batch(at, file_offset(base, limit), segment.page.header.salt)? {
             Ok(batch) => batch,
-            Err(source @ crate::format::FormatError::Unsupported { .. }) => {
-                return Err(ReadError::Unsupported { path, source });
+            Err(source @ FormatError::Unsupported { .. }) => {
+                return Err(ReadError::Unsupported { path: path(), source });
             }
-            Err(error) => return Err(corruption(&path, CorruptionKind::Batch(error))),
+            Err(error) => return Err(corruption(CorruptionKind::Batch(error))),
         };
         if batch.header.offset != self.offset || batch.header.base_position != self.position {
-            return Err(corruption(&path, CorruptionKind::Chain));
+            return Err(corruption(CorruptionKind::Chain));
         }
         self.offset = batch.header.end_offset();
         self.position = batch.header.end_position();
