@@ -394,6 +394,7 @@ pub(crate) fn golden() -> PathBuf {
 }
 
 /// The events of a golden journal in JSON.
+#[cfg(feature = "cli")]
 pub(crate) fn golden_json(journal: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(golden().join(format!("{journal}.ndjson"))).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
