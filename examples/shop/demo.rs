@@ -148,7 +148,11 @@ impl Demo {
         customers.kill()?;
         let mut customers = self.start_customers()?;
         let resumed: usize = word(&customers_ready(&mut customers)?, 1).parse()?;
-        self.note("customers reopened its view at position", &resumed.to_string(), true);
+        self.note(
+            "the killed view was durable up to position (the rest is folded again)",
+            &resumed.to_string(),
+            true,
+        );
 
         follow_until(&mut orders, all, all)?;
         let before = Instant::now();
