@@ -844,6 +844,11 @@ fn a_view_whose_mirror_becomes_another_history_stops_as_a_fork() {
         let error = stopped(&view);
         assert!(matches!(&*error, StopError::Fork { .. }), "{error}");
         assert_eq!(view.checkpoint().applied.position, token.position);
+        let of_here = origin.journal().end().token();
+        assert!(
+            view.wait_for(&of_here, Duration::ZERO).is_err(),
+            "its rows are of another history"
+        );
         assert!(view.get(&(ONE_ACCOUNT, "b".to_owned())).unwrap().is_some(), "it serves");
     }
 }

@@ -10,7 +10,7 @@ use crate::format::batch::{
     BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, PADDED_BYTES_LIMIT, body_digest,
 };
 use crate::format::files::{Mark, Witness};
-use crate::format::segment::{PageState, SegmentHeader, SegmentPage};
+use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
 use crate::journal::Comparison;
 use crate::position::{Incarnation, JournalId, NodeId};
 use crate::shipping::message::{
@@ -558,6 +558,24 @@ fn a_mirror_refuses_an_origin_that_ignores_the_window() {
         }
     }
     let violation = Violation::Window { window_bytes: 4096 };
+    assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(violation)));
+}
+
+/// Pages don't count against the window, so nothing but batches may let another one come.
+#[test]
+fn a_mirror_refuses_header_pages_without_batches_in_between() {
+    let mut journal = filled(3, 6);
+    let mut mirror = ModelMirror::default();
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    let page = [0; HEADER_PAGE_BYTES];
+    for _ in 0..2 {
+        assert_eq!(connection.mirror.end(), None, "the first page is right");
+        connection.to_mirror.clear();
+        Message::Segment(&page).encode(&mut connection.to_mirror);
+        connection.mirror.on_bytes(&connection.to_mirror, now(), &mut Vec::new());
+    }
+    let violation = Violation::Unexpected { frame: "SEGMENT", expected: "DATA" };
     assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(violation)));
 }
 
