@@ -2,6 +2,7 @@
 //! ([`hint`](ReadError::hint)), and bears a stable [`code`](ReadError::code).
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -307,8 +308,40 @@ impl ReadError {
 /// The first failure of a journal's writer. It is sticky: nothing is retried, because a second sync may
 /// succeed without having written anything.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("the journal's writer failed and accepts nothing more: {0}")]
-pub struct Poison(pub Arc<IoError>);
+#[error("the journal's writer failed and accepts nothing more: {error}{}", Lost(lost.as_ref()))]
+pub struct Poison {
+    error: Arc<IoError>,
+    lost: Option<Range<Position>>,
+}
+
+impl Poison {
+    pub(crate) fn new(error: IoError, lost: Option<Range<Position>>) -> Self {
+        Self { error: Arc::new(error), lost }
+    }
+
+    /// The write or sync that failed.
+    #[must_use]
+    pub fn error(&self) -> &IoError {
+        &self.error
+    }
+
+    /// The events that were answered as buffered and never became durable, if there are any: after the
+    /// journal has been opened again they may be there or not, the first ones rather than the last.
+    #[must_use]
+    pub const fn lost(&self) -> Option<&Range<Position>> {
+        self.lost.as_ref()
+    }
+}
+
+struct Lost<'a>(Option<&'a Range<Position>>);
+
+impl std::fmt::Display for Lost<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.map_or(Ok(()), |lost| {
+            write!(f, "; the buffered events {}..{} are lost or in doubt", lost.start, lost.end)
+        })
+    }
+}
 
 /// Why an append didn't happen, or why nobody can say whether it did.
 #[derive(Clone, Debug, thiserror::Error)]

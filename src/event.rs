@@ -237,6 +237,12 @@ impl Revision {
         self.0
     }
 
+    /// The revision `count` events later.
+    #[must_use]
+    pub const fn advance(self, count: u64) -> Self {
+        Self(self.0.saturating_add(count))
+    }
+
     /// The next revision.
     #[must_use]
     pub const fn next(self) -> Self {

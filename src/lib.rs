@@ -75,6 +75,7 @@ pub mod position;
 #[cfg(feature = "shipping")]
 pub mod shipping;
 pub mod store;
+mod sync;
 #[cfg(feature = "views")]
 pub mod view;
 
@@ -89,12 +90,13 @@ pub use event::{
 pub use journal::{
     Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
     Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,
-    SegmentState, StreamEvents, Subscription, TokenState, VerifyProgress, VerifyReport, verify,
+    SegmentState, StreamEvents, Subscription, Ticket, TokenState, VerifyProgress, VerifyReport,
+    verify,
 };
 pub use options::JournalOptions;
 pub use position::{
-    Chain, Checkpoint, Incarnation, InvalidId, InvalidToken, JournalId, Locator, NodeId, Position,
-    Token,
+    Chain, Checkpoint, Durability, Incarnation, InvalidId, InvalidToken, JournalId, Locator,
+    NodeId, Position, Token,
 };
 pub use store::{Store, StoreBuilder};
 

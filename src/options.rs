@@ -33,8 +33,15 @@ pub struct JournalOptions {
     /// [`Any`](crate::ExpectedRevision::Any) or [`StreamExists`](crate::ExpectedRevision::StreamExists)
     /// is recognised. (`Exact` and `NoStream` recognise every repetition.) Default 2^20.
     pub idempotency_window_events: usize,
+    /// How many bytes of buffered appends ([`Durability::Buffered`](crate::Durability)) may be unsynced,
+    /// all together, before they block. Default 4 MiB.
+    pub buffered_bytes_max: u64,
+    /// How long an event may be unsynced, in milliseconds, before buffered appends block. Default 1000.
+    pub buffered_age_ms_max: u64,
     /// Whether a background thread syncs the mark (the record of what is durable) when the journal is idle
-    /// and once a second. Default true; without it the mark is synced at rolls and at close only.
+    /// and once a second, prepares the next segment before it is needed, and cuts the last one. Default
+    /// true; without it the mark is synced at rolls and at close only, and the rest is done by the appends
+    /// themselves.
     pub background_mark_sync: bool,
 }
 
@@ -47,6 +54,8 @@ impl Default for JournalOptions {
             group_bytes_max: 1 << 20,
             group_alignment_bytes: 64,
             idempotency_window_events: 1 << 20,
+            buffered_bytes_max: 4 << 20,
+            buffered_age_ms_max: 1000,
             background_mark_sync: true,
         }
     }

@@ -234,7 +234,12 @@ impl Checkpoint {
     /// The token of everything in front of this checkpoint: a view that has honoured it has applied as much.
     #[must_use]
     pub const fn token(&self) -> Token {
-        Token { journal: self.journal, incarnation: self.incarnation, position: self.position }
+        Token {
+            journal: self.journal,
+            incarnation: self.incarnation,
+            position: self.position,
+            durability: Durability::Durable,
+        }
     }
 
     /// Reads what [`to_bytes`](Self::to_bytes) wrote; `None` if the four last bytes aren't zero.
@@ -253,6 +258,17 @@ impl Checkpoint {
     }
 }
 
+/// What an answer vouches for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Durability {
+    /// The events have survived whatever happens to process and machine: their bytes were synced.
+    #[default]
+    Durable,
+    /// The events have their place, and are on their way to the disk. A crash can still lose them, the last
+    /// ones first and never out of order. No reader, view or mirror sees them before they are durable.
+    Buffered,
+}
+
 /// Proof that an append happened: where its batch ends, and under which incarnation it was written.
 ///
 /// A token is valid in every service that mirrors the journal, because mirrors keep positions: hand it to
@@ -260,11 +276,12 @@ impl Checkpoint {
 /// was lost (a journal restored from a backup) is recognised and refused.
 ///
 /// ```
-/// # use headwater::{Token, JournalId, Incarnation, Position};
+/// # use headwater::{Durability, Token, JournalId, Incarnation, Position};
 /// let token = Token {
 ///     journal: JournalId::from_bytes([7; 16]),
 ///     incarnation: Incarnation::new(9),
 ///     position: Position::new(42),
+///     durability: Durability::Durable,
 /// };
 /// let text = token.to_string();
 /// assert_eq!(text.parse::<Token>(), Ok(token));
@@ -278,7 +295,13 @@ pub struct Token {
     pub incarnation: Incarnation,
     /// The end of the batch: a follower that has processed this position has seen the events.
     pub position: Position,
+    /// Whether the events were durable when the token was given. Those of a buffered append may have been
+    /// lost since; waiting for the token tells.
+    pub durability: Durability,
 }
+
+/// What a buffered token ends with, as text.
+const BUFFERED: &str = ".buffered";
 
 /// A text that isn't a [`Token`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -287,7 +310,11 @@ pub struct InvalidToken;
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.journal, self.incarnation, self.position)
+        write!(f, "{}.{}.{}", self.journal, self.incarnation, self.position)?;
+        match self.durability {
+            Durability::Durable => Ok(()),
+            Durability::Buffered => f.write_str(BUFFERED),
+        }
     }
 }
 
@@ -295,6 +322,10 @@ impl FromStr for Token {
     type Err = InvalidToken;
 
     fn from_str(text: &str) -> Result<Self, InvalidToken> {
+        let (text, durability) = match text.strip_suffix(BUFFERED) {
+            Some(text) => (text, Durability::Buffered),
+            None => (text, Durability::Durable),
+        };
         let mut parts = text.split('.');
         let (Some(journal), Some(incarnation), Some(position), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
@@ -307,6 +338,7 @@ impl FromStr for Token {
                 .map(Incarnation)
                 .map_err(|_| InvalidToken)?,
             position: position.parse().map(Position).map_err(|_| InvalidToken)?,
+            durability,
         })
     }
 }

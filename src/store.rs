@@ -15,10 +15,10 @@ use crate::fs::Fs;
 use crate::fs::os::OsFs;
 use crate::journal::{
     Append, Appended, Appender, CloseError, Events, Journal, RecoveryReport, StreamEvents,
-    Subscription,
+    Subscription, Ticket,
 };
 use crate::options::JournalOptions;
-use crate::position::Position;
+use crate::position::{Checkpoint, Position};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
@@ -117,18 +117,50 @@ impl Store {
         }
     }
 
-    /// Appends events. They are durable when this returns `Ok`, whichever kind of `Ok` it is.
+    /// Appends events. They are durable when this returns `Ok`, whichever kind of `Ok` it is, unless the
+    /// append itself says otherwise ([`Append::durability`]).
     ///
     /// Blocks for the disk. May be called from many threads at once; they share syncs.
     ///
     /// # Errors
     /// [`AppendError`]; every one but [`AppendError::Unknown`] means that nothing was written.
     pub fn append(&self, append: &Append) -> Result<Appended, AppendError> {
+        self.refuse_lost_tail()?;
+        self.inner.appender.append(append)
+    }
+
+    /// Appends events without waiting for them: the [`Ticket`] gives the answer, to a thread that waits or
+    /// to a task that awaits. One thread can have thousands of appends under way; they become durable in
+    /// the order in which they were submitted, and dropping a ticket cancels nothing.
+    ///
+    /// Blocks only for room, as long as more is under way than the options allow.
+    ///
+    /// # Errors
+    /// [`AppendError`]; nothing was written then.
+    pub fn submit(&self, append: &Append) -> Result<Ticket, AppendError> {
+        self.refuse_lost_tail()?;
+        self.inner.appender.submit(append)
+    }
+
+    /// Waits until everything that was appended, submitted or buffered before is durable. Returns the
+    /// durable end.
+    ///
+    /// # Errors
+    /// [`AppendError::Poisoned`] if that can't be any more.
+    pub fn flush(&self) -> Result<Checkpoint, AppendError> {
+        self.inner.appender.flush()
+    }
+
+    #[cfg_attr(
+        not(feature = "views"),
+        allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "only views remember")
+    )]
+    fn refuse_lost_tail(&self) -> Result<(), AppendError> {
         #[cfg(feature = "views")]
         if let Some(error) = self.inner.lost_tail.read().values().next() {
             return Err(error.clone());
         }
-        self.inner.appender.append(append)
+        Ok(())
     }
 
     /// The reading side of the journal.

@@ -157,6 +157,23 @@ fn texts<'a>(
     Ok(Texts { bytes: all.get(..len).unwrap_or_default() })
 }
 
+/// How long the record of `event` is.
+#[must_use]
+pub(crate) fn encoded_len(event: &NewEvent, stream: &StreamId) -> usize {
+    let text16 = |text: &String| 2 + text.len();
+    let option = |present: bool, len: usize| if present { len } else { 0 };
+    RECORD_FIXED_BYTES
+        + stream.as_str().len()
+        + event.event_type.as_str().len()
+        + event.tags.iter().map(text16).sum::<usize>()
+        + option(event.occurred_at_us.is_some(), 8)
+        + option(event.correlation.is_some(), 16)
+        + option(event.causation.is_some(), 24)
+        + event.subject.as_ref().map_or(0, text16)
+        + event.metadata.iter().map(|(key, value)| text16(key) + text16(value)).sum::<usize>()
+        + event.payload.len()
+}
+
 /// Appends the record of `event` to `out`. The event has passed [`NewEvent::check`].
 pub fn encode(out: &mut Vec<u8>, event: &NewEvent, stream: &StreamId, revision: Revision) {
     let start = out.len();
@@ -198,6 +215,7 @@ pub fn encode(out: &mut Vec<u8>, event: &NewEvent, stream: &StreamId, revision: 
     let header_len = out.len() - start;
     out.extend_from_slice(&event.payload);
     let len = out.len() - start;
+    debug_assert_eq!(len, encoded_len(event, stream));
     // Both fit: `NewEvent::check` bounds the header, the batch limit bounds the record.
     out[start..start + 4].copy_from_slice(&(len as u32).to_le_bytes());
     out[start + 4..start + 6].copy_from_slice(&(header_len as u16).to_le_bytes());

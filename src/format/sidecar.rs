@@ -122,6 +122,27 @@ impl SegmentIndex {
         }
     }
 
+    /// Takes in events of one stream that follow each other in the batch at `batch_offset`. Their ids are
+    /// the caller's to add.
+    pub fn add_run(
+        &mut self,
+        stream: &str,
+        first_revision: Revision,
+        first: Position,
+        count: usize,
+        batch_offset: u64,
+    ) {
+        let places =
+            (0..count as u64).map(|index| Posting { position: first.advance(index), batch_offset });
+        match self.streams.get_mut(stream) {
+            Some(known) => known.postings.extend(places),
+            None => {
+                let postings = StreamPostings { first_revision, postings: places.collect() };
+                self.streams.insert(stream.into(), postings);
+            }
+        }
+    }
+
     /// Takes in a whole batch.
     ///
     /// # Errors

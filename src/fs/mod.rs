@@ -33,6 +33,16 @@ pub enum OpenMode {
     CreateNew,
 }
 
+/// How [`File::allocate`] makes room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocate {
+    /// Blocks that hold zeros: writing into them changes nothing but them.
+    Zeros,
+    /// Blocks that only count as zeros: quicker to have, but the first write into each costs the file
+    /// system an entry in its own journal.
+    Blocks,
+}
+
 /// A file system: names, directories and locks.
 pub trait Fs: Debug + Send + Sync + 'static {
     /// Creates `dir` and its missing parents, and syncs the names of all of them, also of those that were
@@ -61,6 +71,11 @@ pub trait File: Debug + Send + Sync + 'static {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize>;
     /// Length in bytes.
     fn size(&self) -> io::Result<u64>;
+    /// Allocates the first `len` bytes of an empty file, which then read as zeros; `false` if that can't be
+    /// had without writing them.
+    fn allocate(&self, _len: u64, _how: Allocate) -> io::Result<bool> {
+        Ok(false)
+    }
     /// Cuts or grows the file; a grown part reads as zeros.
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes data and length durable (`fdatasync`).

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{File, Fs, Lock, LockHeld, OpenMode};
+use super::{Allocate, File, Fs, Lock, LockHeld, OpenMode};
 
 /// Real files, through the standard library.
 #[derive(Clone, Copy, Debug, Default)]
@@ -122,6 +122,25 @@ impl File for OsFile {
 
     fn size(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())
+    }
+
+    fn allocate(&self, len: u64, how: Allocate) -> io::Result<bool> {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{FallocateFlags, fallocate};
+            // FALLOC_FL_WRITE_ZEROES, since Linux 6.17: the device writes the zeros by itself.
+            const WRITE_ZEROES: FallocateFlags = FallocateFlags::from_bits_retain(0x80);
+            let flags = match how {
+                Allocate::Zeros => WRITE_ZEROES,
+                Allocate::Blocks => FallocateFlags::empty(),
+            };
+            match fallocate(&self.0, flags, 0, len) {
+                Ok(()) => return Ok(true),
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(false)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -13,7 +13,6 @@ use crate::format::files::{Node, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::SegmentIndex;
 use crate::fs::Fs;
-use crate::journal::marker::Marker;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
 use crate::journal::writer::{Failure, RESERVE_BYTES_MAX, Writer, checkpoint_of};
@@ -93,8 +92,7 @@ impl Ingest {
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
         let page = recovered.kept.last().map(|kept| kept.page.clone());
-        let marker = Marker::new(recovered.mark, options.background_mark_sync);
-        let mut writer = Writer::new(locked, journal, marker);
+        let mut writer = Writer::new(locked, journal, recovered.mark, options);
         if let Some(page) = page {
             writer.resume(page)?;
         }
@@ -179,13 +177,7 @@ impl Ingest {
             Ok(spare) => spare,
             Err(failure) => return Err(self.fail(failure)),
         };
-        let entered = (|| {
-            if active.is_some() {
-                self.writer.seal(self.witness)?;
-            }
-            self.writer.enter(spare, page)
-        })();
-        entered.map_err(|failure| self.fail(failure))
+        self.writer.roll(spare, page, self.witness).map_err(|failure| self.fail(failure))
     }
 
     /// Takes in exactly one whole batch. It is written, and durable after the next [`sync`](Self::sync) at
@@ -221,8 +213,7 @@ impl Ingest {
         if self.unsynced.len() as u64 + bytes.len() as u64 > CATCH_UP_BYTES_MAX {
             self.sync()?;
         }
-        let offset = batch.header.offset;
-        self.writer.write(bytes, offset).map_err(|failure| self.fail(failure))?;
+        self.writer.write(bytes, end).map_err(|failure| self.fail(failure))?;
         self.unsynced.extend_from_slice(bytes);
         self.end = end;
         Ok(end)
@@ -252,11 +243,14 @@ impl Ingest {
         if self.end == self.writer.journal.end() {
             return Ok(self.end);
         }
-        self.writer.sync().map_err(|failure| self.fail(failure))?;
+        if let Some(file) = self.writer.active_file() {
+            file.sync().map_err(|error| self.fail(Failure::Fatal(error)))?;
+        }
         self.witness = self.witness.filter(|witness| witness.offset > self.end.offset);
         let salt = self.writer.page().map_or(0, |page| page.header.salt);
         let unsynced = std::mem::take(&mut self.unsynced);
-        self.writer.publish(self.end, self.witness, |index| add_all(index, &unsynced, salt));
+        self.writer.journal.publish(self.end, |index| add_all(index, &unsynced, salt));
+        self.writer.keeper().mark(self.end, self.witness);
         self.unsynced = unsynced;
         self.unsynced.clear();
         Ok(self.end)
@@ -269,7 +263,7 @@ impl Ingest {
     pub fn close(mut self) -> Result<(), IngestError> {
         self.sync()?;
         let closed = self.writer.close(self.witness);
-        closed.map_err(|error| IngestError::Poisoned(Poison(Arc::new(error))))
+        closed.map_err(|error| IngestError::Poisoned(Poison::new(error, None)))
     }
 
     fn check_poison(&self) -> Result<(), IngestError> {
@@ -284,7 +278,7 @@ impl Ingest {
         match failure {
             Failure::DiskFull(error) => IngestError::DiskFull(error),
             Failure::Fatal(error) => {
-                let poison = Poison(Arc::new(error));
+                let poison = Poison::new(error, None);
                 self.poison = Some(poison.clone());
                 self.writer.journal.close_watch();
                 IngestError::Poisoned(poison)

@@ -35,9 +35,9 @@ use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Positio
 mod appender;
 mod cursor;
 mod ingest;
+mod keeper;
 mod layout;
 mod mark;
-mod marker;
 mod read;
 mod recovery;
 mod scan;
@@ -46,7 +46,7 @@ mod verify;
 mod watch;
 mod writer;
 
-pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt};
+pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
@@ -453,8 +453,9 @@ impl Journal {
         self.0.watch.publish(end);
     }
 
-    /// Seals the active segment and goes on in the next one.
-    fn roll(&self, next: crate::format::segment::SegmentPage) {
+    /// Seals the active segment, if there is one, and goes on in the next. The sealed one is returned: its
+    /// index stays in memory until [`write_sidecar`](Self::write_sidecar).
+    fn roll(&self, next: crate::format::segment::SegmentPage) -> Option<Arc<Segment>> {
         let end = self.end();
         let mut segments = self.0.segments.write();
         let mut just_sealed = None;
@@ -476,11 +477,12 @@ impl Journal {
             segments.all.push(segment);
         }
         segments.all.push(Arc::new(Segment { page: next, sealed: None }));
-        drop(segments);
-        // Not under the lock: no reader waits for a sidecar to be written.
-        if let Some(segment) = just_sealed
-            && let Some(sealed) = &segment.sealed
-        {
+        just_sealed
+    }
+
+    /// Writes the sidecar of a segment that was sealed, and lets go of its index.
+    fn write_sidecar(&self, segment: &Segment) {
+        if let Some(sealed) = &segment.sealed {
             sealed.write_sidecar(&self.0.files, &segment.page);
         }
     }

@@ -1,4 +1,4 @@
-//! What both writers of a journal share: preparing, entering and sealing segments, and syncing batches.
+//! What both writers of a journal share: entering segments and leaving them, writing and syncing batches.
 //!
 //! A failure while space is being reserved is clean: nothing refers to the new file yet. Every failure
 //! behind that is final ([`Failure::Fatal`]): what reached the disk is unknown, and asking again proves
@@ -11,12 +11,12 @@ use crate::error::{IoContext, IoError};
 use crate::format::batch::BatchHeader;
 use crate::format::files::{Mark, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
-use crate::format::sidecar::SegmentIndex;
 use crate::fs::{self, File, OpenMode};
-use crate::journal::marker::Marker;
+use crate::journal::keeper::{Keeper, Seal, Spare};
+use crate::journal::mark::MarkFile;
 use crate::journal::scan::file_offset;
 use crate::journal::{Journal, Locked};
-use crate::planted::{self, Bug};
+use crate::options::JournalOptions;
 use crate::position::Checkpoint;
 
 /// How much of a segment is prepared ahead, at the most, on the word of a peer.
@@ -25,19 +25,26 @@ pub(crate) const RESERVE_BYTES_MAX: u64 = 64 << 20;
 #[derive(Debug)]
 pub(crate) struct Writer {
     pub(crate) journal: Journal,
-    marker: Marker,
+    keeper: Arc<Keeper>,
     active: Option<Active>,
+    written: Checkpoint,
     /// Last: the lock is released when nothing of ours touches the files any more.
     locked: Locked,
 }
 
 #[derive(Debug)]
 struct Active {
-    file: Arc<dyn File>,
-    path: PathBuf,
+    file: ActiveFile,
     page: SegmentPage,
     /// Size up to which the file is allocated.
     capacity_bytes: u64,
+}
+
+/// The file of the active segment.
+#[derive(Clone, Debug)]
+pub(crate) struct ActiveFile {
+    file: Arc<dyn File>,
+    path: PathBuf,
 }
 
 /// Why the writer couldn't go on.
@@ -55,17 +62,18 @@ impl From<IoError> for Failure {
     }
 }
 
-/// A file with zeros, durable under its name, that no header describes yet.
-#[derive(Debug)]
-pub(crate) struct Spare {
-    file: Arc<dyn File>,
-    path: PathBuf,
-    capacity_bytes: u64,
-}
-
 impl Writer {
-    pub(crate) fn new(locked: Locked, journal: Journal, marker: Marker) -> Self {
-        Self { journal, marker, active: None, locked }
+    pub(crate) fn new(
+        locked: Locked,
+        journal: Journal,
+        mark: MarkFile,
+        options: &JournalOptions,
+    ) -> Self {
+        let written = journal.end();
+        let newest = Mark { sequence: 0, end: written, closed: false, witness: None };
+        let background = options.background_mark_sync;
+        let keeper = Keeper::new(&locked.fs, &locked.layout, mark, newest, background);
+        Self { journal, keeper, active: None, written, locked }
     }
 
     /// Goes on in the journal's last segment. If its file was cut, tries to make it as long as it was
@@ -91,7 +99,7 @@ impl Writer {
                 Err(error) => return Err(error),
             }
         }
-        self.active = Some(Active { file, path, page, capacity_bytes });
+        self.active = Some(Active { file: ActiveFile { file, path }, page, capacity_bytes });
         Ok(())
     }
 
@@ -110,104 +118,104 @@ impl Writer {
         })
     }
 
-    /// Prepares the file of segment `number`: zeros, synced, under its final name, its name synced.
+    /// The prepared file of segment `number`: it reads as zeros, and is durable with its name.
     pub(crate) fn reserve(&self, number: u64, capacity_bytes: u64) -> Result<Spare, Failure> {
-        let (fs, layout) = (&*self.locked.fs, &self.locked.layout);
-        let path = layout.segment(number);
-        let file = match fs.open(&path, OpenMode::CreateNew) {
-            // Left over from an attempt of ours that ran out of space.
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                fs.open(&path, OpenMode::Write)
-            }
-            opened => opened,
-        };
-        let filled = file.and_then(|file| {
-            fs::write_zeros(&*file, 0..capacity_bytes)?;
-            file.sync_data()?;
-            Ok(file)
-        });
-        let file = filled.context("preparing", &path).map_err(|error| {
-            if error.is_disk_full() {
-                drop(fs.remove(&path));
-                Failure::DiskFull(error)
-            } else {
-                Failure::Fatal(error)
-            }
-        })?;
-        if !planted::is(Bug::NoDirectorySync) {
-            fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
-        }
-        Ok(Spare { file, path, capacity_bytes })
+        self.keeper.take_spare(number, capacity_bytes)
     }
 
-    /// Cuts the active segment, of which everything is durable, to its length. The mark is synced first.
-    pub(crate) fn seal(&mut self, witness: Option<Witness>) -> Result<(), Failure> {
+    /// Goes on in the next segment, when everything in the active one is durable. Its header is not synced:
+    /// it becomes durable together with its first batch. What was active is cut to its length beside the
+    /// commit path.
+    pub(crate) fn roll(
+        &mut self,
+        spare: Spare,
+        page: SegmentPage,
+        witness: Option<Witness>,
+    ) -> Result<(), Failure> {
         let end = self.journal.end();
-        // A mark that can't be written proves less; nothing is cut that it would have to protect.
-        drop(self.marker.write_synced(Mark { sequence: 0, end, closed: false, witness }));
-        if let Some(active) = &self.active {
-            let len = file_offset(active.page.header.base_offset, end.offset);
-            active.file.set_len(len).context("cutting", &active.path)?;
-            active.file.sync_data().context("syncing", &active.path)?;
-        }
-        Ok(())
-    }
-
-    /// Writes the header of the next segment, unsynced: it becomes durable together with its first batch.
-    pub(crate) fn enter(&mut self, spare: Spare, page: SegmentPage) -> Result<(), Failure> {
-        let Spare { file, path, capacity_bytes } = spare;
+        self.keeper.mark(end, witness);
+        let Spare { file, path, capacity_bytes, .. } = spare;
         fs::write_all_at(&*file, &page.bytes(), 0).context("writing", &path)?;
-        self.journal.roll(page.clone());
-        self.active = Some(Active { file, path, page, capacity_bytes });
+        let sealed = self.journal.roll(page.clone());
+        let active = Active { file: ActiveFile { file, path }, page, capacity_bytes };
+        if let (Some(full), Some(segment)) = (self.active.replace(active), sealed) {
+            let len = file_offset(full.page.header.base_offset, end.offset);
+            let journal = self.journal.clone();
+            self.keeper.seal(Seal { journal, segment, file: full.file.file, len });
+        }
         Ok(())
     }
 
     /// Writes another header into the active segment, which has no batch yet.
     pub(crate) fn replace_header(&mut self, page: SegmentPage) -> Result<(), Failure> {
         if let Some(active) = &mut self.active {
-            fs::write_all_at(&*active.file, &page.bytes(), 0).context("writing", &active.path)?;
+            let ActiveFile { file, path } = &active.file;
+            fs::write_all_at(&**file, &page.bytes(), 0).context("writing", path)?;
             active.page = page.clone();
             self.journal.replace_active(page);
         }
         Ok(())
     }
 
-    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Failure> {
+    /// The end of what was written, durable or not.
+    pub(crate) const fn written(&self) -> &Checkpoint {
+        &self.written
+    }
+
+    pub(crate) fn salt(&self) -> u64 {
+        self.page().map_or(0, |page| page.header.salt)
+    }
+
+    /// What enters the chain of the batch at `offset`, if it is the segment's first.
+    pub(crate) fn digest_at(&self, offset: u64) -> Option<[u8; 32]> {
+        self.page().filter(|page| page.header.base_offset == offset).map(|page| page.digest)
+    }
+
+    /// Size up to which the active segment's file is allocated.
+    pub(crate) fn capacity_bytes(&self) -> u64 {
+        self.active.as_ref().map_or(0, |active| active.capacity_bytes)
+    }
+
+    /// Writes batches behind those that were written, unsynced; they end at `end`.
+    pub(crate) fn write(&mut self, bytes: &[u8], end: Checkpoint) -> Result<(), Failure> {
         if let Some(active) = &self.active {
-            let at = file_offset(active.page.header.base_offset, offset);
+            let at = file_offset(active.page.header.base_offset, self.written.offset);
             debug_assert!(at >= HEADER_PAGE_BYTES as u64);
-            fs::write_all_at(&*active.file, bytes, at).context("writing", &active.path)?;
+            fs::write_all_at(&*active.file.file, bytes, at)
+                .context("writing", &active.file.path)?;
         }
+        self.written = end;
         Ok(())
     }
 
-    pub(crate) fn sync(&self) -> Result<(), Failure> {
-        if let Some(active) = &self.active {
-            active.file.sync_data().context("syncing", &active.path)?;
-        }
-        Ok(())
+    /// The file to sync; it stays the active one until everything in it is durable.
+    pub(crate) fn active_file(&self) -> Option<ActiveFile> {
+        self.active.as_ref().map(|active| active.file.clone())
     }
 
-    /// Makes it known that everything up to `end` is durable: to readers, and in the mark.
-    pub(crate) fn publish(
-        &self,
-        end: Checkpoint,
-        witness: Option<Witness>,
-        index: impl FnOnce(&mut SegmentIndex),
-    ) {
-        self.journal.publish(end, index);
-        self.marker.write(Mark { sequence: 0, end, closed: false, witness });
+    pub(crate) fn keeper(&self) -> Arc<Keeper> {
+        Arc::clone(&self.keeper)
     }
 
     /// Marks the journal as cleanly closed. Nothing is written behind it.
     pub(crate) fn close(&self, witness: Option<Witness>) -> Result<(), IoError> {
         self.journal.close_watch();
+        self.keeper.stop();
         let end = self.journal.end();
-        self.marker.write_synced(Mark { sequence: 0, end, closed: true, witness })
+        self.keeper.mark_synced(Mark { sequence: 0, end, closed: true, witness })
     }
+}
 
-    pub(crate) fn mark_error(&self) -> Option<IoError> {
-        self.marker.error()
+impl Drop for Writer {
+    /// Others may hold the keeper; the files are let go of before the lock is.
+    fn drop(&mut self) {
+        self.keeper.stop();
+    }
+}
+
+impl ActiveFile {
+    pub(crate) fn sync(&self) -> Result<(), IoError> {
+        self.file.sync_data().context("syncing", &self.path)
     }
 }
 

@@ -77,6 +77,7 @@ impl Run {
             group_alignment_bytes: alignment,
             idempotency_window_events: [5, 1000][rng.usize(..2)],
             background_mark_sync: false,
+            ..JournalOptions::default()
         };
         Self {
             rng,

@@ -1,0 +1,214 @@
+//! What becomes of an append: it is a duplicate, meets a conflict, or is written.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{AppendError, ReadError};
+use crate::event::{ExpectedRevision, Recorded, Revision};
+use crate::journal::Journal;
+use crate::journal::appender::group::{Group, Outcome};
+use crate::journal::appender::window::IdWindow;
+use crate::journal::appender::{Append, Appended, Placed, Receipt, Shared, State};
+use crate::position::{Durability, Incarnation, Position, Token};
+
+/// What the lock holder decides about an append.
+pub(super) enum Decision {
+    /// The first revision of each part that has events.
+    Write(Vec<Revision>),
+    /// The answer rests on this group: once it is durable, decide again.
+    After(Arc<Group>, Rests),
+    /// A stream is not as expected, in what is durable; unless this is an old append that comes again.
+    Conflict(AppendError),
+    /// An event whose id has this hash is at a durable position.
+    Known { hash: u64, position: Position },
+}
+
+/// Why the answer rests on a group.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Rests {
+    OnConflict,
+    OnDuplicate,
+}
+
+impl Rests {
+    pub(super) fn check(self, outcome: Outcome) -> Result<(), AppendError> {
+        match (outcome, self) {
+            (Outcome::Durable, _) => Ok(()),
+            // Under these ids something was written, and nobody knows whether it stays.
+            (Outcome::Unknown(poison), Self::OnDuplicate) => Err(AppendError::Unknown(poison)),
+            (Outcome::Unknown(poison) | Outcome::NotWritten(poison), _) => {
+                Err(AppendError::Poisoned(poison))
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Decides under the lock: duplicates first, then conditions. `unknown` are hashes that were looked up
+    /// in vain.
+    pub(super) fn decide(
+        &self,
+        state: &State,
+        append: &Append,
+        hashes: &[u64],
+        unknown: &[u64],
+    ) -> Result<Decision, AppendError> {
+        for hash in hashes {
+            let Some(position) = state.window.get(*hash) else { continue };
+            if position >= self.journal.end().position {
+                let group = Arc::clone(state.group_of(position));
+                return Ok(Decision::After(group, Rests::OnDuplicate));
+            }
+            if !unknown.contains(hash) {
+                return Ok(Decision::Known { hash: *hash, position });
+            }
+        }
+        let mut firsts = Vec::with_capacity(append.parts.len());
+        for part in &append.parts {
+            let pending = state.heads.get(&part.stream);
+            let head = match pending {
+                Some((revision, _)) => Some(*revision),
+                None => self.journal.stream_head(&part.stream)?,
+            };
+            if !meets(part.expected, head) {
+                let (stream, expected) = (part.stream.clone(), part.expected);
+                let durable = match pending {
+                    Some((_, end)) => {
+                        let durable = self.journal.stream_head(&part.stream)?;
+                        if meets(expected, durable) {
+                            let last = Position::new(end.get().saturating_sub(1));
+                            let group = Arc::clone(state.group_of(last));
+                            return Ok(Decision::After(group, Rests::OnConflict));
+                        }
+                        durable
+                    }
+                    None => head,
+                };
+                let conflict = AppendError::Conflict { stream, expected, actual: durable };
+                return Ok(Decision::Conflict(conflict));
+            }
+            if !part.events.is_empty() {
+                firsts.push(head.map_or(Revision::FIRST, Revision::next));
+            }
+        }
+        Ok(Decision::Write(firsts))
+    }
+
+    /// The event at `position` has the hash of one of the append's ids; `None` if it isn't one of them.
+    pub(super) fn judge_known(
+        &self,
+        append: &Append,
+        position: Position,
+    ) -> Result<Option<Result<Appended, AppendError>>, AppendError> {
+        let batch = self.journal.events_around(position)?;
+        let ours = append.ids().any(|id| batch.iter().any(|event| event.id() == id));
+        Ok(ours.then(|| self.judge_duplicates(append, &batch)))
+    }
+
+    /// For `Exact` and `NoStream` every repetition is recognised, however old: the event behind the
+    /// expected revision is compared, in every part, for a condition that isn't met any more may be
+    /// another part's.
+    pub(super) fn repeated_beyond_window(
+        &self,
+        append: &Append,
+    ) -> Result<Option<Result<Appended, AppendError>>, AppendError> {
+        for part in append.parts.iter().filter(|part| !part.events.is_empty()) {
+            let next = match part.expected {
+                ExpectedRevision::NoStream => Revision::FIRST,
+                ExpectedRevision::Exact(revision) => revision.next(),
+                ExpectedRevision::Any | ExpectedRevision::StreamExists => continue,
+            };
+            let event = self.journal.read_stream(&part.stream, next)?.next().transpose()?;
+            let ours = |event: &Recorded| append.ids().any(|id| id == event.id());
+            if let Some(event) = event.filter(ours) {
+                let batch = self.journal.events_around(event.position())?;
+                return Ok(Some(self.judge_duplicates(append, &batch)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// At least one of the append's ids is in `batch`: all of them make it a duplicate.
+    fn judge_duplicates(
+        &self,
+        append: &Append,
+        batch: &[Recorded],
+    ) -> Result<Appended, AppendError> {
+        let total = append.ids().count();
+        let found: Vec<_> = append
+            .ids()
+            .filter_map(|id| batch.iter().find(|event| event.id() == id))
+            .map(|event| Placed { position: event.position(), revision: event.revision() })
+            .collect();
+        if found.len() < total {
+            return Err(AppendError::PartialDuplicate { known: found.len(), total });
+        }
+        let position = batch.last().map_or(Position::START, |event| event.position().advance(1));
+        let incarnation = self.journal.incarnation_before(position)?;
+        let (journal, durability) = (self.journal.id(), Durability::Durable);
+        let token = Token { journal, incarnation, position, durability };
+        Ok(Appended::Duplicate(Receipt { token, events: found }))
+    }
+}
+
+impl Journal {
+    /// The ids of the last events.
+    pub(super) fn id_window(&self, max: usize) -> Result<IdWindow, ReadError> {
+        let mut window = IdWindow::new(max);
+        let mut newest_first: Vec<(Position, Vec<u64>)> = Vec::new();
+        let segments = self.0.segments.read();
+        let mut missing = max as u64;
+        for segment in segments.all.iter().rev() {
+            let ids = match &segment.sealed {
+                Some(sealed) => sealed.last_ids(&self.0.files, &segment.page, missing)?,
+                None => segments.active.ids.clone(),
+            };
+            let end = match &segment.sealed {
+                Some(sealed) => sealed.end.position,
+                None => self.end().position,
+            };
+            missing = missing.saturating_sub(ids.len() as u64);
+            newest_first.push((Position::new(end.since(Position::new(ids.len() as u64))), ids));
+            if missing == 0 {
+                break;
+            }
+        }
+        for (first, ids) in newest_first.into_iter().rev() {
+            for (index, id) in ids.into_iter().enumerate() {
+                window.insert(id, first.advance(index as u64));
+            }
+        }
+        Ok(window)
+    }
+
+    /// All events of the batch that holds the durable event at `position`.
+    fn events_around(&self, position: Position) -> Result<Vec<Recorded>, ReadError> {
+        let mut events: Vec<Recorded> = Vec::new();
+        let Some(range) = self.batch_range(position)? else { return Ok(events) };
+        let taken = self.read_all(range.start)?.take(range.end.since(range.start) as usize);
+        for event in taken {
+            events.push(event?);
+        }
+        Ok(events)
+    }
+
+    fn batch_range(&self, position: Position) -> Result<Option<Range<Position>>, ReadError> {
+        let header = self.header_holding(position)?;
+        Ok(header.map(|header| header.base_position..header.end_position()))
+    }
+
+    /// The incarnation that wrote the batch in front of `end`.
+    fn incarnation_before(&self, end: Position) -> Result<Incarnation, ReadError> {
+        let last = Position::new(end.get().saturating_sub(1));
+        Ok(self.header_holding(last)?.map(|header| header.incarnation).unwrap_or_default())
+    }
+}
+
+fn meets(expected: ExpectedRevision, head: Option<Revision>) -> bool {
+    match expected {
+        ExpectedRevision::Any => true,
+        ExpectedRevision::NoStream => head.is_none(),
+        ExpectedRevision::StreamExists => head.is_some(),
+        ExpectedRevision::Exact(revision) => head == Some(revision),
+    }
+}
