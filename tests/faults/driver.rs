@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use headwater::fs::os::OsFs;
-use headwater::{OpenError, Position, Recorded, Store};
+use headwater::{OpenError, Position, ReadError, Recorded, Store};
 
 use crate::Stop;
 use crate::child::{self, Orders, Plant, SEGMENT_BYTES};
@@ -219,7 +219,7 @@ impl Ledger {
     /// The same journal, copied to another place.
     pub(crate) fn copied_to(&self, dir: PathBuf) -> Self {
         copy_dir(&self.dir, &dir);
-        Self { dir, ..self.clone() }
+        Self { dir, said: Vec::new(), ..self.clone() }
     }
 
     pub(crate) fn orders(&self, batches: u64) -> Orders {
@@ -280,6 +280,7 @@ impl Ledger {
                 }
                 Ok(found)
             }),
+            // It was noticed.
             Err(OpenError::Corruption(_)) if device == Device::Lies => Ok(Found::default()),
             Err(error) => Err(format!("can't be opened: {error}")),
         };
@@ -295,7 +296,12 @@ impl Ledger {
         let mut positions: Vec<Vec<u64>> = vec![Vec::new(); self.firsts.len()];
         let mut end = 0;
         for event in store.read_all(Position::START).map_err(|error| error.to_string())? {
-            let event = event.map_err(|error| format!("event {end}: {error}"))?;
+            let event = match event {
+                Err(ReadError::Corruption(_)) if device == Device::Lies => {
+                    return Ok(Found::default());
+                }
+                event => event.map_err(|error| format!("event {end}: {error}"))?,
+            };
             if event.position().get() != end {
                 return Err(format!("event {end} is given position {}", event.position()));
             }

@@ -195,7 +195,11 @@ fn run(parts: &[Part], mode: Mode, seed: u64) -> ExitCode {
         }
     }
     println!("faults: {} parts, {violated} violated, {skipped} skipped", parts.len());
-    if violated > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if violated > 0 {
+        println!("faults: traces are kept in {}", scratch.keep().display());
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
 
 /// Where cargo lets tests write: on the disk that the project is on, never a tmpfs by accident.
