@@ -315,11 +315,14 @@ fn used_segments(dir: &Path) -> HashSet<PathBuf> {
 /// Runs a child under strace until it has ended; whether it was killed.
 fn traced(ledger: &mut Ledger, log: &Path, inject: Option<&str>, batches: u64) -> bool {
     let trace = format!("trace={CALLS}");
-    // Without --seccomp-bpf, with which some versions inject no signals.
     let mut strace = vec!["strace", "-f", "-y", "-qq", "-s", "16"];
     strace.extend(["-o", log.to_str().unwrap(), "-e", &trace]);
     if let Some(inject) = inject {
         strace.extend(["-e", inject]);
+    }
+    // Quicker, but some versions inject no signals with it.
+    if inject.is_none_or(|inject| !inject.contains("signal=")) {
+        strace.push("--seccomp-bpf");
     }
     let strace: Vec<String> = strace.into_iter().map(str::to_owned).collect();
     let mut running = Running::start(&ledger.orders(batches), &strace);

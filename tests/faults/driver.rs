@@ -291,6 +291,16 @@ impl Ledger {
         found.map_err(|what| Stop::Violated(format!("{what} ({})", self.keep())))
     }
 
+    /// Compares an open journal with what was said.
+    pub(crate) fn look(&mut self, store: &Store) -> Result<(), String> {
+        self.compare(store, Device::Honest).map(drop)
+    }
+
+    /// The driver has appended by itself.
+    pub(crate) fn acknowledge(&mut self, writer: usize, next: u64, position: u64) {
+        self.note(&Said::Acknowledged { writer, next, position });
+    }
+
     fn compare(&mut self, store: &Store, device: Device) -> Result<Found, String> {
         // By writer: the positions of its events.
         let mut positions: Vec<Vec<u64>> = vec![Vec::new(); self.firsts.len()];
@@ -358,7 +368,7 @@ impl Ledger {
         let appended = store.append(&child::batch(writer, first));
         let appended = appended.map_err(|error| format!("doesn't go on: {error}"))?;
         let position = appended.token().position.get();
-        self.note(&Said::Acknowledged { writer, next: child::next_batch(first), position });
+        self.acknowledge(writer, child::next_batch(first), position);
         Ok(())
     }
 
