@@ -1,7 +1,7 @@
 //! Running a child, what it has said, and whether its journal keeps it.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -67,14 +67,15 @@ impl Said {
 pub(crate) struct Running {
     child: Child,
     lines: Receiver<String>,
-    stderr: PathBuf,
+    stderr: File,
     until_dropped: Option<ChildStdin>,
 }
 
 impl Running {
     /// Starts a child, by `through` (a program that starts it, with its arguments) if there is one.
     pub(crate) fn start(orders: &Orders, through: &[String]) -> Self {
-        let stderr = orders.dir.with_extension("stderr");
+        // Not on the file system that is to fail.
+        let stderr = tempfile::tempfile_in(crate::target_dir()).unwrap();
         let this = std::env::current_exe().unwrap().to_str().unwrap().to_owned();
         let mut line = through.to_vec();
         line.push(this);
@@ -83,7 +84,7 @@ impl Running {
             .args(&line[1..])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(File::create(&stderr).unwrap())
+            .stderr(stderr.try_clone().unwrap())
             .spawn()
             .unwrap();
         let (sender, lines) = channel();
@@ -106,7 +107,9 @@ impl Running {
         match self.lines.recv_timeout(PATIENCE) {
             Ok(line) => Some(Said::parse(&line)),
             Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => panic!("hangs; {}", self.stderr()),
+            Err(RecvTimeoutError::Timeout) => {
+                panic!("the child says nothing for too long; {}", self.stderr())
+            }
         }
     }
 
@@ -154,8 +157,11 @@ impl Running {
         status
     }
 
-    pub(crate) fn stderr(&self) -> String {
-        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    fn stderr(&mut self) -> String {
+        let mut text = String::new();
+        self.stderr.rewind().unwrap();
+        self.stderr.read_to_string(&mut text).unwrap();
+        text
     }
 }
 
@@ -197,7 +203,6 @@ pub(crate) struct Ledger {
 /// What a check has found.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Found {
-    pub(crate) events: u64,
     pub(crate) torn: bool,
     pub(crate) rewritten: bool,
 }
@@ -219,6 +224,11 @@ impl Ledger {
     /// The same journal, copied to another place.
     pub(crate) fn copied_to(&self, dir: PathBuf) -> Self {
         copy_dir(&self.dir, &dir);
+        self.at(dir)
+    }
+
+    /// The same journal, that somebody has put into another place.
+    pub(crate) fn at(&self, dir: PathBuf) -> Self {
         Self { dir, said: Vec::new(), ..self.clone() }
     }
 
@@ -336,7 +346,7 @@ impl Ledger {
         self.served = end;
         let report = store.recovery_report();
         let (torn, rewritten) = (report.torn_bytes > 0, report.rewritten_bytes > 0);
-        Ok(Found { events: end, torn, rewritten })
+        Ok(Found { torn, rewritten })
     }
 
     fn compare_acknowledged(&self, positions: &[Vec<u64>], end: u64) -> Result<(), String> {

@@ -92,10 +92,6 @@ impl Plan {
         Budget { rounds, until: Instant::now() + Duration::from_secs(seconds) }
     }
 
-    pub(crate) fn is_soak(&self) -> bool {
-        self.mode == Mode::Soak
-    }
-
     pub(crate) fn rng(&self) -> fastrand::Rng {
         fastrand::Rng::with_seed(self.seed)
     }

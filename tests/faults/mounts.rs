@@ -1,9 +1,12 @@
 //! File systems of our own, in files, and what can be done to them that needs no kernel module.
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 
 use crate::Stop;
 
@@ -63,7 +66,7 @@ pub(crate) fn available(scratch: &Path, namespace: Option<&str>) -> Result<(), S
 /// A file with a file system in it.
 #[derive(Debug)]
 pub(crate) struct Image {
-    pub(crate) kind: Kind,
+    kind: Kind,
     pub(crate) file: PathBuf,
     point: PathBuf,
 }
@@ -89,6 +92,12 @@ impl Image {
             Kind::Xfs => tool("mkfs.xfs", &["-q", "-f", path])?,
         };
         Ok(Self { kind, file, point })
+    }
+
+    /// The place of another image of this kind, which isn't made yet.
+    pub(crate) fn beside(&self, name: &str) -> Self {
+        let file = self.file.with_file_name(format!("{name}.img"));
+        Self { kind: self.kind, file, point: self.point.clone() }
     }
 
     /// Mounts it; the loop device goes with the mount.
@@ -155,60 +164,85 @@ pub(crate) enum Fails {
     Always,
 }
 
-/// Serves an image as a block device on which writes to some sectors fail.
+/// Serves an image as a block device on which writes to some sectors can be made to fail.
 #[derive(Debug)]
 pub(crate) struct Faulty {
     daemon: Child,
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
     point: PathBuf,
 }
 
 impl Faulty {
-    /// Writes that touch a sector (of 512 bytes) of `sectors` fail with EIO.
-    pub(crate) fn serve(image: &Image, sectors: &[u64], fails: Fails) -> Result<Self, String> {
+    pub(crate) fn serve(image: &Image) -> Result<Self, String> {
         let file = image.file.to_str().unwrap_or_default();
-        let export = image.file.with_extension("export");
-        std::fs::write(&export, []).map_err(|error| error.to_string())?;
-        let once = fails == Fails::Once;
-        let rules: Vec<String> = sectors
-            .iter()
-            .map(|sector| {
-                format!(
-                    r#"{{"event":"none","iotype":"write","errno":5,"sector":{sector},"once":{once}}}"#
-                )
-            })
-            .collect();
-        let debug = format!(
-            r#"{{"driver":"blkdebug","node-name":"debug","image":"file","inject-error":[{}]}}"#,
-            rules.join(",")
-        );
+        let point = image.file.with_extension("export");
+        std::fs::write(&point, []).map_err(|error| error.to_string())?;
         let fuse = format!(
-            "type=fuse,id=export,node-name=debug,mountpoint={},writable=on",
-            export.display()
+            "type=fuse,id=export,node-name=switch,mountpoint={},writable=on",
+            point.display()
         );
         // Ends with this process, however that ends.
-        let daemon = Command::new("setpriv")
+        let mut daemon = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "qemu-storage-daemon"])
+            .args(["--chardev", "stdio,id=commands", "--monitor", "chardev=commands"])
             .args(["--blockdev", &format!("driver=file,node-name=file,filename={file}")])
-            .args(["--blockdev", &debug, "--export", &fuse])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .args(["--blockdev", "driver=raw,node-name=switch,file=file", "--export", &fuse])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
             .map_err(|error| format!("qemu-storage-daemon: {error}"))?;
-        let mut served = Self { daemon, point: export };
+        let (stdin, stdout) = (daemon.stdin.take(), daemon.stdout.take());
+        let (Some(commands), Some(stdout)) = (stdin, stdout) else {
+            return Err("qemu-storage-daemon has no pipes".into());
+        };
+        let mut served = Self { daemon, commands, answers: BufReader::new(stdout), point };
+        served.answer()?; // its greeting
+        served.command("qmp_capabilities", &json!({}))?;
         served.wait()?;
         Ok(served)
+    }
+
+    /// From now on, writes that touch a sector (of 512 bytes) of `sectors` fail with EIO.
+    pub(crate) fn strike(
+        &mut self,
+        sectors: std::ops::Range<u64>,
+        fails: Fails,
+    ) -> Result<(), String> {
+        let once = fails == Fails::Once;
+        let rule = |sector| json!({"event": "none", "iotype": "write", "errno": 5, "sector": sector, "once": once});
+        let rules: Vec<Value> = sectors.map(rule).collect();
+        self.command(
+            "blockdev-add",
+            &json!({"driver": "blkdebug", "node-name": "debug", "image": "file", "inject-error": rules}),
+        )?;
+        let switched = json!({"driver": "raw", "node-name": "switch", "file": "debug"});
+        self.command("blockdev-reopen", &json!({"options": [switched]}))
+    }
+
+    fn command(&mut self, name: &str, arguments: &Value) -> Result<(), String> {
+        let command = json!({"execute": name, "arguments": arguments});
+        writeln!(self.commands, "{command}").map_err(|error| error.to_string())?;
+        let answer = self.answer()?;
+        if answer.contains("\"error\"") { Err(answer) } else { Ok(()) }
+    }
+
+    fn answer(&mut self) -> Result<String, String> {
+        let mut line = String::new();
+        match self.answers.read_line(&mut line) {
+            Ok(0) => Err("qemu-storage-daemon has ended".into()),
+            Ok(_) => Ok(line),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     fn wait(&mut self) -> Result<(), String> {
         let until = Instant::now() + Duration::from_secs(20);
         while std::fs::metadata(&self.point).map_or(0, |export| export.len()) == 0 {
-            if let Ok(Some(status)) = self.daemon.try_wait() {
-                return Err(format!("qemu-storage-daemon ended with {status}"));
-            }
             if Instant::now() > until {
                 return Err("qemu-storage-daemon serves nothing".into());
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())
     }
