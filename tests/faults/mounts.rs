@@ -1,14 +1,18 @@
 //! File systems of our own, in files, and what can be done to them that needs no kernel module.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{ErrorKind, Seek, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use serde_json::{Value, json};
+use rustix::fs::FallocateFlags;
 
 use crate::Stop;
+
+/// Of all file systems that are made here.
+pub(crate) const BLOCK_BYTES: usize = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -24,11 +28,10 @@ impl Kind {
         }
     }
 
-    /// Sparse; XFS refuses less.
     fn image_megabytes(self) -> u64 {
         match self {
             Self::Ext4 => 32,
-            Self::Xfs => 300,
+            Self::Xfs => 64,
         }
     }
 }
@@ -83,21 +86,17 @@ impl Image {
         bytes: u64,
     ) -> Result<Self, String> {
         let (file, point) = (dir.join(format!("{name}.img")), dir.join(format!("{name}.mnt")));
-        let image = std::fs::File::create(&file).and_then(|file| file.set_len(bytes));
+        let image = File::create(&file).and_then(|file| file.set_len(bytes));
         image.map_err(|error| format!("{}: {error}", file.display()))?;
         std::fs::create_dir_all(&point).map_err(|error| error.to_string())?;
         let path = file.to_str().unwrap_or_default();
         match kind {
             Kind::Ext4 => tool("mkfs.ext4", &["-q", "-F", "-b", "4096", path])?,
-            Kind::Xfs => tool("mkfs.xfs", &["-q", "-f", path])?,
+            // Later versions refuse to make small ones, unless they are told that it is for a test.
+            Kind::Xfs => tool("mkfs.xfs", &["-q", "-f", "--unsupported", path])
+                .or_else(|_| tool("mkfs.xfs", &["-q", "-f", path]))?,
         };
         Ok(Self { kind, file, point })
-    }
-
-    /// The place of another image of this kind, which isn't made yet.
-    pub(crate) fn beside(&self, name: &str) -> Self {
-        let file = self.file.with_file_name(format!("{name}.img"));
-        Self { kind: self.kind, file, point: self.point.clone() }
     }
 
     /// Mounts it; the loop device goes with the mount.
@@ -155,124 +154,81 @@ impl Drop for Mount {
     }
 }
 
-// ------------------------------------------------------------------------------------- a device with faults
+// ------------------------------------------------------------------------------- a device that has no space
 
-/// How a sector fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fails {
-    Once,
-    Always,
-}
-
-/// Serves an image as a block device on which writes to some sectors can be made to fail.
+/// A thinly provisioned device that has run out of space: an image in a memory file system without a free
+/// page, from which the pages of some blocks were taken. Writing one of those fails, however often.
 #[derive(Debug)]
-pub(crate) struct Faulty {
-    daemon: Child,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    point: PathBuf,
+pub(crate) struct Thin {
+    // Declared in the order in which they must go.
+    ballast: File,
+    image: Image,
+    _memory: Mount,
 }
 
-impl Faulty {
-    pub(crate) fn serve(image: &Image) -> Result<Self, String> {
-        let file = image.file.to_str().unwrap_or_default();
-        let point = image.file.with_extension("export");
-        std::fs::write(&point, []).map_err(|error| error.to_string())?;
-        let fuse = format!(
-            "type=fuse,id=export,node-name=switch,mountpoint={},writable=on",
-            point.display()
-        );
-        // Ends with this process, however that ends.
-        let mut daemon = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "qemu-storage-daemon"])
-            .args(["--chardev", "stdio,id=commands", "--monitor", "chardev=commands"])
-            .args(["--blockdev", &format!("driver=file,node-name=file,filename={file}")])
-            .args(["--blockdev", "driver=raw,node-name=switch,file=file", "--export", &fuse])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|error| format!("qemu-storage-daemon: {error}"))?;
-        let (stdin, stdout) = (daemon.stdin.take(), daemon.stdout.take());
-        let (Some(commands), Some(stdout)) = (stdin, stdout) else {
-            return Err("qemu-storage-daemon has no pipes".into());
-        };
-        let mut served = Self { daemon, commands, answers: BufReader::new(stdout), point };
-        served.answer()?; // its greeting
-        served.command("qmp_capabilities", &json!({}))?;
-        served.wait()?;
-        Ok(served)
+impl Thin {
+    /// A copy of an image, with pages for all of it.
+    pub(crate) fn copy_of(image: &Image) -> Result<Self, String> {
+        let io = |error: std::io::Error| error.to_string();
+        let len = std::fs::metadata(&image.file).map_err(io)?.len();
+        let memory = Mount::tmpfs(&image.file.with_extension("tmpfs"), len + (1 << 20), 16)?;
+        let file = memory.point.join("image");
+        tool("cp", &["--sparse=never".as_ref(), image.file.as_os_str(), file.as_os_str()])?;
+        let ballast = File::create(memory.point.join("ballast")).map_err(io)?;
+        let image = Image { kind: image.kind, file, point: image.point.clone() };
+        Ok(Self { ballast, image, _memory: memory })
     }
 
-    /// From now on, writes that touch a sector (of 512 bytes) of `sectors` fail with EIO.
-    pub(crate) fn strike(
-        &mut self,
-        sectors: std::ops::Range<u64>,
-        fails: Fails,
-    ) -> Result<(), String> {
-        let once = fails == Fails::Once;
-        let rule = |sector| json!({"event": "none", "iotype": "write", "errno": 5, "sector": sector, "once": once});
-        let rules: Vec<Value> = sectors.map(rule).collect();
-        self.command(
-            "blockdev-add",
-            &json!({"driver": "blkdebug", "node-name": "debug", "image": "file", "inject-error": rules}),
-        )?;
-        let switched = json!({"driver": "raw", "node-name": "switch", "file": "debug"});
-        self.command("blockdev-reopen", &json!({"options": [switched]}))
+    pub(crate) fn file(&self) -> &Path {
+        &self.image.file
     }
 
-    fn command(&mut self, name: &str, arguments: &Value) -> Result<(), String> {
-        let command = json!({"execute": name, "arguments": arguments});
-        writeln!(self.commands, "{command}").map_err(|error| error.to_string())?;
-        let answer = self.answer()?;
-        if answer.contains("\"error\"") { Err(answer) } else { Ok(()) }
-    }
-
-    fn answer(&mut self) -> Result<String, String> {
-        let mut line = String::new();
-        match self.answers.read_line(&mut line) {
-            Ok(0) => Err("qemu-storage-daemon has ended".into()),
-            Ok(_) => Ok(line),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    fn wait(&mut self) -> Result<(), String> {
-        let until = Instant::now() + Duration::from_secs(20);
-        while std::fs::metadata(&self.point).map_or(0, |export| export.len()) == 0 {
-            if Instant::now() > until {
-                return Err("qemu-storage-daemon serves nothing".into());
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        Ok(())
-    }
-
-    /// Mounts what is served, at the image's place, past the page cache of the host: with it, the loop
-    /// device would turn failed writes into successes.
-    pub(crate) fn mount(&self, image: &Image) -> Result<Mount, String> {
-        let args = ["--find", "--show", "--direct-io=on", self.point.to_str().unwrap_or_default()];
-        let device = tool("losetup", &args)?.trim().to_owned();
-        let mounted = tool("mount", &[OsStr::new(&device), image.point.as_ref()]);
+    pub(crate) fn mount(&self) -> Result<Mount, String> {
+        let file = self.image.file.to_str().unwrap_or_default();
+        let device = tool("losetup", &["--find", "--show", file])?.trim().to_owned();
+        let mounted = self.mount_device(&device);
         // Goes with the mount.
         let detached = tool("losetup", &["--detach", &device]);
-        mounted?;
-        let mount = Mount { point: image.point.clone() };
-        detached?;
-        Ok(mount)
+        let mount = mounted?;
+        detached.map(|_| mount)
     }
-}
 
-impl Drop for Faulty {
-    fn drop(&mut self) {
-        // TERM, so that it unmounts its export.
-        drop(tool("kill", &[self.daemon.id().to_string()]));
-        let until = Instant::now() + Duration::from_secs(5);
-        while matches!(self.daemon.try_wait(), Ok(None)) {
-            if Instant::now() > until {
-                drop(self.daemon.kill());
+    /// Requests of one block: a larger one that fails in its middle would count as done.
+    fn mount_device(&self, device: &str) -> Result<Mount, String> {
+        let name = device.trim_start_matches("/dev/");
+        let queue = format!("/sys/block/{name}/queue/max_sectors_kb");
+        std::fs::write(&queue, "4").map_err(|error| format!("{queue}: {error}"))?;
+        tool("mount", &[OsStr::new(device), self.image.point.as_ref()])?;
+        Ok(Mount { point: self.image.point.clone() })
+    }
+
+    /// From now on, writing these blocks fails; those that hold anything but zeros are spared. How many
+    /// are affected.
+    pub(crate) fn strike(&mut self, blocks: &[u64]) -> std::io::Result<usize> {
+        let file = File::options().read(true).write(true).open(&self.image.file)?;
+        let mut struck = 0;
+        for block in blocks {
+            let mut bytes = [0; BLOCK_BYTES];
+            file.read_exact_at(&mut bytes, block * BLOCK_BYTES as u64)?;
+            if bytes == [0; BLOCK_BYTES] {
+                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                let (at, len) = (block * BLOCK_BYTES as u64, BLOCK_BYTES as u64);
+                rustix::fs::fallocate(&file, hole, at, len)?;
+                struck += 1;
             }
-            std::thread::sleep(Duration::from_millis(2));
         }
-        drop(tool("umount", &[OsStr::new("--quiet"), self.point.as_ref()]));
+        loop {
+            match self.ballast.write_all(&[1; BLOCK_BYTES]) {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::StorageFull => return Ok(struck),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// There is space again: all blocks can be written.
+    pub(crate) fn heal(&mut self) -> std::io::Result<()> {
+        self.ballast.set_len(0)?;
+        self.ballast.rewind()
     }
 }
