@@ -8,8 +8,7 @@
 //! After a failed sync the page cache shows what the disk doesn't hold, and the next sync succeeds: whoever
 //! believes either serves events after the restart that are gone after the power cut.
 
-use std::fs::File;
-use std::io::Read;
+use std::collections::HashSet;
 use std::path::Path;
 
 use fastrand::Rng;
@@ -26,6 +25,8 @@ struct Tally {
     trials: usize,
     /// The first child was told of a failure.
     told: usize,
+    /// It was told that there is no space for the next segment.
+    full: usize,
     /// The second one could not open the journal as long as the device failed.
     refused: usize,
 }
@@ -44,15 +45,16 @@ pub(crate) fn run(plan: &Plan, kind: Kind) -> Reached {
         template.trial(&mut rng, &mut tally)?;
         tally.trials += 1;
     }
-    let Tally { trials, told, refused } = tally;
+    let Tally { trials, told, full, refused } = tally;
     if told == 0 {
         return Err(Stop::Violated(format!("no fault of {trials} has reached the journal")));
     }
     Ok(format!(
-        "{trials} faults on {} ({} blocks to choose from), {told} told by the journal, {refused} openings \
-         refused, 0 violations",
+        "{trials} faults on {} ({} blocks of data and {} others to choose from), {told} appends or openings \
+         failed, {full} segments not prepared, {refused} openings refused, 0 violations",
         kind.name(),
-        template.written.len()
+        template.data.len(),
+        template.other.len()
     ))
 }
 
@@ -60,8 +62,9 @@ pub(crate) fn run(plan: &Plan, kind: Kind) -> Reached {
 struct Template {
     image: Image,
     ledger: Ledger,
-    /// The blocks that going on with it fills.
-    written: Vec<u64>,
+    /// The blocks that going on with it fills: with batches, and with what the file system has to say.
+    data: Vec<u64>,
+    other: Vec<u64>,
 }
 
 impl Template {
@@ -73,7 +76,7 @@ impl Template {
         running.hear_acknowledged(&mut ledger, 8);
         running.kill(&mut ledger);
         mount.unmount().map_err(Stop::Violated)?;
-        let mut template = Self { image, ledger, written: Vec::new() };
+        let mut template = Self { image, ledger, data: Vec::new(), other: Vec::new() };
         template.dry_run()?;
         Ok(template)
     }
@@ -84,16 +87,21 @@ impl Template {
         let mut ledger = self.ledger.clone();
         Running::start(&ledger.orders(BATCHES), &[]).end(&mut ledger);
         ledger.check(Device::Honest)?;
+        let batches = segment_blocks(&ledger.dir.join("journal")).unwrap();
         mount.unmount().map_err(Stop::Violated)?;
-        self.written = filled_blocks(&self.image.file, thin.file()).unwrap();
+        let filled = filled_blocks(&self.image.file, thin.file()).unwrap();
+        let (data, other) = filled.into_iter().partition(|(_, bytes)| batches.contains(bytes));
+        let numbers = |blocks: Vec<Block>| blocks.into_iter().map(|(number, _)| number).collect();
+        (self.data, self.other) = (numbers(data), numbers(other));
         Ok(())
     }
 
     fn trial(&self, rng: &mut Rng, tally: &mut Tally) -> Result<(), Stop> {
         let mut thin = Thin::copy_of(&self.image).map_err(Stop::Skipped)?;
         let mount = thin.mount().map_err(Stop::Skipped)?;
+        let of = if rng.u8(..4) == 0 { &self.other } else { &self.data };
         let count = 1 << rng.u8(..4);
-        let blocks = rng.choose_multiple(&self.written, count);
+        let blocks = rng.choose_multiple(of, count);
         let blocks: Vec<u64> = blocks.into_iter().copied().collect();
         thin.strike(&blocks).unwrap();
         let mut ledger = self.ledger.clone();
@@ -102,6 +110,7 @@ impl Template {
             matches!(said, Said::Unknown | Said::Poisoned | Said::Refused { .. } | Said::Unclosed)
         };
         tally.told += usize::from(ledger.heard(told));
+        tally.full += usize::from(ledger.heard(|said| *said == Said::Full));
 
         ledger.said.clear();
         if rng.bool() {
@@ -125,17 +134,31 @@ impl Template {
     }
 }
 
-/// The blocks that are zero in one file and not in the other.
-fn filled_blocks(zero: &Path, filled: &Path) -> std::io::Result<Vec<u64>> {
-    let (mut zero, mut filled) = (File::open(zero)?, File::open(filled)?);
-    let (mut before, mut after) = ([0; BLOCK_BYTES], [0; BLOCK_BYTES]);
-    let mut blocks = Vec::new();
-    for block in 0..zero.metadata()?.len() / BLOCK_BYTES as u64 {
-        zero.read_exact(&mut before)?;
-        filled.read_exact(&mut after)?;
-        if before == [0; BLOCK_BYTES] && after != before {
-            blocks.push(block);
+/// Number and content.
+type Block = (u64, Vec<u8>);
+
+fn blocks_of(path: &Path) -> std::io::Result<Vec<Block>> {
+    let bytes = std::fs::read(path)?;
+    let blocks = bytes.chunks(BLOCK_BYTES).zip(0..);
+    let filled = blocks.filter(|(bytes, _)| bytes.iter().any(|byte| *byte != 0));
+    Ok(filled.map(|(bytes, number)| (number, bytes.to_vec())).collect())
+}
+
+/// The blocks that are zero in one image and not in the other.
+fn filled_blocks(zero: &Path, filled: &Path) -> std::io::Result<Vec<Block>> {
+    let before: HashSet<u64> = blocks_of(zero)?.into_iter().map(|(number, _)| number).collect();
+    let after = blocks_of(filled)?.into_iter();
+    Ok(after.filter(|(number, _)| !before.contains(number)).collect())
+}
+
+/// The contents of all blocks of all segments.
+fn segment_blocks(journal: &Path) -> std::io::Result<HashSet<Vec<u8>>> {
+    let mut contents = HashSet::new();
+    for entry in std::fs::read_dir(journal)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|it| it == "seg") {
+            contents.extend(blocks_of(&path)?.into_iter().map(|(_, bytes)| bytes));
         }
     }
-    Ok(blocks)
+    Ok(contents)
 }

@@ -24,7 +24,11 @@ pub(crate) enum Said {
     /// The journal is open, with everything in front of this position.
     Opened(u64),
     /// The writer's events in front of `next` are durable, and the journal in front of `position`.
-    Acknowledged { writer: usize, next: u64, position: u64 },
+    Acknowledged {
+        writer: usize,
+        next: u64,
+        position: u64,
+    },
     /// No space for the next segment.
     Full,
     /// The append may have happened.
@@ -32,7 +36,10 @@ pub(crate) enum Said {
     Poisoned,
     /// Something couldn't be read; nothing is claimed about it.
     Unread(String),
-    Refused { code: String, line: String },
+    Refused {
+        code: String,
+        line: String,
+    },
     Closed,
     Unclosed,
     Violation(String),
@@ -421,8 +428,7 @@ fn place(event: &Recorded, positions: &mut [Vec<u64>]) -> Result<(), String> {
     let position = event.position();
     let writer = event.stream().as_str().strip_prefix("writer-");
     let writer = writer.and_then(|writer| writer.parse::<usize>().ok());
-    let Some((writer, own)) =
-        writer.and_then(|writer| Some((writer, positions.get_mut(writer)?)))
+    let Some((writer, own)) = writer.and_then(|writer| Some((writer, positions.get_mut(writer)?)))
     else {
         return Err(format!("event {position} is of stream {}", event.stream()));
     };

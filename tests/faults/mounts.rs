@@ -50,7 +50,11 @@ pub(crate) fn tool<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String,
 
 /// Skips where there is no such program.
 pub(crate) fn need(program: &str) -> Result<(), Stop> {
-    match Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status()
+    match Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
     {
         Ok(_) => Ok(()),
         Err(error) => Err(Stop::Skipped(format!("{program}: {error}"))),
@@ -101,7 +105,10 @@ impl Image {
 
     /// Mounts it; the loop device goes with the mount.
     pub(crate) fn mount(&self) -> Result<Mount, String> {
-        tool("mount", &[OsStr::new("-o"), OsStr::new("loop"), self.file.as_ref(), self.point.as_ref()])?;
+        tool(
+            "mount",
+            &[OsStr::new("-o"), OsStr::new("loop"), self.file.as_ref(), self.point.as_ref()],
+        )?;
         Ok(Mount { point: self.point.clone() })
     }
 }
