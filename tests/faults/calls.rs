@@ -342,7 +342,7 @@ pub(crate) fn run(plan: &Plan) -> Reached {
     // A soak makes them all.
     let mut rng = plan.rng();
     rng.shuffle(&mut trials);
-    let budget = plan.budget(all, 45);
+    let budget = plan.budget(all, 40);
     let mut tally = Tally::default();
     let mut done = 0;
     while budget.allows(done)

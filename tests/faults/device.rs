@@ -19,6 +19,8 @@ use crate::{Plan, Reached, Stop};
 
 const WRITERS: usize = 2;
 const BATCHES: u64 = 20;
+/// Two segments for all batches of a trial: most of the blocks are prepared before they fail.
+const SEGMENT_BYTES: u64 = 64 * 1024;
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -39,7 +41,7 @@ pub(crate) fn run(plan: &Plan, kind: Kind) -> Reached {
     let dir = plan.dir(&format!("device-{}", kind.name()));
     let mut rng = plan.rng();
     let template = Template::make(&dir, kind)?;
-    let budget = plan.budget(200, 15);
+    let budget = plan.budget(200, 12);
     let mut tally = Tally::default();
     while budget.allows(tally.trials) {
         template.trial(&mut rng, &mut tally)?;
@@ -72,6 +74,7 @@ impl Template {
         let image = Image::make(dir, "template", kind).map_err(Stop::Skipped)?;
         let mount = image.mount().map_err(Stop::Skipped)?;
         let mut ledger = Ledger::new(mount.point.join("store"), WRITERS);
+        ledger.segment_bytes = SEGMENT_BYTES;
         let mut running = ledger.start();
         running.hear_acknowledged(&mut ledger, 8);
         running.kill(&mut ledger);

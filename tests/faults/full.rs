@@ -109,7 +109,7 @@ impl Ballast for Inodes {
 
 fn run(plan: &Plan, mount: &Mount, ballast: &mut dyn Ballast) -> Result<String, Stop> {
     let mut rng = plan.rng();
-    let budget = plan.budget(60, 8);
+    let budget = plan.budget(60, 6);
     let (mut full, mut reopened, mut batches) = (0, 0, 0);
     let mut ledger = Ledger::new(mount.point.join("store"), 1);
     while budget.allows(full) {

@@ -16,7 +16,7 @@ const WRITERS: usize = 4;
 pub(crate) fn run(plan: &Plan) -> Reached {
     let mut rng = plan.rng();
     let mut ledger = Ledger::new(plan.dir("kills").join("store"), WRITERS);
-    let budget = plan.budget(300, 40);
+    let budget = plan.budget(300, 30);
     let (mut kills, mut acknowledged, mut torn) = (0, 0, 0);
     while budget.allows(kills) {
         let before = ledger.acknowledged();

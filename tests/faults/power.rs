@@ -68,7 +68,7 @@ impl Machine {
 pub(crate) fn run(plan: &Plan, kind: Kind) -> Reached {
     let mut machine = Machine::new(plan, "power", kind)?;
     let mut rng = plan.rng();
-    let budget = plan.budget(250, 30);
+    let budget = plan.budget(250, 25);
     let (mut cuts, mut checks, mut torn, mut rewritten, mut acknowledged) = (0, 0, 0, 0, 0);
     while budget.allows(cuts) {
         let before = machine.ledger.acknowledged();
