@@ -12,6 +12,8 @@ pub enum Bug {
     NoBodyCheck,
     /// Directories are never synced.
     NoDirectorySync,
+    /// Recovery believes what it reads, though the disk may not hold it.
+    TrustPageCache,
 }
 
 #[cfg(feature = "test-kit")]

@@ -19,13 +19,16 @@ use headwater::{
 pub(crate) enum Plant {
     /// The library's own: what it acknowledges is not yet on the disk.
     AcknowledgeBeforeSync,
+    /// The library's own: after a failed sync, a restart takes the page cache for the disk.
+    TrustPageCache,
     /// The child's: it claims the next batch together with the one that was acknowledged.
     ClaimTheNext,
 }
 
 impl Plant {
-    const ALL: [(Self, &'static str); 2] = [
+    const ALL: [(Self, &'static str); 3] = [
         (Self::AcknowledgeBeforeSync, "acknowledge-before-sync"),
+        (Self::TrustPageCache, "trust-page-cache"),
         (Self::ClaimTheNext, "claim-the-next"),
     ];
 }
@@ -138,8 +141,10 @@ pub(crate) fn run(args: &[String]) -> ! {
         drop(std::io::stdin().read_to_end(&mut Vec::new()));
         std::process::exit(0);
     });
-    if orders.plant == Some(Plant::AcknowledgeBeforeSync) {
-        planted::plant_everywhere(Bug::AcknowledgeBeforeSync);
+    match orders.plant {
+        Some(Plant::AcknowledgeBeforeSync) => planted::plant_everywhere(Bug::AcknowledgeBeforeSync),
+        Some(Plant::TrustPageCache) => planted::plant_everywhere(Bug::TrustPageCache),
+        Some(Plant::ClaimTheNext) | None => {}
     }
     match open(&orders.dir, orders.segment_bytes) {
         Err(error) => say(&format!("refused {} {error}", error.code())),

@@ -13,6 +13,7 @@ use std::path::Path;
 
 use fastrand::Rng;
 
+use crate::child::Plant;
 use crate::driver::{Device, Ledger, Running, Said};
 use crate::mounts::{BLOCK_BYTES, Image, Kind, Thin, need};
 use crate::{Plan, Reached, Stop};
@@ -58,6 +59,23 @@ pub(crate) fn run(plan: &Plan, kind: Kind) -> Reached {
         template.data.len(),
         template.other.len()
     ))
+}
+
+/// A library whose recovery believes the page cache is convicted.
+pub(crate) fn catches_trust_in_the_page_cache(plan: &Plan) -> Reached {
+    plan.need_mounts()?;
+    let mut rng = plan.rng();
+    let mut template = Template::make(&plan.dir("device-trust"), Kind::Ext4)?;
+    template.ledger.plant = Some(Plant::TrustPageCache);
+    template.other.clone_from(&template.data);
+    for trials in 1..=60 {
+        match template.trial(&mut rng, &mut Tally::default()) {
+            Ok(()) => {}
+            Err(Stop::Violated(what)) => return Ok(format!("after {trials} faults: {what}")),
+            Err(skipped) => return Err(skipped),
+        }
+    }
+    Err(Stop::Violated("60 faults have not shown trust in the page cache".into()))
 }
 
 /// A journal on a file system that isn't mounted.

@@ -123,7 +123,7 @@ impl Budget {
 
 type Part = (&'static str, fn(&Plan) -> Reached);
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     ("kills: catches a lie", kills::catches_a_lie),
     ("kills", kills::run),
     ("calls: catches a lie", calls::catches_a_lie),
@@ -131,6 +131,7 @@ const PARTS: [Part; 11] = [
     ("power: catches acknowledgements before the sync", power::catches_early_acknowledgements),
     ("power ext4", |plan| power::run(plan, mounts::Kind::Ext4)),
     ("power xfs", |plan| power::run(plan, mounts::Kind::Xfs)),
+    ("device: catches trust in the page cache", device::catches_trust_in_the_page_cache),
     ("device ext4", |plan| device::run(plan, mounts::Kind::Ext4)),
     ("device xfs", |plan| device::run(plan, mounts::Kind::Xfs)),
     ("full tmpfs", full::tmpfs),
