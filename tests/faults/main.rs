@@ -16,11 +16,11 @@
 //! opening never vanishes; what was not acknowledged is there whole or not at all; nothing healthy is taken
 //! for damaged. Each part first catches a planted bug, where that is quick.
 //!
-//! `./run faults` runs all parts, for about two minutes; `./run faults --soak` all day if it must. Without
+//! `./run faults` runs all parts, in less than three minutes; `./run faults --soak` in less than an hour. Without
 //! either (as in `cargo test`) there is a smoke test of the first part. Arguments choose parts by name.
 //!
 //! Mounts live in a mount namespace of this process, loop devices detach with their last mount, children
-//! end with their standard input: nothing is left behind, however this program ends.
+//! end with their standard input: however this program ends, nothing is left behind but files.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
