@@ -12,11 +12,14 @@ pub enum Bug {
     NoBodyCheck,
     /// Directories are never synced.
     NoDirectorySync,
+    /// Recovery believes what it reads, though the disk may not hold it.
+    TrustPageCache,
 }
 
 #[cfg(feature = "test-kit")]
 mod switch {
     use std::cell::Cell;
+    use std::sync::OnceLock;
 
     thread_local! {
         static PLANTED: Cell<Option<super::Bug>> = const { Cell::new(None) };
@@ -27,15 +30,23 @@ mod switch {
         PLANTED.set(bug);
     }
 
+    /// In every thread of this process, for ever.
+    static EVERYWHERE: OnceLock<super::Bug> = OnceLock::new();
+
+    /// Plants a bug in all threads of this process, for as long as it lives; the first one stays.
+    pub fn plant_everywhere(bug: super::Bug) {
+        EVERYWHERE.get_or_init(|| bug);
+    }
+
     pub(crate) fn is(bug: super::Bug) -> bool {
-        PLANTED.get() == Some(bug)
+        PLANTED.get() == Some(bug) || EVERYWHERE.get() == Some(&bug)
     }
 }
 
 #[cfg(feature = "test-kit")]
 pub(crate) use switch::is;
 #[cfg(feature = "test-kit")]
-pub use switch::plant;
+pub use switch::{plant, plant_everywhere};
 
 #[cfg(not(feature = "test-kit"))]
 pub(crate) const fn is(_: Bug) -> bool {
