@@ -6,9 +6,9 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::Outcome;
 use crate::engine::Peer;
 use crate::worker::{READY, SAYS, Sample, Task};
-use crate::Outcome;
 
 /// How long a worker may take before it counts as stuck.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -11,10 +11,34 @@ const POOL_BYTES: usize = 8 << 20;
 const PIECE_BYTES: usize = 32;
 const TEXT: &[u8] = b"{\"total_cents\":";
 
-/// Payloads of a given size. They differ; none begins with a zero.
-pub(crate) struct Payloads {
-    pool: Vec<u8>,
-    bytes: usize,
+/// What payloads are cut out of.
+pub(crate) struct Pool {
+    bytes: Vec<u8>,
+    payload_bytes: usize,
+}
+
+impl Pool {
+    pub(crate) fn new(payload_bytes: usize) -> Self {
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut bytes = Vec::with_capacity(POOL_BYTES + payload_bytes + PIECE_BYTES);
+        while bytes.len() < POOL_BYTES + payload_bytes {
+            bytes.extend_from_slice(TEXT);
+            bytes.extend(std::iter::repeat_with(|| random.u8(1..)).take(PIECE_BYTES - TEXT.len()));
+        }
+        Self { bytes, payload_bytes }
+    }
+
+    /// A writer's payloads. Writers with different seeds begin in different places.
+    pub(crate) fn payloads(&self, seed: u64) -> Payloads<'_> {
+        let pieces = (POOL_BYTES / PIECE_BYTES) as u64;
+        let at = (seed.wrapping_mul(2_654_435_761) % pieces) as usize * PIECE_BYTES;
+        Payloads { pool: self, at }
+    }
+}
+
+/// Payloads of one size. They differ; none begins with a zero.
+pub(crate) struct Payloads<'a> {
+    pool: &'a Pool,
     at: usize,
 }
 
@@ -23,27 +47,16 @@ fn stride(bytes: usize) -> usize {
     bytes.next_multiple_of(PIECE_BYTES)
 }
 
-impl Payloads {
-    /// Writers with different seeds begin in different places.
-    pub(crate) fn new(bytes: usize, seed: u64) -> Self {
-        let mut random = fastrand::Rng::with_seed(7);
-        let mut pool = Vec::with_capacity(POOL_BYTES + bytes);
-        while pool.len() < POOL_BYTES + bytes {
-            pool.extend_from_slice(TEXT);
-            pool.extend(std::iter::repeat_with(|| random.u8(1..)).take(PIECE_BYTES - TEXT.len()));
+impl<'a> Payloads<'a> {
+    /// Puts the next `count` of them into `batch`, instead of what is there.
+    pub(crate) fn next(&mut self, batch: &mut Vec<&'a [u8]>, count: usize) {
+        let Pool { bytes, payload_bytes } = self.pool;
+        let stride = stride(*payload_bytes);
+        batch.clear();
+        for _ in 0..count {
+            batch.push(&bytes[self.at..][..*payload_bytes]);
+            self.at = (self.at + stride) % POOL_BYTES;
         }
-        let pieces = (POOL_BYTES / PIECE_BYTES) as u64;
-        let at = (seed.wrapping_mul(2_654_435_761) % pieces) as usize * PIECE_BYTES;
-        Self { pool, bytes, at }
-    }
-
-    /// The next `count` of them.
-    pub(crate) fn next(&mut self, count: usize) -> Vec<&[u8]> {
-        let first = self.at;
-        let stride = stride(self.bytes);
-        self.at = (self.at + count * stride) % POOL_BYTES;
-        let at = |index: usize| (first + index * stride) % POOL_BYTES;
-        (0..count).map(|index| &self.pool[at(index)..][..self.bytes]).collect()
     }
 }
 

@@ -99,14 +99,28 @@ impl Settings {
         if run.smoke {
             let (warm, slice) = (Duration::from_millis(5), Duration::from_millis(15));
             let (rounds, traced_commits) = (1, 5);
-            return Ok(Self { smoke: true, rounds, warm, slice, corpus: SMOKE_CORPUS, traced_commits });
+            return Ok(Self {
+                smoke: true,
+                rounds,
+                warm,
+                slice,
+                corpus: SMOKE_CORPUS,
+                traced_commits,
+            });
         }
         let slice = Duration::try_from_secs_f64(run.seconds)?;
         if run.rounds == 0 || slice.is_zero() {
             return Err("at least one round, of some time".into());
         }
         let warm = slice / 4;
-        Ok(Self { smoke: false, rounds: run.rounds, warm, slice, corpus: CORPUS, traced_commits: 50 })
+        Ok(Self {
+            smoke: false,
+            rounds: run.rounds,
+            warm,
+            slice,
+            corpus: CORPUS,
+            traced_commits: 50,
+        })
     }
 }
 

@@ -108,11 +108,17 @@ fn write(area: &Area<'_>, text: &str, style: &TextStyle<'_>, at: (i32, i32)) -> 
 }
 
 /// The title above, where it was measured below; in between is room for the plot.
-fn framed<'a>(area: &Area<'a>, title: &str, data: &Data) -> Result<Area<'a>, Box<dyn std::error::Error>> {
+fn framed<'a>(
+    area: &Area<'a>,
+    title: &str,
+    data: &Data,
+) -> Result<Area<'a>, Box<dyn std::error::Error>> {
     write(area, title, &font(19, TEXT), (20, 16))?;
     let smoke = if data.settings.smoke { "NOT TO BE QUOTED. " } else { "" };
     let rounds = data.settings.rounds;
-    let note = format!("{smoke}Medians of {rounds} rounds, bars from the lowest to the highest round; logarithmic.");
+    let note = format!(
+        "{smoke}Medians of {rounds} rounds, bars from the lowest to the highest round; logarithmic."
+    );
     write(area, &note, &font(13, MUTED), (20, 42))?;
     let height = i32::try_from(HEIGHT)?;
     write(area, &data.place(), &font(13, MUTED), (20, height - 24))?;

@@ -98,7 +98,8 @@ pub(crate) fn write(out: &Path, data: &Data) -> Outcome<()> {
     fs::write(out.join(DATA), serde_json::to_string_pretty(data)? + "\n")?;
     let plots = plot::draw(out, data)?;
     let page = out.join(PAGE);
-    let old = fs::read_to_string(&page).unwrap_or_else(|_| format!("# Benchmarks\n\n{BEGIN}\n{END}\n"));
+    let old =
+        fs::read_to_string(&page).unwrap_or_else(|_| format!("# Benchmarks\n\n{BEGIN}\n{END}\n"));
     Ok(fs::write(page, replaced(&old, &generated(data, &plots)?)?)?)
 }
 
@@ -141,7 +142,10 @@ fn conditions(text: &mut String, data: &Data) -> std::fmt::Result {
     writeln!(text, "| machine | {processor}, {cores} cores, {memory} |")?;
     writeln!(text, "| system | {system}, load {load_at_the_beginning} at the beginning |")?;
     writeln!(text, "| file system | {file_system} |")?;
-    writeln!(text, "| durability | asked of everybody: an append returns when the events would survive a power cut |")?;
+    writeln!(
+        text,
+        "| durability | asked of everybody: an append returns when the events would survive a power cut |"
+    )?;
     writeln!(
         text,
         "| run | {rounds} rounds of {:.2} s for each peer and cell, interleaved; {:.0} s in all |",
@@ -165,7 +169,10 @@ fn conditions(text: &mut String, data: &Data) -> std::fmt::Result {
 
 fn who(text: &mut String, data: &Data) -> std::fmt::Result {
     writeln!(text, "\n### Who took part, and what its \"durable\" is\n")?;
-    writeln!(text, "| | version | durable when an append returns | syncs counted per append | how it was used |")?;
+    writeln!(
+        text,
+        "| | version | durable when an append returns | syncs counted per append | how it was used |"
+    )?;
     writeln!(text, "|---|---|---|---|---|")?;
     for peer in &data.peers {
         let version = peer.version.as_deref().unwrap_or("-");
@@ -188,7 +195,10 @@ fn who(text: &mut String, data: &Data) -> std::fmt::Result {
 fn appends(text: &mut String, data: &Data) -> std::fmt::Result {
     let cells: Vec<_> = data.results.cells.iter().filter(|cell| is_append(cell)).collect();
     for (title, chosen) in [
-        ("### Durable appends by the number of writers (events of 256 B, one each): events/s", Axis::Writers),
+        (
+            "### Durable appends by the number of writers (events of 256 B, one each): events/s",
+            Axis::Writers,
+        ),
         ("### Durable appends in batches (256 B): events/s", Axis::Batches),
         ("### Durable appends by payload (one event each): events/s", Axis::Payloads),
     ] {
@@ -304,9 +314,8 @@ fn costs(text: &mut String, data: &Data, load: Load, title: &str, calls: bool) -
         let per = |what: Option<Spread>, digits: usize| {
             what.map_or_else(|| "-".to_owned(), |it| format!("{:.digits$}", it.median))
         };
-        let micros = |what: Option<Spread>| {
-            what.map_or_else(|| "-".to_owned(), |it| time(it.median / 1e6))
-        };
+        let micros =
+            |what: Option<Spread>| what.map_or_else(|| "-".to_owned(), |it| time(it.median / 1e6));
         let events = |sample: &Sample| sample.events as f64;
         let appends = |sample: &Sample| sample.operations as f64;
         let device = |count: Option<u64>| count.map_or(f64::NAN, |count| count as f64);
@@ -359,7 +368,11 @@ fn opens(text: &mut String, data: &Data) -> std::fmt::Result {
 }
 
 fn disk(text: &mut String, data: &Data) -> std::fmt::Result {
-    writeln!(text, "\n### On the disk: bytes per event of {} B\n", data.settings.corpus.payload_bytes)?;
+    writeln!(
+        text,
+        "\n### On the disk: bytes per event of {} B\n",
+        data.settings.corpus.payload_bytes
+    )?;
     writeln!(text, "| | |\n|---|---:|")?;
     for disk in &data.results.disk {
         writeln!(text, "| {} | {:.0} |", disk.peer, disk.bytes_per_event)?;
@@ -406,7 +419,10 @@ fn describe(measured: Measured) -> String {
     match measured {
         Measured::Append(Load { writers, batch, payload_bytes }) => {
             let writers = count(writers.into(), "writer");
-            format!("appends by {writers}, {} of {payload_bytes} B each time", count(batch as u64, "event"))
+            format!(
+                "appends by {writers}, {} of {payload_bytes} B each time",
+                count(batch as u64, "event")
+            )
         }
         Measured::Replay => "replay".to_owned(),
         Measured::Random => "one event by its position".to_owned(),

@@ -172,10 +172,11 @@ impl Cell {
         let ours = self.entries.first().map(values).unwrap_or_default();
         let all: Vec<_> = self.entries.iter().map(values).collect();
         for (entry, values) in self.entries.iter_mut().zip(all) {
-            let better = values.iter().zip(&ours).map(|(value, ours)| match self.measured.is_time() {
-                true => value / ours,
-                false => ours / value,
-            });
+            let better =
+                values.iter().zip(&ours).map(|(value, ours)| match self.measured.is_time() {
+                    true => value / ours,
+                    false => ours / value,
+                });
             entry.headwater = Spread::of(better);
             entry.value = Spread::of(values);
         }
@@ -231,7 +232,11 @@ impl Runner<'_> {
             }
             Err(error) => {
                 eprintln!("{}: system calls can't be counted: {error}", peer.name);
-                Counted { peer: peer.name.to_owned(), calls: None, skipped: Some(error.to_string()) }
+                Counted {
+                    peer: peer.name.to_owned(),
+                    calls: None,
+                    skipped: Some(error.to_string()),
+                }
             }
         }
     }

@@ -28,7 +28,8 @@ pub(crate) struct Calls {
 }
 
 pub(crate) fn available() -> bool {
-    let tried = Command::new("strace").arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let tried =
+        Command::new("strace").arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
     tried.is_ok_and(|status| status.success())
 }
 

@@ -4,6 +4,7 @@
 use std::hint::black_box;
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use crate::corpus::{Corpus, Payloads};
+use crate::corpus::{Corpus, Payloads, Pool};
 use crate::engine::{Engine, Operation, Peer, Shape, Writer};
 use crate::measure::{Meter, Usage};
 use crate::{Error, Outcome};
@@ -110,13 +111,20 @@ fn append(
 ) -> Outcome<Sample> {
     let (engine, open) = open(peer, dir, shape(load))?;
     let meter = Meter::new(dir)?;
+    let pool = Pool::new(load.payload_bytes);
     let race = Race::default();
+    let start = Barrier::new(load.writers as usize + 1);
     let (mut sample, latencies) = thread::scope(|scope| {
         let mut threads = Vec::new();
         for stream in 0..load.writers {
-            let (race, writer) = (&race, engine.writer()?);
-            threads.push(scope.spawn(move || race.append(stream, writer, load)));
+            let (race, start, writer) = (&race, &start, engine.writer()?);
+            let payloads = pool.payloads(stream.into());
+            threads.push(scope.spawn(move || {
+                start.wait();
+                race.append(stream, writer, payloads, load.batch)
+            }));
         }
+        start.wait();
         thread::sleep(warm);
         let watch = Watch::start(&meter, &race);
         thread::sleep(measure);
@@ -143,16 +151,17 @@ impl Race {
         &self,
         stream: u32,
         mut writer: Box<dyn Writer + '_>,
-        load: Load,
+        mut payloads: Payloads<'_>,
+        size: usize,
     ) -> Outcome<Histogram<u64>> {
-        let mut payloads = Payloads::new(load.payload_bytes, stream.into());
+        let mut batch = Vec::with_capacity(size);
         let mut latencies = latencies()?;
         loop {
             let phase = self.phase.load(Ordering::Relaxed);
             if phase == STOPPED {
                 return Ok(latencies);
             }
-            let batch = payloads.next(load.batch);
+            payloads.next(&mut batch, size);
             let began = Instant::now();
             let appended = writer.append(stream, &batch);
             if appended.is_err() {
@@ -160,7 +169,7 @@ impl Race {
             }
             appended?;
             self.operations.fetch_add(1, Ordering::Relaxed);
-            self.events.fetch_add(load.batch as u64, Ordering::Relaxed);
+            self.events.fetch_add(size as u64, Ordering::Relaxed);
             if phase == MEASURING {
                 latencies.saturating_record(nanoseconds(began.elapsed()));
             }
@@ -180,7 +189,8 @@ struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     fn start(meter: &'a Meter, race: &'a Race) -> Self {
-        let _ = race.phase.compare_exchange(WARMING, MEASURING, Ordering::Relaxed, Ordering::Relaxed);
+        let _ =
+            race.phase.compare_exchange(WARMING, MEASURING, Ordering::Relaxed, Ordering::Relaxed);
         let usage = meter.read();
         Self {
             meter,
@@ -242,14 +252,16 @@ fn open(peer: &Peer, dir: &Path, shape: Shape) -> Outcome<(Box<dyn Engine>, Dura
 
 fn commit(peer: &Peer, dir: &Path, load: Load, commits: u64) -> Outcome<Sample> {
     let (engine, _) = open(peer, dir, shape(load))?;
+    let pool = Pool::new(load.payload_bytes);
     thread::scope(|scope| {
         let mut threads = Vec::new();
         for stream in 0..load.writers {
-            let mut writer = engine.writer()?;
+            let (mut writer, mut batch) = (engine.writer()?, Vec::new());
+            let mut payloads = pool.payloads(stream.into());
             threads.push(scope.spawn(move || -> Outcome<()> {
-                let mut payloads = Payloads::new(load.payload_bytes, stream.into());
                 for _ in 0..commits {
-                    writer.append(stream, &payloads.next(load.batch))?;
+                    payloads.next(&mut batch, load.batch);
+                    writer.append(stream, &batch)?;
                 }
                 Ok(())
             }));
@@ -267,17 +279,19 @@ fn commit(peer: &Peer, dir: &Path, load: Load, commits: u64) -> Outcome<Sample> 
 fn fill(peer: &Peer, dir: &Path, corpus: &Corpus, shape: Shape, then: Then) -> Outcome<Sample> {
     let (engine, _) = open(peer, dir, shape)?;
     let mut writer = engine.writer()?;
-    let mut payloads = Payloads::new(corpus.payload_bytes, 0);
+    let pool = Pool::new(corpus.payload_bytes);
+    let mut payloads = pool.payloads(0);
+    let mut batch = Vec::new();
+    let mut append = |stream| {
+        payloads.next(&mut batch, corpus.batch);
+        writer.append(stream, &batch)
+    };
     let began = Instant::now();
-    for stream in corpus.batches() {
-        writer.append(stream, &payloads.next(corpus.batch))?;
-    }
+    corpus.batches().try_for_each(&mut append)?;
     let seconds = began.elapsed().as_secs_f64();
     if then == Then::AppendOn {
         say(READY)?;
-        for stream in corpus.batches().cycle() {
-            writer.append(stream, &payloads.next(corpus.batch))?;
-        }
+        corpus.batches().cycle().try_for_each(&mut append)?;
     }
     drop(writer);
     engine.close()?;

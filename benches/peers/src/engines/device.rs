@@ -106,7 +106,9 @@ impl Writer for Writes<'_> {
         self.buffer.clear();
         payloads.iter().for_each(|payload| self.buffer.extend_from_slice(payload));
         let mut end = self.device.end.lock().map_err(|_| "a writer panicked")?;
-        if self.device.zeroed_bytes > 0 && *end + self.buffer.len() as u64 > self.device.zeroed_bytes {
+        if self.device.zeroed_bytes > 0
+            && *end + self.buffer.len() as u64 > self.device.zeroed_bytes
+        {
             *end = 0;
         }
         self.device.file.write_all_at(&self.buffer, *end)?;

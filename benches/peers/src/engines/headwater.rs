@@ -37,7 +37,8 @@ impl Engine for Journal {
     }
 
     fn read(&mut self, place: &Place, each: Each<'_>) -> Outcome<()> {
-        let event = self.0.read_all(Position::new(place.number))?.next().ok_or("no such event")??;
+        let event =
+            self.0.read_all(Position::new(place.number))?.next().ok_or("no such event")??;
         each(event.data());
         Ok(())
     }

@@ -2,8 +2,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use okaywal::{Configuration, Entry, EntryId, LogManager, ReadChunkResult, SegmentReader};
 use okaywal::WriteAheadLog;
+use okaywal::{Configuration, Entry, EntryId, LogManager, ReadChunkResult, SegmentReader};
 
 use crate::Outcome;
 use crate::engine::{Each, Engine, Kind, Operation, Peer, Shape, Writer};

@@ -1,5 +1,5 @@
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::sync::Mutex;
 
 use rusqlite::{Connection, TransactionBehavior};
 
@@ -11,42 +11,33 @@ pub(super) const PEER: Peer = Peer {
     package: Some("rusqlite"),
     kind: Kind::Peer,
     durable: "yes: fdatasync of its log (WAL, synchronous=FULL), one for each append",
-    used: "a connection for each writer, who wait for each other with a busy time-out of 10 s; one table (number, stream, payload); an index by stream only for the corpus that is read; prepared statements",
+    used: "all writers share a connection behind a mutex; one table (number, stream, payload); an index by stream only for the corpus that is read; prepared statements",
     without: &[],
     open,
 };
 
-const BUSY: Duration = Duration::from_secs(10);
+const PANICKED: &str = "a writer panicked";
 
-struct Table {
-    path: PathBuf,
-    reads: std::sync::Mutex<Connection>,
-}
+struct Table(Mutex<Connection>);
 
 fn open(dir: &Path, shape: Shape) -> Outcome<Box<dyn Engine>> {
-    let path = dir.join("events.sqlite");
-    let reads = connect(&path)?;
-    reads.execute_batch(
+    let connection = Connection::open(dir.join("events.sqlite"))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.execute_batch(
         "CREATE TABLE IF NOT EXISTS events \
          (number INTEGER PRIMARY KEY, stream INTEGER NOT NULL, payload BLOB NOT NULL)",
     )?;
     if shape.streams {
-        reads.execute_batch("CREATE INDEX IF NOT EXISTS streams ON events (stream, number)")?;
+        connection
+            .execute_batch("CREATE INDEX IF NOT EXISTS streams ON events (stream, number)")?;
     }
-    Ok(Box::new(Table { path, reads: std::sync::Mutex::new(reads) }))
-}
-
-fn connect(path: &Path) -> Outcome<Connection> {
-    let connection = Connection::open(path)?;
-    connection.busy_timeout(BUSY)?;
-    connection.pragma_update(None, "journal_mode", "WAL")?;
-    connection.pragma_update(None, "synchronous", "FULL")?;
-    Ok(connection)
+    Ok(Box::new(Table(Mutex::new(connection))))
 }
 
 impl Table {
     fn query(&mut self, sql: &str, key: Option<u64>, each: Each<'_>) -> Outcome<()> {
-        let connection = self.reads.get_mut().map_err(|_| "a reader panicked")?;
+        let connection = self.0.get_mut().map_err(|_| PANICKED)?;
         let mut statement = connection.prepare_cached(sql)?;
         let mut rows = match key {
             Some(key) => statement.query([i64::try_from(key)?])?,
@@ -61,7 +52,7 @@ impl Table {
 
 impl Engine for Table {
     fn writer(&self) -> Outcome<Box<dyn Writer + '_>> {
-        Ok(Box::new(Inserts(connect(&self.path)?)))
+        Ok(Box::new(Inserts(&self.0)))
     }
 
     fn replay(&mut self, each: Each<'_>) -> Outcome<()> {
@@ -79,16 +70,17 @@ impl Engine for Table {
     }
 
     fn close(self: Box<Self>) -> Outcome<()> {
-        let reads = self.reads.into_inner().map_err(|_| "a reader panicked")?;
-        reads.close().map_err(|(_, error)| error.into())
+        let connection = self.0.into_inner().map_err(|_| PANICKED)?;
+        connection.close().map_err(|(_, error)| error.into())
     }
 }
 
-struct Inserts(Connection);
+struct Inserts<'a>(&'a Mutex<Connection>);
 
-impl Writer for Inserts {
+impl Writer for Inserts<'_> {
     fn append(&mut self, stream: u32, payloads: &[&[u8]]) -> Outcome<()> {
-        let transaction = self.0.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let mut connection = self.0.lock().map_err(|_| PANICKED)?;
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         {
             let mut insert =
                 transaction.prepare_cached("INSERT INTO events (stream, payload) VALUES (?, ?)")?;

@@ -9,8 +9,8 @@ pub(super) const PEER: Peer = Peer {
     name: "walrus-rust",
     package: Some("walrus-rust"),
     kind: Kind::Peer,
-    durable: "ONLY HALF: SyncEach opens files with O_SYNC and calls fsync for single events, but it ignores the result of every write, so a failed write is acknowledged too. Its default (an fsync every 200 ms, after the acknowledgement) is not durable and isn't measured",
-    used: "SyncEach, file back end; each stream is a topic; batches through io_uring; reading consumes, so that one replay of a fresh copy is all there is",
+    durable: "NOT QUITE: SyncEach opens its files with O_SYNC and calls fsync, but for single events it ignores the result of the write, so that a failed write is acknowledged, too. Its default (an fsync every 200 ms, after the acknowledgement) is NOT DURABLE and isn't measured",
+    used: "SyncEach, file back end; each stream is a topic; batches through io_uring",
     without: &[
         (Operation::Replay, "reading consumes a topic and has no order among topics"),
         (Operation::Random, "reads only the next event of a topic"),
