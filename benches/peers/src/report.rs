@@ -237,7 +237,10 @@ fn head(cell: &Cell, axis: Axis) -> String {
     let Measured::Append(Load { writers, batch, payload_bytes }) = cell.measured else {
         return String::new();
     };
-    let writers = count(writers.into(), "writer");
+    let writers = match writers {
+        1 => "1 writer".to_owned(),
+        many => format!("{many} writers"),
+    };
     match axis {
         Axis::Writers => writers,
         Axis::Batches => format!("{writers}, batches of {batch}"),
@@ -397,7 +400,7 @@ fn lost(text: &mut String, data: &Data) -> std::fmt::Result {
                 any = true;
                 let sure = if max < 1.0 { "in every round" } else { "not in every round" };
                 let times = |it: f64| ratio(1.0 / it);
-                let what = describe(cell.measured);
+                let what = cell.measured;
                 writeln!(
                     text,
                     "- {what}: {} is {} as fast ({} to {}), {sure}",
@@ -415,23 +418,6 @@ fn lost(text: &mut String, data: &Data) -> std::fmt::Result {
     Ok(())
 }
 
-fn describe(measured: Measured) -> String {
-    match measured {
-        Measured::Append(Load { writers, batch, payload_bytes }) => {
-            let writers = count(writers.into(), "writer");
-            format!(
-                "appends by {writers}, {} of {payload_bytes} B each time",
-                count(batch as u64, "event")
-            )
-        }
-        Measured::Replay => "replay".to_owned(),
-        Measured::Random => "one event by its position".to_owned(),
-        Measured::Stream => "one stream".to_owned(),
-        Measured::OpenClean => "opening after a clean stop".to_owned(),
-        Measured::OpenUnclean => "opening after a kill".to_owned(),
-    }
-}
-
 /// What isn't there, with the reason.
 fn left_out(text: &mut String, data: &Data) -> std::fmt::Result {
     writeln!(text, "\n### Not measured\n")?;
@@ -441,7 +427,7 @@ fn left_out(text: &mut String, data: &Data) -> std::fmt::Result {
     for cell in &data.results.cells {
         for entry in &cell.entries {
             if let Some(why) = &entry.skipped {
-                writeln!(text, "- {}, {}: {why}", entry.peer, describe(cell.measured))?;
+                writeln!(text, "- {}, {}: {why}", entry.peer, cell.measured)?;
             }
         }
     }
@@ -464,13 +450,6 @@ pub(crate) fn grouped(number: f64) -> String {
         out.push(digit);
     }
     out
-}
-
-fn count(number: u64, what: &str) -> String {
-    match number {
-        1 => format!("1 {what}"),
-        many => format!("{many} {what}s"),
-    }
 }
 
 fn ratio(times: f64) -> String {

@@ -8,6 +8,7 @@
 //! computed within a round. What a measurement leaves on the disk is deleted, and the file system synced, before
 //! the next one begins.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -123,6 +124,30 @@ impl Measured {
     }
 }
 
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |number: usize, what: &str| match number {
+            1 => format!("1 {what}"),
+            many => format!("{many} {what}s"),
+        };
+        match self {
+            Self::Append(Load { writers, batch, payload_bytes }) => {
+                let writers = count(*writers as usize, "writer");
+                write!(
+                    f,
+                    "appends by {writers}, {} of {payload_bytes} B each time",
+                    count(*batch, "event")
+                )
+            }
+            Self::Replay => f.write_str("replay"),
+            Self::Random => f.write_str("one event by its position"),
+            Self::Stream => f.write_str("one stream"),
+            Self::OpenClean => f.write_str("opening after a clean stop"),
+            Self::OpenUnclean => f.write_str("opening after a kill"),
+        }
+    }
+}
+
 /// The cells of a run, in their order.
 fn plan(settings: &Settings) -> Vec<Measured> {
     use Measured::{Append, OpenClean, OpenUnclean, Random, Replay, Stream};
@@ -141,13 +166,18 @@ pub(crate) fn run(peers: &[&'static Peer], dir: &Path, settings: &Settings) -> O
     let mut cells: Vec<_> = plan(settings).into_iter().map(|it| Cell::new(it, peers)).collect();
     for round in 0..settings.rounds {
         for cell in &mut cells {
+            let since = began.elapsed().as_secs_f64();
+            eprintln!(
+                "{since:5.0} s  round {} of {}: {}",
+                round + 1,
+                settings.rounds,
+                cell.measured
+            );
             for turn in 0..peers.len() {
                 let index = (turn + round) % peers.len();
                 runner.measure(cell.measured, peers[index], &mut cell.entries[index]);
             }
         }
-        let (done, rounds) = (round + 1, settings.rounds);
-        eprintln!("round {done} of {rounds} done after {:.0} s", began.elapsed().as_secs_f64());
     }
     cells.iter_mut().for_each(Cell::evaluate);
     Ok(Results { cells, calls, disk, seconds: began.elapsed().as_secs_f64() })
@@ -249,7 +279,7 @@ impl Runner<'_> {
         match self.sample(measured, peer) {
             Ok(sample) => entry.samples.push(sample),
             Err(error) => {
-                eprintln!("{}, {measured:?}: {error}", peer.name);
+                eprintln!("{}, {measured}: {error}", peer.name);
                 entry.skipped = Some(error.to_string());
                 entry.samples.clear(); // half of the rounds can't be compared
             }
