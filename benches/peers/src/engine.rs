@@ -104,6 +104,12 @@ impl Peer {
         self.without.iter().find(|(lacking, _)| *lacking == operation).map(|(_, why)| *why)
     }
 
+    /// Whether it can do anything with a log that was written before.
+    pub(crate) fn reads(&self) -> bool {
+        use Operation::{Open, Random, Replay, Stream};
+        [Replay, Random, Stream, Open].into_iter().any(|it| self.lacks(it).is_none())
+    }
+
     /// The version that is in the lock file.
     pub(crate) fn version(&self) -> Option<&'static str> {
         let name = format!("name = \"{}\"", self.package?);

@@ -60,7 +60,7 @@ struct Run {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// How long each measurement of a round takes.
-    #[arg(long, default_value_t = 0.4)]
+    #[arg(long, default_value_t = 0.3)]
     seconds: f64,
     /// Only look whether everything works: tiny, and without meaning.
     #[arg(long)]

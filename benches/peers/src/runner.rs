@@ -160,7 +160,7 @@ pub(crate) fn run(peers: &[&'static Peer], dir: &Path, settings: &Settings) -> O
     let began = Instant::now();
     let runner = Runner { dir: dir.to_owned(), settings };
     eprintln!("writing the corpus for each of {} ...", peers.len());
-    let disk = peers.iter().filter_map(|peer| runner.fill(peer)).collect();
+    let disk = peers.iter().filter(|peer| peer.reads()).filter_map(|it| runner.fill(it)).collect();
     eprintln!("counting system calls ...");
     let calls = peers.iter().map(|peer| runner.count(peer)).collect();
     let mut cells: Vec<_> = plan(settings).into_iter().map(|it| Cell::new(it, peers)).collect();
@@ -213,6 +213,9 @@ impl Cell {
     }
 }
 
+/// Longer than this, and somebody who waits for the run wants to know why.
+const SLOW: Duration = Duration::from_secs(3);
+
 struct Runner<'a> {
     dir: PathBuf,
     settings: &'a Settings,
@@ -232,12 +235,18 @@ impl Runner<'_> {
         let dir = self.corpus_dir(peer);
         let corpus = self.settings.corpus;
         let task = Task::Fill { corpus, shape: self.shape(), then: Then::Close };
+        let began = Instant::now();
         let filled = std::fs::create_dir(&dir)
             .map_err(Into::into)
             .and_then(|()| child::perform(peer, &dir, task))
             .and_then(|_| measure::disk_bytes(&dir));
         match filled {
             Ok(bytes) => {
+                eprintln!(
+                    "        {} took {:.1} s for it",
+                    peer.name,
+                    began.elapsed().as_secs_f64()
+                );
                 let bytes_per_event = bytes as f64 / corpus.events as f64;
                 Some(Disk { peer: peer.name.to_owned(), bytes_per_event })
             }
@@ -276,6 +285,7 @@ impl Runner<'_> {
         if entry.skipped.is_some() {
             return;
         }
+        let began = Instant::now();
         match self.sample(measured, peer) {
             Ok(sample) => entry.samples.push(sample),
             Err(error) => {
@@ -283,6 +293,10 @@ impl Runner<'_> {
                 entry.skipped = Some(error.to_string());
                 entry.samples.clear(); // half of the rounds can't be compared
             }
+        }
+        let took = began.elapsed();
+        if took > SLOW {
+            eprintln!("        {} took {:.0} s for it", peer.name, took.as_secs_f64());
         }
     }
 

@@ -15,6 +15,10 @@ pub(super) const PEER: Peer = Peer {
         (Operation::Replay, "reading consumes a topic and has no order among topics"),
         (Operation::Random, "reads only the next event of a topic"),
         (Operation::Stream, "reading consumes a topic"),
+        (
+            Operation::Open,
+            "writing the log would take minutes: in a batch, each event is synced for itself",
+        ),
     ],
     open,
 };
