@@ -115,10 +115,11 @@ fn framed<'a>(
 ) -> Result<Area<'a>, Box<dyn std::error::Error>> {
     write(area, title, &font(19, TEXT), (20, 16))?;
     let smoke = if data.settings.smoke { "NOT TO BE QUOTED. " } else { "" };
-    let rounds = data.settings.rounds;
-    let note = format!(
-        "{smoke}Medians of {rounds} rounds, bars from the lowest to the highest round; logarithmic."
-    );
+    let rounds = match data.settings.rounds {
+        1 => "One round".to_owned(),
+        rounds => format!("Medians of {rounds} rounds, bars from the lowest to the highest"),
+    };
+    let note = format!("{smoke}{rounds}; logarithmic. Grey: the bare device, without an engine.");
     write(area, &note, &font(13, MUTED), (20, 42))?;
     let height = i32::try_from(HEIGHT)?;
     write(area, &data.place(), &font(13, MUTED), (20, height - 24))?;
@@ -316,8 +317,8 @@ impl Dots {
         let rows = data.peers.len() as f64;
         let row = |index: usize| rows - index as f64 - 0.5;
         let mut chart = ChartBuilder::on(area)
-            .margin_right(24)
-            .margin_left(4)
+            .margin_right(34)
+            .margin_left(12)
             .caption(head, font(14, TEXT))
             .x_label_area_size(30)
             .build_cartesian_2d(decades(values).log_scale(), 0.0..rows)?;

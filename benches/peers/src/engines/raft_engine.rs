@@ -13,7 +13,7 @@ pub(super) const PEER: Peer = Peer {
     package: Some("raft-engine"),
     kind: Kind::Peer,
     durable: "yes: fdatasync, shared by concurrent appends",
-    used: "default options; each stream is a raft group; there is no order among groups, so a replay reads one after the other; all indexes are kept in memory",
+    used: "default options, with LZ4 from 8 KiB on; each stream is a raft group; there is no order among groups, so a replay reads one after the other; all indexes are kept in memory",
     without: &[],
     open,
 };
