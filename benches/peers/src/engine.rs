@@ -15,14 +15,12 @@ pub(crate) trait Engine: Send + Sync {
     fn replay(&mut self, each: Each<'_>) -> Outcome<()>;
 
     /// Shows the payload of one event.
-    fn read(&mut self, place: &Place, each: Each<'_>) -> Outcome<()> {
-        let _ = (place, each);
+    fn read(&mut self, _place: &Place, _each: Each<'_>) -> Outcome<()> {
         Err(NOT_OFFERED.into())
     }
 
     /// Shows the payloads of one stream's events, in their order.
-    fn read_stream(&mut self, stream: u32, each: Each<'_>) -> Outcome<()> {
-        let _ = (stream, each);
+    fn read_stream(&mut self, _stream: u32, _each: Each<'_>) -> Outcome<()> {
         Err(NOT_OFFERED.into())
     }
 

@@ -189,8 +189,9 @@ struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     fn start(meter: &'a Meter, race: &'a Race) -> Self {
-        let _ =
-            race.phase.compare_exchange(WARMING, MEASURING, Ordering::Relaxed, Ordering::Relaxed);
+        // Unless it was stopped by a failure.
+        let relaxed = Ordering::Relaxed;
+        race.phase.compare_exchange(WARMING, MEASURING, relaxed, relaxed).unwrap_or_default();
         let usage = meter.read();
         Self {
             meter,
@@ -313,7 +314,7 @@ fn read(
     let mut sample = Sample { open_seconds: open.as_secs_f64(), ..Sample::default() };
     let before = meter.read();
     let began = Instant::now();
-    while operation != Operation::Open {
+    loop {
         let (once, mut seen, mut bytes) = (Instant::now(), 0, 0);
         let mut each = |payload: &[u8]| {
             seen += 1;
@@ -332,7 +333,7 @@ fn read(
                 engine.read_stream(random.u32(..corpus.streams), &mut each)?;
                 corpus.events_per_stream()
             }
-            Operation::Open => 0,
+            Operation::Open => break,
         };
         latencies.saturating_record(nanoseconds(once.elapsed()));
         // After a kill there may be more.
