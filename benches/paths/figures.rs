@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use crate::corpus::Corpus;
 use crate::machine::Machine;
 use crate::{GROUPS, Group, Outcome, Scale, Scratch, Way};
@@ -18,6 +20,39 @@ pub(crate) enum Effort {
     /// One operation each.
     Smoke,
     Seconds(u64),
+}
+
+/// The table as one JSON object; `baseline` is its last column.
+pub(crate) fn print_json(scale: Scale, effort: Effort) -> Outcome<()> {
+    let scratch = Scratch::new(scale)?;
+    let machine = Machine::look(scratch.dir.path());
+    let corpus = Corpus::write(&scratch)?;
+    let mut groups = Vec::new();
+    for setup in GROUPS {
+        let mut group = setup(&scratch, &corpus)?;
+        let measured = measure(&mut group.ways, effort)?;
+        let baseline = baseline(&group, &measured);
+        let ways = group.ways.iter().zip(&measured).map(|(way, it)| {
+            json!({
+                "name": way.name,
+                "operations": it.0.len(),
+                "events_per_second": it.per_second(way.events),
+                "bytes_per_second": it.per_second(way.bytes),
+                "p50_us": it.quantile(0.5).as_secs_f64() * 1e6,
+                "p99_us": it.p99().map(|time| time.as_secs_f64() * 1e6),
+                "baseline": speed(way, it) / baseline,
+            })
+        });
+        let ways: Vec<_> = ways.collect();
+        groups.push(json!({ "name": group.name, "durable": group.durable, "ways": ways }));
+    }
+    let machine = json!({
+        "processor": machine.processor, "cores": machine.cores, "memory": machine.memory,
+        "system": machine.system, "file_system": machine.file_system, "load": machine.load,
+    });
+    let all = json!({ "machine": machine, "journal": corpus.to_string(), "groups": groups });
+    println!("{}", serde_json::to_string_pretty(&all)?);
+    Ok(())
 }
 
 pub(crate) fn print(scale: Scale, effort: Effort) -> Outcome<()> {
@@ -99,17 +134,26 @@ impl Measured {
     }
 }
 
+/// Events per second of the median operation.
+fn speed(way: &Way, measured: &Measured) -> f64 {
+    way.events as f64 / measured.quantile(0.5).as_secs_f64()
+}
+
+/// The speed of the group's first way.
+fn baseline(group: &Group, measured: &[Measured]) -> f64 {
+    let first = group.ways.first().zip(measured.first());
+    first.map_or(f64::NAN, |(way, it)| speed(way, it))
+}
+
 fn show(group: &Group, measured: &[Measured]) {
     println!("\n{} (durable: {})", group.name, group.durable);
     println!(
         "  {:<34} {:>11} {:>8} {:>10} {:>10} {:>7} {:>9}",
         "", "events/s", "MB/s", "p50", "p99", "count", "baseline"
     );
-    let speed =
-        |way: &Way, measured: &Measured| way.events as f64 / measured.quantile(0.5).as_secs_f64();
-    let baseline = group.ways.first().zip(measured.first()).map(|(way, it)| speed(way, it));
+    let baseline = baseline(group, measured);
     for (way, it) in group.ways.iter().zip(measured) {
-        let ratio = baseline.map_or(f64::NAN, |baseline| speed(way, it) / baseline);
+        let ratio = speed(way, it) / baseline;
         println!(
             "  {:<34} {:>11} {:>8.1} {:>10} {:>10} {:>7} {:>8.2}x",
             way.name,

@@ -5,12 +5,12 @@ use std::fs;
 use std::path::Path;
 
 pub(crate) struct Machine {
-    processor: String,
-    cores: usize,
-    memory: String,
-    system: String,
-    file_system: String,
-    load: String,
+    pub(crate) processor: String,
+    pub(crate) cores: usize,
+    pub(crate) memory: String,
+    pub(crate) system: String,
+    pub(crate) file_system: String,
+    pub(crate) load: String,
 }
 
 impl Machine {

@@ -3,6 +3,7 @@
 //! ```text
 //!   group = what is measured     the bare device, loop or stream first, then Headwater doing the same
 //!     ├─ --figures   some seconds each, in turns, one table (what `./run bench` shows)
+//!     ├─ --figures --json   the same as JSON
 //!     ├─ --smoke     the same, tiny and without meaning: does everything still work?
 //!     └─ otherwise   criterion, with its own arguments
 //! ```
@@ -115,6 +116,7 @@ fn main() -> ExitCode {
     // Cargo passes `--bench` when it runs benchmarks, and doesn't when it runs them as tests.
     let done = match (has("--smoke"), has("--figures"), has("--bench")) {
         (true, ..) => figures::print(SMOKE, figures::Effort::Smoke),
+        (_, true, _) if has("--json") => figures::print_json(FULL, figures::Effort::Seconds(3)),
         (_, true, _) => figures::print(FULL, figures::Effort::Seconds(3)),
         (.., measured) => statistics::run(if measured { FULL } else { SMOKE }),
     };
