@@ -120,11 +120,11 @@ pub(crate) fn write_all_at(file: &dyn File, buf: &[u8], offset: u64) -> io::Resu
 /// Writes zeros over `range` (file offsets), in pieces.
 pub(crate) fn write_zeros(file: &dyn File, range: std::ops::Range<u64>) -> io::Result<()> {
     const PIECE: usize = 256 * 1024;
-    let zeros = [0_u8; PIECE];
+    static ZEROS: [u8; PIECE] = [0; PIECE];
     let mut at = range.start;
     while at < range.end {
         let len = usize::try_from(range.end - at).map_or(PIECE, |rest| rest.min(PIECE));
-        write_all_at(file, zeros.get(..len).unwrap_or(&zeros), at)?;
+        write_all_at(file, ZEROS.get(..len).unwrap_or(&ZEROS), at)?;
         at += len as u64;
     }
     Ok(())
