@@ -9,19 +9,19 @@ use super::Check;
 use super::world::{DIR, World, seeded, segments};
 
 /// A closed journal of some segments on a simulated disk.
-pub struct Journal {
+pub(crate) struct Journal {
     fs: SimFs,
     dir: PathBuf,
     whole: VerifyReport,
     /// A sealed segment: its file and its length.
-    pub segment: PathBuf,
-    pub bits: u64,
+    pub(crate) segment: PathBuf,
+    pub(crate) bits: u64,
     /// Where its batches begin in the file, and the position of the first event of each.
     batches: Vec<(u64, u64)>,
 }
 
 impl Journal {
-    pub fn new(seed: u64) -> Check<Self> {
+    pub(crate) fn new(seed: u64) -> Check<Self> {
         seeded(seed, None, || {
             let mut world = World::new(seed);
             let store = world.open_healed()?;
@@ -50,7 +50,7 @@ impl Journal {
     }
 
     /// Flips the bit, looks, and flips it back.
-    pub fn flip(&self, bit: u64) -> Check<()> {
+    pub(crate) fn flip(&self, bit: u64) -> Check<()> {
         let fs = self.fs.fork(0);
         let at = bit / 8;
         if !fs.flip_bit(&self.segment, at, (bit % 8) as u8) {

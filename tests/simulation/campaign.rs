@@ -13,18 +13,18 @@ const HANGS_AFTER: Duration = Duration::from_secs(60);
 
 /// When enough has been tried.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Until {
-    pub crashes: Option<u64>,
-    pub time: Option<Duration>,
+pub(crate) struct Until {
+    pub(crate) crashes: Option<u64>,
+    pub(crate) time: Option<Duration>,
 }
 
 /// What a campaign came to.
 #[derive(Clone, Debug, Default)]
-pub struct Tally {
-    pub runs: u64,
-    pub crashes: u64,
+pub(crate) struct Tally {
+    pub(crate) runs: u64,
+    pub(crate) crashes: u64,
     /// Seeds and what was wrong.
-    pub failures: Vec<(u64, String)>,
+    pub(crate) failures: Vec<(u64, String)>,
 }
 
 /// Runs `one` (a seed to a number of crashes) over seeds from `first` on, until enough has been tried or
@@ -32,7 +32,7 @@ pub struct Tally {
 ///
 /// # Panics
 /// If a run hangs: nothing can be done about its thread.
-pub fn over_seeds(
+pub(crate) fn over_seeds(
     first: u64,
     until: Until,
     one: impl Fn(u64) -> Check<u64> + Sync,

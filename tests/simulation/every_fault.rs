@@ -11,7 +11,7 @@ use super::life::overlapping_groups;
 use super::world::{MIRROR, World, is_disk_failure, seeded, segments};
 
 /// The faults that are tried at every operation.
-pub const FAULTS: [(Fault, Repeat); 8] = [
+pub(crate) const FAULTS: [(Fault, Repeat); 8] = [
     (Fault::PowerCut, Repeat::Once),
     (Fault::Kill, Repeat::Once),
     (Fault::Eio, Repeat::Once),
@@ -23,8 +23,8 @@ pub const FAULTS: [(Fault, Repeat); 8] = [
 ];
 
 /// A short piece of a store's life.
-pub struct Scenario {
-    pub name: &'static str,
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
     /// Whose disk fails.
     disk: Whose,
     /// Without faults.
@@ -41,30 +41,60 @@ enum Whose {
 
 /// How many second faults are tried behind each first one, inside the recovery.
 #[derive(Clone, Copy, Debug)]
-pub enum Second {
+pub(crate) enum Second {
     Sampled(u32),
     Every,
 }
 
-pub const SCENARIOS: &[Scenario] = &[
+pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "create", disk: Whose::Origin, prepare: |_| Ok(()), act: open_and_append },
     Scenario { name: "append", disk: Whose::Origin, prepare: filled, act: open_and_append },
     Scenario { name: "roll", disk: Whose::Origin, prepare: filled, act: open_and_roll },
     Scenario { name: "overlapping groups", disk: Whose::Origin, prepare: filled, act: groups },
     Scenario { name: "reopen, close", disk: Whose::Origin, prepare: filled, act: reopen_and_close },
     Scenario { name: "torn tail", disk: Whose::Origin, prepare: torn, act: open_and_append },
-    Scenario { name: "torn tail, disk full", disk: Whose::Origin, prepare: torn_and_full, act: open_only },
-    Scenario { name: "unproven batches", disk: Whose::Origin, prepare: unproven, act: open_and_append },
-    Scenario { name: "segments behind", disk: Whose::Origin, prepare: behind, act: open_and_append },
-    Scenario { name: "disk full, freed", disk: Whose::Origin, prepare: filled, act: full_and_freed },
+    Scenario {
+        name: "torn tail, disk full",
+        disk: Whose::Origin,
+        prepare: torn_and_full,
+        act: open_only,
+    },
+    Scenario {
+        name: "unproven batches",
+        disk: Whose::Origin,
+        prepare: unproven,
+        act: open_and_append,
+    },
+    Scenario {
+        name: "segments behind",
+        disk: Whose::Origin,
+        prepare: behind,
+        act: open_and_append,
+    },
+    Scenario {
+        name: "disk full, freed",
+        disk: Whose::Origin,
+        prepare: filled,
+        act: full_and_freed,
+    },
     Scenario { name: "mirror, from nothing", disk: Whose::Mirror, prepare: filled, act: feed },
-    Scenario { name: "mirror, catching up", disk: Whose::Mirror, prepare: mirror_behind, act: feed },
+    Scenario {
+        name: "mirror, catching up",
+        disk: Whose::Mirror,
+        prepare: mirror_behind,
+        act: feed,
+    },
     Scenario { name: "mirror, restarted", disk: Whose::Mirror, prepare: mirror_torn, act: feed },
-    Scenario { name: "mirror, damaged tail", disk: Whose::Mirror, prepare: mirror_damaged, act: feed },
+    Scenario {
+        name: "mirror, damaged tail",
+        disk: Whose::Mirror,
+        prepare: mirror_damaged,
+        act: feed,
+    },
 ];
 
 /// Runs one scenario in the world of `seed`; how many crashes there were.
-pub fn run(scenario: &Scenario, seed: u64, second: Second) -> Check<u64> {
+pub(crate) fn run(scenario: &Scenario, seed: u64, second: Second) -> Check<u64> {
     seeded(seed, None, || {
         let mut world = World::new(seed);
         let name = scenario.name;
@@ -73,13 +103,16 @@ pub fn run(scenario: &Scenario, seed: u64, second: Second) -> Check<u64> {
         let mut crashes = 0;
         let mut clean = world.fork(seed);
         let before = scenario.disk(&clean).ops();
-        if !(scenario.act)(&mut clean).map_err(|what| clean.failure(seed, &format!("{name}: {what}")))? {
+        if !(scenario.act)(&mut clean)
+            .map_err(|what| clean.failure(seed, &format!("{name}: {what}")))?
+        {
             return Err(clean.failure(seed, &format!("{name}: fails without a fault")));
         }
         for at in before..scenario.disk(&clean).ops() {
             for (fault, repeat) in FAULTS {
                 let mut case = world.fork(seed);
-                let case_name = format!("{name}: {fault:?} {repeat:?} at operation {}", at - before);
+                let case_name =
+                    format!("{name}: {fault:?} {repeat:?} at operation {}", at - before);
                 case.note(&case_name);
                 scenario.disk(&case).fail_at(at, fault, repeat);
                 scenario

@@ -12,14 +12,14 @@ use super::world::{Batch, DIR, World, seeded, segments};
 
 /// What a run came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    pub crashes: u64,
+pub(crate) struct Outcome {
+    pub(crate) crashes: u64,
     /// Over every operation on both disks, and what the crashes left.
-    pub trace_hash: u64,
+    pub(crate) trace_hash: u64,
 }
 
 /// Runs one seed.
-pub fn run(seed: u64, bug: Option<Bug>) -> Check<Outcome> {
+pub(crate) fn run(seed: u64, bug: Option<Bug>) -> Check<Outcome> {
     seeded(seed, bug, || {
         let mut world = World::new(seed);
         lives(&mut world).map_err(|what| world.failure(seed, &what))?;
@@ -95,7 +95,7 @@ fn appends(world: &mut World, store: Store) -> Check<()> {
 }
 
 /// Groups by the overlapping writer, until its disk fails or the segment is full.
-pub fn overlapping_groups(world: &mut World, store: Store, groups_max: u32) -> Check<()> {
+pub(crate) fn overlapping_groups(world: &mut World, store: Store, groups_max: u32) -> Check<()> {
     let end = store.journal().end();
     let Some(segment) = store.journal().segments().pop() else { return Ok(()) };
     drop(store);

@@ -15,14 +15,14 @@ use super::world::{World, seeded};
 
 /// How the misdirected writes of some seeds ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Ending {
+pub(crate) struct Ending {
     /// Damage was reported.
-    pub reported: u64,
+    pub(crate) reported: u64,
     /// Everything was there.
-    pub harmless: u64,
+    pub(crate) harmless: u64,
 }
 
-pub fn run(seed: u64) -> Check<Ending> {
+pub(crate) fn run(seed: u64) -> Check<Ending> {
     seeded(seed, None, || {
         let mut world = World::new(seed);
         life(&mut world).map_err(|what| world.failure(seed, &what))
@@ -68,7 +68,9 @@ fn life(world: &mut World) -> Check<Ending> {
             reported
         }
         Ok(store) => match prefix(world, store.read_all(Position::START))? {
-            Some(missing) if missing > 0 => Err(format!("{missing} batches are missing in silence")),
+            Some(missing) if missing > 0 => {
+                Err(format!("{missing} batches are missing in silence"))
+            }
             Some(_) => Ok(Ending { reported: 0, harmless: 1 }),
             None => reported,
         },
@@ -86,10 +88,7 @@ fn read_what_is_left(world: &mut World) -> Check<()> {
 }
 
 /// How many acknowledged batches are missing at the end; `None` if reading reported damage.
-fn prefix(
-    world: &World,
-    events: Result<headwater::Events, ReadError>,
-) -> Check<Option<usize>> {
+fn prefix(world: &World, events: Result<headwater::Events, ReadError>) -> Check<Option<usize>> {
     let Ok(events) = events else { return Ok(None) };
     let mut found = Vec::new();
     let mut damaged = false;

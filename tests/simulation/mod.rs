@@ -16,14 +16,14 @@
 
 #![allow(dead_code, reason = "the tests and the soak each use a part")]
 
-pub mod bits;
-pub mod campaign;
-pub mod every_fault;
-pub mod life;
-pub mod misdirected;
-pub mod overlapping;
-pub mod threads;
-pub mod world;
+pub(crate) mod bits;
+pub(crate) mod campaign;
+pub(crate) mod every_fault;
+pub(crate) mod life;
+pub(crate) mod misdirected;
+pub(crate) mod overlapping;
+pub(crate) mod threads;
+pub(crate) mod world;
 
 /// What a check found, in words.
-pub type Check<T> = Result<T, String>;
+pub(crate) type Check<T> = Result<T, String>;

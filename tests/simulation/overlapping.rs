@@ -14,7 +14,7 @@ use headwater::{Checkpoint, Incarnation, NewEvent, StreamId};
 
 use super::world::Batch;
 
-pub struct Overlapping {
+pub(crate) struct Overlapping {
     file: Arc<dyn headwater::fs::File>,
     mark: Arc<dyn headwater::fs::File>,
     sequence: u64,
@@ -29,7 +29,7 @@ pub struct Overlapping {
 }
 
 impl Overlapping {
-    pub fn begin(
+    pub(crate) fn begin(
         fs: &SimFs,
         path: &Path,
         end: Checkpoint,
@@ -61,7 +61,7 @@ impl Overlapping {
     }
 
     /// Writes a group behind the last one; false if it doesn't fit.
-    pub fn write(&mut self, group: &[Batch]) -> std::io::Result<bool> {
+    pub(crate) fn write(&mut self, group: &[Batch]) -> std::io::Result<bool> {
         self.previous = self.end;
         let mut bytes = Vec::new();
         let start = self.end.offset;
@@ -117,7 +117,7 @@ impl Overlapping {
     }
 
     /// Syncs what is written and publishes the group in front of the last one.
-    pub fn sync(&mut self, write_mark: bool) -> std::io::Result<()> {
+    pub(crate) fn sync(&mut self, write_mark: bool) -> std::io::Result<()> {
         self.file.sync_data()?;
         self.durable = self.previous;
         if write_mark {

@@ -48,7 +48,9 @@ fn main() -> ExitCode {
             }
         },
         Err(what) => {
-            eprintln!("{what}\nusage: soak [--seed N] [--for 90s|8m|1h] [--crashes N] [--pairs] | soak --replay PART SEED");
+            eprintln!(
+                "{what}\nusage: soak [--seed N] [--for 90s|8m|1h] [--crashes N] [--pairs] | soak --replay PART SEED"
+            );
             ExitCode::from(2)
         }
     }
@@ -211,8 +213,9 @@ fn keep(part: &str, seed: u64) {
 fn replay_failures(wanted: &Wanted) -> Check<()> {
     let mut failures = kept();
     for (part, seed) in failures.clone() {
-        one(&part, seed, wanted.second)
-            .map_err(|what| format!("still: {what}\nreplay it with: ./run soak --replay {part} {seed}"))?;
+        one(&part, seed, wanted.second).map_err(|what| {
+            format!("still: {what}\nreplay it with: ./run soak --replay {part} {seed}")
+        })?;
         println!("{part} {seed} had failed and passes now");
         failures.remove(&(part, seed));
         write_kept(&failures);

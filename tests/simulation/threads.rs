@@ -10,7 +10,7 @@ use super::world::{Batch, World, request_to, seeded};
 const THREADS: usize = 3;
 const APPENDS: usize = 8;
 
-pub fn run(seed: u64) -> Check<u64> {
+pub(crate) fn run(seed: u64) -> Check<u64> {
     seeded(seed, None, || {
         let mut world = World::new(seed);
         lives(&mut world).map_err(|what| world.failure(seed, &what))?;

@@ -13,34 +13,34 @@ use headwater::{
 
 use super::Check;
 
-pub const DIR: &str = "/store";
-pub const MIRROR: &str = "/mirror";
+pub(crate) const DIR: &str = "/store";
+pub(crate) const MIRROR: &str = "/mirror";
 
 /// A batch as it was submitted: ids and payloads.
-pub type Batch = Vec<(EventId, Vec<u8>)>;
+pub(crate) type Batch = Vec<(EventId, Vec<u8>)>;
 
 /// Everything that one seed determines.
 #[derive(Clone)]
-pub struct World {
-    pub rng: fastrand::Rng,
-    pub fs: SimFs,
-    pub mirror_fs: SimFs,
-    pub options: JournalOptions,
+pub(crate) struct World {
+    pub(crate) rng: fastrand::Rng,
+    pub(crate) fs: SimFs,
+    pub(crate) mirror_fs: SimFs,
+    pub(crate) options: JournalOptions,
     /// In order; certainly there.
-    pub acked: Vec<Batch>,
+    pub(crate) acked: Vec<Batch>,
     /// Perhaps there, whole, behind `acked`.
-    pub maybe: Vec<Batch>,
+    pub(crate) maybe: Vec<Batch>,
     /// Position up to which the mirror has said that it is durable.
-    pub mirrored: Position,
+    pub(crate) mirrored: Position,
     /// The mirror's disk has lost what was durable there: it may go back and fetch it again.
-    pub mirror_damaged: bool,
+    pub(crate) mirror_damaged: bool,
     next_id: u128,
-    pub crashes: u64,
-    pub log: Vec<String>,
+    pub(crate) crashes: u64,
+    pub(crate) log: Vec<String>,
 }
 
 /// Runs `work` with time, randomness and a planted bug that depend on nothing but the arguments.
-pub fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -> T {
+pub(crate) fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -> T {
     headwater::env::seed(Some(seed));
     planted::plant(bug);
     let outcome = work();
@@ -50,12 +50,12 @@ pub fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -> T {
 }
 
 /// Whether an open was refused because the disk failed, and not because of what lies on it.
-pub fn is_disk_failure(error: &OpenError) -> bool {
+pub(crate) fn is_disk_failure(error: &OpenError) -> bool {
     matches!(error, OpenError::Io(_))
 }
 
 impl World {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let sector = [SectorSize::B64, SectorSize::B512, SectorSize::B512, SectorSize::B4096];
         let sector = sector[rng.usize(..4)];
@@ -94,7 +94,7 @@ impl World {
     }
 
     /// The same world once more, with disks and a future of its own.
-    pub fn fork(&self, seed: u64) -> Self {
+    pub(crate) fn fork(&self, seed: u64) -> Self {
         Self {
             rng: fastrand::Rng::with_seed(seed),
             fs: self.fs.fork(seed),
@@ -104,23 +104,23 @@ impl World {
     }
 
     /// A fork of which this world's randomness determines the future.
-    pub fn next_fork(&mut self) -> Self {
+    pub(crate) fn next_fork(&mut self) -> Self {
         let seed = self.rng.u64(..);
         self.fork(seed)
     }
 
-    pub fn note(&mut self, what: impl Into<String>) {
+    pub(crate) fn note(&mut self, what: impl Into<String>) {
         self.log.push(what.into());
     }
 
     /// The failure of a run, with what led to it.
-    pub fn failure(&self, seed: u64, what: &str) -> String {
+    pub(crate) fn failure(&self, seed: u64, what: &str) -> String {
         format!("seed {seed}: {what}\n  {}", self.log.join("\n  "))
     }
 
     // ------------------------------------------------------------------------------------ crashes, faults
 
-    pub fn plan_faults(&mut self, within: u64) {
+    pub(crate) fn plan_faults(&mut self, within: u64) {
         let at = self.fs.ops() + self.rng.u64(..within);
         let fault = match self.rng.u8(..13) {
             0..5 => Fault::PowerCut,
@@ -141,20 +141,20 @@ impl World {
     }
 
     /// Plans one fault within so many operations.
-    pub fn plan(&mut self, fault: Fault, within: u64) {
+    pub(crate) fn plan(&mut self, fault: Fault, within: u64) {
         let at = self.fs.ops() + self.rng.u64(..within);
         self.fs.fail_at(at, fault, Repeat::Once);
         self.note(format!("plan {fault:?} at {at} (now {})", self.fs.ops()));
     }
 
     /// Ends this life of the origin: the power goes, or only the process.
-    pub fn crash(&mut self) {
+    pub(crate) fn crash(&mut self) {
         self.fs.clear_faults();
         let cut = self.fs.down() == Some(Down::PowerCut) || self.rng.bool();
         self.end_life(cut);
     }
 
-    pub fn end_life(&mut self, power_cut: bool) {
+    pub(crate) fn end_life(&mut self, power_cut: bool) {
         if power_cut {
             self.fs.power_cut();
         } else {
@@ -165,7 +165,7 @@ impl World {
     }
 
     /// Ends the mirror's life if its disk failed or it was to die.
-    pub fn crash_mirror(&mut self) {
+    pub(crate) fn crash_mirror(&mut self) {
         self.mirror_fs.clear_faults();
         if self.rng.bool() || self.mirror_fs.down() == Some(Down::PowerCut) {
             self.mirror_fs.power_cut();
@@ -177,7 +177,7 @@ impl World {
 
     // --------------------------------------------------------------------------------------------- opening
 
-    pub fn open(&self) -> Result<Store, OpenError> {
+    pub(crate) fn open(&self) -> Result<Store, OpenError> {
         Store::builder(DIR)
             .create_if_missing()
             .journal_options(self.options.clone())
@@ -186,7 +186,7 @@ impl World {
     }
 
     /// Opens, with crashes and faults inside recovery, several levels deep.
-    pub fn open_through_crashes(&mut self) -> Check<Store> {
+    pub(crate) fn open_through_crashes(&mut self) -> Check<Store> {
         for _ in 0..4 {
             if self.rng.u8(..) < 100 {
                 self.plan_faults(80);
@@ -209,7 +209,7 @@ impl World {
         self.open_healed()
     }
 
-    pub fn open_healed(&mut self) -> Check<Store> {
+    pub(crate) fn open_healed(&mut self) -> Check<Store> {
         self.fs.clear_faults();
         self.open().map_err(|error| format!("healed disk: {error} ({error:?})"))
     }
@@ -218,7 +218,7 @@ impl World {
 
     /// Acknowledged is there, in order, once; the rest is whole. What is found is acknowledged from now on,
     /// for it has been shown.
-    pub fn check_contents(&mut self, store: &Store) -> Check<()> {
+    pub(crate) fn check_contents(&mut self, store: &Store) -> Check<()> {
         let events = store.read_all(Position::START).map_err(|e| e.to_string())?;
         let mut found = Vec::new();
         for event in events {
@@ -252,7 +252,7 @@ impl World {
     }
 
     /// On a healed disk everything works again: contents, mirror, appending, closing, byte identity.
-    pub fn check_healed(&mut self) -> Check<()> {
+    pub(crate) fn check_healed(&mut self) -> Check<()> {
         let store = self.open_healed()?;
         self.check_contents(&store)?;
         self.mirror_life(&store, true)?;
@@ -265,7 +265,7 @@ impl World {
 
     // ------------------------------------------------------------------------------------------- appending
 
-    pub fn new_batch(&mut self) -> Batch {
+    pub(crate) fn new_batch(&mut self) -> Batch {
         let count = self.rng.usize(1..4);
         // Some batches span many sectors, so that they tear.
         let room = (self.options.batch_bytes_max as usize - 128) / count - 128;
@@ -280,13 +280,13 @@ impl World {
             .collect()
     }
 
-    pub fn request(&mut self, batch: &Batch) -> Append {
+    pub(crate) fn request(&mut self, batch: &Batch) -> Append {
         let stream = StreamId::new(format!("s-{}", self.rng.u8(..5))).unwrap();
         request_to(&stream, batch)
     }
 
     /// Appends a new batch, or once more one whose fate is unknown. Whether the store goes on.
-    pub fn append_one(&mut self, store: &Store) -> Check<bool> {
+    pub(crate) fn append_one(&mut self, store: &Store) -> Check<bool> {
         let retry = !self.maybe.is_empty() && self.rng.bool();
         let batch = if retry { self.maybe[0].clone() } else { self.new_batch() };
         let request = self.request(&batch);
@@ -317,7 +317,7 @@ impl World {
     // ---------------------------------------------------------------------------------------------- mirror
 
     /// The mirror takes in what is durable, with crashes of its own.
-    pub fn mirror_life(&mut self, store: &Store, to_the_end: bool) -> Check<()> {
+    pub(crate) fn mirror_life(&mut self, store: &Store, to_the_end: bool) -> Check<()> {
         if !to_the_end && self.rng.u8(..) < 100 {
             let at = self.mirror_fs.ops() + self.rng.u64(..80);
             let fault =
@@ -337,7 +337,7 @@ impl World {
         Ok(())
     }
 
-    pub fn open_mirror(&self, store: &Store) -> Result<Ingest, OpenError> {
+    pub(crate) fn open_mirror(&self, store: &Store) -> Result<Ingest, OpenError> {
         let fs: Arc<dyn Fs> = Arc::new(self.mirror_fs.clone());
         match Ingest::open(&fs, Path::new(MIRROR), &self.options)? {
             Some(ingest) => Ok(ingest),
@@ -346,7 +346,7 @@ impl World {
     }
 
     /// Whether the mirror got through without a failure of its disk.
-    pub fn feed(&mut self, store: &Store, to_the_end: bool) -> Check<bool> {
+    pub(crate) fn feed(&mut self, store: &Store, to_the_end: bool) -> Check<bool> {
         let origin = store.journal();
         let mut ingest = match self.open_mirror(store) {
             Ok(ingest) => ingest,
@@ -418,7 +418,7 @@ impl World {
     }
 
     /// Sealed segments are equal as whole files, the active one up to the durable end.
-    pub fn check_mirror_files(&self) -> Check<()> {
+    pub(crate) fn check_mirror_files(&self) -> Check<()> {
         let origin = segments(&self.fs, Path::new(DIR));
         let mirror = segments(&self.mirror_fs, Path::new(MIRROR));
         for (index, (name, bytes)) in mirror.iter().enumerate() {
@@ -439,7 +439,7 @@ impl World {
 }
 
 /// An append of `batch` to `stream`, whatever is in it.
-pub fn request_to(stream: &StreamId, batch: &Batch) -> Append {
+pub(crate) fn request_to(stream: &StreamId, batch: &Batch) -> Append {
     let events = batch
         .iter()
         .map(|(id, payload)| NewEvent::raw("test.happened", payload.clone()).unwrap().id(*id));
@@ -447,7 +447,7 @@ pub fn request_to(stream: &StreamId, batch: &Batch) -> Append {
 }
 
 /// Names and contents of all segments.
-pub fn segments(fs: &SimFs, dir: &Path) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn segments(fs: &SimFs, dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut found: Vec<_> = fs
         .files()
         .into_iter()
