@@ -227,7 +227,10 @@ impl Scenario {
 fn opened(world: &mut World) -> Check<Option<Store>> {
     match world.open() {
         Ok(store) => Ok(Some(store)),
-        Err(error) if is_disk_failure(&error) => Ok(None),
+        Err(error) if is_disk_failure(&error) => {
+            world.note(format!("open failed: {error}"));
+            Ok(None)
+        }
         Err(error) => Err(format!("false alarm: {error} ({error:?})")),
     }
 }
