@@ -377,7 +377,7 @@ fn mirror_torn(world: &mut World) -> Check<()> {
     let store = world.open_healed()?;
     let at = world.mirror_fs.ops() + 40 + world.rng.u64(..20);
     world.mirror_fs.fail_at(at, Fault::PowerCut, Repeat::Once);
-    drop(world.feed(&store, true)?);
+    world.feed(&store, true)?;
     world.mirror_fs.clear_faults();
     world.mirror_fs.power_cut();
     drop(store);
