@@ -262,7 +262,14 @@ impl SimFs {
     /// Plans `fault` for the first operation numbered `op_index` or more that it applies to. Operations are
     /// numbered from 0 over the disk's life, across crashes; the next one has the number [`SimFs::ops`].
     pub fn fail_at(&self, op_index: u64, fault: Fault, repeat: Repeat) {
-        self.0.lock().plans.push(Plan { op_index, fault, repeat });
+        self.0.lock().plans.push(Plan { op_index, only: None, fault, repeat });
+    }
+
+    /// Plans `fault` for the next operation of this kind.
+    pub fn fail_next(&self, op: Op, fault: Fault) {
+        let mut state = self.0.lock();
+        let plan = Plan { op_index: state.ops, only: Some(op), fault, repeat: Repeat::Once };
+        state.plans.push(plan);
     }
 
     /// Sets the rates of random faults.
@@ -805,6 +812,7 @@ impl Names {
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     op_index: u64,
+    only: Option<Op>,
     fault: Fault,
     repeat: Repeat,
 }
@@ -897,8 +905,8 @@ impl State {
             Some(Fault::Eintr) => Err(Errno::INTR.into()),
             Some(Fault::Eio) => self.fail(op, Errno::IO, work),
             Some(Fault::Enospc) => self.fail(op, Errno::NOSPC, work),
-            Some(Fault::PowerCut) => self.go_down(Down::PowerCut, work),
-            Some(Fault::Kill) => self.go_down(Down::Kill, work),
+            Some(Fault::PowerCut) => self.go_down(op, Down::PowerCut, work),
+            Some(Fault::Kill) => self.go_down(op, Down::Kill, work),
         };
         let outcome = match &result {
             Ok(_) => 0,
@@ -923,11 +931,14 @@ impl State {
     /// The operation is under way when everything stops: done, done in part, or not begun.
     fn go_down<T>(
         &mut self,
+        op: Op,
         down: Down,
         work: impl FnOnce(&mut Self, How) -> io::Result<T>,
     ) -> io::Result<T> {
         match self.rng.u8(0..3) {
             0 => {}
+            // A part of a sync is what the crash makes of it.
+            1 if matches!(op, Op::SyncData | Op::SyncDir) => {}
             1 => drop(work(self, How::Short)),
             _ => drop(work(self, How::Whole)),
         }
@@ -940,6 +951,7 @@ impl State {
         let strikes = |plan: &Plan| {
             number >= plan.op_index
                 && plan.fault.applies_to(op)
+                && plan.only.is_none_or(|only| only == op)
                 && !(plan.fault == Fault::Eintr && interrupted)
         };
         let fault = if let Some(at) = self.plans.iter().position(strikes) {

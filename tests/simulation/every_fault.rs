@@ -206,8 +206,10 @@ impl Scenario {
         }
     }
 
-    /// The first opening behind the last crash, on as full a disk as before.
+    /// The opening behind the last crash. One recovery works at zero bytes free; if that is interrupted too,
+    /// the next one may need space for another copy of a torn tail.
     fn recover(&self, world: &mut World) -> Check<()> {
+        world.fs.set_capacity(None);
         if self.disk == Whose::Origin {
             let store = world.open_healed()?;
             world.check_contents(&store)?;
@@ -216,7 +218,6 @@ impl Scenario {
     }
 
     fn check(&self, world: &mut World) -> Check<()> {
-        world.fs.set_capacity(None);
         world.check_healed()
     }
 }
@@ -236,13 +237,7 @@ fn opened(world: &mut World) -> Check<Option<Store>> {
 }
 
 fn open_only(world: &mut World) -> Check<bool> {
-    let Some(store) = opened(world)? else { return Ok(false) };
-    world.check_contents(&store).map(|()| true).or_else(|what| disk_failed(world, what))
-}
-
-/// Reading may fail too.
-fn disk_failed(world: &World, what: String) -> Check<bool> {
-    if world.fs.faults_struck() > 0 && what.contains("reading") { Ok(false) } else { Err(what) }
+    Ok(opened(world)?.is_some())
 }
 
 fn open_and_append(world: &mut World) -> Check<bool> {

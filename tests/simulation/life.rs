@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use headwater::Store;
+use headwater::fs::sim::{Fault, Op};
 use headwater::planted::Bug;
 
 use super::Check;
@@ -37,6 +38,10 @@ fn lives(world: &mut World) -> Check<()> {
             check_reopening(world, store)?;
             continue;
         }
+        if world.rng.u8(..) < 80 {
+            torn_append(world, &store)?;
+            continue;
+        }
         world.plan_faults(120);
         match world.rng.u8(..) {
             0..70 => overlapping_groups(world, store, 8)?,
@@ -51,6 +56,10 @@ fn lives(world: &mut World) -> Check<()> {
 fn check_reopening(world: &mut World, store: Store) -> Check<()> {
     drop(store);
     let before = segments(&world.fs, Path::new(DIR));
+    if before.is_empty() && world.acked.is_empty() {
+        // An interrupted beginning was set aside; the first append makes the first segment.
+        return world.open_healed().map(drop);
+    }
     if before.is_empty() {
         return Err("there are no segments to compare".into());
     }
@@ -76,6 +85,19 @@ fn check_reopening(world: &mut World, store: Store) -> Check<()> {
 fn without_room(bytes: &[u8]) -> &[u8] {
     let len = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     bytes.get(..len).unwrap_or_default()
+}
+
+/// The power goes in the write or the sync of a batch.
+fn torn_append(world: &mut World, store: &Store) -> Check<()> {
+    for _ in 0..world.rng.u32(..4) {
+        world.append_one(store)?;
+    }
+    let op = [Op::Write, Op::SyncData][world.rng.usize(..2)];
+    world.fs.fail_next(op, Fault::PowerCut);
+    world.note(format!("plan a power cut in the next {op:?}"));
+    world.append_large(store)?;
+    world.crash();
+    Ok(())
 }
 
 fn appends(world: &mut World, store: Store) -> Check<()> {

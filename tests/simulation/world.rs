@@ -265,6 +265,11 @@ impl World {
 
     // ------------------------------------------------------------------------------------------- appending
 
+    fn new_id(&mut self) -> EventId {
+        self.next_id += 1;
+        EventId::from_bytes((self.next_id ^ 7 << 100).to_le_bytes())
+    }
+
     pub(crate) fn new_batch(&mut self) -> Batch {
         let count = self.rng.usize(1..4);
         // Some batches span many sectors, so that they tear.
@@ -272,10 +277,10 @@ impl World {
         let most = if self.rng.u8(..) < 128 { room } else { room.min(100) };
         (0..count)
             .map(|_| {
-                self.next_id += 1;
+                let id = self.new_id();
                 let len = self.rng.usize(..most);
                 let fill = self.rng.u8(1..);
-                (EventId::from_bytes((self.next_id ^ 7 << 100).to_le_bytes()), vec![fill; len])
+                (id, vec![fill; len])
             })
             .collect()
     }
@@ -289,6 +294,17 @@ impl World {
     pub(crate) fn append_one(&mut self, store: &Store) -> Check<bool> {
         let retry = !self.maybe.is_empty() && self.rng.bool();
         let batch = if retry { self.maybe[0].clone() } else { self.new_batch() };
+        self.append(store, batch, retry)
+    }
+
+    /// Appends one event that spans as many sectors as a batch can.
+    pub(crate) fn append_large(&mut self, store: &Store) -> Check<bool> {
+        let len = self.options.batch_bytes_max as usize - 384;
+        let batch = vec![(self.new_id(), vec![self.rng.u8(1..); len])];
+        self.append(store, batch, false)
+    }
+
+    fn append(&mut self, store: &Store, batch: Batch, retry: bool) -> Check<bool> {
         let request = self.request(&batch);
         if !retry {
             self.maybe.push(batch.clone());
