@@ -8,7 +8,7 @@ use headwater::{RecoveryReport, Store};
 
 use super::Check;
 use super::life::overlapping_groups;
-use super::world::{MIRROR, World, is_disk_failure, seeded, segments};
+use super::world::{DIR, MIRROR, World, is_disk_failure, seeded, segments};
 
 /// The faults that are tried at every operation.
 pub(crate) const FAULTS: [(Fault, Repeat); 8] = [
@@ -224,15 +224,23 @@ impl Scenario {
 
 // ------------------------------------------------------------------------------------------ what is tried
 
-/// The store, if the disk lets it be opened.
+/// The store, if the disk lets it be opened and read.
 fn opened(world: &mut World) -> Check<Option<Store>> {
-    match world.open() {
-        Ok(store) => Ok(Some(store)),
+    let store = match world.open() {
+        Ok(store) => store,
         Err(error) if is_disk_failure(&error) => {
             world.note(format!("open failed: {error}"));
+            return Ok(None);
+        }
+        Err(error) => return Err(format!("false alarm: {error} ({error:?})")),
+    };
+    match world.check_contents(&store) {
+        Ok(()) => Ok(Some(store)),
+        Err(what) if what.contains("os error") || what.contains("simulated") => {
+            world.note(format!("reading failed: {what}"));
             Ok(None)
         }
-        Err(error) => Err(format!("false alarm: {error} ({error:?})")),
+        Err(what) => Err(what),
     }
 }
 
@@ -353,8 +361,18 @@ fn unproven(world: &mut World) -> Check<()> {
     crashed(world, Fault::Eio, |report| report.rewritten_bytes > 0)
 }
 
+/// A segment whose header and first batch were under way in a crash: only a part of the batch got there.
 fn behind(world: &mut World) -> Check<()> {
-    crashed(world, Fault::PowerCut, |report| report.quarantined_segments > 0)
+    filled(world)?;
+    world.fs.kill();
+    let next = segments(&world.fs, Path::new(DIR)).len();
+    let mut bytes = vec![0; 8192];
+    bytes[5000] = 1;
+    let path = Path::new(DIR).join("journal").join(format!("{next:016x}.seg"));
+    world.fs.write_raw(&path, &bytes);
+    let probe = world.fork(0);
+    let report = probe.open().map_err(|error| error.to_string())?.recovery_report().clone();
+    if report.quarantined_segments == 1 { Ok(()) } else { Err(format!("{report:?}")) }
 }
 
 fn mirror_behind(world: &mut World) -> Check<()> {
