@@ -4,6 +4,8 @@
 //! A run is determined by its seed. `HEADWATER_SEED=n` runs one seed, `HEADWATER_CRASHES=n` sets how many
 //! crashes to reach. The same, for longer: `./run soak`.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use headwater::planted::Bug;
 
 use crate::simulation::campaign::{Tally, Until, over_seeds};
@@ -42,11 +44,19 @@ fn a_seed_run_twice_leaves_the_same_trace() {
 
 #[test]
 fn every_fault_at_every_operation_of_every_scenario_is_survived() {
-    let mut crashes = 0;
-    for scenario in SCENARIOS {
-        let here = every_fault::run(scenario, 1, Second::Sampled(1));
-        crashes += here.unwrap_or_else(|what| panic!("{what}"));
-    }
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut crashes = 0;
+        while let Some(scenario) = SCENARIOS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let here = every_fault::run(scenario, 1, Second::Sampled(1));
+            crashes += here.unwrap_or_else(|what| panic!("{what}"));
+        }
+        crashes
+    };
+    let crashes = std::thread::scope(|scope| {
+        let other = scope.spawn(work);
+        work() + other.join().unwrap()
+    });
     println!("{crashes} crashes in {} scenarios, 0 violations", SCENARIOS.len());
 }
 
