@@ -156,10 +156,7 @@ impl Scenario {
         self.end_life(world, power_cut);
         let mut healed = world.next_fork();
         let before = self.disk(&healed).ops();
-        self.recover(&mut healed).map_err(|what| {
-            world.log = std::mem::take(&mut healed.log);
-            what
-        })?;
+        self.recover(&mut healed).inspect_err(|_| world.log = healed.log.clone())?;
         let ops = self.disk(&healed).ops() - before;
         self.check(&mut healed).inspect_err(|_| world.log = healed.log.clone())?;
         let seconds: Vec<u64> = match second {
