@@ -10,6 +10,8 @@
 //! - A created, renamed or removed name may be lost until a successful [`Fs::sync_dir`] of its directory.
 //! - After a *failed* sync the cache may show data that the disk does not hold, and a second sync may
 //!   succeed without writing it.
+//! - `read_at` and `write_at` may be interrupted (`EINTR`) before they do anything; everything here that
+//!   calls them repeats. Nothing else is interrupted.
 //! - `write_at` may write fewer bytes than asked; bytes outside the written range are left alone.
 
 use std::fmt::Debug;
@@ -58,7 +60,8 @@ pub trait Fs: Debug + Send + Sync + 'static {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes creations, renames and removals in `dir` durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
-    /// Takes the exclusive lock file `path`, creating it if needed, and writes `owner` into it.
+    /// Takes the exclusive lock file `path`, creating it if needed, and writes `owner` into it,
+    /// if there is space for it.
     /// The outer error is of the file system; the inner one says who holds the lock.
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>>;
 }
@@ -135,11 +138,11 @@ pub(crate) fn write_all_at(file: &dyn File, buf: &[u8], offset: u64) -> io::Resu
 /// Writes zeros over `range` (file offsets), in pieces.
 pub(crate) fn write_zeros(file: &dyn File, range: std::ops::Range<u64>) -> io::Result<()> {
     const PIECE: usize = 256 * 1024;
-    let zeros = [0_u8; PIECE];
+    static ZEROS: [u8; PIECE] = [0; PIECE];
     let mut at = range.start;
     while at < range.end {
         let len = usize::try_from(range.end - at).map_or(PIECE, |rest| rest.min(PIECE));
-        write_all_at(file, zeros.get(..len).unwrap_or(&zeros), at)?;
+        write_all_at(file, ZEROS.get(..len).unwrap_or(&ZEROS), at)?;
         at += len as u64;
     }
     Ok(())

@@ -95,10 +95,11 @@ impl Fs for OsFs {
             .open(path)?;
         match file.try_lock() {
             Ok(()) => {
-                // Over the old name, then cut: a full disk has no block to give for one that was freed.
-                file.rewind()?;
-                file.write_all(owner.as_bytes())?;
-                file.set_len(owner.len() as u64)?;
+                // Over the old name, then cut: a full disk has no block to give for one that was freed. The
+                // name is for people; after a power cut it may be gone, and a full disk has no block for a
+                // new one either: no reason to keep a store from its recovery.
+                let named = file.rewind().and_then(|()| file.write_all(owner.as_bytes()));
+                drop(named.and_then(|()| file.set_len(owner.len() as u64)));
                 Ok(Ok(Box::new(OsLock(file))))
             }
             Err(fs::TryLockError::WouldBlock) => {

@@ -119,6 +119,8 @@ pub enum Fault {
     /// A read or write is interrupted (`EINTR`) before it does anything; never the one right after it, so
     /// that repeating gets on.
     Eintr,
+    /// A write goes to another place: whole sectors of this or another file, inside its length; it succeeds.
+    Misdirect,
     /// The power goes during the operation: it and everything after it fails with [`Down::PowerCut`] until
     /// [`SimFs::power_cut`].
     PowerCut,
@@ -136,7 +138,7 @@ impl Fault {
                 op,
                 Op::Size | Op::DropCache | Op::List | Op::Open | Op::Read | Op::Remove
             ),
-            Self::ShortWrite => op == Op::Write,
+            Self::ShortWrite | Self::Misdirect => op == Op::Write,
             Self::Eintr => matches!(op, Op::Read | Op::Write),
         }
     }
@@ -260,7 +262,14 @@ impl SimFs {
     /// Plans `fault` for the first operation numbered `op_index` or more that it applies to. Operations are
     /// numbered from 0 over the disk's life, across crashes; the next one has the number [`SimFs::ops`].
     pub fn fail_at(&self, op_index: u64, fault: Fault, repeat: Repeat) {
-        self.0.lock().plans.push(Plan { op_index, fault, repeat });
+        self.0.lock().plans.push(Plan { op_index, only: None, fault, repeat });
+    }
+
+    /// Plans `fault` for the next operation of this kind.
+    pub fn fail_next(&self, op: Op, fault: Fault) {
+        let mut state = self.0.lock();
+        let plan = Plan { op_index: state.ops, only: Some(op), fault, repeat: Repeat::Once };
+        state.plans.push(plan);
     }
 
     /// Sets the rates of random faults.
@@ -282,7 +291,7 @@ impl SimFs {
 
     /// How many operations there were.
     pub fn ops(&self) -> u64 {
-        self.0.lock().counts.values().sum()
+        self.0.lock().ops
     }
 
     /// How many operations of one kind there were.
@@ -803,6 +812,7 @@ impl Names {
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     op_index: u64,
+    only: Option<Op>,
     fault: Fault,
     repeat: Repeat,
 }
@@ -813,6 +823,8 @@ enum How {
     Whole,
     /// A random first part, of a write.
     Short,
+    /// To another place, of a write.
+    Misdirected,
     /// Of a sync: it fails, and does what failed syncs do.
     Failing,
 }
@@ -832,6 +844,7 @@ struct State {
     last_end: Down,
     down: Option<Down>,
     counts: BTreeMap<Op, u64>,
+    ops: u64,
     trace: u64,
     plans: Vec<Plan>,
     rates: FaultRates,
@@ -855,6 +868,7 @@ impl State {
             last_end: Down::PowerCut,
             down: None,
             counts: BTreeMap::new(),
+            ops: 0,
             trace: 0xcbf2_9ce4_8422_2325,
             plans: Vec::new(),
             rates: FaultRates::default(),
@@ -876,7 +890,8 @@ impl State {
         if let Some(down) = self.down {
             return Err(io::Error::other(down));
         }
-        let number = self.counts.values().sum();
+        let number = self.ops;
+        self.ops += 1;
         *self.counts.entry(op).or_default() += 1;
         self.fold(op as u64);
         args.into_iter().for_each(|arg| self.fold(arg));
@@ -886,11 +901,12 @@ impl State {
         let result = match fault {
             None => work(self, How::Whole),
             Some(Fault::ShortWrite) => work(self, How::Short),
+            Some(Fault::Misdirect) => work(self, How::Misdirected),
             Some(Fault::Eintr) => Err(Errno::INTR.into()),
             Some(Fault::Eio) => self.fail(op, Errno::IO, work),
             Some(Fault::Enospc) => self.fail(op, Errno::NOSPC, work),
-            Some(Fault::PowerCut) => self.go_down(Down::PowerCut, work),
-            Some(Fault::Kill) => self.go_down(Down::Kill, work),
+            Some(Fault::PowerCut) => self.go_down(op, Down::PowerCut, work),
+            Some(Fault::Kill) => self.go_down(op, Down::Kill, work),
         };
         let outcome = match &result {
             Ok(_) => 0,
@@ -915,11 +931,14 @@ impl State {
     /// The operation is under way when everything stops: done, done in part, or not begun.
     fn go_down<T>(
         &mut self,
+        op: Op,
         down: Down,
         work: impl FnOnce(&mut Self, How) -> io::Result<T>,
     ) -> io::Result<T> {
         match self.rng.u8(0..3) {
             0 => {}
+            // A part of a sync is what the crash makes of it.
+            1 if matches!(op, Op::SyncData | Op::SyncDir) => {}
             1 => drop(work(self, How::Short)),
             _ => drop(work(self, How::Whole)),
         }
@@ -932,6 +951,7 @@ impl State {
         let strikes = |plan: &Plan| {
             number >= plan.op_index
                 && plan.fault.applies_to(op)
+                && plan.only.is_none_or(|only| only == op)
                 && !(plan.fault == Fault::Eintr && interrupted)
         };
         let fault = if let Some(at) = self.plans.iter().position(strikes) {
@@ -1064,6 +1084,9 @@ impl State {
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > MAX_FILE_BYTES) {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
+        if how == How::Misdirected {
+            return Ok(self.misdirect(id, buf, offset));
+        }
         let wanted = match how {
             How::Short if buf.len() > 1 => self.rng.usize(1..buf.len()),
             _ => buf.len(),
@@ -1079,6 +1102,21 @@ impl State {
             inode.write(part, offset, sector, rng);
         }
         Ok(part.len())
+    }
+
+    /// Writes to other sectors than those that were meant, of any file. Lengths stay as they are.
+    fn misdirect(&mut self, id: u64, buf: &[u8], offset: u64) -> usize {
+        let sector = self.sector;
+        let files: Vec<u64> = self.file_ids().collect();
+        let other = files.get(self.rng.usize(..files.len().max(1))).copied().unwrap_or(id);
+        if let Ok((inode, rng)) = self.inode(other) {
+            let at = rng.u64(0..=inode.cache.len() / sector) * sector + offset % sector;
+            let room = index(inode.cache.len().saturating_sub(at)).min(buf.len());
+            if let Some(part) = buf.get(..room).filter(|part| !part.is_empty()) {
+                inode.write(part, at, sector, rng);
+            }
+        }
+        buf.len()
     }
 
     /// How many of the first `len` bytes at `offset` there is space for.
@@ -1112,9 +1150,11 @@ impl State {
             let text: Vec<u8> = inode.cache.bytes.iter().copied().take(OWNER_BYTES).collect();
             return Ok(Err(LockHeld { owner: String::from_utf8_lossy(&text).into_owned() }));
         }
-        self.write(id, owner.as_bytes(), 0, How::Whole)?;
-        let (inode, rng) = self.inode(id)?;
-        inode.set_len(owner.len() as u64, sector, rng);
+        // The name is an effort, as on real files.
+        if self.write(id, owner.as_bytes(), 0, How::Whole).is_ok() {
+            let (inode, rng) = self.inode(id)?;
+            inode.set_len(owner.len() as u64, sector, rng);
+        }
         self.next_token += 1;
         self.locks.insert(id, self.next_token);
         Ok(Ok((id, self.next_token)))

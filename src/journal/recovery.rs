@@ -586,7 +586,9 @@ pub(crate) fn mend(
         return Err(OpenError::Unsupported { path, source });
     }
     let mut mark = MarkFile::open(fs, layout, survey.mark.map_or(0, |mark| mark.sequence))?;
+    // What was fetched again up to the witness was compared with it before it was written.
     let mut witness = survey.mark.and_then(|mark| mark.witness);
+    witness = witness.filter(|witness| witness.offset > survey.end.offset);
     let mut report = RecoveryReport {
         clean: survey.mark.is_some_and(|m| m.closed && m.end.offset == survey.end.offset),
         ..RecoveryReport::default()

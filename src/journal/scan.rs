@@ -11,8 +11,10 @@ use crate::format::batch::{
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::fs::{self, File};
 
-/// How much is read at a time.
+/// How much is read at a time, at the most.
 const CHUNK_BYTES: usize = 256 * 1024;
+/// How much is read first: who asks for one batch shouldn't pay for many.
+const FIRST_CHUNK_BYTES: usize = 16 * 1024;
 
 /// The file offset of the journal offset `offset` in the segment that begins at `base_offset`.
 pub(crate) const fn file_offset(base_offset: u64, offset: u64) -> u64 {
@@ -45,7 +47,8 @@ impl Window {
             && at.saturating_add(len as u64) <= self.start + self.data.len() as u64;
         if !in_window {
             let room = usize::try_from(limit.saturating_sub(at)).unwrap_or(usize::MAX);
-            self.data.resize(len.max(CHUNK_BYTES).min(room), 0);
+            let chunk = (2 * self.data.len()).clamp(FIRST_CHUNK_BYTES, CHUNK_BYTES);
+            self.data.resize(len.max(chunk).min(room), 0);
             let read = fs::read_full_at(&*self.file, &mut self.data, at);
             match read.context("reading", &self.path) {
                 Ok(read) => self.data.truncate(read),
@@ -116,7 +119,7 @@ impl Window {
     pub(crate) fn last_non_zero(&mut self, mut at: u64) -> Result<Option<u64>, IoError> {
         let mut last = None;
         loop {
-            let bytes = self.read(at, CHUNK_BYTES, u64::MAX)?;
+            let bytes = self.read(at, FIRST_CHUNK_BYTES, u64::MAX)?;
             if bytes.is_empty() {
                 return Ok(last);
             }

@@ -28,6 +28,9 @@ mod recovery;
 mod shipping;
 #[cfg(feature = "shipping")]
 mod shipping_processes;
+#[cfg(feature = "test-kit")]
+#[path = "../simulation/mod.rs"]
+mod simulation;
 mod verify;
 #[cfg(feature = "views")]
 mod views;
