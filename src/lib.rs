@@ -90,6 +90,7 @@ pub use journal::{
     Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
     Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,
     SegmentState, StreamEvents, Subscription, TokenState, VerifyProgress, VerifyReport, verify,
+    verify_deep,
 };
 pub use options::JournalOptions;
 pub use position::{

@@ -25,6 +25,7 @@ use crate::event::{Revision, StreamId};
 use crate::format::files::{NODE_BYTES, Node, Role};
 use crate::format::sidecar::{Posting, SegmentIndex, SparseEntry};
 use crate::fs::{self, Fs, Lock, OpenMode};
+use crate::journal::gaps::Gaps;
 use crate::journal::layout::Layout;
 use crate::journal::recovery::{Recovered, Survey};
 use crate::journal::scan::file_offset;
@@ -34,10 +35,12 @@ use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Positio
 
 mod appender;
 mod cursor;
+mod gaps;
 mod ingest;
 mod layout;
 mod mark;
 mod marker;
+mod order;
 mod read;
 mod recovery;
 mod scan;
@@ -53,6 +56,7 @@ pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
 pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
+    verify_deep,
 };
 
 /// How often a reader beside a writer looks again before it reports damage.
@@ -104,7 +108,7 @@ pub enum TokenState {
     Present,
     /// The batch is not (yet) here.
     Pending,
-    /// Another batch is in its place: the events were lost when the journal was restored.
+    /// The events were lost: another batch is in their place, because the journal was restored, or none.
     Lost,
     /// The token is of another journal.
     Foreign,
@@ -118,7 +122,8 @@ impl Journal {
         recovered: &Recovered,
         access: Access,
     ) -> Result<Self, OpenError> {
-        Self::assemble(fs, layout, node, &recovered.kept, recovered.end, access)
+        let gaps = recovered.gaps.clone();
+        Self::assemble(fs, layout, node, &recovered.kept, gaps, recovered.end, access)
     }
 
     fn assemble(
@@ -126,10 +131,11 @@ impl Journal {
         layout: &Layout,
         node: Node,
         kept: &[recovery::Kept],
+        gaps: Gaps,
         end: Checkpoint,
         access: Access,
     ) -> Result<Self, OpenError> {
-        let files = Files::new(Arc::clone(fs), layout.clone());
+        let files = Files::new(Arc::clone(fs), layout.clone(), gaps);
         let mut segments = Segments::default();
         let last = kept.len().saturating_sub(1);
         for (number, kept) in kept.iter().enumerate() {
@@ -170,8 +176,8 @@ impl Journal {
         };
         let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
         survey.cut_to_proven(&**fs, &layout)?;
-        let Survey { kept, end, .. } = survey;
-        Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
+        let Survey { kept, gaps, end, .. } = survey;
+        Ok((Self::assemble(fs, &layout, node, &kept, gaps, end, Access::ReadOnly)?, corruption))
     }
 
     /// The journal's id: the same in its origin and all its mirrors.
@@ -279,10 +285,16 @@ impl Journal {
         else {
             return Ok(None);
         };
+        if let Some(gap) = self.gaps().at_position(position) {
+            return Err(gaps::error(gap));
+        }
         let mut entry = self.seek(&segment, position)?;
         let mut window = self.0.files.window(segment.number())?;
         let limit = file_offset(segment.base_offset(), self.limit(&segment, &end));
         loop {
+            if let Some(gap) = self.gaps().at_offset(entry.offset) {
+                (entry.offset, entry.position) = (gap.to_offset, gap.to_position);
+            }
             let at = file_offset(segment.base_offset(), entry.offset);
             let header = window
                 .batch_header(at, limit, segment.page.header.salt)?
@@ -316,6 +328,9 @@ impl Journal {
             let same = checkpoint.offset == 0 && checkpoint.chain == start.chain;
             return Ok(if same { Comparison::Equal } else { Comparison::Differs });
         };
+        if let Some(at_gap) = self.compare_with_gap(checkpoint.offset, checkpoint.position, checkpoint.chain) {
+            return at_gap;
+        }
         let header = self.header_holding(Position::new(last))?;
         let same = header.is_some_and(|header| {
             header.end_position() == checkpoint.position
@@ -343,6 +358,9 @@ impl Journal {
             return Ok(Comparison::Ahead);
         }
         let Some(last) = position.get().checked_sub(1) else { return Ok(Comparison::Equal) };
+        if let Some(at_gap) = self.compare_with_gap(offset, position, chain) {
+            return at_gap;
+        }
         let header = self.header_holding(Position::new(last))?;
         let same = header.is_some_and(|header| {
             header.end_position() == position
@@ -350,6 +368,31 @@ impl Journal {
                 && header.chain == chain
         });
         Ok(if same { Comparison::Equal } else { Comparison::Differs })
+    }
+
+    /// Compares a place behind lost events: only the end of a gap is known, and not always.
+    fn compare_with_gap(
+        &self,
+        offset: u64,
+        position: Position,
+        chain: Chain,
+    ) -> Option<Result<Comparison, ReadError>> {
+        let gap = self.gaps().at_position(Position::new(position.get().checked_sub(1)?))?;
+        let end = gaps::end_of(gap, self.id()).filter(|end| end.position == position);
+        let Some(end) = end else { return Some(Err(gaps::error(gap))) };
+        let same = end.offset == offset && end.chain == chain;
+        Some(Ok(if same { Comparison::Equal } else { Comparison::Differs }))
+    }
+
+    fn gaps(&self) -> &Gaps {
+        self.0.files.gaps()
+    }
+
+    /// The positions of the events that were lost, and [accepted as lost](crate::repair), in order. Readers
+    /// that come there are answered [`ReadError::Gap`].
+    #[must_use]
+    pub fn lost_events(&self) -> Vec<std::ops::Range<Position>> {
+        self.gaps().all().iter().map(|gap| gap.from.position..gap.to_position).collect()
     }
 
     /// Whether the append that gave `token` is part of this history.
@@ -363,6 +406,10 @@ impl Journal {
         let end = self.end();
         if token.position > end.position {
             return Ok(TokenState::Pending);
+        }
+        let last = Position::new(token.position.get().saturating_sub(1));
+        if self.gaps().at_position(last).is_some() {
+            return Ok(TokenState::Lost);
         }
         if token.position == end.position {
             let same = token.incarnation == end.incarnation;
@@ -417,7 +464,8 @@ impl Journal {
         }
     }
 
-    /// Segment `number` and where a stream's events lie in it; `None` if there is no such segment (yet).
+    /// Segment `number`, or the next one that there is, and where a stream's events lie in it; `None` if
+    /// there is no such segment (yet).
     ///
     /// Both under one lock: the active segment's index is another segment's a moment later.
     fn postings(
@@ -429,7 +477,8 @@ impl Journal {
     ) -> Result<Option<(Arc<Segment>, Vec<Posting>)>, ReadError> {
         let segment = {
             let segments = self.0.segments.read();
-            let Some(segment) = segments.all.get(number as usize).cloned() else { return Ok(None) };
+            let at = segments.all.partition_point(|segment| segment.number() < number);
+            let Some(segment) = segments.all.get(at).cloned() else { return Ok(None) };
             if segment.sealed.is_none() {
                 let found = segments::postings(&segments.active, stream.as_str(), from, max);
                 return Ok(Some((segment, found)));
@@ -549,7 +598,7 @@ fn survey_beside_writer(
 
 /// Files that only a later version writes: what they say changes what the segments mean.
 fn refuse_later(layout: &Layout, names: &[String]) -> Result<(), OpenError> {
-    for name in [layout::BASE, layout::GAPS] {
+    for name in [layout::BASE] {
         if names.iter().any(|known| known == name) {
             let version = crate::format::FORMAT_VERSION;
             let source = crate::format::FormatError::Unsupported { version, flags: 0 };
