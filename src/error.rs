@@ -241,11 +241,7 @@ impl From<ReadError> for OpenError {
             ReadError::Unsupported { path, source } => Self::Unsupported { path, source },
             ReadError::BeyondEnd { .. } | ReadError::Gap { .. } => {
                 let source = io::ErrorKind::InvalidInput.into();
-                Self::Io(IoError::new(
-                    "reading outside of",
-                    Path::new("the journal"),
-                    source,
-                ))
+                Self::Io(IoError::new("reading outside of", Path::new("the journal"), source))
             }
         }
     }

@@ -86,6 +86,7 @@ pub use event::{
     EncodeError, Event, EventId, EventKind, EventKindRef, EventType, ExpectedRevision,
     InvalidEvent, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
 };
+pub use journal::repair;
 pub use journal::{
     Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
     Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,

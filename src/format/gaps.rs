@@ -149,9 +149,8 @@ pub fn decode(bytes: &[u8], journal: JournalId) -> Result<Vec<Gap>, FormatError>
         return Err(FormatError::Invalid("number of gaps"));
     }
     let gaps = entries.iter().map(Gap::decode).collect::<Result<Vec<_>, _>>()?;
-    let ordered = gaps.is_sorted_by(|a, b| {
-        a.to_offset <= b.from.offset && a.to_position <= b.from.position
-    });
+    let ordered =
+        gaps.is_sorted_by(|a, b| a.to_offset <= b.from.offset && a.to_position <= b.from.position);
     if ordered { Ok(gaps) } else { Err(FormatError::Invalid("order of gaps")) }
 }
 

@@ -52,11 +52,7 @@ impl Joint {
     }
 
     /// Whether `batch` is the one that belongs here.
-    pub(crate) fn is_continued_by(
-        &self,
-        batch: &BatchRef<'_>,
-        segment: Option<&[u8; 32]>,
-    ) -> bool {
+    pub(crate) fn is_continued_by(&self, batch: &BatchRef<'_>, segment: Option<&[u8; 32]>) -> bool {
         match self.behind {
             None => batch.continues(&self.link, segment),
             Some(chain) => {
@@ -87,9 +83,6 @@ pub(crate) fn error(gap: &Gap) -> ReadError {
 }
 
 impl Gaps {
-    pub(crate) fn new(gaps: Vec<Gap>) -> Self {
-        Self(gaps)
-    }
 
     /// Reads the `gaps` file; none if there is none.
     pub(crate) fn read(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Self, OpenError> {

@@ -43,6 +43,7 @@ mod marker;
 mod order;
 mod read;
 mod recovery;
+pub mod repair;
 mod scan;
 mod segments;
 mod verify;
@@ -328,7 +329,9 @@ impl Journal {
             let same = checkpoint.offset == 0 && checkpoint.chain == start.chain;
             return Ok(if same { Comparison::Equal } else { Comparison::Differs });
         };
-        if let Some(at_gap) = self.compare_with_gap(checkpoint.offset, checkpoint.position, checkpoint.chain) {
+        if let Some(at_gap) =
+            self.compare_with_gap(checkpoint.offset, checkpoint.position, checkpoint.chain)
+        {
             return at_gap;
         }
         let header = self.header_holding(Position::new(last))?;
@@ -632,6 +635,16 @@ impl Locked {
         }
     }
 
+    /// The same, if there is a directory.
+    fn take_existing(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Self, OpenError> {
+        if fs.list(dir).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            return Err(OpenError::NotFound { path: dir.to_owned() });
+        }
+        let locked = Self::take(fs, dir)?;
+        locked.refuse_unfinished()?;
+        Ok(locked)
+    }
+
     /// Files that only a later version, or an unfinished restore, leaves behind.
     fn refuse_unfinished(&self) -> Result<(), OpenError> {
         let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
@@ -648,14 +661,18 @@ impl Locked {
 
     /// Writes `node`, durably, before the first segment exists.
     fn write_node(&self, node: &Node) -> Result<(), IoError> {
-        let (temp, path) = (self.layout.file(layout::NODE_TEMP), self.layout.file(layout::NODE));
-        drop(self.fs.remove(&temp));
-        let file = self.fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
-        fs::write_all_at(&*file, &node.encode(), 0).context("writing", &temp)?;
-        file.sync_data().context("syncing", &temp)?;
-        self.fs.rename(&temp, &path).context("renaming", &temp)?;
-        self.fs.sync_dir(&self.layout.dir).context("syncing", &self.layout.dir)
+        write_node(&*self.fs, &self.layout, node)
     }
+}
+
+fn write_node(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<(), IoError> {
+    let (temp, path) = (layout.file(layout::NODE_TEMP), layout.file(layout::NODE));
+    drop(fs.remove(&temp));
+    let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
+    fs::write_all_at(&*file, &node.encode(), 0).context("writing", &temp)?;
+    file.sync_data().context("syncing", &temp)?;
+    fs.rename(&temp, &path).context("renaming", &temp)?;
+    fs.sync_dir(&layout.dir).context("syncing", &layout.dir)
 }
 
 /// Reads `node`; `None` if there is none.

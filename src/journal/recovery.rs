@@ -430,8 +430,9 @@ impl<'a> Walk<'a> {
         let (mut link, mut joint, mut crossed) = (self.link, Joint::from(self.link), None);
         let stop = loop {
             if let Some(gap) = self.gaps.at(&link).filter(|_| joint.behind.is_none()) {
-                let ends_here = next.and_then(Found::valid).map(|(next, _)| next.header.base_offset)
-                    == Some(gap.to_offset);
+                let ends_here =
+                    next.and_then(Found::valid).map(|(next, _)| next.header.base_offset)
+                        == Some(gap.to_offset);
                 if !ends_here && self.holder(gap) != Some(found.number) {
                     break CorruptionKind::Batch(FormatError::Magic); // goes on in a later segment
                 }
@@ -490,7 +491,8 @@ impl<'a> Walk<'a> {
     fn cross(&mut self, gap: &Gap) -> Option<Checkpoint> {
         let end = gaps::end_of(gap, self.end.journal);
         self.epoch_max = self.epoch_max.max(gap.epoch);
-        let within = |mark: &Checkpoint| mark.offset > gap.from.offset && mark.offset <= gap.to_offset;
+        let within =
+            |mark: &Checkpoint| mark.offset > gap.from.offset && mark.offset <= gap.to_offset;
         if let Some(mark) = self.mark.filter(within) {
             // Within the gap there is nothing to compare the mark with.
             self.mark_seen = end.filter(|end| end.offset == mark.offset).or(Some(mark));
@@ -563,6 +565,21 @@ impl Found {
 }
 
 impl Survey {
+    /// What [`mend`] would set in order, for tools: bytes of the torn tail, segments behind the end, and
+    /// header pages of which a copy is damaged.
+    pub(crate) fn pending(&self, fs: &dyn Fs, layout: &Layout) -> Result<(u64, u64, u64), IoError> {
+        let mut torn_bytes = 0;
+        if let Some(active) = self.kept.last() {
+            let path = layout.segment(active.number());
+            let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+            let end = active.end_in_file();
+            let last = Window::new(file, path).last_non_zero(end)?;
+            torn_bytes = last.map_or(0, |last| last - end);
+        }
+        let remade = self.kept.iter().filter(|kept| !kept.intact).count();
+        Ok((torn_bytes, self.beyond.len() as u64, remade as u64))
+    }
+
     /// No segment that belongs to the journal.
     pub(crate) fn has_no_segment(&self) -> bool {
         self.kept.is_empty()
