@@ -83,7 +83,6 @@ pub(crate) fn error(gap: &Gap) -> ReadError {
 }
 
 impl Gaps {
-
     /// Reads the `gaps` file; none if there is none.
     pub(crate) fn read(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Self, OpenError> {
         let path = layout.file(layout::GAPS);

@@ -24,6 +24,8 @@ mod processes;
 mod races;
 #[cfg(feature = "test-kit")]
 mod recovery;
+#[cfg(feature = "test-kit")]
+mod repair;
 #[cfg(feature = "shipping")]
 mod shipping;
 #[cfg(feature = "shipping")]
