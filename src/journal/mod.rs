@@ -34,6 +34,7 @@ use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 
 mod appender;
+pub(crate) mod condition;
 mod cursor;
 mod gaps;
 mod ingest;

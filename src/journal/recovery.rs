@@ -580,6 +580,11 @@ impl Survey {
         Ok((torn_bytes, self.beyond.len() as u64, remade as u64))
     }
 
+    /// How many prepared segments there are.
+    pub(crate) fn spares(&self) -> usize {
+        self.spares.len()
+    }
+
     /// No segment that belongs to the journal.
     pub(crate) fn has_no_segment(&self) -> bool {
         self.kept.is_empty()
