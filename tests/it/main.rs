@@ -13,6 +13,7 @@
 mod cli;
 #[cfg(feature = "test-kit")]
 mod crash;
+mod doctor;
 mod dump;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]
 mod fuzz_corpus;
