@@ -171,15 +171,30 @@ impl Journal {
         fs: &Arc<dyn Fs>,
         dir: &Path,
     ) -> Result<(Self, Option<crate::error::Corruption>), OpenError> {
+        let (journal, corruption, _) = Self::open_up_to(fs, dir, true)?;
+        Ok((journal, corruption))
+    }
+
+    /// The same, with what is valid but not proven to be durable if `proven_only` is not set; and how far it is
+    /// proven.
+    fn open_up_to(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        proven_only: bool,
+    ) -> Result<(Self, Option<crate::error::Corruption>, u64), OpenError> {
         let layout = Layout::new(dir);
         let node = match read_node(&**fs, &layout)? {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
         let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
-        survey.cut_to_proven(&**fs, &layout)?;
+        let proven = survey.proven;
+        if proven_only {
+            survey.cut_to_proven(&**fs, &layout)?;
+        }
         let Survey { kept, gaps, end, .. } = survey;
-        Ok((Self::assemble(fs, &layout, node, &kept, gaps, end, Access::ReadOnly)?, corruption))
+        let journal = Self::assemble(fs, &layout, node, &kept, gaps, end, Access::ReadOnly)?;
+        Ok((journal, corruption, proven))
     }
 
     /// The journal's id: the same in its origin and all its mirrors.
@@ -283,13 +298,13 @@ impl Journal {
         position: Position,
     ) -> Result<Option<crate::format::batch::BatchHeader>, ReadError> {
         let end = self.end();
+        if let Some(gap) = self.gaps().at_position(position) {
+            return Err(gaps::error(gap));
+        }
         let Some(segment) = self.segment_holding(position).filter(|_| position < end.position)
         else {
             return Ok(None);
         };
-        if let Some(gap) = self.gaps().at_position(position) {
-            return Err(gaps::error(gap));
-        }
         let mut entry = self.seek(&segment, position)?;
         let mut window = self.0.files.window(segment.number())?;
         let limit = file_offset(segment.base_offset(), self.limit(&segment, &end));

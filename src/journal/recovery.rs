@@ -309,12 +309,14 @@ impl<'a> Walk<'a> {
             if self.is_given_up(found, number) {
                 continue;
             }
+            let in_front = self.link.offset;
             if let Some(page) = self.leaves_gap(found) {
                 self.stop = None;
                 self.scan(found, page.0, page.1, Self::next_of(used, index))?;
                 continue;
             }
-            if found.number != number {
+            let crossed = self.link.offset != in_front;
+            if found.number != number && !crossed {
                 self.stop_between(number, CorruptionKind::MissingSegment);
                 return Ok(());
             }

@@ -286,8 +286,9 @@ fn lock_if_there(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Option<Locked>, RepairE
 
 fn open_source(fs: &Arc<dyn Fs>, options: &Options) -> Result<Option<Source>, RepairError> {
     let Some(path) = options.from.clone() else { return Ok(None) };
-    let (journal, _) = Journal::open_read_only(fs, &path).map_err(RepairError::Source)?;
-    Ok(Some(Source { journal, path }))
+    let opened = Journal::open_up_to(fs, &path, false);
+    let (journal, _, proven) = opened.map_err(RepairError::Source)?;
+    Ok(Some(Source { journal, proven, path }))
 }
 
 fn check_accepted(plan: &Plan, accept: &[Range<Position>]) -> Result<(), RepairError> {
@@ -303,10 +304,12 @@ fn check_accepted(plan: &Plan, accept: &[Range<Position>]) -> Result<(), RepairE
     }
 }
 
-/// A copy of the journal, up to what it knows to be durable.
+/// A copy of the journal. What is valid in it but not proven to be durable counts only where the own journal
+/// proves it.
 #[derive(Debug)]
 struct Source {
     journal: Journal,
+    proven: u64,
     path: PathBuf,
 }
 
@@ -471,7 +474,7 @@ impl<'a> Scene<'a> {
         if let Some(end) = self.own_batch(place)? {
             return Ok(Some(Place { joint: end.into(), ..place }));
         }
-        if let Some(next) = self.own_segment(&link) {
+        if let Some(next) = self.own_segment(&link).filter(|next| Some(*next) != place.segment) {
             self.check_tail(place)?;
             return Ok(Some(Place { segment: Some(next), ..place }));
         }
@@ -612,6 +615,7 @@ impl<'a> Scene<'a> {
         let Some(mut cursor) = cursor.and_then(|source| source.cursor_at(&from)) else {
             return Ok(None);
         };
+        let proven = self.source.map_or(0, |source| source.proven);
         let (mut link, mut files) = (from, Vec::new());
         let mut page = place.segment.and_then(|index| self.segments.get(index)?.page.clone());
         // Damage of the copy ends this like its end: what doesn't reach far enough isn't used.
@@ -650,11 +654,16 @@ impl<'a> Scene<'a> {
                 self.steps.push(Step::Fetch(fetch));
                 return Ok(Some(end));
             }
+            let marked = self.mark.filter(|mark| mark.end.offset == link.offset);
+            if marked.is_some_and(|mark| mark.end.chain != link.chain) {
+                return Ok(None); // another history
+            }
+            if link.offset >= self.proven.max(proven) {
+                break;
+            }
         }
-        // All that the copy has. It is the journal's tail if nothing more is known to have been durable.
-        let whole = link.offset >= self.proven && link.offset > from.offset && !closes_gap;
-        let at_mark = self.mark.filter(|mark| mark.end.offset == link.offset);
-        if !whole || at_mark.is_some_and(|mark| mark.end.chain != link.chain) {
+        // It is the journal's tail if nothing more is known to have been durable.
+        if link.offset < self.proven || link.offset == from.offset || closes_gap {
             return Ok(None);
         }
         self.steps.push(Step::Fetch(Fetch { from, to: link, files, closes_gap }));
