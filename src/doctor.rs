@@ -524,7 +524,9 @@ fn check_views(found: &mut Diagnosis, store: &Path, _end: Checkpoint) {
 
 fn check_mirrors(found: &mut Diagnosis, store: &Path) {
     for (name, path) in folders(&store.join("mirrors")) {
-        match condition::examine(&OsFs, &path.join("journal")) {
+        let journal = path.join("journal");
+        let journal = if journal.is_dir() { journal } else { path.clone() };
+        match condition::examine(&OsFs, &journal) {
             Ok(condition) => check_mirror(found, &name, &path, &condition),
             Err(error) => found.warn("mirror", format!("{name}: {error}"), error.hint()),
         }
