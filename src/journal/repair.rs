@@ -136,6 +136,8 @@ pub struct Plan {
     pub journal: JournalId,
     /// Origin or mirror; `None` for a copy.
     pub role: Option<Role>,
+    /// Positions of events that have been given up already.
+    pub lost: Vec<Range<Position>>,
     /// What a verification found.
     pub damage: Vec<Damage>,
     /// What would be done, in this order.
@@ -298,7 +300,7 @@ fn check_accepted(plan: &Plan, accept: &[Range<Position>]) -> Result<(), RepairE
                 if gap.from.position == range.start && gap.to_position == range.end)
         })
     };
-    match accept.iter().find(|range| !lost(range)) {
+    match accept.iter().find(|range| !lost(range) && !plan.lost.contains(range)) {
         Some(range) => Err(RepairError::NotLost { from: range.start, to: range.end }),
         None => Ok(()),
     }
@@ -416,7 +418,7 @@ impl<'a> Scene<'a> {
                 // Without it the losses are found anew.
                 steps.push(Step::SetAside { path: corruption.path.clone() });
                 let damage = vec![damage_of(corruption)];
-                return Ok(Plan { journal: node.journal, role, damage, steps });
+                return Ok(Plan { journal: node.journal, role, lost: Vec::new(), damage, steps });
             }
             Err(error) => return Err(error.into()),
         };
@@ -446,7 +448,8 @@ impl<'a> Scene<'a> {
         scene.walk()?;
         scene.set_sidecars_aside(&damage);
         scene.plan_recovery(&damage)?;
-        Ok(Plan { journal: node.journal, role, damage, steps: scene.steps })
+        let lost = scene.gaps.all().iter().map(|gap| gap.from.position..gap.to_position).collect();
+        Ok(Plan { journal: node.journal, role, lost, damage, steps: scene.steps })
     }
 
     fn walk(&mut self) -> Result<(), RepairError> {

@@ -438,33 +438,26 @@ fn a_repair_that_was_cut_short_anywhere_is_run_again() {
         println!("{name}: {operations} operations");
         for operation in 0..operations {
             // Neighbouring operations leave the same files most of the time: each fault meets every third.
-            for fault in [[Fault::PowerCut, Fault::Kill, Fault::Eio][operation as usize % 3]] {
-                let fs = damaged.fork(operation);
-                fs.fail_at(fs.ops() + operation, fault, Repeat::Once);
-                let first = repair::apply(&arc(&fs), Path::new(JOURNAL), &options);
-                fs.clear_faults();
-                if fault == Fault::Kill {
-                    fs.kill();
-                } else {
-                    fs.power_cut();
-                }
-                let name = format!("{name}: {fault:?} at operation {operation}: {first:?}");
-                // Named again, a range that has been given up is no loss any more.
-                let known = lost_ranges(&plan(&fs, &Options::default()));
-                let options = match fetch {
-                    true => from_copy(),
-                    false => Options { accept: known, from: None },
-                };
-                let outcome = apply(&fs, &options);
-                assert_eq!((outcome.left, outcome.report.damage), (vec![], vec![]), "{name}");
-                assert!(quarantined(&fs) >= copies, "{name}");
+            let fault = [Fault::PowerCut, Fault::Kill, Fault::Eio][operation as usize % 3];
+            let fs = damaged.fork(operation);
+            fs.fail_at(fs.ops() + operation, fault, Repeat::Once);
+            let first = repair::apply(&arc(&fs), Path::new(JOURNAL), &options);
+            fs.clear_faults();
+            if fault == Fault::Kill {
+                fs.kill();
+            } else {
                 fs.power_cut();
-                let store = open(&fs).unwrap();
-                if fetch {
-                    assert_eq!(payloads(store.journal()), expected(EVENTS), "{name}");
-                } else {
-                    assert_eq!(store.journal().lost_events(), accept, "{name}");
-                }
+            }
+            let name = format!("{name}: {fault:?} at operation {operation}: {first:?}");
+            let outcome = apply(&fs, &options);
+            assert_eq!((outcome.left, outcome.report.damage), (vec![], vec![]), "{name}");
+            assert!(quarantined(&fs) >= copies, "{name}");
+            fs.power_cut();
+            let store = open(&fs).unwrap();
+            if fetch {
+                assert_eq!(payloads(store.journal()), expected(EVENTS), "{name}");
+            } else {
+                assert_eq!(store.journal().lost_events(), accept, "{name}");
             }
         }
     }
