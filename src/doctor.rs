@@ -223,7 +223,7 @@ fn check_end(found: &mut Diagnosis, condition: &Condition) {
             found.ok("mark", "closed cleanly at the end");
         }
         Some(mark) => {
-            found.ok("mark", format!("durable up to position {}, not closed", mark.end.position))
+            found.ok("mark", format!("durable up to position {}, not closed", mark.end.position));
         }
     }
     if condition.corruption.is_some() {

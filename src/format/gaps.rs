@@ -95,8 +95,8 @@ impl Gap {
             incarnation: Incarnation::new(input.u64()?),
             accepted_at_us: input.i64()?,
         };
-        let bytes = to_offset.checked_sub(from.offset).unwrap_or_default();
-        let events = to_position.get().checked_sub(from.position.get()).unwrap_or_default();
+        let bytes = to_offset.saturating_sub(from.offset);
+        let events = to_position.since(from.position);
         let aligned = [from.offset, to_offset].iter().all(|o| o.is_multiple_of(BATCH_ALIGNMENT));
         // More events than fit into the bytes would be allocated for nothing.
         if events == 0 || events > bytes / RECORD_BYTES_MIN as u64 || !aligned {

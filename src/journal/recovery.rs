@@ -348,7 +348,7 @@ impl<'a> Walk<'a> {
         holds.index.is_none().then_some(holds.page.header.base_offset)
     }
 
-    fn next_of<'u>(used: &'u [Found], index: usize) -> Option<&'u Found> {
+    fn next_of(used: &[Found], index: usize) -> Option<&Found> {
         let found = used.get(index)?;
         used.get(index + 1).filter(|next| next.number == found.number + 1)
     }
