@@ -506,7 +506,8 @@ fn what_is_not_an_event_is_mended_without_a_copy() {
     let whole = store_and_copy();
     let files = segments(&whole);
     let journal = Path::new(JOURNAL);
-    let harms: Vec<(&str, Box<dyn Fn(&SimFs)>)> = vec![
+    type Harm<'h> = Box<dyn Fn(&SimFs) + 'h>;
+    let harms: Vec<(&str, Harm<'_>)> = vec![
         ("one header copy", Box::new(|fs| flip(fs, &files[1], 90))),
         (
             "one header copy of the active segment",
