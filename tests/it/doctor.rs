@@ -281,6 +281,7 @@ mod views {
         note(&store, 0, 60);
         view.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
         view.close().unwrap();
+        drop(view);
         store.close().unwrap();
         drop(store);
         let diagnosis = examine(dir.path());
@@ -307,6 +308,7 @@ mod views {
         note(&store, 0, 60);
         view.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
         view.close().unwrap();
+        drop(view);
         store.close().unwrap();
         drop(store);
         let journal = dir.path().join("journal");
