@@ -52,6 +52,9 @@ pub enum CorruptionKind {
     /// A sealed segment has something behind its end.
     #[error("bytes behind the end of a sealed segment")]
     BehindEnd,
+    /// The file of accepted losses can't be read.
+    #[error("damaged gaps file: {0}")]
+    Gaps(FormatError),
     /// A batch with right checksums holds an invalid record.
     #[error("an invalid record in a batch with right checksums: {0}")]
     Record(FormatError),
@@ -237,13 +240,9 @@ impl From<ReadError> for OpenError {
             ReadError::Corruption(corruption) => Self::Corruption(corruption),
             ReadError::Io(error) => Self::Io(error),
             ReadError::Unsupported { path, source } => Self::Unsupported { path, source },
-            ReadError::BeyondEnd { .. } => {
+            ReadError::BeyondEnd { .. } | ReadError::Gap { .. } => {
                 let source = io::ErrorKind::InvalidInput.into();
-                Self::Io(IoError::new(
-                    "reading behind the end of",
-                    Path::new("the journal"),
-                    source,
-                ))
+                Self::Io(IoError::new("reading outside of", Path::new("the journal"), source))
             }
         }
     }
@@ -267,6 +266,15 @@ pub enum ReadError {
         /// What is unknown.
         source: FormatError,
     },
+    /// Events were lost, and [accepted as lost](crate::repair). They are not skipped silently: a reader
+    /// that can do without them goes on at `to`.
+    #[error("the events at positions {from} to {to} were lost, and accepted as lost")]
+    Gap {
+        /// Position of the first lost event.
+        from: Position,
+        /// Position behind the last lost event.
+        to: Position,
+    },
     /// The position lies behind the durable end.
     #[error("position {position} lies behind the durable end {end}")]
     BeyondEnd {
@@ -285,6 +293,7 @@ impl ReadError {
             Self::Corruption(_) => "read.corruption",
             Self::Io(_) => "read.io",
             Self::Unsupported { .. } => "read.unsupported",
+            Self::Gap { .. } => "read.gap",
             Self::BeyondEnd { .. } => "read.beyond_end",
         }
     }
@@ -298,6 +307,9 @@ impl ReadError {
             }
             Self::Io(_) => "see the system's error; reading again is safe",
             Self::Unsupported { .. } => "read it with the version that wrote it, or a later one",
+            Self::Gap { .. } => {
+                "if a mirror or a backup with these events turns up, `headwater repair --from` puts them back; what can do without them goes on behind them"
+            }
             Self::BeyondEnd { .. } => {
                 "wait until the position is durable, or check that it belongs to this journal"
             }

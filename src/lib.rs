@@ -47,11 +47,13 @@
 //! | [`journal`] | appending, reading, recovery |
 //! | `view` | rows folded from events |
 //! | `shipping` | origins and mirrors |
+//! | [`doctor`], [`repair`] | what is wrong with a store, and what can be done about it |
 //! | [`format`](mod@format) | the bytes, as specified in `docs/format.md` |
 //! | [`fs`] | the disk seam |
 //! | [`event`], [`position`], [`codec`] | the words that all others use |
 
 pub mod codec;
+pub mod doctor;
 #[cfg(feature = "test-kit")]
 #[doc(hidden)]
 pub mod env;
@@ -87,11 +89,12 @@ pub use event::{
     EncodeError, Event, EventId, EventKind, EventKindRef, EventType, ExpectedRevision,
     InvalidEvent, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
 };
+pub use journal::repair;
 pub use journal::{
     Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
     Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,
     SegmentState, StreamEvents, Subscription, Ticket, TokenState, VerifyProgress, VerifyReport,
-    verify,
+    verify, verify_deep,
 };
 pub use options::JournalOptions;
 pub use position::{

@@ -7,6 +7,7 @@ use crate::format::FormatError;
 use crate::format::batch::BatchRef;
 use crate::format::segment::SegmentPage;
 use crate::journal::Journal;
+use crate::journal::gaps;
 use crate::journal::scan::{Window, file_offset};
 use crate::journal::segments::Segment;
 use crate::position::{Checkpoint, JournalId, Position};
@@ -66,9 +67,14 @@ impl Journal {
         if from > end.position {
             return Err(ReadError::BeyondEnd { position: from, end: end.position });
         }
-        let (offset, position) = match self.header_holding(from)? {
-            Some(header) => (header.offset, header.base_position),
-            None => (end.offset, end.position),
+        let (offset, position) = match self.header_holding(from) {
+            Ok(Some(header)) => (header.offset, header.base_position),
+            Ok(None) => (end.offset, end.position),
+            // At the gap: the first batch that is asked for tells.
+            Err(error) => match self.gaps().at_position(from) {
+                Some(gap) => (gap.from.offset, gap.from.position),
+                None => return Err(error),
+            },
         };
         Ok(Cursor { journal: self.clone(), offset, position, open: None })
     }
@@ -96,6 +102,9 @@ impl Cursor {
         let end = self.journal.end();
         if self.offset >= end.offset {
             return Ok(None);
+        }
+        if let Some(gap) = self.journal.gaps().at_offset(self.offset) {
+            return Err(gaps::error(gap));
         }
         self.enter_segment()?;
         let Some((segment, window)) = &mut self.open else { return Ok(None) };
@@ -127,6 +136,15 @@ impl Cursor {
             journal: segment.page.header.journal,
             base_offset: base,
         }))
+    }
+
+    /// If [`next_batch`](Self::next_batch) has answered [`ReadError::Gap`]: goes on behind the lost events.
+    /// Their positions; `None` if no event is missing here.
+    pub fn skip_gap(&mut self) -> Option<std::ops::Range<Position>> {
+        let gap = self.journal.gaps().at_offset(self.offset)?;
+        let lost = gap.from.position..gap.to_position;
+        (self.offset, self.position) = (gap.to_offset, gap.to_position);
+        Some(lost)
     }
 
     /// Makes sure that the open segment is the one that holds `self.offset`, and knows its end if it was

@@ -6,6 +6,7 @@
 //!   mark                    how far it is known to be durable
 //!   0000000000000000.seg    segments, by number in hexadecimal
 //!   0000000000000000.idx    sidecars of sealed segments (derived)
+//!   gaps                    losses that were accepted, if there are any
 //!   quarantine/             what recovery moved aside, under names that are never used again
 //!     reserve               space for it, allocated while there is some
 //!   lock                    held by the writer, bears its name
@@ -20,6 +21,7 @@ pub(crate) const LOCK: &str = "lock";
 pub(crate) const INCOMING: &str = "incoming";
 pub(crate) const BASE: &str = "base";
 pub(crate) const GAPS: &str = "gaps";
+pub(crate) const GAPS_TEMP: &str = "gaps.new";
 pub(crate) const QUARANTINE: &str = "quarantine";
 pub(crate) const RESERVE: &str = "reserve";
 

@@ -25,6 +25,7 @@ use crate::event::{Revision, StreamId};
 use crate::format::files::{NODE_BYTES, Node, Role};
 use crate::format::sidecar::{Posting, SegmentIndex, SparseEntry};
 use crate::fs::{self, Fs, Lock, OpenMode};
+use crate::journal::gaps::Gaps;
 use crate::journal::layout::Layout;
 use crate::journal::recovery::{Recovered, Survey};
 use crate::journal::scan::file_offset;
@@ -33,13 +34,17 @@ use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 
 mod appender;
+pub(crate) mod condition;
 mod cursor;
+mod gaps;
 mod ingest;
 mod keeper;
 mod layout;
 mod mark;
+mod order;
 mod read;
 mod recovery;
+pub mod repair;
 mod scan;
 mod segments;
 mod verify;
@@ -53,6 +58,7 @@ pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
 pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
+    verify_deep,
 };
 
 /// How often a reader beside a writer looks again before it reports damage.
@@ -104,7 +110,7 @@ pub enum TokenState {
     Present,
     /// The batch is not (yet) here.
     Pending,
-    /// Another batch is in its place: the events were lost when the journal was restored.
+    /// The events were lost: another batch is in their place, because the journal was restored, or none.
     Lost,
     /// The token is of another journal.
     Foreign,
@@ -118,7 +124,8 @@ impl Journal {
         recovered: &Recovered,
         access: Access,
     ) -> Result<Self, OpenError> {
-        Self::assemble(fs, layout, node, &recovered.kept, recovered.end, access)
+        let gaps = recovered.gaps.clone();
+        Self::assemble(fs, layout, node, &recovered.kept, gaps, recovered.end, access)
     }
 
     fn assemble(
@@ -126,10 +133,11 @@ impl Journal {
         layout: &Layout,
         node: Node,
         kept: &[recovery::Kept],
+        gaps: Gaps,
         end: Checkpoint,
         access: Access,
     ) -> Result<Self, OpenError> {
-        let files = Files::new(Arc::clone(fs), layout.clone());
+        let files = Files::new(Arc::clone(fs), layout.clone(), gaps);
         let mut segments = Segments::default();
         let last = kept.len().saturating_sub(1);
         for (number, kept) in kept.iter().enumerate() {
@@ -163,15 +171,30 @@ impl Journal {
         fs: &Arc<dyn Fs>,
         dir: &Path,
     ) -> Result<(Self, Option<crate::error::Corruption>), OpenError> {
+        let (journal, corruption, _) = Self::open_up_to(fs, dir, true)?;
+        Ok((journal, corruption))
+    }
+
+    /// The same, with what is valid but not proven to be durable if `proven_only` is not set; and how far it is
+    /// proven.
+    fn open_up_to(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        proven_only: bool,
+    ) -> Result<(Self, Option<crate::error::Corruption>, u64), OpenError> {
         let layout = Layout::new(dir);
         let node = match read_node(&**fs, &layout)? {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
         let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
-        survey.cut_to_proven(&**fs, &layout)?;
-        let Survey { kept, end, .. } = survey;
-        Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
+        let proven = survey.proven;
+        if proven_only {
+            survey.cut_to_proven(&**fs, &layout)?;
+        }
+        let Survey { kept, gaps, end, .. } = survey;
+        let journal = Self::assemble(fs, &layout, node, &kept, gaps, end, Access::ReadOnly)?;
+        Ok((journal, corruption, proven))
     }
 
     /// The journal's id: the same in its origin and all its mirrors.
@@ -275,6 +298,9 @@ impl Journal {
         position: Position,
     ) -> Result<Option<crate::format::batch::BatchHeader>, ReadError> {
         let end = self.end();
+        if let Some(gap) = self.gaps().at_position(position) {
+            return Err(gaps::error(gap));
+        }
         let Some(segment) = self.segment_holding(position).filter(|_| position < end.position)
         else {
             return Ok(None);
@@ -283,6 +309,9 @@ impl Journal {
         let mut window = self.0.files.window(segment.number())?;
         let limit = file_offset(segment.base_offset(), self.limit(&segment, &end));
         loop {
+            if let Some(gap) = self.gaps().at_offset(entry.offset) {
+                (entry.offset, entry.position) = (gap.to_offset, gap.to_position);
+            }
             let at = file_offset(segment.base_offset(), entry.offset);
             let header = window
                 .batch_header(at, limit, segment.page.header.salt)?
@@ -316,6 +345,11 @@ impl Journal {
             let same = checkpoint.offset == 0 && checkpoint.chain == start.chain;
             return Ok(if same { Comparison::Equal } else { Comparison::Differs });
         };
+        if let Some(at_gap) =
+            self.compare_with_gap(checkpoint.offset, checkpoint.position, checkpoint.chain)
+        {
+            return at_gap;
+        }
         let header = self.header_holding(Position::new(last))?;
         let same = header.is_some_and(|header| {
             header.end_position() == checkpoint.position
@@ -343,6 +377,9 @@ impl Journal {
             return Ok(Comparison::Ahead);
         }
         let Some(last) = position.get().checked_sub(1) else { return Ok(Comparison::Equal) };
+        if let Some(at_gap) = self.compare_with_gap(offset, position, chain) {
+            return at_gap;
+        }
         let header = self.header_holding(Position::new(last))?;
         let same = header.is_some_and(|header| {
             header.end_position() == position
@@ -350,6 +387,31 @@ impl Journal {
                 && header.chain == chain
         });
         Ok(if same { Comparison::Equal } else { Comparison::Differs })
+    }
+
+    /// Compares a place behind lost events: only the end of a gap is known, and not always.
+    fn compare_with_gap(
+        &self,
+        offset: u64,
+        position: Position,
+        chain: Chain,
+    ) -> Option<Result<Comparison, ReadError>> {
+        let gap = self.gaps().at_position(Position::new(position.get().checked_sub(1)?))?;
+        let end = gaps::end_of(gap, self.id()).filter(|end| end.position == position);
+        let Some(end) = end else { return Some(Err(gaps::error(gap))) };
+        let same = end.offset == offset && end.chain == chain;
+        Some(Ok(if same { Comparison::Equal } else { Comparison::Differs }))
+    }
+
+    fn gaps(&self) -> &Gaps {
+        self.0.files.gaps()
+    }
+
+    /// The positions of the events that were lost, and [accepted as lost](crate::repair), in order. Readers
+    /// that come there are answered [`ReadError::Gap`].
+    #[must_use]
+    pub fn lost_events(&self) -> Vec<std::ops::Range<Position>> {
+        self.gaps().all().iter().map(|gap| gap.from.position..gap.to_position).collect()
     }
 
     /// Whether the append that gave `token` is part of this history.
@@ -363,6 +425,10 @@ impl Journal {
         let end = self.end();
         if token.position > end.position {
             return Ok(TokenState::Pending);
+        }
+        let last = Position::new(token.position.get().saturating_sub(1));
+        if self.gaps().at_position(last).is_some() {
+            return Ok(TokenState::Lost);
         }
         if token.position == end.position {
             let same = token.incarnation == end.incarnation;
@@ -417,7 +483,8 @@ impl Journal {
         }
     }
 
-    /// Segment `number` and where a stream's events lie in it; `None` if there is no such segment (yet).
+    /// Segment `number`, or the next one that there is, and where a stream's events lie in it; `None` if
+    /// there is no such segment (yet).
     ///
     /// Both under one lock: the active segment's index is another segment's a moment later.
     fn postings(
@@ -429,7 +496,8 @@ impl Journal {
     ) -> Result<Option<(Arc<Segment>, Vec<Posting>)>, ReadError> {
         let segment = {
             let segments = self.0.segments.read();
-            let Some(segment) = segments.all.get(number as usize).cloned() else { return Ok(None) };
+            let at = segments.all.partition_point(|segment| segment.number() < number);
+            let Some(segment) = segments.all.get(at).cloned() else { return Ok(None) };
             if segment.sealed.is_none() {
                 let found = segments::postings(&segments.active, stream.as_str(), from, max);
                 return Ok(Some((segment, found)));
@@ -551,7 +619,7 @@ fn survey_beside_writer(
 
 /// Files that only a later version writes: what they say changes what the segments mean.
 fn refuse_later(layout: &Layout, names: &[String]) -> Result<(), OpenError> {
-    for name in [layout::BASE, layout::GAPS] {
+    for name in [layout::BASE] {
         if names.iter().any(|known| known == name) {
             let version = crate::format::FORMAT_VERSION;
             let source = crate::format::FormatError::Unsupported { version, flags: 0 };
@@ -585,6 +653,16 @@ impl Locked {
         }
     }
 
+    /// The same, if there is a directory.
+    fn take_existing(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Self, OpenError> {
+        if fs.list(dir).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            return Err(OpenError::NotFound { path: dir.to_owned() });
+        }
+        let locked = Self::take(fs, dir)?;
+        locked.refuse_unfinished()?;
+        Ok(locked)
+    }
+
     /// Files that only a later version, or an unfinished restore, leaves behind.
     fn refuse_unfinished(&self) -> Result<(), OpenError> {
         let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
@@ -601,14 +679,18 @@ impl Locked {
 
     /// Writes `node`, durably, before the first segment exists.
     fn write_node(&self, node: &Node) -> Result<(), IoError> {
-        let (temp, path) = (self.layout.file(layout::NODE_TEMP), self.layout.file(layout::NODE));
-        drop(self.fs.remove(&temp));
-        let file = self.fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
-        fs::write_all_at(&*file, &node.encode(), 0).context("writing", &temp)?;
-        file.sync_data().context("syncing", &temp)?;
-        self.fs.rename(&temp, &path).context("renaming", &temp)?;
-        self.fs.sync_dir(&self.layout.dir).context("syncing", &self.layout.dir)
+        write_node(&*self.fs, &self.layout, node)
     }
+}
+
+fn write_node(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<(), IoError> {
+    let (temp, path) = (layout.file(layout::NODE_TEMP), layout.file(layout::NODE));
+    drop(fs.remove(&temp));
+    let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
+    fs::write_all_at(&*file, &node.encode(), 0).context("writing", &temp)?;
+    file.sync_data().context("syncing", &temp)?;
+    fs.rename(&temp, &path).context("renaming", &temp)?;
+    fs.sync_dir(&layout.dir).context("syncing", &layout.dir)
 }
 
 /// Reads `node`; `None` if there is none.

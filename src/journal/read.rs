@@ -9,6 +9,7 @@ use crate::event::{Recorded, Revision, StreamId};
 use crate::format::FormatError;
 use crate::format::batch::BatchRef;
 use crate::format::sidecar::Posting;
+use crate::journal::gaps;
 use crate::journal::scan::file_offset;
 use crate::journal::segments::{self, Segment};
 use crate::journal::{Cursor, Journal};
@@ -135,6 +136,9 @@ impl Journal {
         segment: &Segment,
         posting: &Posting,
     ) -> Result<Vec<Recorded>, ReadError> {
+        if let Some(gap) = self.gaps().at_offset(posting.batch_offset) {
+            return Err(gaps::error(gap));
+        }
         let end = self.end();
         let mut window = self.0.files.window(segment.number())?;
         let base = segment.base_offset();
@@ -256,7 +260,11 @@ impl StreamEvents {
         }
     }
 
+    /// Revisions are missing in front of this event: lost, or never written.
     fn misplaced(&self, segment: &Segment, posting: &Posting) -> ReadError {
+        if let Some(gap) = self.journal.gaps().in_front_of(posting.position) {
+            return gaps::error(gap);
+        }
         ReadError::Corruption(Corruption {
             path: self.journal.0.layout.segment(segment.number()),
             file_offset: file_offset(segment.base_offset(), posting.batch_offset),
@@ -280,7 +288,7 @@ impl StreamEvents {
             let Some((segment, found)) = found else { return Ok(None) };
             match found.is_empty() {
                 false => self.postings = Some((segment, found.into())),
-                true if segment.sealed.is_some() => self.segment += 1,
+                true if segment.sealed.is_some() => self.segment = segment.number() + 1,
                 // The active segment may have been sealed meanwhile; the next call looks again.
                 true => return Ok(None),
             }
@@ -318,9 +326,16 @@ impl Subscription {
     pub fn next(&mut self, timeout: Duration) -> Result<Option<Item>, ReadError> {
         let deadline = Instant::now().checked_add(timeout);
         loop {
-            if let Some(event) = self.events.step()? {
-                self.caught_up_at = None;
-                return Ok(Some(Item::Event(event)));
+            match self.events.step() {
+                Ok(Some(event)) => {
+                    self.caught_up_at = None;
+                    return Ok(Some(Item::Event(event)));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    let lost = self.events.cursor.skip_gap().ok_or(error)?;
+                    return Ok(Some(Item::Gap { from: lost.start, to: lost.end }));
+                }
             }
             let position = self.events.position();
             if self.caught_up_at.is_none() {

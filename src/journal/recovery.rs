@@ -25,10 +25,12 @@ use std::sync::Arc;
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
 use crate::format::batch::{Link, genesis};
 use crate::format::files::{Mark, Node, Role, Witness};
+use crate::format::gaps::Gap;
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::SegmentIndex;
 use crate::format::{FORMAT_VERSION, Flags, FormatError};
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset};
@@ -54,11 +56,17 @@ pub(crate) struct Kept {
     pub(crate) index: Option<Arc<SegmentIndex>>,
     intact: bool,
     len: u64,
+    /// What lies behind its end was given up, and isn't touched.
+    gives_up_rest: bool,
 }
 
 impl Kept {
     pub(crate) fn number(&self) -> u64 {
         self.page.header.number
+    }
+
+    fn must_be_cut(&self) -> bool {
+        self.len > self.end_in_file() && !self.gives_up_rest
     }
 
     fn end_in_file(&self) -> u64 {
@@ -95,6 +103,7 @@ pub(crate) struct Survey {
     /// X, with the epoch and incarnation of the last batch.
     pub(crate) end: Checkpoint,
     pub(crate) proven: u64,
+    pub(crate) gaps: Gaps,
     /// Why the prefix ends where it does, if that isn't an orderly end.
     pub(crate) stop: Option<Corruption>,
     /// Highest epoch seen anywhere.
@@ -111,6 +120,7 @@ pub(crate) struct Survey {
 #[derive(Debug)]
 pub(crate) struct Recovered {
     pub(crate) kept: Vec<Kept>,
+    pub(crate) gaps: Gaps,
     pub(crate) end: Checkpoint,
     pub(crate) mark: MarkFile,
     pub(crate) witness: Option<Witness>,
@@ -132,12 +142,13 @@ pub(crate) fn survey(
     }
     let found = find_segments(fs, layout, node)?;
     let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
-    let mut walk = Walk::new(fs, layout, node, access, mark.as_ref(), &used);
+    let gaps = Gaps::read(fs, layout, node)?;
+    let mut walk = Walk::new(fs, layout, node, access, mark.as_ref(), &used, &gaps);
     walk.run(&used)?;
     while let Some(base) = walk.unread_end() {
         // X turned out to be the end of a segment that was taken by its successor's header. Who wrote its
         // last batch isn't known then, and what a checkpoint rests on is better read: trust less.
-        let mut again = Walk::new(fs, layout, node, access, mark.as_ref(), &used);
+        let mut again = Walk::new(fs, layout, node, access, mark.as_ref(), &used, &gaps);
         again.trusted = base;
         again.run(&used)?;
         walk = again;
@@ -150,7 +161,7 @@ pub(crate) fn survey(
     let mut survey = Survey {
         mark,
         end,
-        proven: walk.claims.max(mark.map_or(0, |mark| mark.end.offset)),
+        proven: walk.claims.max(mark.map_or(0, |mark| mark.end.offset)).max(gaps.end_offset()),
         stop,
         epoch_max: walk.epoch_max.max(mark.map_or(0, |mark| mark.end.epoch)),
         read_only: walk.read_only,
@@ -158,8 +169,10 @@ pub(crate) fn survey(
         beyond,
         spares: spares.iter().map(|spare| spare.number).collect(),
         torn_events: 0,
+        gaps: Gaps::default(),
     };
     let mark_seen = walk.mark_seen;
+    survey.gaps = gaps;
     survey.count_claims_beyond(fs, layout, node.role, &used)?;
     survey.check_mark(layout, mark_seen)?;
     survey.check_sealed_tails(fs, layout, &used)?;
@@ -227,8 +240,11 @@ struct Walk<'a> {
     layout: &'a Layout,
     role: Role,
     access: Access,
-    /// The mark's offset: the batch that ends there is scanned, and compared with it.
-    mark_offset: Option<u64>,
+    gaps: &'a Gaps,
+    /// Every segment with a valid header: its number and its base.
+    bases: Vec<(u64, u64)>,
+    /// The mark: the batch that ends there is scanned, and compared with it.
+    mark: Option<Checkpoint>,
     /// Segments that end at or in front of this are taken by their headers.
     trusted: u64,
     link: Link,
@@ -249,6 +265,7 @@ impl<'a> Walk<'a> {
         access: Access,
         mark: Option<&Mark>,
         used: &[Found],
+        gaps: &'a Gaps,
     ) -> Self {
         let claims = match node.role {
             Role::Origin => {
@@ -263,7 +280,12 @@ impl<'a> Walk<'a> {
             layout,
             role: node.role,
             access,
-            mark_offset: mark.map(|mark| mark.end.offset),
+            gaps,
+            bases: used
+                .iter()
+                .filter_map(|found| Some((found.number, found.valid()?.0.header.base_offset)))
+                .collect(),
+            mark: mark.map(|mark| mark.end),
             trusted: mark.map_or(claims, |mark| mark.end.offset),
             link: Link { offset: 0, position: Position::START, chain: genesis(node.journal) },
             end: start,
@@ -282,9 +304,21 @@ impl<'a> Walk<'a> {
     }
 
     fn run(&mut self, used: &[Found]) -> Result<(), OpenError> {
+        let mut expected = 0;
         for (index, found) in used.iter().enumerate() {
-            if found.number != index as u64 {
-                self.stop_between(index as u64, CorruptionKind::MissingSegment);
+            let number = std::mem::replace(&mut expected, found.number + 1);
+            if self.is_given_up(found, number) {
+                continue;
+            }
+            let in_front = self.link.offset;
+            if let Some(page) = self.leaves_gap(found) {
+                self.stop = None;
+                self.scan(found, page.0, page.1, Self::next_of(used, index))?;
+                continue;
+            }
+            let crossed = self.link.offset != in_front;
+            if found.number != number && !crossed {
+                self.stop_between(number, CorruptionKind::MissingSegment);
                 return Ok(());
             }
             let Some((page, intact)) = found.valid() else {
@@ -300,10 +334,10 @@ impl<'a> Walk<'a> {
                 return Ok(());
             }
             self.stop = None;
-            let next = used.get(index + 1).filter(|next| next.number == index as u64 + 1);
+            let next = Self::next_of(used, index);
             match self.sealed_below(found, page, next) {
                 Some(end) => self.keep(found, page, intact, end, None),
-                None => self.scan(found, page, intact)?,
+                None => self.scan(found, page, intact, next)?,
             }
         }
         Ok(())
@@ -313,6 +347,17 @@ impl<'a> Walk<'a> {
     fn unread_end(&self) -> Option<u64> {
         let holds = self.kept.iter().rfind(|k| k.end.offset > k.page.header.base_offset)?;
         holds.index.is_none().then_some(holds.page.header.base_offset)
+    }
+
+    fn next_of(used: &[Found], index: usize) -> Option<&Found> {
+        let found = used.get(index)?;
+        used.get(index + 1).filter(|next| next.number == found.number + 1)
+    }
+
+    /// Number of the segment in which the journal goes on behind `gap`.
+    fn holder(&self, gap: &Gap) -> Option<u64> {
+        let holds = self.bases.iter().filter(|(_, base)| *base <= gap.to_offset);
+        holds.max_by_key(|(_, base)| *base).map(|(number, _)| *number)
     }
 
     fn links(&self, page: &SegmentPage) -> bool {
@@ -351,6 +396,7 @@ impl<'a> Walk<'a> {
         index: Option<SegmentIndex>,
     ) {
         self.note_flags(page.header.number, page.header.flags);
+        let gives_up_rest = self.gaps.at(&end).is_some();
         self.link = end;
         self.end =
             Checkpoint { offset: end.offset, position: end.position, chain: end.chain, ..self.end };
@@ -360,11 +406,18 @@ impl<'a> Walk<'a> {
             index: index.map(Arc::new),
             intact,
             len: found.len,
+            gives_up_rest,
         });
     }
 
     /// Reads all batches of a segment, as the disk holds them.
-    fn scan(&mut self, found: &Found, page: &SegmentPage, intact: bool) -> Result<(), OpenError> {
+    fn scan(
+        &mut self,
+        found: &Found,
+        page: &SegmentPage,
+        intact: bool,
+        next: Option<&Found>,
+    ) -> Result<(), OpenError> {
         let path = self.layout.segment(found.number);
         let file = found.file(self.fs, self.layout)?;
         if self.access == Access::Writer && !planted::is(Bug::TrustPageCache) {
@@ -377,18 +430,36 @@ impl<'a> Walk<'a> {
         let mut window = Window::new(file, path.clone());
         let (base, salt) = (page.header.base_offset, page.header.salt);
         let mut index = SegmentIndex::default();
-        let mut link = self.link;
+        let (mut link, mut joint, mut crossed) = (self.link, Joint::from(self.link), None);
         let stop = loop {
-            let batch = match window.batch(file_offset(base, link.offset), u64::MAX, salt)? {
+            if let Some(gap) = self.gaps.at(&link).filter(|_| joint.behind.is_none()) {
+                let ends_here =
+                    next.and_then(Found::valid).map(|(next, _)| next.header.base_offset)
+                        == Some(gap.to_offset);
+                if !ends_here && self.holder(gap) != Some(found.number) {
+                    break CorruptionKind::Batch(FormatError::Magic); // goes on in a later segment
+                }
+                (joint, crossed) = (Joint::behind(gap), Some(*gap));
+                gaps::skip(&mut index, gap);
+                if let Some(end) = self.cross(gap) {
+                    link = joint.link;
+                    self.end = end;
+                    continue;
+                }
+            }
+            let batch = match window.batch(file_offset(base, joint.link.offset), u64::MAX, salt)? {
                 Ok(batch) => batch,
                 Err(source @ FormatError::Unsupported { .. }) => {
                     return Err(OpenError::Unsupported { path, source });
                 }
                 Err(error) => break CorruptionKind::Batch(error),
             };
-            let first = link.offset == base;
-            if !batch.continues(&link, first.then_some(&page.digest)) {
+            let first = joint.link.offset == base;
+            if !joint.is_continued_by(&batch, first.then_some(&page.digest)) {
                 break CorruptionKind::Chain;
+            }
+            if let Some(gap) = &crossed {
+                gaps::bridge(&mut index, gap, &batch);
             }
             match batch.check_records().and_then(|()| index.add(&batch)) {
                 Ok(()) => {}
@@ -401,6 +472,7 @@ impl<'a> Walk<'a> {
             self.note(&header);
             self.note_flags(found.number, header.flags);
             link = header.end_link();
+            joint = link.into();
             self.end = Checkpoint {
                 journal: page.header.journal,
                 epoch: header.epoch,
@@ -409,13 +481,52 @@ impl<'a> Walk<'a> {
                 position: link.position,
                 chain: link.chain,
             };
-            if self.mark_offset == Some(link.offset) {
+            if self.mark.is_some_and(|mark| mark.offset == link.offset) {
                 self.mark_seen = Some(self.end);
             }
         };
         self.keep(found, page, intact, link, Some(index));
-        self.stop_at(found.number, file_offset(base, link.offset), stop);
+        self.stop_at(found.number, file_offset(base, joint.link.offset), stop);
         Ok(())
+    }
+
+    /// The walk goes on behind `gap`: what it knows of the gap's end, if the chain there is known.
+    fn cross(&mut self, gap: &Gap) -> Option<Checkpoint> {
+        let end = gaps::end_of(gap, self.end.journal);
+        self.epoch_max = self.epoch_max.max(gap.epoch);
+        let within =
+            |mark: &Checkpoint| mark.offset > gap.from.offset && mark.offset <= gap.to_offset;
+        if let Some(mark) = self.mark.filter(within) {
+            // Within the gap there is nothing to compare the mark with.
+            self.mark_seen = end.filter(|end| end.offset == mark.offset).or(Some(mark));
+        }
+        end
+    }
+
+    /// Whether the segment lies within a gap, or is what is left of one that did.
+    fn is_given_up(&self, found: &Found, expected: u64) -> bool {
+        let Some(gap) = self.gaps.at(&self.link) else { return false };
+        let follows = found.number == expected && found.valid().is_some_and(|(p, _)| self.links(p));
+        !follows && self.holder(gap) != Some(found.number)
+    }
+
+    /// The header of the segment in which the journal goes on behind a gap that began in front of it.
+    fn leaves_gap<'f>(&mut self, found: &'f Found) -> Option<(&'f SegmentPage, bool)> {
+        let gap = self.gaps.at(&self.link)?;
+        let (page, intact) = found.valid()?;
+        if self.links(page) || self.holder(gap) != Some(found.number) {
+            return None;
+        }
+        if page.header.base_offset < gap.to_offset {
+            return Some((page, intact));
+        }
+        // It begins where the gap ends, and is linked like any other.
+        let gap = *gap;
+        if let Some(end) = self.cross(&gap) {
+            self.end = end;
+            self.link = Joint::behind(&gap).link;
+        }
+        None
     }
 
     fn note(&mut self, header: &crate::format::batch::BatchHeader) {
@@ -457,6 +568,26 @@ impl Found {
 }
 
 impl Survey {
+    /// What [`mend`] would set in order, for tools: bytes of the torn tail, segments behind the end, and
+    /// header pages of which a copy is damaged.
+    pub(crate) fn pending(&self, fs: &dyn Fs, layout: &Layout) -> Result<(u64, u64, u64), IoError> {
+        let mut torn_bytes = 0;
+        if let Some(active) = self.kept.last() {
+            let path = layout.segment(active.number());
+            let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+            let end = active.end_in_file();
+            let last = Window::new(file, path).last_non_zero(end)?;
+            torn_bytes = last.map_or(0, |last| last - end);
+        }
+        let remade = self.kept.iter().filter(|kept| !kept.intact).count();
+        Ok((torn_bytes, self.beyond.len() as u64, remade as u64))
+    }
+
+    /// How many prepared segments there are.
+    pub(crate) fn spares(&self) -> usize {
+        self.spares.len()
+    }
+
     /// No segment that belongs to the journal.
     pub(crate) fn has_no_segment(&self) -> bool {
         self.kept.is_empty()
@@ -548,8 +679,10 @@ impl Survey {
         used: &[Found],
     ) -> Result<(), OpenError> {
         let Some((_, sealed)) = self.kept.split_last() else { return Ok(()) };
-        for kept in sealed.iter().filter(|kept| kept.len > kept.end_in_file()) {
-            let Some(found) = used.get(kept.number() as usize) else { continue };
+        for kept in sealed.iter().filter(|kept| kept.must_be_cut()) {
+            let Some(found) = used.iter().find(|found| found.number == kept.number()) else {
+                continue;
+            };
             let end = kept.end_in_file();
             if kept.end.offset <= self.proven
                 && found.window(fs, layout)?.last_non_zero(end)?.is_some()
@@ -614,6 +747,7 @@ pub(crate) fn mend(
     ensure_reserve(fs, layout, reserve_bytes);
     Ok(Recovered {
         kept: survey.kept,
+        gaps: survey.gaps,
         end,
         mark,
         witness,
@@ -693,7 +827,7 @@ fn copy_aside(
 /// Step 3: a cut that was lost in a crash.
 fn cut_sealed(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoError> {
     let Some((_, sealed)) = survey.kept.split_last() else { return Ok(()) };
-    for kept in sealed.iter().filter(|kept| kept.len > kept.end_in_file()) {
+    for kept in sealed.iter().filter(|kept| kept.must_be_cut()) {
         let path = layout.segment(kept.number());
         let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
         file.set_len(kept.end_in_file()).context("cutting", &path)?;
@@ -859,9 +993,23 @@ impl Survey {
             position: header.base_position,
             chain: header.previous_chain,
         };
+        let mut crossed = None;
         while end.offset < self.proven {
-            let at = file_offset(header.base_offset, end.offset);
+            let mut at = end.offset;
+            if let Some(gap) = self.gaps.at_offset(end.offset) {
+                gaps::skip(&mut index, gap);
+                crossed = Some(*gap);
+                at = gap.to_offset;
+                if let Some(to) = gaps::end_of(gap, end.journal) {
+                    end = to;
+                    continue;
+                }
+            }
+            let at = file_offset(header.base_offset, at);
             let Ok(batch) = window.batch(at, u64::MAX, header.salt)? else { break };
+            if let Some(gap) = &crossed {
+                gaps::bridge(&mut index, gap, &batch);
+            }
             if batch.header.end_offset() > self.proven || index.add(&batch).is_err() {
                 break;
             }

@@ -9,11 +9,12 @@ use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
 use crate::event::Revision;
 use crate::format::FormatError;
 use crate::format::batch::Link;
-use crate::format::segment::SegmentPage;
+use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::format::sidecar::{
     self, PAGE_BYTES, Pages, Posting, SegmentIndex, Sidecar, SidecarKey, SparseEntry,
 };
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::gaps::{self, Gaps};
 use crate::journal::layout::Layout;
 use crate::journal::scan::{Window, file_offset};
 use crate::position::Position;
@@ -75,6 +76,7 @@ impl Segment {
 pub(crate) struct Files {
     fs: Arc<dyn Fs>,
     layout: Layout,
+    gaps: Gaps,
     open: quick_cache::sync::Cache<FileKey, Arc<dyn File>>,
 }
 
@@ -85,12 +87,16 @@ enum FileKey {
 }
 
 impl Files {
-    pub(crate) fn new(fs: Arc<dyn Fs>, layout: Layout) -> Arc<Self> {
-        Arc::new(Self { fs, layout, open: quick_cache::sync::Cache::new(OPEN_FILES_MAX) })
+    pub(crate) fn new(fs: Arc<dyn Fs>, layout: Layout, gaps: Gaps) -> Arc<Self> {
+        Arc::new(Self { fs, layout, gaps, open: quick_cache::sync::Cache::new(OPEN_FILES_MAX) })
     }
 
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    pub(crate) fn gaps(&self) -> &Gaps {
+        &self.gaps
     }
 
     pub(crate) fn window(&self, number: u64) -> Result<Window, IoError> {
@@ -157,6 +163,10 @@ impl Sealed {
 
     /// Writes the sidecar and lets go of the index in memory. An effort: it stays if it can't be written.
     pub(crate) fn write_sidecar(&self, files: &Arc<Files>, page: &SegmentPage) {
+        // A whole sidecar says more about lost events than what can be read.
+        if files.gaps.touch(page.header.base_offset..self.end.offset) {
+            return;
+        }
         let index = Arc::clone(&self.index.read());
         if let Index::Memory(index) = &*index
             && let Some(file) = write_sidecar(files, page, &self.end, index)
@@ -315,10 +325,20 @@ fn read_index(files: &Files, page: &SegmentPage, end: &Link) -> Result<SegmentIn
     let corruption = |file_offset, position, kind| {
         ReadError::Corruption(Corruption { path: path.clone(), file_offset, position, kind })
     };
+    let mut crossed = None;
     while at < limit {
+        if let Some(gap) = files.gaps.at_offset(base + (at - HEADER_PAGE_BYTES as u64)) {
+            gaps::skip(&mut index, gap);
+            crossed = Some(*gap);
+            (at, position) = (file_offset(base, gap.to_offset), gap.to_position);
+            continue;
+        }
         let batch = window
             .batch(at, limit, page.header.salt)?
             .map_err(|error| corruption(at, position, CorruptionKind::Batch(error)))?;
+        if let Some(gap) = &crossed {
+            gaps::bridge(&mut index, gap, &batch);
+        }
         index
             .add(&batch)
             .map_err(|error| corruption(at, position, CorruptionKind::Record(error)))?;

@@ -26,10 +26,13 @@ use crate::format::batch::{Link, genesis};
 use crate::format::files::{
     MARK_FILE_BYTES, MARK_SLOT_BYTES, MARK_SLOT_STRIDE, Mark, NODE_BYTES, Node, Role,
 };
+use crate::format::gaps::Gap;
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::{self, SegmentIndex, SidecarKey};
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
+use crate::journal::order::Order;
 use crate::journal::recovery;
 use crate::journal::scan::{Window, file_offset};
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
@@ -68,6 +71,9 @@ pub enum DamageKind {
     /// The mark was written in another history than the one that the segments hold.
     #[error("the history here is not the one that was marked durable")]
     HistoryReplaced,
+    /// The events are what was written, but break an order that every writer keeps.
+    #[error("undamaged, but written wrongly: {0}")]
+    Order(&'static str),
     /// A sidecar doesn't describe its segment.
     #[error("the sidecar does not describe its segment")]
     Sidecar,
@@ -86,12 +92,14 @@ impl Damage {
                 CorruptionKind::MissingSegment => "damage.missing_segment",
                 CorruptionKind::LostTail { .. } => "damage.lost_tail",
                 CorruptionKind::BehindEnd => "damage.behind_end",
+                CorruptionKind::Gaps(_) => "damage.gaps",
                 CorruptionKind::Record(_) => "damage.record",
             },
             DamageKind::HeaderCopy => "damage.header_copy",
             DamageKind::Node(_) => "damage.node",
             DamageKind::Mark(_) => "damage.mark",
             DamageKind::HistoryReplaced => "damage.history_replaced",
+            DamageKind::Order(_) => "damage.order",
             DamageKind::Sidecar => "damage.sidecar",
         }
     }
@@ -104,7 +112,10 @@ impl Damage {
                 "no event is affected; the next opening of an active segment sets these bytes aside"
             }
             DamageKind::Data(_) => {
-                "copy the directory, then restore the file from a mirror or a backup"
+                "`headwater repair --from` a mirror or a backup puts the lost bytes back; `headwater repair` tells what else can be done"
+            }
+            DamageKind::Order(_) => {
+                "the bytes are intact, so no copy helps: report the bug with the versions that wrote here; `headwater cat` exports the events"
             }
             DamageKind::HeaderCopy => {
                 "no event is affected; replace the disk if this repeats. The next opening remakes the page"
@@ -135,6 +146,8 @@ pub enum SegmentState {
     Spare,
     /// Behind the proven end, and no continuation of it: left by a crash.
     Unacknowledged,
+    /// Within a range that was lost and accepted as lost.
+    GivenUp,
 }
 
 /// What was found in one segment file.
@@ -169,6 +182,8 @@ pub struct VerifyReport {
     pub role: Option<Role>,
     /// Every segment file, by number.
     pub segments: Vec<SegmentCheck>,
+    /// Positions of events that were lost and [accepted as lost](crate::repair): no damage any more.
+    pub lost: Vec<std::ops::Range<Position>>,
     /// The first damage of each file, in the order in which it was found. Empty: the journal is healthy.
     pub damage: Vec<Damage>,
     /// End of the valid prefix.
@@ -225,6 +240,31 @@ pub fn verify(
     dir: &Path,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport, OpenError> {
+    run(fs, dir, None, progress)
+}
+
+/// The same, and what checksums and chain can't tell: whether the writers kept every order that readers rely
+/// on. Revisions of each stream are consecutive through the whole journal, epochs never go back, an epoch has
+/// one incarnation, and what batches claim to be durable never goes back and ends where a batch ends.
+///
+/// Blocks like [`verify`], and needs memory for the name of every stream.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_deep(
+    fs: &dyn Fs,
+    dir: &Path,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport, OpenError> {
+    run(fs, dir, Some(Order::default()), progress)
+}
+
+fn run(
+    fs: &dyn Fs,
+    dir: &Path,
+    order: Option<Order>,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport, OpenError> {
     let layout = Layout::new(dir);
     let mut damage = Vec::new();
     let (node, role) = find_node(fs, &layout, &mut damage)?;
@@ -239,7 +279,13 @@ pub fn verify(
     // The mark's file is durable before the first segment is made.
     damage.extend(marks.damage(&layout, role.is_some() && heads.iter().any(Head::is_used)));
     let mark = marks.best();
+    let gaps = Gaps::read(fs, &layout, &node)?;
     let mut verifier = Verifier::new(fs, &layout, node, role, mark, &heads, damage, progress);
+    verifier.report.proven_offset = verifier.report.proven_offset.max(gaps.end_offset());
+    let lost = gaps.all().iter().map(|gap| gap.from.position..gap.to_position);
+    verifier.report.lost = lost.collect();
+    verifier.gaps = gaps;
+    verifier.order = order;
     if let Some(mark) = mark.filter(|mark| mark.end.journal != node.journal) {
         verifier.damage(
             layout.file(layout::MARK),
@@ -440,6 +486,8 @@ struct Stop {
     kind: CorruptionKind,
     /// How many valid batches lie in front.
     batches: u64,
+    /// What follows was given up; the journal goes on in a later segment.
+    at_gap: bool,
 }
 
 impl Stop {
@@ -455,6 +503,10 @@ struct Verifier<'a> {
     layout: &'a Layout,
     role: Role,
     mark: Option<Mark>,
+    gaps: Gaps,
+    order: Option<Order>,
+    /// Every segment with a valid header: its number and its base.
+    bases: Vec<(u64, u64)>,
     report: VerifyReport,
     /// The mark's place was found, and it is the mark's history.
     mark_seen: bool,
@@ -486,9 +538,16 @@ impl<'a> Verifier<'a> {
             layout,
             role: node.role,
             mark,
+            gaps: Gaps::default(),
+            order: None,
+            bases: heads
+                .iter()
+                .filter_map(|head| Some((head.number, head.valid()?.header.base_offset)))
+                .collect(),
             report: VerifyReport {
                 journal: node.journal,
                 role,
+                lost: Vec::new(),
                 segments: Vec::new(),
                 damage,
                 end,
@@ -556,6 +615,29 @@ impl<'a> Verifier<'a> {
             let next = used.get(index + 1).filter(|next| next.number == head.number + 1);
             let missing = head.number != next_number;
             next_number = head.number + 1;
+            if let Some(gap) = self.gap_in_front(head, link, missing) {
+                if self.holder(&gap) != Some(head.number) {
+                    let position = gap.from.position;
+                    self.read(head.len);
+                    self.note(head, SegmentState::GivenUp, position, position, 0, false);
+                    continue;
+                }
+                // It begins within the gap, and nothing in front of it is left; or where the gap ends.
+                link = self.cross(&gap).filter(|end| begins_at(head, end.offset));
+                let outcome = match head.valid() {
+                    Some(page) if self.links(head, page, link)? => {
+                        let next = next.and_then(|next| next.valid());
+                        self.segment(head, page, next, index + 1 == used.len())?
+                    }
+                    _ => Outcome::Damaged,
+                };
+                match outcome {
+                    Outcome::Continues(end) => link = Some(end),
+                    Outcome::Damaged => link = None,
+                    Outcome::Ends => return self.unacknowledged(&used[index + 1..]),
+                }
+                continue;
+            }
             if missing && !self.gap(self.layout.segment(head.number - 1), link)? {
                 return self.unacknowledged(&used[index..]);
             }
@@ -565,6 +647,9 @@ impl<'a> Verifier<'a> {
                     return self.unacknowledged(&used[index..]);
                 }
                 self.unbroken = false;
+                if let Some(order) = &mut self.order {
+                    order.interrupt();
+                }
                 link = None;
                 continue;
             };
@@ -586,6 +671,36 @@ impl<'a> Verifier<'a> {
         Ok(())
     }
 
+    /// The gap that explains why a segment doesn't follow the one in front.
+    fn gap_in_front(&self, head: &Head, link: Option<Link>, missing: bool) -> Option<Gap> {
+        let link = link?;
+        let gap = self.gaps.at(&link)?;
+        let follows = head.valid().is_some_and(|page| {
+            page.header.base_offset == link.offset && page.header.previous_chain == link.chain
+        });
+        (missing || !follows).then_some(*gap)
+    }
+
+    /// Number of the segment in which the journal goes on behind `gap`.
+    fn holder(&self, gap: &Gap) -> Option<u64> {
+        let holds = self.bases.iter().filter(|(_, base)| *base <= gap.to_offset);
+        holds.max_by_key(|(_, base)| *base).map(|(number, _)| *number)
+    }
+
+    /// The prefix goes on behind `gap`: its end, if the chain there is known.
+    fn cross(&mut self, gap: &Gap) -> Option<Link> {
+        if let Some(order) = &mut self.order {
+            order.interrupt();
+        }
+        if let Some(mark) = self.mark {
+            let within = mark.end.offset > gap.from.offset && mark.end.offset < gap.to_offset;
+            self.mark_seen |= within && self.unbroken;
+        }
+        let end = gaps::end_of(gap, self.report.journal)?;
+        self.advance(end);
+        Some(Joint::behind(gap).link)
+    }
+
     /// A number is missing in front of a used segment; whether that is damage.
     fn gap(&mut self, path: PathBuf, link: Option<Link>) -> Result<bool, IoError> {
         let must = link.map_or(Ok(true), |link| self.must_hold(link.offset))?;
@@ -593,6 +708,9 @@ impl<'a> Verifier<'a> {
             let position = self.report.end.position;
             self.damage(path, 0, position, CorruptionKind::MissingSegment.into());
             self.unbroken = false;
+            if let Some(order) = &mut self.order {
+                order.interrupt();
+            }
         }
         Ok(must)
     }
@@ -662,7 +780,10 @@ impl<'a> Verifier<'a> {
         let mut index = SegmentIndex::default();
         let mut stop = self.batches(head, page, base, sealed_end, &mut index)?;
         let mut batches = stop.batches;
-        while sealed_end != Some(stop.end.offset) && self.claimed_behind(head, page, &stop)? {
+        while !stop.at_gap
+            && sealed_end != Some(stop.end.offset)
+            && self.claimed_behind(head, page, &stop)?
+        {
             // What the claim vouches for had been written before it: if it isn't there now, it is lost.
             let again = self.batches(head, page, stop.end, sealed_end, &mut index)?;
             batches += again.batches;
@@ -672,9 +793,18 @@ impl<'a> Verifier<'a> {
                 break;
             }
         }
-        let outcome = self.judge(head, page, &stop, sealed_end, last)?;
+        let outcome = match stop.at_gap {
+            true => {
+                let at = file_offset(header.base_offset, stop.end.offset);
+                self.read(head.len.saturating_sub(at));
+                Outcome::Continues(stop.end)
+            }
+            false => self.judge(head, page, &stop, sealed_end, last)?,
+        };
         let sealed = sealed_end == Some(stop.end.offset);
-        let sidecar = sealed && self.sidecar(page, &stop.end, &index)?;
+        // The sidecar of a segment that has lost events may still know them.
+        let whole = !self.gaps.touch(header.base_offset..stop.end.offset);
+        let sidecar = sealed && whole && self.sidecar(page, &stop.end, &index)?;
         let state = if sealed || !last { SegmentState::Sealed } else { SegmentState::Active };
         self.note(head, state, header.base_position, stop.end.position, batches, sidecar);
         Ok(outcome)
@@ -691,10 +821,21 @@ impl<'a> Verifier<'a> {
     ) -> Result<Stop, OpenError> {
         let (base, salt) = (page.header.base_offset, page.header.salt);
         let mut window = head.window();
-        let (mut link, mut batches) = (from, 0);
-        while sealed_end.is_none_or(|end| link.offset < end) {
+        let (mut joint, mut batches) = (Joint::from(from), 0);
+        while sealed_end.is_none_or(|end| joint.link.offset < end) {
+            let link = joint.link;
             let at = file_offset(base, link.offset);
-            let stop = |kind| Stop { end: link, kind, batches };
+            let stop = |kind| Stop { end: link, kind, batches, at_gap: false };
+            let gap = self.gaps.at(&link).filter(|_| joint.behind.is_none()).copied();
+            if let Some(gap) = gap {
+                if sealed_end != Some(gap.to_offset) && self.holder(&gap) != Some(head.number) {
+                    let kind = CorruptionKind::Batch(FormatError::Magic);
+                    return Ok(Stop { at_gap: true, ..stop(kind) });
+                }
+                self.cross(&gap);
+                joint = Joint::behind(&gap);
+                continue;
+            }
             let batch = match window.batch(at, u64::MAX, salt)? {
                 Ok(batch) => batch,
                 Err(source @ FormatError::Unsupported { .. }) => {
@@ -703,14 +844,19 @@ impl<'a> Verifier<'a> {
                 Err(error) => return Ok(stop(CorruptionKind::Batch(error))),
             };
             let first = link.offset == base;
-            if !batch.continues(&link, first.then_some(&page.digest)) {
+            if !joint.is_continued_by(&batch, first.then_some(&page.digest)) {
                 return Ok(stop(CorruptionKind::Chain));
             }
             if let Err(error) = batch.check_records().and_then(|()| index.add(&batch)) {
                 return Ok(stop(CorruptionKind::Record(error)));
             }
             let header = batch.header;
-            link = header.end_link();
+            if let Some(Err(broken)) = self.order.as_mut().map(|order| order.add(&batch)) {
+                let kind = DamageKind::Order(broken.rule);
+                self.damage(head.path.clone(), at, broken.position, kind);
+            }
+            let link = header.end_link();
+            joint = link.into();
             batches += 1;
             self.report.events += u64::from(header.count);
             self.advance(Checkpoint {
@@ -724,7 +870,7 @@ impl<'a> Verifier<'a> {
             self.read(u64::from(header.padded_len));
         }
         let kind = CorruptionKind::Batch(FormatError::Truncated);
-        Ok(Stop { end: link, kind, batches })
+        Ok(Stop { end: joint.link, kind, batches, at_gap: false })
     }
 
     /// The valid prefix reaches to `end`.
@@ -791,6 +937,9 @@ impl<'a> Verifier<'a> {
             };
             self.damage(head.path.clone(), at, end.position, kind.into());
             self.unbroken = false;
+            if let Some(order) = &mut self.order {
+                order.interrupt();
+            }
             return Ok(Outcome::Damaged);
         }
         if let Some(to) = tail {
@@ -902,6 +1051,10 @@ enum Outcome {
     Damaged,
     /// The journal ends here; what follows was never acknowledged.
     Ends,
+}
+
+fn begins_at(head: &Head, offset: u64) -> bool {
+    head.valid().is_some_and(|page| page.header.base_offset == offset)
 }
 
 fn first_non_zero(window: &mut Window, mut at: u64, to: u64) -> Result<u64, IoError> {

@@ -433,6 +433,7 @@ impl From<ReadError> for SourceError {
     fn from(error: ReadError) -> Self {
         match error {
             ReadError::Corruption(corruption) => Self::Corrupt { position: corruption.position },
+            ReadError::Gap { from, .. } => Self::Corrupt { position: from },
             _ => Self::Storage,
         }
     }

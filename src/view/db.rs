@@ -229,6 +229,27 @@ pub(super) fn behind_prefix(prefix: &[u8]) -> Vec<u8> {
     end
 }
 
+/// How far the database at `path` has come with `journal`, read beside whoever has it open.
+pub(super) fn stored_checkpoint(
+    path: &Path,
+    journal: JournalId,
+) -> Result<Option<Checkpoint>, StorageError> {
+    let failed = |cause| StorageError {
+        action: "reading the view's progress",
+        path: path.to_owned(),
+        cause,
+    };
+    let mut options = Options::default();
+    options.set_max_open_files(OPEN_FILES_MAX);
+    let db = DB::open_for_read_only(&options, path, false);
+    let db = db.map_err(|error| failed(StorageCause::RocksDb(error)))?;
+    let found = db.get(progress_key(journal)).map_err(|e| failed(StorageCause::RocksDb(e)))?;
+    let Some(bytes) = found else { return Ok(None) };
+    let progress = Progress::from_bytes(&bytes);
+    let progress = progress.ok_or_else(|| failed(StorageCause::Damaged("its progress")))?;
+    Ok(Some(progress.checkpoint))
+}
+
 fn progress_key(journal: JournalId) -> Vec<u8> {
     [PROGRESS, journal.as_bytes()].concat()
 }

@@ -57,6 +57,44 @@ pub(super) struct Generations {
     lock: Box<dyn Lock>,
 }
 
+/// A generation of a view, as it lies on disk.
+#[derive(Clone, Debug)]
+pub(crate) struct Generation {
+    pub(crate) version: u32,
+    pub(crate) number: u32,
+    /// It is the one that its version reads.
+    pub(crate) live: bool,
+    folder: PathBuf,
+}
+
+impl Generation {
+    /// How far it has come with `journal`; `None` if it hasn't begun. Changes nothing, and may run beside
+    /// the process that has it open, which may be further on in memory.
+    pub(crate) fn checkpoint(
+        &self,
+        journal: crate::JournalId,
+    ) -> Result<Option<crate::Checkpoint>, super::db::StorageError> {
+        if !self.folder.join("CURRENT").exists() {
+            return Ok(None); // a missing generation is an empty one
+        }
+        super::db::stored_checkpoint(&self.folder, journal)
+    }
+}
+
+/// The generations in the folder of a view, without locking it.
+pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
+    let fs = crate::fs::os::OsFs;
+    let live = read_pointer(&fs, &dir.join(POINTER_FILE))?;
+    let names = fs.list(dir).context("listing the view's directory", dir)?;
+    let known = |name: &String| {
+        let (version, number) = name.split_once('.')?;
+        let (version, number) = (version.parse().ok()?, number.parse().ok()?);
+        let live = live.get(&version) == Some(&number);
+        Some(Generation { version, number, live, folder: dir.join(name) })
+    };
+    Ok(names.iter().filter_map(known).collect())
+}
+
 impl Generations {
     /// Opens and locks the folder of the view `name`, creating it if there is none.
     pub(super) fn open(fs: Arc<dyn Fs>, views_dir: &Path, name: &str) -> Result<Self, ViewError> {

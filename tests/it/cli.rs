@@ -308,6 +308,8 @@ fn every_command_that_the_documentation_shows_works() {
         let file = file.unwrap();
         std::fs::copy(file.path(), mirror.join(file.file_name())).unwrap();
     }
+    let copy = dir.path().join("copy");
+    copy_segments(&store.join("journal"), &copy);
     let text = include_str!("../../docs/cli.md");
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
@@ -319,6 +321,7 @@ fn every_command_that_the_documentation_shows_works() {
             None => (command, None),
         };
         let command = command.replace("DIR", store.to_str().unwrap());
+        let command = command.replace("COPY", copy.to_str().unwrap());
         let args: Vec<&str> = command.split_whitespace().collect();
         let following = args.contains(&"-f") || args.contains(&"--follow");
         if following || piped.is_some() {
@@ -356,4 +359,117 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     assert_eq!(documented("An event"), keys(&lines(&ok(&["cat", "--json", &origin()]))));
     assert_eq!(documented("stat"), keys(&lines(&ok(&["stat", "--json", &origin()]))));
     assert_eq!(documented("verify"), keys(&lines(&ok(&["verify", "--json", &origin()]))));
+    let dir = tempfile::tempdir().unwrap();
+    fill(dir.path(), small(), 3).close().unwrap();
+    let path = dir.path().display().to_string();
+    assert_eq!(documented("doctor"), keys(&lines(&ok(&["doctor", "--json", &path]))));
+}
+
+fn copy_segments(journal: &Path, copy: &Path) {
+    std::fs::create_dir_all(copy).unwrap();
+    for file in std::fs::read_dir(journal).unwrap().map(Result::unwrap) {
+        if file.path().extension().is_some_and(|extension| extension == "seg") {
+            std::fs::copy(file.path(), copy.join(file.file_name())).unwrap();
+        }
+    }
+}
+
+/// A store with damage in segment 1, and a copy of its segments.
+fn damaged(dir: &Path) -> (String, String, PathBuf) {
+    let (store, copy) = (dir.join("store"), dir.join("copy"));
+    fill(&store, small(), 60).close().unwrap();
+    copy_segments(&store.join("journal"), &copy);
+    let segment = store.join("journal/0000000000000001.seg");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[4096 + 150] ^= 0x10;
+    std::fs::write(&segment, &bytes).unwrap();
+    (store.display().to_string(), copy.display().to_string(), segment)
+}
+
+fn json_of(args: &[&str], code: i32) -> Value {
+    let output = run(args);
+    assert_eq!((output.status.code(), err(&output)), (Some(code), String::new()), "{args:?}");
+    serde_json::from_str(&out(&output)).unwrap()
+}
+
+#[test]
+fn repair_plans_first_and_fetches_what_a_copy_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, copy, segment) = damaged(dir.path());
+    let before = std::fs::read(&segment).unwrap();
+    let planned = run(&["repair", &store, "--from", &copy]);
+    assert_eq!(planned.status.code(), Some(3));
+    let text = out(&planned);
+    assert!(text.contains("would fetch the events at positions "), "{text}");
+    assert!(
+        text.contains("bytes at byte 4096 of ") && text.contains("nothing was changed"),
+        "{text}"
+    );
+    assert_eq!(std::fs::read(&segment).unwrap(), before);
+    let value = json_of(&["repair", "--json", &store, "--from", &copy], 3);
+    assert_eq!((&value["applied"], &value["healthy"]), (&json!(false), &json!(false)));
+    assert_eq!(
+        (&value["steps"][0]["step"], &value["steps"][0]["possible"]),
+        (&json!("fetch"), &json!(true))
+    );
+
+    let done = run(&["repair", &store, "--from", &copy, "--apply"]);
+    assert_eq!((done.status.code(), err(&done)), (Some(0), String::new()), "{}", out(&done));
+    assert!(out(&done).contains("did fetch ") && out(&done).contains("healthy: 60 events"));
+    let whole = Path::new(&copy).join("0000000000000001.seg");
+    assert_eq!(std::fs::read(&segment).unwrap(), std::fs::read(whole).unwrap());
+    ok(&["verify", "--deep", &store]);
+    let value = json_of(&["repair", "--json", &store], 0);
+    assert_eq!((&value["healthy"], &value["steps"]), (&json!(true), &json!([])));
+}
+
+#[test]
+fn repair_gives_up_only_what_is_named_and_readers_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, copy, _) = damaged(dir.path());
+    let value = json_of(&["repair", "--json", "--apply", &store], 3);
+    assert_eq!((&value["steps"], &value["left"][0]["step"]), (&json!([]), &json!("give_up")));
+    let (from, to) = (&value["left"][0]["from_position"], &value["left"][0]["to_position"]);
+    let range = format!("{from}..{to}");
+    let planned = run(&["repair", &store]);
+    assert!(out(&planned).contains(&format!("--accept-gap {range}")), "{}", out(&planned));
+    let wrong = run(&["repair", "--apply", &store, "--accept-gap", "0..1"]);
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(err(&wrong).starts_with("error[repair.not_lost]: "), "{}", err(&wrong));
+    assert_eq!(run(&["repair", &store, "--accept-gap", "7"]).status.code(), Some(2));
+
+    let done = json_of(&["repair", "--json", "--apply", &store, "--accept-gap", &range], 0);
+    assert_eq!((&done["healthy"], &done["left"]), (&json!(true), &json!([])));
+    let verified = json_of(&["verify", "--json", &store], 0);
+    assert_eq!(verified["lost"], json!([{ "from_position": from, "to_position": to }]));
+    let cat = run(&["cat", "--json", &store]);
+    assert_eq!(
+        (cat.status.code(), lines(&out(&cat)).len() as u64),
+        (Some(3), from.as_u64().unwrap())
+    );
+    assert!(err(&cat).starts_with("error[read.gap]: "), "{}", err(&cat));
+    let rest = ok(&["cat", "--json", &store, "--from", &to.to_string()]);
+    assert_eq!(lines(&rest).len() as u64, 60 - to.as_u64().unwrap());
+    let doctor = json_of(&["doctor", "--json", &store], 0);
+    let gaps = doctor["checks"].as_array().unwrap().iter().find(|check| check["name"] == "gaps");
+    assert_eq!(gaps.unwrap()["level"], "warn");
+
+    json_of(&["repair", "--json", "--apply", &store, "--from", &copy], 0);
+    assert_eq!(lines(&ok(&["cat", "--json", &store])).len(), 60);
+}
+
+#[test]
+fn doctor_exits_with_3_for_damage_and_0_with_warnings() {
+    let dir = tempfile::tempdir().unwrap();
+    fill(dir.path(), small(), 60).close().unwrap();
+    let path = dir.path().display().to_string();
+    assert!(ok(&["doctor", &path]).contains("0 failed, "));
+    let journal = dir.path().join("journal");
+    std::fs::remove_file(journal.join("0000000000000000.idx")).unwrap();
+    let text = ok(&["doctor", &path]);
+    assert!(text.contains("warn  sidecars") && text.contains("hint: "), "{text}");
+    std::fs::remove_file(journal.join("0000000000000001.seg")).unwrap();
+    let failed = run(&["doctor", &path]);
+    assert_eq!((failed.status.code(), err(&failed)), (Some(3), String::new()));
+    assert!(out(&failed).contains("fail  journal"), "{}", out(&failed));
 }

@@ -13,6 +13,7 @@
 mod cli;
 #[cfg(feature = "test-kit")]
 mod crash;
+mod doctor;
 mod dump;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]
 mod fuzz_corpus;
@@ -24,6 +25,8 @@ mod processes;
 mod races;
 #[cfg(feature = "test-kit")]
 mod recovery;
+#[cfg(feature = "test-kit")]
+mod repair;
 #[cfg(feature = "shipping")]
 mod shipping;
 #[cfg(feature = "shipping")]

@@ -3,12 +3,14 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use headwater::repair::RepairError;
 use headwater::{Corruption, IoError, OpenError, ReadError};
 
 #[derive(Debug)]
 pub(crate) enum Failure {
     Open(OpenError),
     Read(ReadError),
+    Repair(RepairError),
     /// What lies in front was printed.
     Damaged(Corruption),
     /// Damage was found and has been printed.
@@ -23,6 +25,15 @@ pub(crate) enum Failure {
 impl From<OpenError> for Failure {
     fn from(error: OpenError) -> Self {
         Self::Open(error)
+    }
+}
+
+impl From<RepairError> for Failure {
+    fn from(error: RepairError) -> Self {
+        match error {
+            RepairError::Open(error) => Self::Open(error),
+            error => Self::Repair(error),
+        }
     }
 }
 
@@ -58,6 +69,7 @@ impl Failure {
         let (code, what, hint) = match self {
             Self::Open(error) => (error.code(), error.to_string(), error.hint()),
             Self::Read(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Repair(error) => (error.code(), error.to_string(), error.hint()),
             Self::Damaged(corruption) => {
                 let error = ReadError::from(corruption.clone());
                 (error.code(), error.to_string(), error.hint())
@@ -86,9 +98,9 @@ impl Failure {
                     | OpenError::LostJournal { .. }
                     | OpenError::HistoryReplaced { .. }
             ),
-            Self::Read(error) => matches!(error, ReadError::Corruption(_)),
+            Self::Read(error) => matches!(error, ReadError::Corruption(_) | ReadError::Gap { .. }),
             Self::Damaged(_) | Self::Reported => true,
-            Self::Replaced | Self::Output(_) | Self::PipeClosed => false,
+            Self::Repair(_) | Self::Replaced | Self::Output(_) | Self::PipeClosed => false,
         };
         ExitCode::from(if damage { 3 } else { 1 })
     }

@@ -1,8 +1,10 @@
-//! The command line: reads journals, changes nothing, takes no lock. Described in `docs/cli.md`.
+//! The command line: reads journals, and mends damaged ones. Described in `docs/cli.md`.
 
 mod cat;
+mod doctor;
 mod events;
 mod failure;
+mod repair;
 mod stat;
 mod tail;
 mod target;
@@ -15,7 +17,8 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::Failure;
 
-/// Reads the event journals of Headwater. Changes nothing, and works beside the service that writes.
+/// Reads the event journals of Headwater, beside the service that writes. Nothing but `repair --apply`
+/// changes anything.
 #[derive(Debug, Parser)]
 #[command(
     name = "headwater",
@@ -37,7 +40,11 @@ enum Command {
     /// Prints the last events, and with -f those that follow
     Tail(tail::Args),
     /// Reads every byte and reports every damage
-    Verify(Target),
+    Verify(verify::Args),
+    /// Looks at a store and the machine below it, and says what to do
+    Doctor(Target),
+    /// Tells what can be done about damage, and does it with --apply
+    Repair(repair::Args),
 }
 
 /// What every command is told.
@@ -55,7 +62,9 @@ fn main() -> ExitCode {
         Command::Stat(target) => stat::run(&target),
         Command::Cat(args) => cat::run(&args),
         Command::Tail(args) => tail::run(&args),
-        Command::Verify(target) => verify::run(&target),
+        Command::Verify(args) => verify::run(&args),
+        Command::Doctor(target) => doctor::run(&target),
+        Command::Repair(args) => repair::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::PipeClosed) => ExitCode::SUCCESS,

@@ -11,10 +11,24 @@ use crate::failure::Failure;
 use crate::stat::{plain, right};
 use crate::{Target, target};
 
-pub(crate) fn run(args: &Target) -> Result<(), Failure> {
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    target: Target,
+    /// Also checks what checksums can't tell: revisions, epochs and durable ends, through the whole journal
+    #[arg(long)]
+    deep: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let mut meter = Meter::new();
-    let dir = target::journal_dir(&args.dir);
-    let report = headwater::verify(&OsFs, &dir, &mut |progress| meter.show(progress));
+    let (dir, deep) = (target::journal_dir(&args.target.dir), args.deep);
+    let args = &args.target;
+    let mut show = |progress| meter.show(progress);
+    let report = match deep {
+        true => headwater::verify_deep(&OsFs, &dir, &mut show),
+        false => headwater::verify(&OsFs, &dir, &mut show),
+    };
     meter.clear();
     let report = report?;
     let mut out = io::stdout().lock();
@@ -32,6 +46,7 @@ const fn state(segment: &SegmentCheck) -> &'static str {
         SegmentState::Sealed => "sealed",
         SegmentState::Active => "active",
         SegmentState::Spare => "spare",
+        SegmentState::GivenUp => "given_up",
         _ => "unacknowledged",
     }
 }
@@ -71,6 +86,10 @@ fn to_json(report: &VerifyReport) -> Value {
         "events": report.events,
         "bytes_read": report.bytes_read,
         "unacknowledged_bytes": report.unacknowledged_bytes,
+        "lost": report.lost.iter().map(|lost| json!({
+            "from_position": lost.start.get(),
+            "to_position": lost.end.get(),
+        })).collect::<Vec<_>>(),
         "segments": report.segments.iter().map(segment).collect::<Vec<_>>(),
         "damage": report.damage.iter().map(damage).collect::<Vec<_>>(),
     })
@@ -104,6 +123,9 @@ fn print(out: &mut impl Write, report: &VerifyReport) -> io::Result<()> {
             "{} bytes behind the end were never acknowledged; the next opening sets them aside",
             report.unacknowledged_bytes
         )?;
+    }
+    for lost in &report.lost {
+        writeln!(out, "events at positions {}..{} were lost and given up", lost.start, lost.end)?;
     }
     let verdict = match report.damage.len() {
         0 => "healthy".to_owned(),
