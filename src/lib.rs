@@ -87,9 +87,10 @@ pub use event::{
     InvalidEvent, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
 };
 pub use journal::{
-    Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
-    Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,
-    SegmentState, StreamEvents, Subscription, TokenState, VerifyProgress, VerifyReport, verify,
+    Append, Appended, BackupError, BackupReport, CloseError, Comparison, Cursor, CursorBatch,
+    Damage, DamageKind, Events, Ingest, Item, Journal, Placed, Receipt, RecoveryReport,
+    RestoreError, RestoreReport, SegmentCheck, SegmentInfo, SegmentState, StreamEvents,
+    Subscription, TokenState, VerifyProgress, VerifyReport, abandon_restore, restore, verify,
 };
 pub use options::JournalOptions;
 pub use position::{

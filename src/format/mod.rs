@@ -12,6 +12,7 @@
 
 pub mod batch;
 pub mod files;
+pub mod incoming;
 pub mod record;
 pub mod segment;
 pub mod sidecar;

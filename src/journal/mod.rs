@@ -33,6 +33,8 @@ use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 
 mod appender;
+mod backup;
+mod copy;
 mod cursor;
 mod ingest;
 mod layout;
@@ -40,6 +42,7 @@ mod mark;
 mod marker;
 mod read;
 mod recovery;
+mod restore;
 mod scan;
 mod segments;
 mod verify;
@@ -47,10 +50,12 @@ mod watch;
 mod writer;
 
 pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt};
+pub use backup::{BackupError, BackupReport};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
+pub use restore::{RestoreError, RestoreReport, abandon_restore, restore};
 pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
 };
@@ -164,12 +169,16 @@ impl Journal {
         dir: &Path,
     ) -> Result<(Self, Option<crate::error::Corruption>), OpenError> {
         let layout = Layout::new(dir);
-        let node = match read_node(&**fs, &layout)? {
+        let own = read_node(&**fs, &layout)?;
+        let node = match own {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
         let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
-        survey.cut_to_proven(&**fs, &layout)?;
+        // A copy holds only what had been durable where it comes from; nobody is writing it.
+        if own.is_some() {
+            survey.cut_to_proven(&**fs, &layout)?;
+        }
         let Survey { kept, end, .. } = survey;
         Ok((Self::assemble(fs, &layout, node, &kept, end, Access::ReadOnly)?, corruption))
     }

@@ -1,5 +1,7 @@
-//! The command line: reads journals, changes nothing, takes no lock. Described in `docs/cli.md`.
+//! The command line: reads journals beside their writers, without a lock, and copies them. Described in
+//! `docs/cli.md`.
 
+mod backup;
 mod cat;
 mod events;
 mod failure;
@@ -15,7 +17,7 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::Failure;
 
-/// Reads the event journals of Headwater. Changes nothing, and works beside the service that writes.
+/// Reads and copies the event journals of Headwater. Changes none, and works beside the service that writes.
 #[derive(Debug, Parser)]
 #[command(
     name = "headwater",
@@ -38,6 +40,10 @@ enum Command {
     Tail(tail::Args),
     /// Reads every byte and reports every damage
     Verify(Target),
+    /// Copies a journal, also one in use, into a directory; later only what is new
+    Backup(backup::BackupArgs),
+    /// Makes a store of a backup
+    Restore(backup::RestoreArgs),
 }
 
 /// What every command is told.
@@ -56,6 +62,8 @@ fn main() -> ExitCode {
         Command::Cat(args) => cat::run(&args),
         Command::Tail(args) => tail::run(&args),
         Command::Verify(target) => verify::run(&target),
+        Command::Backup(args) => backup::backup(&args),
+        Command::Restore(args) => backup::restore_or_abandon(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::PipeClosed) => ExitCode::SUCCESS,
