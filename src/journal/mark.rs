@@ -61,7 +61,17 @@ impl MarkFile {
                 fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
                 file
             }
-            opened => opened.context("opening", &path)?,
+            opened => {
+                let file = opened.context("opening", &path)?;
+                // Its creation may have been cut short.
+                let len = file.size().context("measuring", &path)?;
+                if len < MARK_FILE_BYTES as u64 {
+                    fs::write_zeros(&*file, len..MARK_FILE_BYTES as u64)
+                        .context("writing", &path)?;
+                    file.sync_data().context("syncing", &path)?;
+                }
+                file
+            }
         };
         Ok(Self { file, path, sequence })
     }

@@ -409,7 +409,9 @@ fn only_the_same_restore_continues_and_a_full_directory_is_refused() {
     let fs = closed_with(40);
     backup(&fs).unwrap();
     let target = Path::new(RESTORED_JOURNAL);
-    fs.fail_at(fs.ops() + 60, Fault::Kill, Repeat::Once);
+    let (probe, before) = (fs.fork(0), fs.ops());
+    restore_all(&probe).unwrap();
+    fs.fail_at(fs.ops() + (probe.ops() - before) * 3 / 4, Fault::Kill, Repeat::Once);
     drop(restore_all(&fs));
     fs.clear_faults();
     fs.kill();
@@ -451,16 +453,11 @@ fn a_damaged_backup_is_not_restored_behind_the_damage() {
     // What lies in front can be restored.
     let (second, _) = &all[1];
     assert!(fs.flip_bit(second, 4096 + 100, 2));
-    let begin = read_until_damage(&fs);
+    let begin = verify(&fs, Path::new(BACKUP), &mut |_| {}).unwrap().end.position;
     let report =
         restore(&dynamic(&fs), Path::new(BACKUP), Path::new(RESTORED_JOURNAL), Some(begin))
             .unwrap();
     assert_eq!(report.end.position, begin);
     let store = open_at(&fs, RESTORED).unwrap();
     assert_eq!(payloads(store.journal()), expected(begin.get() as usize));
-}
-
-fn read_until_damage(fs: &SimFs) -> Position {
-    let (journal, damage) = Journal::open_read_only(&dynamic(fs), Path::new(BACKUP)).unwrap();
-    damage.map_or(journal.end().position, |damage| damage.position)
 }

@@ -357,3 +357,46 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     assert_eq!(documented("stat"), keys(&lines(&ok(&["stat", "--json", &origin()]))));
     assert_eq!(documented("verify"), keys(&lines(&ok(&["verify", "--json", &origin()]))));
 }
+
+#[test]
+fn backup_and_restore_make_a_store_that_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (store, backup, restored) = (path("store"), path("backup"), path("restored"));
+    let open = fill(Path::new(&store), small(), 40);
+    let json = |text: &str| -> Value { serde_json::from_str(text).unwrap() };
+    let first = json(&ok(&["backup", "--json", &store, &backup]));
+    assert_eq!(first["end_position"], 40);
+    assert!(first["written_bytes"].as_u64().unwrap() > 0);
+    let again = ok(&["backup", &store, &backup]);
+    assert!(again.ends_with(": 0 bytes new\n"), "{again}");
+    open.close().unwrap();
+    ok(&["verify", &backup]);
+    assert_eq!(ok(&["cat", "--json", &backup]), ok(&["cat", "--json", &store]));
+
+    let done = json(&ok(&["restore", &backup, &restored, "--at-position", "20", "--json"]));
+    assert_eq!((&done["end_position"], &done["journal"]), (&json!(20), &first["journal"]));
+    let refused = run(&["restore", &backup, &restored]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(err(&refused).starts_with("error[restore.not_empty]: "), "{}", err(&refused));
+    let refused = run(&["restore", &backup, &restored, "--abandon"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(err(&refused).starts_with("error[restore.not_begun]: "), "{}", err(&refused));
+    let again = Store::open(&restored).unwrap();
+    append(&again, "goes on");
+    again.close().unwrap();
+    assert_eq!(lines(&ok(&["cat", "--json", &restored])).len(), 21);
+    let onto = run(&["backup", &store, &format!("{restored}/journal")]);
+    assert!(err(&onto).starts_with("error[backup.not_a_backup]: "), "{}", err(&onto));
+
+    // A damaged backup, and a restore that was left unfinished.
+    let segment = Path::new(&backup).join("0000000000000000.seg");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[4096 + 200] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let other = path("other");
+    assert_eq!(run(&["restore", &backup, &other]).status.code(), Some(3));
+    assert!(matches!(Store::open(&other), Err(headwater::OpenError::Incomplete { .. })));
+    assert!(ok(&["restore", &backup, &other, "--abandon"]).starts_with("abandoned"));
+    assert!(matches!(Store::open(&other), Err(headwater::OpenError::NotFound { .. })));
+}
