@@ -396,6 +396,9 @@ fn backup_and_restore_make_a_store_that_goes_on() {
     std::fs::write(&segment, bytes).unwrap();
     let other = path("other");
     assert_eq!(run(&["restore", &backup, &other]).status.code(), Some(3));
+    assert!(!Path::new(&other).exists(), "nothing was begun");
+    std::fs::create_dir_all(Path::new(&other).join("journal")).unwrap();
+    std::fs::write(Path::new(&other).join("journal/incoming"), "interrupted").unwrap();
     assert!(matches!(Store::open(&other), Err(headwater::OpenError::Incomplete { .. })));
     assert!(ok(&["restore", &backup, &other, "--abandon"]).starts_with("abandoned"));
     assert!(matches!(Store::open(&other), Err(headwater::OpenError::NotFound { .. })));
