@@ -161,11 +161,10 @@ impl<'a> SegmentCopy<'a> {
 
     /// A segment that the target holds in front of its last: it was synced before the next one was made.
     fn compare_whole(&self) -> Result<(), CopyError> {
-        let file = self.fs.open(&self.path, OpenMode::Read).context("opening", &self.path)?;
+        let file = self.fs.open(&self.path, OpenMode::Write).context("opening", &self.path)?;
         let len = file.size().context("measuring", &self.path)?;
-        let same = matches!(self.page_there(&*file)?, PageState::Valid { page, .. } if page == self.segment.page);
-        if !same {
-            return Err(self.differs(self.segment.base_position()));
+        if !self.has_page(&*file)? {
+            return Err(CopyError::Missing { path: self.path.clone() });
         }
         match len.cmp(&self.at(self.end.offset)) {
             std::cmp::Ordering::Equal => Ok(()),
@@ -174,10 +173,23 @@ impl<'a> SegmentCopy<'a> {
         }
     }
 
-    fn page_there(&self, file: &dyn File) -> Result<PageState, IoError> {
+    /// Whether the file begins with this segment's page; a page with a damaged copy is remade. Without any
+    /// valid copy nobody knows.
+    fn has_page(&self, file: &dyn File) -> Result<bool, CopyError> {
         let mut bytes = [0; HEADER_PAGE_BYTES];
         fs::read_full_at(file, &mut bytes, 0).context("reading", &self.path)?;
-        Ok(SegmentPage::read(&bytes))
+        match SegmentPage::read(&bytes) {
+            PageState::Valid { page, .. } if page != self.segment.page => {
+                Err(self.differs(self.segment.base_position()))
+            }
+            PageState::Valid { intact: true, .. } => Ok(true),
+            PageState::Valid { page, .. } => {
+                fs::write_all_at(file, &page.bytes(), 0).context("writing", &self.path)?;
+                file.sync_data().context("syncing", &self.path)?;
+                Ok(true)
+            }
+            PageState::Zero | PageState::Invalid(_) => Ok(false),
+        }
     }
 
     /// The target's last segment: what of it is durable and whole is kept, the rest is written.
@@ -187,37 +199,36 @@ impl<'a> SegmentCopy<'a> {
         file.sync_data().context("syncing", &self.path)?;
         file.drop_cache().context("dropping the cache of", &self.path)?;
         self.fs.sync_dir(&self.target.dir).context("syncing", &self.target.dir)?;
-        match self.page_there(&*file)? {
-            PageState::Valid { page, .. } if page == self.segment.page => {}
-            PageState::Valid { .. } => return Err(self.differs(self.segment.base_position())),
-            // Not even the page had become durable.
-            PageState::Zero | PageState::Invalid(_) => return self.write(&file, None),
-        }
-        let (kept, behind) = self.walk(&file)?;
-        if behind {
+        let has_page = self.has_page(&*file)?; // if not, not even that had become durable
+        let mut window = Window::new(Arc::clone(&file), self.path.clone());
+        let kept = if has_page { self.walk(&mut window)? } else { self.base() };
+        // Also behind damage: what the source doesn't have may be the only copy.
+        let mut ahead = false;
+        window.headers_behind(self.at(kept.offset), &self.segment.page, |header| {
+            ahead |= header.end_offset() > self.end.offset;
+        })?;
+        if ahead {
             return Err(CopyError::Ahead { path: self.path.clone(), position: kept.position });
         }
-        self.write(&file, Some(kept))
+        self.write(&file, has_page.then_some(kept))
     }
 
-    /// How far the target's batches go, and whether they go on behind the end of this copy.
-    fn walk(&self, file: &Arc<dyn File>) -> Result<(Link, bool), CopyError> {
+    /// How far the target's batches go, up to the end of this copy.
+    fn walk(&self, window: &mut Window) -> Result<Link, CopyError> {
         let page = &self.segment.page;
-        let mut window = Window::new(Arc::clone(file), self.path.clone());
         let mut link = self.base();
-        loop {
+        while link.offset < self.end.offset {
             let Ok(batch) = window.batch(self.at(link.offset), u64::MAX, page.header.salt)? else {
-                return Ok((link, false));
+                break;
             };
             let first = link.offset == page.header.base_offset;
-            if !batch.continues(&link, first.then_some(&page.digest)) {
-                return Ok((link, false));
-            }
-            if batch.header.end_offset() > self.end.offset {
-                return Ok((link, true));
+            let continues = batch.continues(&link, first.then_some(&page.digest));
+            if !continues || batch.header.end_offset() > self.end.offset {
+                break;
             }
             link = batch.header.end_link();
         }
+        Ok(link)
     }
 
     fn create(&self) -> Result<u64, CopyError> {
@@ -233,7 +244,6 @@ impl<'a> SegmentCopy<'a> {
             None => out.put(&self.segment.page.bytes())?,
             Some(kept) => out.at = self.at(kept.offset),
         }
-        file.set_len(out.at).context("cutting", &self.path)?;
         let (page, limit) = (&self.segment.page, self.at(self.end.offset));
         let mut window = self.source.0.files.window(self.segment.number())?;
         while link.offset < self.end.offset {
@@ -256,7 +266,12 @@ impl<'a> SegmentCopy<'a> {
             return Err(self.differs(link.position));
         }
         out.flush()?;
-        if out.written > 0 {
+        // Only now is it certain that what lies behind is of an interrupted copy.
+        let longer = file.size().context("measuring", &self.path)? > out.at;
+        if longer {
+            file.set_len(out.at).context("cutting", &self.path)?;
+        }
+        if longer || out.written > 0 {
             file.sync_data().context("syncing", &self.path)?;
             self.fs.sync_dir(&self.target.dir).context("syncing", &self.target.dir)?;
         }

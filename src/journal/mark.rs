@@ -50,29 +50,22 @@ pub(crate) fn read(fs: &dyn Fs, layout: &Layout, access: Access) -> Result<Optio
 }
 
 impl MarkFile {
-    /// Opens the file for writing, creating it at its full size if it is missing.
+    /// Opens the file for writing, creating it if it is missing, and at its full size: an earlier attempt may
+    /// have ended between its name and its bytes.
     pub(crate) fn open(fs: &dyn Fs, layout: &Layout, sequence: u64) -> Result<Self, IoError> {
         let path = layout.file(MARK);
         let file = match fs.open(&path, OpenMode::Write) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let file = fs.open(&path, OpenMode::CreateNew).context("creating", &path)?;
-                fs::write_zeros(&*file, 0..MARK_FILE_BYTES as u64).context("writing", &path)?;
-                file.sync_data().context("syncing", &path)?;
-                fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
-                file
+                fs.open(&path, OpenMode::CreateNew).context("creating", &path)?
             }
-            opened => {
-                let file = opened.context("opening", &path)?;
-                // Its creation may have been cut short.
-                let len = file.size().context("measuring", &path)?;
-                if len < MARK_FILE_BYTES as u64 {
-                    fs::write_zeros(&*file, len..MARK_FILE_BYTES as u64)
-                        .context("writing", &path)?;
-                    file.sync_data().context("syncing", &path)?;
-                }
-                file
-            }
+            opened => opened.context("opening", &path)?,
         };
+        let len = file.size().context("measuring", &path)?;
+        if len < MARK_FILE_BYTES as u64 {
+            fs::write_zeros(&*file, len..MARK_FILE_BYTES as u64).context("writing", &path)?;
+            file.sync_data().context("syncing", &path)?;
+            fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
+        }
         Ok(Self { file, path, sequence })
     }
 
@@ -102,5 +95,22 @@ impl MarkFile {
 
     pub(crate) fn file(&self) -> Arc<dyn File> {
         Arc::clone(&self.file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_only_begun_is_completed() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path());
+        for len in [0, 1, MARK_SLOT_STRIDE + 1] {
+            let begun = std::fs::File::create(layout.file(MARK)).unwrap();
+            begun.set_len(len).unwrap();
+            MarkFile::open(&fs::os::OsFs, &layout, 0).unwrap();
+            assert_eq!(begun.metadata().unwrap().len(), MARK_FILE_BYTES as u64);
+        }
     }
 }

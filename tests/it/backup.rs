@@ -283,6 +283,51 @@ fn a_backup_refuses_another_history_a_shorter_one_and_a_journal() {
 }
 
 #[test]
+fn a_damaged_header_copy_of_a_backup_is_remade_by_the_next() {
+    let fs = closed_with(40);
+    backup(&fs).unwrap();
+    let before = segments(&fs, BACKUP);
+    before.iter().for_each(|(path, _)| assert!(fs.flip_bit(path, 512 + 30, 1)));
+    assert_eq!(backup(&fs).unwrap().written_bytes, 0);
+    assert_eq!(segments(&fs, BACKUP), before);
+}
+
+#[test]
+fn damage_of_a_backup_never_costs_what_only_the_backup_has() {
+    let fs = closed_with(3);
+    let shorter = fs.fork(7);
+    grow(&fs, 3, 7);
+    backup(&fs).unwrap();
+    let [(path, bytes)] = &segments(&fs, BACKUP)[..] else { panic!("one segment") };
+    shorter.create_dir_all(Path::new(BACKUP)).unwrap();
+    shorter.write_raw(path, bytes);
+    assert!(shorter.flip_bit(path, 4096 + 100, 1));
+    let before = segments(&shorter, BACKUP);
+    assert!(matches!(backup(&shorter), Err(BackupError::Ahead { .. })));
+    assert_eq!(segments(&shorter, BACKUP), before);
+    // The journal that has all of it mends it.
+    assert!(fs.flip_bit(path, 4096 + 100, 1));
+    backup(&fs).unwrap();
+    assert_eq!(healthy(&fs, BACKUP).events, 7);
+}
+
+#[test]
+fn a_fork_within_the_last_segment_is_not_mixed_into_a_backup() {
+    let fs = closed_with(3);
+    let fork = fs.fork(7);
+    // The same events, batches of the same lengths: only incarnation and chain tell them apart.
+    grow(&fs, 3, 6);
+    grow(&fork, 3, 12);
+    backup(&fs).unwrap();
+    let [(path, bytes)] = &segments(&fs, BACKUP)[..] else { panic!("one segment") };
+    fork.create_dir_all(Path::new(BACKUP)).unwrap();
+    fork.write_raw(path, bytes);
+    let refused = backup(&fork);
+    assert!(matches!(refused, Err(BackupError::Differs { .. })), "{refused:?}");
+    assert_eq!(segments(&fork, BACKUP), segments(&fs, BACKUP));
+}
+
+#[test]
 fn damage_never_gets_into_a_backup() {
     let fs = closed_with(60);
     let all = segments(&fs, JOURNAL);
