@@ -295,7 +295,8 @@ fn tail_stops_following_when_nobody_reads_any_more() {
     assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()));
 }
 
-/// The documented commands, as they stand in docs/cli.md: `DIR` is a store here.
+/// The documented commands, as they stand in docs/cli.md: `DIR` is a store here, other names in capitals are
+/// directories that the commands make.
 #[test]
 fn every_command_that_the_documentation_shows_works() {
     let dir = tempfile::tempdir().unwrap();
@@ -318,7 +319,10 @@ fn every_command_that_the_documentation_shows_works() {
             Some((command, piped)) => (command, Some(piped)),
             None => (command, None),
         };
-        let command = command.replace("DIR", store.to_str().unwrap());
+        let mut command = command.replace("DIR", store.to_str().unwrap());
+        for name in ["BACKUP", "STORE", "EARLIER"] {
+            command = command.replace(name, dir.path().join(name).to_str().unwrap());
+        }
         let args: Vec<&str> = command.split_whitespace().collect();
         let following = args.contains(&"-f") || args.contains(&"--follow");
         if following || piped.is_some() {
@@ -356,6 +360,12 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     assert_eq!(documented("An event"), keys(&lines(&ok(&["cat", "--json", &origin()]))));
     assert_eq!(documented("stat"), keys(&lines(&ok(&["stat", "--json", &origin()]))));
     assert_eq!(documented("verify"), keys(&lines(&ok(&["verify", "--json", &origin()]))));
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let backup = ok(&["backup", "--json", &origin(), &path("backup")]);
+    assert_eq!(documented("backup"), keys(&lines(&backup)));
+    let restored = ok(&["restore", "--json", &path("backup"), &path("store")]);
+    assert_eq!(documented("restore"), keys(&lines(&restored)));
 }
 
 #[test]
