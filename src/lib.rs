@@ -91,9 +91,10 @@ pub use event::{
 };
 pub use journal::repair;
 pub use journal::{
-    Append, Appended, CloseError, Comparison, Cursor, CursorBatch, Damage, DamageKind, Events,
-    Ingest, Item, Journal, Placed, Receipt, RecoveryReport, SegmentCheck, SegmentInfo,
-    SegmentState, StreamEvents, Subscription, Ticket, TokenState, VerifyProgress, VerifyReport,
+    Append, Appended, BackupError, BackupReport, CloseError, Comparison, Cursor, CursorBatch,
+    Damage, DamageKind, Events, Ingest, Item, Journal, Placed, Receipt, RecoveryReport,
+    RestoreError, RestoreReport, SegmentCheck, SegmentInfo, SegmentState, StreamEvents,
+    Subscription, Ticket, TokenState, VerifyProgress, VerifyReport, abandon_restore, restore,
     verify, verify_deep,
 };
 pub use options::JournalOptions;

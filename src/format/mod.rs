@@ -13,6 +13,7 @@
 pub mod batch;
 pub mod files;
 pub mod gaps;
+pub mod incoming;
 pub mod record;
 pub mod segment;
 pub mod sidecar;

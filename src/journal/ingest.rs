@@ -73,6 +73,7 @@ impl Ingest {
         options: &JournalOptions,
     ) -> Result<Self, OpenError> {
         let locked = Locked::take(fs, dir)?;
+        locked.refuse_unfinished()?;
         if read_node(&**fs, &locked.layout)?.is_some() || locked.has_segments()? {
             return Err(OpenError::AlreadyExists { path: dir.to_owned() });
         }

@@ -9,6 +9,7 @@
 //!   gaps                    losses that were accepted, if there are any
 //!   quarantine/             what recovery moved aside, under names that are never used again
 //!     reserve               space for it, allocated while there is some
+//!   incoming                a restore that is under way: from where to where
 //!   lock                    held by the writer, bears its name
 //! ```
 
@@ -19,6 +20,7 @@ pub(crate) const NODE_TEMP: &str = "node.new";
 pub(crate) const MARK: &str = "mark";
 pub(crate) const LOCK: &str = "lock";
 pub(crate) const INCOMING: &str = "incoming";
+pub(crate) const INCOMING_TEMP: &str = "incoming.new";
 pub(crate) const BASE: &str = "base";
 pub(crate) const GAPS: &str = "gaps";
 pub(crate) const GAPS_TEMP: &str = "gaps.new";

@@ -109,7 +109,7 @@ mod tests {
         for len in [0, 1, MARK_SLOT_STRIDE + 1] {
             let begun = std::fs::File::create(layout.file(MARK)).unwrap();
             begun.set_len(len).unwrap();
-            MarkFile::open(&crate::fs::os::OsFs, &layout, 0).unwrap();
+            MarkFile::open(&fs::os::OsFs, &layout, 0).unwrap();
             assert_eq!(begun.metadata().unwrap().len(), MARK_FILE_BYTES as u64);
         }
     }

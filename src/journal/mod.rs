@@ -34,7 +34,9 @@ use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 
 mod appender;
+mod backup;
 pub(crate) mod condition;
+mod copy;
 mod cursor;
 mod gaps;
 mod ingest;
@@ -45,6 +47,7 @@ mod order;
 mod read;
 mod recovery;
 pub mod repair;
+mod restore;
 mod scan;
 mod segments;
 mod verify;
@@ -52,10 +55,12 @@ mod watch;
 mod writer;
 
 pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket};
+pub use backup::{BackupError, BackupReport};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
+pub use restore::{RestoreError, RestoreReport, abandon_restore, restore};
 pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
     verify_deep,
@@ -183,13 +188,15 @@ impl Journal {
         proven_only: bool,
     ) -> Result<(Self, Option<crate::error::Corruption>, u64), OpenError> {
         let layout = Layout::new(dir);
-        let node = match read_node(&**fs, &layout)? {
+        let own = read_node(&**fs, &layout)?;
+        let node = match own {
             Some(node) => node,
             None => recovery::node_of_copy(&**fs, &layout)?,
         };
         let (mut survey, corruption) = survey_beside_writer(&**fs, &layout, &node)?;
         let proven = survey.proven;
-        if proven_only {
+        // A copy holds only what had been durable where it comes from; nobody is writing it.
+        if proven_only && own.is_some() {
             survey.cut_to_proven(&**fs, &layout)?;
         }
         let Survey { kept, gaps, end, .. } = survey;

@@ -99,6 +99,10 @@ impl Files {
         &self.gaps
     }
 
+    pub(crate) fn fs(&self) -> &Arc<dyn Fs> {
+        &self.fs
+    }
+
     pub(crate) fn window(&self, number: u64) -> Result<Window, IoError> {
         let path = self.layout.segment(number);
         let file = self.get(FileKey::Segment(number)).context("opening", &path)?;

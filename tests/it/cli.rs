@@ -295,7 +295,8 @@ fn tail_stops_following_when_nobody_reads_any_more() {
     assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()));
 }
 
-/// The documented commands, as they stand in docs/cli.md: `DIR` is a store here.
+/// The documented commands, as they stand in docs/cli.md: `DIR` is a store here, other names in capitals are
+/// directories that the commands make.
 #[test]
 fn every_command_that_the_documentation_shows_works() {
     let dir = tempfile::tempdir().unwrap();
@@ -320,8 +321,11 @@ fn every_command_that_the_documentation_shows_works() {
             Some((command, piped)) => (command, Some(piped)),
             None => (command, None),
         };
-        let command = command.replace("DIR", store.to_str().unwrap());
-        let command = command.replace("COPY", copy.to_str().unwrap());
+        let mut command = command.replace("DIR", store.to_str().unwrap());
+        for name in ["BACKUP", "STORE", "EARLIER"] {
+            command = command.replace(name, dir.path().join(name).to_str().unwrap());
+        }
+        command = command.replace("COPY", copy.to_str().unwrap());
         let args: Vec<&str> = command.split_whitespace().collect();
         let following = args.contains(&"-f") || args.contains(&"--follow");
         if following || piped.is_some() {
@@ -360,9 +364,14 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     assert_eq!(documented("stat"), keys(&lines(&ok(&["stat", "--json", &origin()]))));
     assert_eq!(documented("verify"), keys(&lines(&ok(&["verify", "--json", &origin()]))));
     let dir = tempfile::tempdir().unwrap();
-    fill(dir.path(), small(), 3).close().unwrap();
-    let path = dir.path().display().to_string();
-    assert_eq!(documented("doctor"), keys(&lines(&ok(&["doctor", "--json", &path]))));
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let backup = ok(&["backup", "--json", &origin(), &path("backup")]);
+    assert_eq!(documented("backup"), keys(&lines(&backup)));
+    let restored = ok(&["restore", "--json", &path("backup"), &path("store")]);
+    assert_eq!(documented("restore"), keys(&lines(&restored)));
+    fill(&dir.path().join("doctored"), small(), 3).close().unwrap();
+    let doctored = path("doctored");
+    assert_eq!(documented("doctor"), keys(&lines(&ok(&["doctor", "--json", &doctored]))));
 }
 
 fn copy_segments(journal: &Path, copy: &Path) {
@@ -472,4 +481,50 @@ fn doctor_exits_with_3_for_damage_and_0_with_warnings() {
     let failed = run(&["doctor", &path]);
     assert_eq!((failed.status.code(), err(&failed)), (Some(3), String::new()));
     assert!(out(&failed).contains("fail  journal"), "{}", out(&failed));
+}
+
+#[test]
+fn backup_and_restore_make_a_store_that_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (store, backup, restored) = (path("store"), path("backup"), path("restored"));
+    let open = fill(Path::new(&store), small(), 40);
+    let json = |text: &str| -> Value { serde_json::from_str(text).unwrap() };
+    let first = json(&ok(&["backup", "--json", &store, &backup]));
+    assert_eq!(first["end_position"], 40);
+    assert!(first["written_bytes"].as_u64().unwrap() > 0);
+    let again = ok(&["backup", &store, &backup]);
+    assert!(again.ends_with(": 0 bytes new\n"), "{again}");
+    open.close().unwrap();
+    ok(&["verify", &backup]);
+    assert_eq!(ok(&["cat", "--json", &backup]), ok(&["cat", "--json", &store]));
+
+    let done = json(&ok(&["restore", &backup, &restored, "--at-position", "20", "--json"]));
+    assert_eq!((&done["end_position"], &done["journal"]), (&json!(20), &first["journal"]));
+    let refused = run(&["restore", &backup, &restored]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(err(&refused).starts_with("error[restore.not_empty]: "), "{}", err(&refused));
+    let refused = run(&["restore", &backup, &restored, "--abandon"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(err(&refused).starts_with("error[restore.not_begun]: "), "{}", err(&refused));
+    let again = Store::open(&restored).unwrap();
+    append(&again, "goes on");
+    again.close().unwrap();
+    assert_eq!(lines(&ok(&["cat", "--json", &restored])).len(), 21);
+    let onto = run(&["backup", &store, &format!("{restored}/journal")]);
+    assert!(err(&onto).starts_with("error[backup.not_a_backup]: "), "{}", err(&onto));
+
+    // A damaged backup, and a restore that was left unfinished.
+    let segment = Path::new(&backup).join("0000000000000000.seg");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[4096 + 200] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let other = path("other");
+    assert_eq!(run(&["restore", &backup, &other]).status.code(), Some(3));
+    assert!(!Path::new(&other).exists(), "nothing was begun");
+    std::fs::create_dir_all(Path::new(&other).join("journal")).unwrap();
+    std::fs::write(Path::new(&other).join("journal/incoming"), "interrupted").unwrap();
+    assert!(matches!(Store::open(&other), Err(headwater::OpenError::Incomplete { .. })));
+    assert!(ok(&["restore", &backup, &other, "--abandon"]).starts_with("abandoned"));
+    assert!(matches!(Store::open(&other), Err(headwater::OpenError::NotFound { .. })));
 }

@@ -9,6 +9,8 @@
     reason = "tests: a failure is a panic, and what was tried is printed"
 )]
 
+#[cfg(feature = "test-kit")]
+mod backup;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "test-kit")]

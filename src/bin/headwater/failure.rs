@@ -4,13 +4,15 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use headwater::repair::RepairError;
-use headwater::{Corruption, IoError, OpenError, ReadError};
+use headwater::{BackupError, Corruption, IoError, OpenError, ReadError, RestoreError};
 
 #[derive(Debug)]
 pub(crate) enum Failure {
     Open(OpenError),
     Read(ReadError),
     Repair(RepairError),
+    Backup(BackupError),
+    Restore(RestoreError),
     /// What lies in front was printed.
     Damaged(Corruption),
     /// Damage was found and has been printed.
@@ -43,6 +45,18 @@ impl From<ReadError> for Failure {
     }
 }
 
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Self {
+        Self::Backup(error)
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Self {
+        Self::Restore(error)
+    }
+}
+
 impl From<IoError> for Failure {
     fn from(error: IoError) -> Self {
         Self::Open(error.into())
@@ -70,6 +84,8 @@ impl Failure {
             Self::Open(error) => (error.code(), error.to_string(), error.hint()),
             Self::Read(error) => (error.code(), error.to_string(), error.hint()),
             Self::Repair(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Backup(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Restore(error) => (error.code(), error.to_string(), error.hint()),
             Self::Damaged(corruption) => {
                 let error = ReadError::from(corruption.clone());
                 (error.code(), error.to_string(), error.hint())
@@ -92,13 +108,21 @@ impl Failure {
 
     pub(crate) fn exit_code(&self) -> ExitCode {
         let damage = match self {
-            Self::Open(error) => matches!(
+            Self::Open(error)
+            | Self::Backup(BackupError::Target(error))
+            | Self::Restore(RestoreError::Backup(error) | RestoreError::Target(error)) => matches!(
                 error,
                 OpenError::Corruption(_)
                     | OpenError::LostJournal { .. }
                     | OpenError::HistoryReplaced { .. }
             ),
-            Self::Read(error) => matches!(error, ReadError::Corruption(_) | ReadError::Gap { .. }),
+            Self::Read(error)
+            | Self::Backup(BackupError::Read(error))
+            | Self::Restore(RestoreError::Read(error)) => {
+                matches!(error, ReadError::Corruption(_) | ReadError::Gap { .. })
+            }
+            Self::Backup(BackupError::Missing { .. }) => true,
+            Self::Backup(_) | Self::Restore(_) => false,
             Self::Damaged(_) | Self::Reported => true,
             Self::Repair(_) | Self::Replaced | Self::Output(_) | Self::PipeClosed => false,
         };

@@ -1,5 +1,6 @@
-//! The command line: reads journals, and mends damaged ones. Described in `docs/cli.md`.
+//! The command line: reads journals, copies them, and mends damaged ones. Described in `docs/cli.md`.
 
+mod backup;
 mod cat;
 mod doctor;
 mod events;
@@ -17,8 +18,8 @@ use clap::{Parser, Subcommand};
 
 use crate::failure::Failure;
 
-/// Reads the event journals of Headwater, beside the service that writes. Nothing but `repair --apply`
-/// changes anything.
+/// Reads the event journals of Headwater, beside the service that writes, and copies them. Nothing but
+/// `repair --apply` changes any.
 #[derive(Debug, Parser)]
 #[command(
     name = "headwater",
@@ -45,6 +46,10 @@ enum Command {
     Doctor(Target),
     /// Tells what can be done about damage, and does it with --apply
     Repair(repair::Args),
+    /// Copies a journal, also one in use, into a directory; later only what is new
+    Backup(backup::BackupArgs),
+    /// Makes a store of a backup
+    Restore(backup::RestoreArgs),
 }
 
 /// What every command is told.
@@ -65,6 +70,8 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args),
         Command::Doctor(target) => doctor::run(&target),
         Command::Repair(args) => repair::run(&args),
+        Command::Backup(args) => backup::backup(&args),
+        Command::Restore(args) => backup::restore_or_abandon(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::PipeClosed) => ExitCode::SUCCESS,

@@ -189,6 +189,7 @@ impl Appender {
     ) -> Result<Self, OpenError> {
         options.check()?;
         let locked = Locked::take(fs, dir)?;
+        locked.refuse_unfinished()?;
         let exists = OpenError::AlreadyExists { path: dir.to_owned() };
         if read_node(&**fs, &locked.layout)?.is_some() || locked.has_segments()? {
             return Err(exists);
