@@ -36,6 +36,8 @@ mod shipping_processes;
 #[cfg(feature = "test-kit")]
 #[path = "../simulation/mod.rs"]
 mod simulation;
+#[cfg(feature = "test-kit")]
+mod tickets;
 mod verify;
 #[cfg(feature = "views")]
 mod views;
