@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{AppendError, OpenError, ReadError};
+use crate::error::{AppendError, IoError, OpenError, ReadError};
 use crate::event::{Revision, StreamId};
 use crate::fs::Fs;
 use crate::fs::os::OsFs;
@@ -140,6 +140,14 @@ impl Store {
     pub fn submit(&self, append: &Append) -> Result<Ticket, AppendError> {
         self.refuse_lost_tail()?;
         self.inner.appender.submit(append)
+    }
+
+    /// The last failure beside the commit path: recording the durable end, preparing or cutting a segment;
+    /// `None` if the last attempt worked. It makes no append fail; it weakens what recovery can prove, or
+    /// makes the next roll slower. Worth an alert.
+    #[must_use]
+    pub fn background_error(&self) -> Option<IoError> {
+        self.inner.appender.background_error()
     }
 
     /// Waits until everything that was appended, submitted or buffered before is durable. Returns the
