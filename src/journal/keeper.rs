@@ -9,6 +9,8 @@
 //! - Nothing here can lose an event: a mark that isn't written proves less, a segment that isn't prepared is
 //!   prepared when it is needed, and one that isn't cut is cut by the next recovery. So failures are
 //!   remembered and reported, and poison nothing.
+//! - A segment belongs to the keeper until it is taken, and never again: who orders one to be prepared may be
+//!   overtaken by who needs it.
 //! - A segment is cut only after everything in it is durable, and after the mark that says so.
 //! - Without a thread (an option) all of it is done at once, on the commit path.
 
@@ -22,6 +24,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::error::{IoContext, IoError};
 use crate::format::files::{Mark, Witness};
+use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::fs::{self, Allocate, File, Fs, OpenMode};
 use crate::journal::Journal;
 use crate::journal::layout::{Layout, MARK};
@@ -68,11 +71,15 @@ struct State {
     /// A task is being done.
     busy: bool,
     spare: Option<Spare>,
+    /// Segments below this one are in use: an order to prepare one of them came too late.
+    unused_from: u64,
     /// Somebody waits for the spare: no more pauses.
     urgent: bool,
     commits: Commits,
     stop: bool,
     error: Option<IoError>,
+    /// The first failure to cut a full segment. It is told at close: a file of the journal refused.
+    uncut: Option<IoError>,
 }
 
 /// How large the commits into the present segment are.
@@ -131,10 +138,12 @@ impl Keeper {
             tasks: VecDeque::new(),
             busy: false,
             spare: None,
+            unused_from: 0,
             urgent: false,
             commits: Commits::default(),
             stop: false,
             error: None,
+            uncut: None,
         };
         let shared = Arc::new(Shared {
             fs: Arc::clone(fs),
@@ -184,9 +193,15 @@ impl Keeper {
         written
     }
 
-    /// The last failure, if the last attempt failed.
+    /// The failure to cut a segment, if there was one; or else the last failure, if the last attempt failed.
     pub(crate) fn error(&self) -> Option<IoError> {
-        self.shared.state.lock().error.clone()
+        let state = self.shared.state.lock();
+        state.uncut.as_ref().or(state.error.as_ref()).cloned()
+    }
+
+    /// The first failure to cut a segment.
+    pub(crate) fn uncut(&self) -> Option<IoError> {
+        self.shared.state.lock().uncut.clone()
     }
 
     /// Orders the file of segment `number` to be prepared.
@@ -226,6 +241,8 @@ impl Keeper {
             self.run_tasks();
             state = self.shared.state.lock();
         }
+        // From here on the file is its user's: nothing that was ordered may touch it.
+        state.unused_from = number + 1;
         let usable = |spare: &Spare| spare.number == number;
         let (ready, allocate) = (state.spare.take().filter(usable), state.commits.allocate());
         drop(state);
@@ -307,6 +324,7 @@ impl Shared {
         let Some(task) = state.tasks.pop_front() else { return false };
         state.busy = true;
         let failed = match task {
+            Task::Prepare { number, .. } if number < state.unused_from => None,
             Task::Prepare { number, capacity_bytes } => {
                 let allocate = state.commits.allocate();
                 let made = MutexGuard::unlocked(state, || {
@@ -324,7 +342,9 @@ impl Shared {
             Task::Seal(seal) => {
                 // A mark that can't be written proves less; nothing is cut that it would have to protect.
                 self.sync_mark(state);
-                MutexGuard::unlocked(state, || self.cut(&seal)).err()
+                let failed = MutexGuard::unlocked(state, || self.cut(&seal)).err();
+                state.uncut = state.uncut.take().or(failed);
+                None
             }
         };
         if failed.is_some() {
@@ -379,9 +399,15 @@ impl Shared {
 
     fn create(&self, path: &std::path::Path) -> std::io::Result<Arc<dyn File>> {
         match self.fs.open(path, OpenMode::CreateNew) {
-            // Left over from an attempt of ours that failed.
+            // Left over from an attempt of ours that failed; it never had a header.
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                self.fs.open(path, OpenMode::Write)
+                let file = self.fs.open(path, OpenMode::Write)?;
+                let mut front = [0; HEADER_PAGE_BYTES];
+                fs::read_full_at(&*file, &mut front, 0)?;
+                if front.iter().any(|&byte| byte != 0) {
+                    return Err(error);
+                }
+                Ok(file)
             }
             opened => opened,
         }
@@ -412,5 +438,34 @@ fn fill(
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::os::OsFs;
+    use crate::position::JournalId;
+
+    /// An order to prepare a segment once came when it had been taken and filled, and wrote zeros over it.
+    #[test]
+    fn a_segment_that_was_taken_is_never_prepared_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path());
+        let disk: Arc<dyn Fs> = Arc::new(OsFs);
+        let mark = Mark::start(JournalId::random());
+        for background in [false, true] {
+            let number = u64::from(background);
+            let file = MarkFile::open(&*disk, &layout, 0).unwrap();
+            let keeper = Keeper::new(&disk, &layout, file, mark, background);
+            let taken = keeper.take_spare(number, 8192).unwrap();
+            // Even while its front is still empty.
+            fs::write_all_at(&*taken.file, &[7; 100], 6000).unwrap();
+            keeper.prepare(number, 8192);
+            keeper.stop();
+            let mut found = [0; 100];
+            fs::read_exact_at(&*taken.file, &mut found, 6000).unwrap();
+            assert_eq!(found, [7; 100]);
+        }
     }
 }

@@ -417,7 +417,10 @@ impl Appender {
         self.shared.journal.close_watch();
         match (self.shared.writer.lock().take(), poison) {
             (_, Some(poison)) => Err(CloseError::Poisoned(poison)),
-            (Some(writer), None) => writer.close(None).map_err(CloseError::Mark),
+            (Some(writer), None) => {
+                writer.close(None).map_err(CloseError::Mark)?;
+                self.shared.keeper.uncut().map_or(Ok(()), |error| Err(CloseError::Cut(error)))
+            }
             (None, None) => Ok(()),
         }
     }
@@ -672,6 +675,9 @@ pub enum CloseError {
     /// The mark could not be written; the next opening scans the last segment.
     #[error("the journal could not be marked as closed: {0}")]
     Mark(IoError),
+    /// A full segment could not be cut to its length, some time before; the next opening does it.
+    #[error("a full segment could not be cut to its length: {0}")]
+    Cut(IoError),
 }
 
 /// Can't happen: `close` waits until nothing is under way.
