@@ -287,6 +287,13 @@ impl Keeper {
     }
 }
 
+impl State {
+    /// Whether segment `number` is neither in use nor prepared already.
+    fn wants(&self, number: u64) -> bool {
+        number >= self.unused_from && self.spare.as_ref().is_none_or(|spare| spare.number != number)
+    }
+}
+
 impl Shared {
     fn run(&self) {
         let mut state = self.state.lock();
@@ -324,7 +331,7 @@ impl Shared {
         let Some(task) = state.tasks.pop_front() else { return false };
         state.busy = true;
         let failed = match task {
-            Task::Prepare { number, .. } if number < state.unused_from => None,
+            Task::Prepare { number, .. } if !state.wants(number) => None,
             Task::Prepare { number, capacity_bytes } => {
                 let allocate = state.commits.allocate();
                 let made = MutexGuard::unlocked(state, || {
