@@ -1,5 +1,5 @@
 //! Time and randomness, from the system; under feature `test-kit` a thread can replace both by a seeded
-//! sequence, so that a simulated run can be repeated, and put off what is otherwise done at once.
+//! sequence, so that a simulated run can be repeated.
 
 use uuid::Uuid;
 
@@ -51,30 +51,5 @@ mod seeded {
     }
 }
 
-/// Whether this thread puts off the work beside the commit path.
-pub(crate) fn is_background_deferred() -> bool {
-    #[cfg(feature = "test-kit")]
-    return deferred::DEFERRED.get();
-    #[cfg(not(feature = "test-kit"))]
-    false
-}
-
-#[cfg(feature = "test-kit")]
-mod deferred {
-    use std::cell::Cell;
-
-    thread_local! {
-        pub(super) static DEFERRED: Cell<bool> = const { Cell::new(false) };
-    }
-
-    /// Whether journals without a thread of their own put off, on this thread, preparing and cutting
-    /// segments, as one with a slow thread would: until they need a segment, are closed, or are told to.
-    pub fn defer_background(defer: bool) {
-        DEFERRED.set(defer);
-    }
-}
-
-#[cfg(feature = "test-kit")]
-pub use deferred::defer_background;
 #[cfg(feature = "test-kit")]
 pub use seeded::seed;

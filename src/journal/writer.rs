@@ -141,7 +141,7 @@ impl Writer {
         if let (Some(full), Some(segment)) = (self.active.replace(active), sealed) {
             let len = file_offset(full.page.header.base_offset, end.offset);
             let journal = self.journal.clone();
-            self.keeper.seal(Seal { journal, segment, file: full.file.file, len });
+            self.keeper.seal(&Seal { journal, segment, file: full.file.file, len });
         }
         Ok(())
     }
@@ -169,11 +169,6 @@ impl Writer {
     /// What enters the chain of the batch at `offset`, if it is the segment's first.
     pub(crate) fn digest_at(&self, offset: u64) -> Option<[u8; 32]> {
         self.page().filter(|page| page.header.base_offset == offset).map(|page| page.digest)
-    }
-
-    /// Size up to which the active segment's file is allocated.
-    pub(crate) fn capacity_bytes(&self) -> u64 {
-        self.active.as_ref().map_or(0, |active| active.capacity_bytes)
     }
 
     /// Writes batches behind those that were written, unsynced; they end at `end`.

@@ -212,26 +212,11 @@ impl Shared {
         if state.poison().is_some() {
             self.journal.close_watch(); // put off, because this sync was under way
         }
-        let prepare = state.room_bytes < state.prepare_at_bytes;
-        if prepare {
-            state.prepare_at_bytes = 0;
-        }
         self.call_leader(&state);
         drop(state);
         written.group.resolve(Outcome::Durable);
         self.room.notify_all();
         self.keeper.mark(written.end, None);
-        if prepare {
-            self.order_spare();
-        }
-    }
-
-    /// Has the next segment prepared beside the commit path.
-    fn order_spare(&self) {
-        let ordered = self.writer.lock().as_ref().map(|writer| self.segment_after(writer));
-        if let Some((number, capacity_bytes)) = ordered {
-            self.keeper.prepare(number, capacity_bytes);
-        }
     }
 
     /// A write or sync has failed.

@@ -18,7 +18,6 @@
 //!   that may have reached the disk get `Unknown`, everybody else `Poisoned`, all at once.
 //! - No answer rests on what isn't durable: a conflict or duplicate that is decided by a batch behind the
 //!   durable end is given only once that batch is durable.
-//! - Segments are prepared beside the commit path, and cut beside it ([`keeper`](super::keeper)).
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
@@ -104,8 +103,6 @@ struct State {
     durable_offset: u64,
     /// Bytes of batches that the active segment can still take behind `next`.
     room_bytes: u64,
-    /// The room at which the next segment is prepared; 0 once that was ordered.
-    prepare_at_bytes: u64,
     alignment: Alignment,
     open: OpenGroup,
     /// Closed groups that have no outcome yet; at most two.
@@ -288,7 +285,6 @@ impl Appender {
             next: Place { offset: end.offset, position: end.position },
             durable_offset: end.offset,
             room_bytes: 0,
-            prepare_at_bytes: 0,
             alignment: Alignment::of(&writer),
             open: OpenGroup::new(),
             closed: VecDeque::new(),
@@ -330,9 +326,8 @@ impl Appender {
         &self.shared.report
     }
 
-    /// The last failure beside the commit path: recording the durable end, preparing or cutting a segment;
-    /// `None` if the last attempt worked. It makes no append fail; it weakens what recovery can prove, or
-    /// makes the next roll slower.
+    /// The last failure beside the commit path: recording the durable end, or cutting a full segment;
+    /// `None` if the last attempt worked. It makes no append fail; it weakens what recovery can prove.
     #[must_use]
     pub fn background_error(&self) -> Option<IoError> {
         self.shared.keeper.error()
@@ -386,12 +381,6 @@ impl Appender {
     /// [`AppendError::Poisoned`] if that can't be any more.
     pub fn flush(&self) -> Result<Checkpoint, AppendError> {
         self.shared.flush()
-    }
-
-    /// Does what was put off by [`env::defer_background`](crate::env::defer_background).
-    #[cfg(feature = "test-kit")]
-    pub fn run_background_work(&self) {
-        self.shared.keeper.run_tasks();
     }
 
     /// Whether there is a thread that leads for those who don't wait. Where there can't be one, they lead.
@@ -721,8 +710,6 @@ impl State {
 
     fn enter_segment(&mut self, writer: &Writer, offset: u64) {
         self.room_bytes = writer.room_behind(offset);
-        // When three quarters are left.
-        self.prepare_at_bytes = writer.capacity_bytes() / 4 * 3;
         self.alignment = Alignment::of(writer);
     }
 
