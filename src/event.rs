@@ -1,8 +1,8 @@
 //! Events, the streams they belong to, and the typed events of an application.
 
 use std::fmt;
-use std::sync::Arc;
 
+use smol_str::SmolStr;
 use uuid::Uuid;
 
 use crate::codec::CodecError;
@@ -92,7 +92,9 @@ fn check_name(what: &'static str, name: &str, max: usize) -> Result<(), InvalidE
         return Err(InvalidEvent::Empty { what });
     }
     check_len(what, name.len(), max)?;
-    if name.chars().any(char::is_control) {
+    // Nearly all names are plain ASCII, for which looking at bytes is enough.
+    let plain = name.bytes().all(|byte| (b' '..0x7f).contains(&byte));
+    if !plain && name.chars().any(char::is_control) {
         return Err(InvalidEvent::ControlCharacter { what });
     }
     Ok(())
@@ -112,7 +114,7 @@ const fn check_len(what: &'static str, len: usize, max: usize) -> Result<(), Inv
 /// # Ok::<(), headwater::InvalidEvent>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct StreamId(Arc<str>);
+pub struct StreamId(SmolStr);
 
 impl StreamId {
     /// Checks and takes a name.
@@ -145,7 +147,7 @@ impl StreamId {
 /// The name of an event's type, such as `order.placed`: at most 255 bytes, no control characters. It is
 /// stable: it is stored with every event.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct EventType(Arc<str>);
+pub struct EventType(SmolStr);
 
 impl EventType {
     /// Checks and takes a name.
@@ -327,13 +329,15 @@ impl PayloadCodec {
 ///     .metadata("source", "web");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// It owns its payload, or borrows it ([`raw_ref`](NewEvent::raw_ref)).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewEvent {
+pub struct NewEvent<P = Vec<u8>> {
     pub(crate) id: EventId,
     pub(crate) event_type: EventType,
     pub(crate) schema_version: u32,
     pub(crate) codec: PayloadCodec,
-    pub(crate) payload: Vec<u8>,
+    pub(crate) payload: P,
     pub(crate) tags: Vec<String>,
     pub(crate) subject: Option<String>,
     pub(crate) correlation: Option<EventId>,
@@ -378,12 +382,36 @@ impl NewEvent {
         let event_type = EventType::new(kind.name)?;
         Ok(Self::with_codec(event_type, kind.schema_version, codec, payload))
     }
+}
 
+impl<'a> NewEvent<&'a [u8]> {
+    /// An event with a borrowed payload of plain bytes and a new id. The payload is copied once, into the
+    /// [`Append`](crate::Append) that takes the event; nothing is allocated for it.
+    ///
+    /// ```
+    /// use headwater::{Append, EventType, ExpectedRevision, NewEvent, StreamId};
+    /// let read = EventType::new("sensor.read")?;
+    /// let received = b"21.5;21.6;21.4";
+    /// let readings = received.split(|&byte| byte == b';');
+    /// let append = Append::to(
+    ///     &StreamId::new("sensor-4")?,
+    ///     ExpectedRevision::Any,
+    ///     readings.map(|reading| NewEvent::raw_ref(&read, reading)),
+    /// );
+    /// # Ok::<(), headwater::InvalidEvent>(())
+    /// ```
+    #[must_use]
+    pub fn raw_ref(event_type: &EventType, payload: &'a [u8]) -> Self {
+        Self::with_codec(event_type.clone(), 1, PayloadCodec::Raw, payload)
+    }
+}
+
+impl<P> NewEvent<P> {
     fn with_codec(
         event_type: EventType,
         schema_version: u32,
         codec: PayloadCodec,
-        payload: Vec<u8>,
+        payload: P,
     ) -> Self {
         Self {
             id: EventId::new(),

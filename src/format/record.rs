@@ -159,7 +159,7 @@ fn texts<'a>(
 
 /// How long the record of `event` is.
 #[must_use]
-pub(crate) fn encoded_len(event: &NewEvent, stream: &StreamId) -> usize {
+pub(crate) fn encoded_len<P: AsRef<[u8]>>(event: &NewEvent<P>, stream: &StreamId) -> usize {
     let text16 = |text: &String| 2 + text.len();
     let option = |present: bool, len: usize| if present { len } else { 0 };
     RECORD_FIXED_BYTES
@@ -171,27 +171,33 @@ pub(crate) fn encoded_len(event: &NewEvent, stream: &StreamId) -> usize {
         + option(event.causation.is_some(), 24)
         + event.subject.as_ref().map_or(0, text16)
         + event.metadata.iter().map(|(key, value)| text16(key) + text16(value)).sum::<usize>()
-        + event.payload.len()
+        + event.payload.as_ref().len()
 }
 
 /// Appends the record of `event` to `out`. The event has passed [`NewEvent::check`].
-pub fn encode(out: &mut Vec<u8>, event: &NewEvent, stream: &StreamId, revision: Revision) {
+pub fn encode<P: AsRef<[u8]>>(
+    out: &mut Vec<u8>,
+    event: &NewEvent<P>,
+    stream: &StreamId,
+    revision: Revision,
+) {
     let start = out.len();
+    out.reserve(encoded_len(event, stream));
     let mut fields = 0;
     fields |= if event.occurred_at_us.is_some() { HAS_OCCURRED_AT } else { 0 };
     fields |= if event.correlation.is_some() { HAS_CORRELATION } else { 0 };
     fields |= if event.causation.is_some() { HAS_CAUSATION } else { 0 };
     fields |= if event.subject.is_some() { HAS_SUBJECT } else { 0 };
-    out.extend_from_slice(&[0; 10]); // lengths below; no flags
-    out.extend_from_slice(&[event.codec.to_byte(), fields]);
-    out.extend_from_slice(&event.schema_version.to_le_bytes());
-    out.extend_from_slice(event.id.as_bytes());
-    out.extend_from_slice(&revision.get().to_le_bytes());
-    put_len16(out, stream.as_str().len());
-    put_len16(out, event.event_type.as_str().len());
-    put_len16(out, event.tags.len());
-    put_len16(out, event.metadata.len());
-    out.extend_from_slice(&[0; 8]);
+    let mut fixed = [0; RECORD_FIXED_BYTES]; // lengths below; no flags
+    fixed[10..12].copy_from_slice(&[event.codec.to_byte(), fields]);
+    fixed[12..16].copy_from_slice(&event.schema_version.to_le_bytes());
+    fixed[16..32].copy_from_slice(event.id.as_bytes());
+    fixed[REVISION_AT..40].copy_from_slice(&revision.get().to_le_bytes());
+    fixed[40..42].copy_from_slice(&len16(stream.as_str().len()));
+    fixed[42..44].copy_from_slice(&len16(event.event_type.as_str().len()));
+    fixed[44..46].copy_from_slice(&len16(event.tags.len()));
+    fixed[46..48].copy_from_slice(&len16(event.metadata.len()));
+    out.extend_from_slice(&fixed);
     out.extend_from_slice(stream.as_str().as_bytes());
     out.extend_from_slice(event.event_type.as_str().as_bytes());
     event.tags.iter().for_each(|tag| put_text16(out, tag));
@@ -213,7 +219,7 @@ pub fn encode(out: &mut Vec<u8>, event: &NewEvent, stream: &StreamId, revision: 
         put_text16(out, value);
     }
     let header_len = out.len() - start;
-    out.extend_from_slice(&event.payload);
+    out.extend_from_slice(event.payload.as_ref());
     let len = out.len() - start;
     debug_assert_eq!(len, encoded_len(event, stream));
     // Both fit: `NewEvent::check` bounds the header, the batch limit bounds the record.
@@ -227,11 +233,11 @@ pub(crate) fn set_revision(body: &mut [u8], record_at: usize, revision: Revision
     body[at..at + 8].copy_from_slice(&revision.get().to_le_bytes());
 }
 
-fn put_len16(out: &mut Vec<u8>, len: usize) {
-    out.extend_from_slice(&(len as u16).to_le_bytes());
+const fn len16(len: usize) -> [u8; 2] {
+    (len as u16).to_le_bytes()
 }
 
 fn put_text16(out: &mut Vec<u8>, text: &str) {
-    put_len16(out, text.len());
+    out.extend_from_slice(&len16(text.len()));
     out.extend_from_slice(text.as_bytes());
 }

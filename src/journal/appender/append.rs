@@ -1,9 +1,13 @@
 //! What an append is given and what it answers.
 
 use std::collections::HashSet;
+use std::fmt;
+use std::ops::Range;
 
 use crate::error::InvalidAppend;
-use crate::event::{EventId, ExpectedRevision, NewEvent, Revision, StreamId};
+use crate::event::{EventId, ExpectedRevision, InvalidEvent, NewEvent, Revision, StreamId};
+use crate::format::batch::{BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES};
+use crate::format::record;
 use crate::format::sidecar::id_hash;
 use crate::position::{Durability, Position, Token};
 
@@ -17,47 +21,90 @@ use crate::position::{Durability, Position, Token};
 ///     .and_expect(&StreamId::new("customer-3")?, ExpectedRevision::Exact(Revision::new(4)));
 /// # Ok::<(), headwater::InvalidEvent>(())
 /// ```
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Append {
     pub(super) parts: Vec<Part>,
     pub(super) durability: Durability,
+    /// Room for the batch's header, and the records of all parts, encoded when they were given; only their
+    /// revisions are missing. So events are never kept as values, and a retry needs no second encoding.
+    pub(super) bytes: Vec<u8>,
+    /// Where each record begins.
+    pub(super) starts: Vec<usize>,
+    ids: Vec<EventId>,
+    /// What is wrong with the first event that can't be written.
+    invalid: Option<InvalidEvent>,
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     pub(super) stream: StreamId,
     pub(super) expected: ExpectedRevision,
-    pub(super) events: Vec<NewEvent>,
+    /// Which of the append's events are for this stream.
+    pub(super) events: Range<usize>,
 }
 
 impl Append {
     /// Events for one stream.
     #[must_use]
-    pub fn to(
+    pub fn to<P: AsRef<[u8]>>(
         stream: &StreamId,
         expected: ExpectedRevision,
-        events: impl IntoIterator<Item = NewEvent>,
+        events: impl IntoIterator<Item = NewEvent<P>>,
     ) -> Self {
         Self::default().and_to(stream, expected, events)
     }
 
     /// Events for a further stream, in the same batch.
     #[must_use]
-    pub fn and_to(
+    pub fn and_to<P: AsRef<[u8]>>(
         mut self,
         stream: &StreamId,
         expected: ExpectedRevision,
-        events: impl IntoIterator<Item = NewEvent>,
+        events: impl IntoIterator<Item = NewEvent<P>>,
     ) -> Self {
-        let events = events.into_iter().collect();
+        let from = self.starts.len();
+        let mut events = events.into_iter();
+        if let Some(first) = events.next() {
+            self.reserve(events.size_hint().0, record::encoded_len(&first, stream));
+            self.encode(&first, stream);
+        }
+        for event in events {
+            self.encode(&event, stream);
+        }
+        let events = from..self.starts.len();
         self.parts.push(Part { stream: stream.clone(), expected, events });
         self
     }
 
     /// A condition on a stream that isn't written.
     #[must_use]
-    pub fn and_expect(self, stream: &StreamId, expected: ExpectedRevision) -> Self {
-        self.and_to(stream, expected, [])
+    pub fn and_expect(mut self, stream: &StreamId, expected: ExpectedRevision) -> Self {
+        let events = self.starts.len()..self.starts.len();
+        self.parts.push(Part { stream: stream.clone(), expected, events });
+        self
+    }
+
+    /// Makes room for an event of `len` bytes and `more` like it: events of one append are often alike.
+    fn reserve(&mut self, more: usize, len: usize) {
+        let fit = BATCH_BYTES_LIMIT as usize / len;
+        let count = more.min(fit) + 1;
+        self.bytes.reserve(BATCH_HEADER_BYTES + count * len);
+        self.starts.reserve(count);
+        self.ids.reserve(count);
+    }
+
+    /// What can't be written is not encoded, and remembered: appending tells.
+    fn encode<P: AsRef<[u8]>>(&mut self, event: &NewEvent<P>, stream: &StreamId) {
+        if let Err(invalid) = event.check() {
+            self.invalid.get_or_insert(invalid);
+            return;
+        }
+        if self.bytes.is_empty() {
+            self.bytes.resize(BATCH_HEADER_BYTES, 0);
+        }
+        self.starts.push(self.bytes.len());
+        self.ids.push(event.id);
+        record::encode(&mut self.bytes, event, stream, Revision::FIRST);
     }
 
     /// Sets what the answer vouches for; by default, that the events are durable.
@@ -77,12 +124,14 @@ impl Append {
 
     /// Verifies what can be verified without the journal. `hashes` are those of the ids, in order.
     pub(super) fn check(&self, hashes: &[u64]) -> Result<(), InvalidAppend> {
+        if let Some(invalid) = &self.invalid {
+            return Err(invalid.clone().into());
+        }
         let mut streams = HashSet::new();
         for part in &self.parts {
             if self.parts.len() > 1 && !streams.insert(&part.stream) {
                 return Err(InvalidAppend::RepeatedStream(part.stream.clone()));
             }
-            part.events.iter().try_for_each(NewEvent::check)?;
         }
         if hashes.is_empty() {
             return Err(InvalidAppend::Empty);
@@ -90,8 +139,12 @@ impl Append {
         self.repeated_id(hashes).map_or(Ok(()), |id| Err(InvalidAppend::RepeatedId(id)))
     }
 
-    /// Sorting the hashes is quicker than a set of the ids, which is asked only if two are the same.
+    /// Ids that ascend, as new ones do, are all different. Otherwise sorting the hashes is quicker than a
+    /// set of the ids, which is asked only if two are the same.
     fn repeated_id(&self, hashes: &[u64]) -> Option<EventId> {
+        if self.ids.is_sorted_by(|id, next| id < next) {
+            return None;
+        }
         let mut sorted = hashes.to_vec();
         sorted.sort_unstable();
         if sorted.windows(2).all(|pair| pair.first() != pair.last()) {
@@ -102,11 +155,20 @@ impl Append {
     }
 
     pub(super) fn ids(&self) -> impl Iterator<Item = EventId> {
-        self.parts.iter().flat_map(|part| &part.events).map(|event| event.id)
+        self.ids.iter().copied()
     }
 
     pub(super) fn id_hashes(&self) -> Vec<u64> {
         self.ids().map(|id| id_hash(&id)).collect()
+    }
+}
+
+impl fmt::Debug for Append {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { parts, durability, bytes, starts: _, ids, invalid } = self;
+        let mut shown = f.debug_struct("Append");
+        shown.field("parts", parts).field("durability", durability).field("ids", ids);
+        shown.field("len_bytes", &bytes.len()).field("invalid", invalid).finish()
     }
 }
 

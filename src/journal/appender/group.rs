@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use crate::error::Poison;
 use crate::event::{Revision, StreamId};
-use crate::format::batch::{BATCH_HEADER_BYTES, BatchHeader, body_digest};
+use crate::format::batch::{BATCH_ALIGNMENT, BATCH_HEADER_BYTES, BatchHeader, body_digest};
 use crate::format::sidecar::SegmentIndex;
 use crate::format::{crc32, record};
-use crate::journal::appender::append::{Append, Part};
+use crate::journal::appender::append::Append;
 use crate::sync::{Gate, Mutex, Signal};
 
 /// What became of a group.
@@ -139,25 +139,16 @@ pub(super) struct Draft {
 
 impl Draft {
     pub(super) fn of(append: &Append, ids: Vec<u64>) -> Self {
-        let part_len = |part: &Part| -> usize {
-            part.events.iter().map(|event| record::encoded_len(event, &part.stream)).sum()
-        };
-        let len: usize = append.parts.iter().map(part_len).sum();
-        // And some for the padding, so that the batch never moves.
-        let mut bytes = Vec::with_capacity(BATCH_HEADER_BYTES + len + 64);
-        bytes.resize(BATCH_HEADER_BYTES, 0);
-        let mut starts = Vec::with_capacity(ids.len());
-        let mut runs = Vec::with_capacity(append.parts.len());
-        for part in append.parts.iter().filter(|part| !part.events.is_empty()) {
-            let from = starts.len();
-            for event in &part.events {
-                starts.push(bytes.len());
-                record::encode(&mut bytes, event, &part.stream, Revision::FIRST);
-            }
-            let (stream, first) = (part.stream.clone(), Revision::FIRST);
-            runs.push(Run { stream, first, events: from..starts.len() });
-        }
-        Self { bytes, starts, runs, ids }
+        // With some room for the padding, so that the batch never moves.
+        let mut bytes = Vec::with_capacity(append.bytes.len() + BATCH_ALIGNMENT as usize);
+        bytes.extend_from_slice(&append.bytes);
+        let written = append.parts.iter().filter(|part| !part.events.is_empty());
+        let runs = written.map(|part| Run {
+            stream: part.stream.clone(),
+            first: Revision::FIRST,
+            events: part.events.clone(),
+        });
+        Self { bytes, starts: append.starts.clone(), runs: runs.collect(), ids }
     }
 
     pub(super) fn body_len(&self) -> u64 {
