@@ -33,12 +33,43 @@ pub(crate) fn random_u64() -> u64 {
     (high ^ low.rotate_left(17)) | 1
 }
 
+/// How many steps of the work beside the commit path are taken behind a commit, where there is no thread for
+/// them. One; a seeded run takes none for a while, or many.
+pub(crate) fn background_steps() -> usize {
+    #[cfg(feature = "test-kit")]
+    return seeded::background_steps();
+    #[cfg(not(feature = "test-kit"))]
+    1
+}
+
 #[cfg(feature = "test-kit")]
 mod seeded {
     use std::cell::RefCell;
 
     thread_local! {
         static RNG: RefCell<Option<fastrand::Rng>> = const { RefCell::new(None) };
+        static BACKGROUND: RefCell<Option<Background>> = const { RefCell::new(None) };
+    }
+
+    struct Background {
+        rng: fastrand::Rng,
+        steps_max: usize,
+    }
+
+    /// Makes the pace of the work beside the commit path, where this thread does it, follow from `seed`: from
+    /// a thread that never gets to run to one that is always done at once. `None`: a step behind each commit.
+    pub fn seed_background(seed: Option<u64>) {
+        BACKGROUND.set(seed.map(|seed| {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let steps_max = [0, 1, 2, 2, 3, 10][rng.usize(..6)];
+            Background { rng, steps_max }
+        }));
+    }
+
+    pub(super) fn background_steps() -> usize {
+        BACKGROUND.with_borrow_mut(|background| {
+            background.as_mut().map_or(1, |Background { rng, steps_max }| rng.usize(..=*steps_max))
+        })
     }
 
     /// Makes time and randomness of this thread follow from `seed`; `None` gives them back to the system.
@@ -52,4 +83,4 @@ mod seeded {
 }
 
 #[cfg(feature = "test-kit")]
-pub use seeded::seed;
+pub use seeded::{seed, seed_background};

@@ -90,9 +90,9 @@ fn a_flipped_bit_is_reported_with_file_offset_and_position() {
 /// A test that finds nothing proves nothing: these bugs must be found, within so many seeds.
 #[test]
 fn planted_bugs_are_caught() {
-    for (bug, within) in
-        [(Bug::AcknowledgeBeforeSync, 10), (Bug::NoBodyCheck, 30), (Bug::NoDirectorySync, 30)]
-    {
+    let bugs =
+        [(Bug::AcknowledgeBeforeSync, 10), (Bug::NoBodyCheck, 30), (Bug::NoDirectorySync, 30)];
+    for (bug, within) in bugs {
         let caught = (0..within).find(|seed| life::run(*seed, Some(bug)).is_err());
         let seed = caught.unwrap_or_else(|| panic!("{bug:?} was not caught within {within} seeds"));
         println!("{bug:?} caught by seed {seed}");

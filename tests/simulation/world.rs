@@ -45,6 +45,7 @@ pub(crate) fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -
     planted::plant(bug);
     let outcome = work();
     headwater::env::seed(None);
+    headwater::env::seed_background(None);
     planted::plant(None);
     outcome
 }
@@ -179,6 +180,8 @@ impl World {
     // --------------------------------------------------------------------------------------------- opening
 
     pub(crate) fn open(&self) -> Result<Store, OpenError> {
+        // What is done beside the commits goes on at a pace of its own in each life.
+        headwater::env::seed_background(Some(self.fs.trace_hash()));
         Store::builder(DIR)
             .create_if_missing()
             .journal_options(self.options.clone())
