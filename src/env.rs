@@ -56,12 +56,12 @@ mod seeded {
         steps_max: usize,
     }
 
-    /// Makes the pace of the work beside the commit path, where this thread does it, follow from `seed`: from
-    /// a thread that never gets to run to one that is always done at once. `None`: a step behind each commit.
-    pub fn seed_background(seed: Option<u64>) {
-        BACKGROUND.set(seed.map(|seed| {
-            let mut rng = fastrand::Rng::with_seed(seed);
-            let steps_max = [0, 1, 2, 2, 3, 10][rng.usize(..6)];
+    /// The pace of the work beside the commit path where this thread does it: behind each commit so many steps
+    /// at the most, drawn from `seed`. From 0, a thread that never gets to run, to many, one that is always
+    /// done at once. `None`: one behind each commit.
+    pub fn pace_background(pace: Option<(usize, u64)>) {
+        BACKGROUND.set(pace.map(|(steps_max, seed)| {
+            let rng = fastrand::Rng::with_seed(seed);
             Background { rng, steps_max }
         }));
     }
@@ -83,4 +83,4 @@ mod seeded {
 }
 
 #[cfg(feature = "test-kit")]
-pub use seeded::{seed, seed_background};
+pub use seeded::{pace_background, seed};

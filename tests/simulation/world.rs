@@ -45,7 +45,7 @@ pub(crate) fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -
     planted::plant(bug);
     let outcome = work();
     headwater::env::seed(None);
-    headwater::env::seed_background(None);
+    headwater::env::pace_background(None);
     planted::plant(None);
     outcome
 }
@@ -181,7 +181,9 @@ impl World {
 
     pub(crate) fn open(&self) -> Result<Store, OpenError> {
         // What is done beside the commits goes on at a pace of its own in each life.
-        headwater::env::seed_background(Some(self.fs.trace_hash()));
+        let seed = self.fs.trace_hash();
+        let steps_max = [0, 1, 2, 2, 3, 10][(seed % 6) as usize];
+        headwater::env::pace_background(Some((steps_max, seed)));
         Store::builder(DIR)
             .create_if_missing()
             .journal_options(self.options.clone())
