@@ -48,27 +48,29 @@ mod seeded {
 
     thread_local! {
         static RNG: RefCell<Option<fastrand::Rng>> = const { RefCell::new(None) };
-        static BACKGROUND: RefCell<Option<Background>> = const { RefCell::new(None) };
+        static PACE: RefCell<Option<Pace>> = const { RefCell::new(None) };
     }
 
-    struct Background {
-        rng: fastrand::Rng,
-        steps_max: usize,
+    /// How many steps of the work beside the commit path are taken behind each commit.
+    #[derive(Debug)]
+    pub enum Pace {
+        /// Always so many.
+        Steps(usize),
+        /// From none to so many.
+        Drawn(usize, fastrand::Rng),
     }
 
-    /// The pace of the work beside the commit path where this thread does it: behind each commit so many steps
-    /// at the most, drawn from `seed`. From 0, a thread that never gets to run, to many, one that is always
-    /// done at once. `None`: one behind each commit.
-    pub fn pace_background(pace: Option<(usize, u64)>) {
-        BACKGROUND.set(pace.map(|(steps_max, seed)| {
-            let rng = fastrand::Rng::with_seed(seed);
-            Background { rng, steps_max }
-        }));
+    /// Sets the pace of the work beside the commit path where this thread does it: from a thread that never
+    /// gets to run to one that is always done at once. `None`: one step behind each commit.
+    pub fn pace_background(pace: Option<Pace>) {
+        PACE.set(pace);
     }
 
     pub(super) fn background_steps() -> usize {
-        BACKGROUND.with_borrow_mut(|background| {
-            background.as_mut().map_or(1, |Background { rng, steps_max }| rng.usize(..=*steps_max))
+        PACE.with_borrow_mut(|pace| match pace {
+            None => 1,
+            Some(Pace::Steps(steps)) => *steps,
+            Some(Pace::Drawn(most, rng)) => rng.usize(..=*most),
         })
     }
 
@@ -83,4 +85,4 @@ mod seeded {
 }
 
 #[cfg(feature = "test-kit")]
-pub use seeded::{pace_background, seed};
+pub use seeded::{Pace, pace_background, seed};

@@ -233,7 +233,7 @@ impl Keeper {
                     state.order = None;
                     return Ok(spare);
                 }
-                Place::Ready(spare) => state.place = spare.to_grow(capacity_bytes),
+                Place::Ready(spare) => state.place = spare.enlarge(capacity_bytes),
                 Place::Busy => {
                     state.place = Place::Busy;
                     self.shared.changed.wait(&mut state);

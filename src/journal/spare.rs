@@ -132,7 +132,7 @@ impl Begun {
 
 impl Spare {
     /// The same file on its way to being larger.
-    pub(crate) fn to_grow(self, capacity_bytes: u64) -> Place {
+    pub(crate) fn enlarge(self, capacity_bytes: u64) -> Place {
         let Self { file, capacity_bytes: filled_bytes, .. } = self;
         Place::Begun(Begun { file, filled_bytes, capacity_bytes })
     }
@@ -186,7 +186,7 @@ mod tests {
         let spare = ready(Place::Nothing, size);
         assert_eq!((spare.number, spare.capacity_bytes), (7, size));
         assert_eq!(std::fs::read(&spare.path).unwrap(), vec![0; size as usize]);
-        let spare = ready(spare.to_grow(size * 2), size);
+        let spare = ready(spare.enlarge(size * 2), size);
         assert_eq!(spare.capacity_bytes, size * 2);
         assert_eq!(std::fs::read(&spare.path).unwrap(), vec![0; size as usize * 2]);
 

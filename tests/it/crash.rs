@@ -48,7 +48,7 @@ fn every_fault_at_every_operation_of_every_scenario_is_survived() {
     let work = || {
         let mut crashes = 0;
         while let Some(scenario) = SCENARIOS.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let here = every_fault::run(scenario, 1, Second::Sampled(1));
+            let here = every_fault::run(scenario, 1, Second::Sampled(1), None);
             crashes += here.unwrap_or_else(|what| panic!("{what}"));
         }
         crashes
@@ -97,4 +97,9 @@ fn planted_bugs_are_caught() {
         let seed = caught.unwrap_or_else(|| panic!("{bug:?} was not caught within {within} seeds"));
         println!("{bug:?} caught by seed {seed}");
     }
+    let bug = Bug::NameSyncedAgain;
+    let ahead = SCENARIOS.iter().find(|s| s.name == "prepared ahead, cut behind").unwrap();
+    let run = |seed| every_fault::run(ahead, seed, Second::Sampled(0), Some(bug));
+    let what = (0..10).find_map(|seed| run(seed).err());
+    println!("{}", what.unwrap_or_else(|| panic!("{bug:?} was not caught within 10 seeds")));
 }

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use headwater::env::{Pace, pace_background};
 use headwater::format::batch::{BatchHeader, body_digest, padded_len};
 use headwater::format::record;
 use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
@@ -519,7 +520,7 @@ fn row_a5_stray_bytes_behind_a_sealed_end_are_corruption() {
 #[test]
 fn step_b4_rewrite_of_unproven_batches_and_headers() {
     // The failing sync is the last one of its append.
-    headwater::env::pace_background(Some((0, 0)));
+    pace_background(Some(Pace::Steps(0)));
     let mut shown_unproven = 0;
     for events in 1..14 {
         for seed in 0..12 {

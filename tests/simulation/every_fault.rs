@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use headwater::fs::sim::{Down, Fault, Repeat, SimFs};
+use headwater::planted::Bug;
 use headwater::{RecoveryReport, Store};
 
 use super::Check;
@@ -100,8 +101,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// Runs one scenario in the world of `seed`; how many crashes there were.
-pub(crate) fn run(scenario: &Scenario, seed: u64, second: Second) -> Check<u64> {
-    seeded(seed, None, || {
+pub(crate) fn run(scenario: &Scenario, seed: u64, second: Second, bug: Option<Bug>) -> Check<u64> {
+    seeded(seed, bug, || {
         let mut world = World::new(seed);
         let name = scenario.name;
         (scenario.prepare)(&mut world)

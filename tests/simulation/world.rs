@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use headwater::env::{Pace, pace_background};
 use headwater::fs::Fs;
 use headwater::fs::sim::{Down, Fault, FaultRates, Repeat, SectorSize, SimFs};
 use headwater::planted::{self, Bug};
@@ -45,7 +46,7 @@ pub(crate) fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -
     planted::plant(bug);
     let outcome = work();
     headwater::env::seed(None);
-    headwater::env::pace_background(None);
+    pace_background(None);
     planted::plant(None);
     outcome
 }
@@ -182,8 +183,8 @@ impl World {
     pub(crate) fn open(&self) -> Result<Store, OpenError> {
         // What is done beside the commits goes on at a pace of its own in each life.
         let seed = self.fs.trace_hash();
-        let steps_max = [0, 1, 2, 2, 3, 10][(seed % 6) as usize];
-        headwater::env::pace_background(Some((steps_max, seed)));
+        let most = [0, 1, 2, 2, 3, 10][(seed % 6) as usize];
+        pace_background(Some(Pace::Drawn(most, fastrand::Rng::with_seed(seed))));
         Store::builder(DIR)
             .create_if_missing()
             .journal_options(self.options.clone())
