@@ -70,6 +70,7 @@ impl World {
         for fs in [&fs, &mirror_fs] {
             fs.drop_cache_works(rng.u8(..) < 200);
             fs.set_garbage_growth(rng.bool());
+            fs.set_allocates(seed % 3 == 0);
         }
         let options = JournalOptions {
             segment_bytes_max: segment,
