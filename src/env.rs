@@ -33,12 +33,45 @@ pub(crate) fn random_u64() -> u64 {
     (high ^ low.rotate_left(17)) | 1
 }
 
+/// How many steps of the work beside the commit path are taken behind a commit, where there is no thread for
+/// them. One; a seeded run takes none for a while, or many.
+pub(crate) fn background_steps() -> usize {
+    #[cfg(feature = "test-kit")]
+    return seeded::background_steps();
+    #[cfg(not(feature = "test-kit"))]
+    1
+}
+
 #[cfg(feature = "test-kit")]
 mod seeded {
     use std::cell::RefCell;
 
     thread_local! {
         static RNG: RefCell<Option<fastrand::Rng>> = const { RefCell::new(None) };
+        static PACE: RefCell<Option<Pace>> = const { RefCell::new(None) };
+    }
+
+    /// How many steps of the work beside the commit path are taken behind each commit.
+    #[derive(Debug)]
+    pub enum Pace {
+        /// Always so many.
+        Steps(usize),
+        /// From none to so many.
+        Drawn(usize, fastrand::Rng),
+    }
+
+    /// Sets the pace of the work beside the commit path where this thread does it: from a thread that never
+    /// gets to run to one that is always done at once. `None`: one step behind each commit.
+    pub fn pace_background(pace: Option<Pace>) {
+        PACE.set(pace);
+    }
+
+    pub(super) fn background_steps() -> usize {
+        PACE.with_borrow_mut(|pace| match pace {
+            None => 1,
+            Some(Pace::Steps(steps)) => *steps,
+            Some(Pace::Drawn(most, rng)) => rng.usize(..=*most),
+        })
     }
 
     /// Makes time and randomness of this thread follow from `seed`; `None` gives them back to the system.
@@ -52,4 +85,4 @@ mod seeded {
 }
 
 #[cfg(feature = "test-kit")]
-pub use seeded::seed;
+pub use seeded::{Pace, pace_background, seed};

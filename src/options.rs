@@ -39,7 +39,9 @@ pub struct JournalOptions {
     /// How long an event may be unsynced, in milliseconds, before buffered appends block. Default 1000.
     pub buffered_age_ms_max: u64,
     /// Whether a background thread syncs the mark (the record of what is durable) when the journal is idle
-    /// and once a second. Default true; without it the mark is synced at rolls and at close only.
+    /// and once a second, prepares the next segment before it is needed, and cuts full ones. Default true;
+    /// without it the mark is synced behind each roll and at close only, and each commit does a part of the
+    /// rest, behind its sync.
     pub background_mark_sync: bool,
 }
 

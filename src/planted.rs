@@ -10,6 +10,8 @@ pub enum Bug {
     AcknowledgeBeforeSync,
     /// A batch's body is believed without its checksum and chain.
     NoBodyCheck,
+    /// A name whose sync failed is synced once more, and believed.
+    NameSyncedAgain,
     /// Directories are never synced.
     NoDirectorySync,
     /// Recovery believes what it reads, though the disk may not hold it.

@@ -142,9 +142,9 @@ impl Store {
         self.inner.appender.submit(append)
     }
 
-    /// The last failure beside the commit path: recording the durable end, or cutting a full segment;
-    /// `None` if the last attempt worked. It makes no append fail; it weakens what recovery can prove. Worth
-    /// an alert.
+    /// The last failure beside the commit path: recording the durable end, preparing the next segment or
+    /// cutting a full one; `None` if the last attempt worked. It makes no append fail; it weakens what recovery
+    /// can prove, or makes the next roll slower. Worth an alert.
     #[must_use]
     pub fn background_error(&self) -> Option<IoError> {
         self.inner.appender.background_error()

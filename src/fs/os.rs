@@ -135,7 +135,8 @@ impl File for OsFile {
                 Allocate::Zeros => WRITE_ZEROES,
                 Allocate::Blocks => FallocateFlags::empty(),
             };
-            match fallocate(&self.0, flags, 0, len) {
+            let allocate = || fallocate(&self.0, flags, 0, len);
+            match rustix::io::retry_on_intr(allocate) {
                 Ok(()) => return Ok(true),
                 Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {}
                 Err(error) => return Err(error.into()),

@@ -39,7 +39,7 @@ use fastrand::Rng;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
-use super::{File, Fs, Lock, LockHeld, OpenMode};
+use super::{Allocate, File, Fs, Lock, LockHeld, OpenMode};
 
 /// No file grows beyond this, so that a wild length is an error (`EFBIG`) and not an allocation.
 const MAX_FILE_BYTES: u64 = 1 << 30;
@@ -98,6 +98,8 @@ pub enum Op {
     Write,
     /// [`File::size`].
     Size,
+    /// [`File::allocate`], on a disk that can.
+    Allocate,
     /// [`File::set_len`].
     SetLen,
     /// [`File::sync_data`].
@@ -308,6 +310,11 @@ impl SimFs {
     /// [`File::set_len`] makes takes no space.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.0.lock().capacity = bytes;
+    }
+
+    /// Whether [`File::allocate`] does anything (it doesn't, unless told otherwise).
+    pub fn set_allocates(&self, allocates: bool) {
+        self.0.lock().allocates = allocates;
     }
 
     /// Whether [`File::drop_cache`] does anything (it does, unless told otherwise).
@@ -563,6 +570,7 @@ impl Inode {
         for number in dirty.into_keys() {
             self.disk.put_sector(number, &self.cache.sector(number, sector), sector);
         }
+        self.disk.allocated.extend(&self.cache.allocated);
     }
 
     /// Each sector and the length reach the disk or not; nobody will try again.
@@ -851,6 +859,7 @@ struct State {
     faults_struck: u64,
     interrupted: bool,
     capacity: Option<u64>,
+    allocates: bool,
     drop_cache_works: bool,
     garbage_growth: bool,
 }
@@ -875,6 +884,7 @@ impl State {
             faults_struck: 0,
             interrupted: false,
             capacity: None,
+            allocates: false,
             drop_cache_works: true,
             garbage_growth: false,
         }
@@ -978,7 +988,9 @@ impl State {
                 (rates.short_write, Fault::ShortWrite),
                 (interrupt, Fault::Eintr),
             ],
-            Op::SetLen => &[(rates.write_eio, Fault::Eio), (rates.write_enospc, Fault::Enospc)],
+            Op::SetLen | Op::Allocate => {
+                &[(rates.write_eio, Fault::Eio), (rates.write_enospc, Fault::Enospc)]
+            }
             Op::SyncData => &[(rates.sync_eio, Fault::Eio)],
             Op::SyncDir => &[(rates.sync_dir_eio, Fault::Eio)],
             Op::Size | Op::DropCache => &[],
@@ -1102,6 +1114,24 @@ impl State {
             inode.write(part, offset, sector, rng);
         }
         Ok(part.len())
+    }
+
+    /// Only the length can be lost: what is allocated reads as zeros.
+    fn allocate(&mut self, id: u64, len: u64) -> io::Result<bool> {
+        if len > MAX_FILE_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        if (self.fitting(id, 0, index(len))? as u64) < len {
+            return Err(Errno::NOSPC.into());
+        }
+        let sector = self.sector;
+        let (inode, _) = self.inode(id)?;
+        if len > inode.cache.len() {
+            inode.cache.resize(len, sector);
+            inode.lengths.push(len);
+        }
+        inode.cache.allocated.extend(0..len.div_ceil(sector));
+        Ok(true)
     }
 
     /// Writes to other sectors than those that were meant, of any file. Lengths stay as they are.
@@ -1288,7 +1318,7 @@ impl SimFile {
         if state.life != self.life {
             return Err(io::Error::other(state.last_end));
         }
-        if !self.writable && matches!(op, Op::Write | Op::SetLen) {
+        if !self.writable && matches!(op, Op::Write | Op::Allocate | Op::SetLen) {
             return Err(Errno::BADF.into());
         }
         let [first, second] = args;
@@ -1317,6 +1347,13 @@ impl File for SimFile {
 
     fn size(&self) -> io::Result<u64> {
         self.call(Op::Size, [0, 0], |state, _| Ok(state.inode(self.node)?.0.cache.len()))
+    }
+
+    fn allocate(&self, len: u64, _: Allocate) -> io::Result<bool> {
+        if !self.fs.0.lock().allocates {
+            return Ok(false);
+        }
+        self.call(Op::Allocate, [len, 0], |state, _| state.allocate(self.node, len))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -1807,6 +1844,28 @@ mod tests {
         assert!(b.write_at(&[2; 10], 3 * SECTOR as u64).is_err());
         fs.remove(p("/j/a")).unwrap();
         assert_eq!(b.write_at(&[2; 10], 3 * SECTOR as u64).unwrap(), 10);
+    }
+
+    #[test]
+    fn what_is_allocated_takes_space_and_is_zeros_or_not_there() {
+        let fs = disk(0);
+        fs.set_garbage_growth(true);
+        let file = create(&fs, "/j/a", b"");
+        fs.sync_dir(p("/j")).unwrap();
+        let len = 4 * SECTOR as u64;
+        assert!(!file.allocate(len, Allocate::Zeros).unwrap(), "not every file system can");
+        fs.set_allocates(true);
+        fs.set_capacity(Some(len - 1));
+        let error = file.allocate(len, Allocate::Zeros).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        fs.set_capacity(Some(len));
+        assert!(file.allocate(len, Allocate::Zeros).unwrap());
+        assert!(create(&fs, "/j/b", b"").write_at(&[1], 0).is_err(), "the space is taken");
+        let seen = after_cuts(&fs, 100, |fs| fs.raw(p("/j/a")).unwrap());
+        assert_eq!(seen, [vec![], vec![0; 4 * SECTOR]].into());
+        file.sync_data().unwrap();
+        let seen = after_cuts(&fs, 100, |fs| fs.raw(p("/j/a")).unwrap());
+        assert_eq!(seen, [vec![0; 4 * SECTOR]].into());
     }
 
     #[test]

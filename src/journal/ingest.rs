@@ -15,7 +15,7 @@ use crate::format::sidecar::SegmentIndex;
 use crate::fs::Fs;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
-use crate::journal::writer::{Failure, RESERVE_BYTES_MAX, Writer, checkpoint_of};
+use crate::journal::writer::{Failure, Writer, checkpoint_of};
 use crate::journal::{Journal, Locked, read_node};
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, JournalId, NodeId};
@@ -93,10 +93,7 @@ impl Ingest {
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
         let page = recovered.kept.last().map(|kept| kept.page.clone());
-        let mut writer = Writer::new(locked, journal, recovered.mark, options);
-        if let Some(page) = page {
-            writer.resume(page)?;
-        }
+        let writer = Writer::open(locked, journal, recovered.mark, page, options)?;
         Ok(Self {
             end: writer.journal.end(),
             writer,
@@ -173,8 +170,7 @@ impl Ingest {
         self.sync()?;
         // The origin may have prepared more than this disk holds, or lie about it: what is reserved here
         // is bounded, and a segment that needs more grows.
-        let capacity_bytes = header.capacity_bytes.min(RESERVE_BYTES_MAX);
-        let spare = match self.writer.reserve(number, capacity_bytes) {
+        let spare = match self.writer.reserve_for(header.capacity_bytes) {
             Ok(spare) => spare,
             Err(failure) => return Err(self.fail(failure)),
         };

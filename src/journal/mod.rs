@@ -50,6 +50,7 @@ pub mod repair;
 mod restore;
 mod scan;
 mod segments;
+mod spare;
 mod verify;
 mod watch;
 mod writer;

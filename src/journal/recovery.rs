@@ -33,7 +33,7 @@ use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::{self, MarkFile};
-use crate::journal::scan::{Window, file_offset};
+use crate::journal::scan::{Window, file_offset, header_page, open_if_there};
 use crate::journal::segments::Access;
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, NodeId, Position};
@@ -182,16 +182,21 @@ pub(crate) fn survey(
 fn find_segments(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Vec<Found>, OpenError> {
     let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
     let numbers = names.iter().filter_map(|name| layout::number_of(name, "seg"));
-    numbers.map(|number| Found::open(fs, layout, node, number)).collect()
+    numbers.filter_map(|number| Found::open(fs, layout, node, number).transpose()).collect()
 }
 
 impl Found {
-    fn open(fs: &dyn Fs, layout: &Layout, node: &Node, number: u64) -> Result<Self, OpenError> {
+    /// `None` if it has gone: a live writer removes a spare that it doesn't need.
+    fn open(
+        fs: &dyn Fs,
+        layout: &Layout,
+        node: &Node,
+        number: u64,
+    ) -> Result<Option<Self>, OpenError> {
         let path = layout.segment(number);
-        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        let Some(file) = open_if_there(fs, &path)? else { return Ok(None) };
         let len = file.size().context("measuring", &path)?;
-        let mut bytes = [0; HEADER_PAGE_BYTES];
-        fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
+        let (bytes, is_lost) = header_page(&file, &path)?;
         let mut page = SegmentPage::read(&bytes);
         if let PageState::Invalid(source @ FormatError::Unsupported { .. }) = page {
             return Err(OpenError::Unsupported { path, source });
@@ -203,13 +208,10 @@ impl Found {
                 page = PageState::Invalid(FormatError::Invalid("segment number"));
             }
         }
-        if page == PageState::Zero {
-            let mut window = Window::new(file, path);
-            if window.last_non_zero(HEADER_PAGE_BYTES as u64)?.is_some() {
-                page = PageState::Invalid(FormatError::Magic); // a used segment with a lost header
-            }
+        if is_lost {
+            page = PageState::Invalid(FormatError::Magic);
         }
-        Ok(Self { number, len, page })
+        Ok(Some(Self { number, len, page }))
     }
 
     fn is_used(&self) -> bool {

@@ -1,6 +1,7 @@
 //! Reading a segment file batch by batch: what recovery, cursors and index rebuilds have in common.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{IoContext, IoError};
@@ -9,7 +10,7 @@ use crate::format::batch::{
     BATCH_ALIGNMENT, BATCH_HEADER_BYTES_MAX, BATCH_MAGIC, BatchHeader, BatchRef,
 };
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
-use crate::fs::{self, File};
+use crate::fs::{self, File, Fs, OpenMode};
 
 /// How much is read at a time, at the most.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -19,6 +20,34 @@ const FIRST_CHUNK_BYTES: usize = 16 * 1024;
 /// The file offset of the journal offset `offset` in the segment that begins at `base_offset`.
 pub(crate) const fn file_offset(base_offset: u64, offset: u64) -> u64 {
     (HEADER_PAGE_BYTES as u64).saturating_add(offset.saturating_sub(base_offset))
+}
+
+/// Opens a file for reading; `None` if there is none.
+pub(crate) fn open_if_there(fs: &dyn Fs, path: &Path) -> Result<Option<Arc<dyn File>>, IoError> {
+    match fs.open(path, OpenMode::Read) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        opened => opened.context("opening", path).map(Some),
+    }
+}
+
+/// The header page of a segment, and whether it was lost: it is all zeros, and something follows.
+pub(crate) fn header_page(
+    file: &Arc<dyn File>,
+    path: &Path,
+) -> Result<([u8; HEADER_PAGE_BYTES], bool), IoError> {
+    let zeros = [0; HEADER_PAGE_BYTES];
+    let read = || {
+        let mut page = zeros;
+        fs::read_full_at(&**file, &mut page, 0).context("reading", path).map(|_| page)
+    };
+    let page = read()?;
+    let mut window = Window::new(Arc::clone(file), path.to_owned());
+    if page != zeros || window.last_non_zero(HEADER_PAGE_BYTES as u64)?.is_none() {
+        return Ok((page, false));
+    }
+    // A live writer may just have taken the spare. It writes the header first.
+    let page = read()?;
+    Ok((page, page == zeros))
 }
 
 /// A moving window over a file: keeps what was read last.

@@ -34,7 +34,7 @@ use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
 use crate::journal::order::Order;
 use crate::journal::recovery;
-use crate::journal::scan::{Window, file_offset};
+use crate::journal::scan::{Window, file_offset, header_page, open_if_there};
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
 
 /// Something in a journal that is not what was written.
@@ -274,7 +274,7 @@ fn run(
     let heads = names
         .iter()
         .filter_map(|name| layout::number_of(name, "seg"))
-        .map(|number| Head::open(fs, &layout, &node, number))
+        .filter_map(|number| Head::open(fs, &layout, &node, number).transpose())
         .collect::<Result<Vec<_>, _>>()?;
     // The mark's file is durable before the first segment is made.
     damage.extend(marks.damage(&layout, role.is_some() && heads.iter().any(Head::is_used)));
@@ -428,13 +428,18 @@ struct Head {
 }
 
 impl Head {
-    fn open(fs: &dyn Fs, layout: &Layout, node: &Node, number: u64) -> Result<Self, OpenError> {
+    /// `None` if it has gone: a live writer removes a spare that it doesn't need.
+    fn open(
+        fs: &dyn Fs,
+        layout: &Layout,
+        node: &Node,
+        number: u64,
+    ) -> Result<Option<Self>, OpenError> {
         let path = layout.segment(number);
-        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        let Some(file) = open_if_there(fs, &path)? else { return Ok(None) };
         drop(file.drop_cache()); // an effort: the disk is to be verified, not the cache
         let len = file.size().context("measuring", &path)?;
-        let mut bytes = [0; HEADER_PAGE_BYTES];
-        fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
+        let (bytes, is_lost) = header_page(&file, &path)?;
         let mut page = SegmentPage::read(&bytes);
         let mut page_differs_at = None;
         match &page {
@@ -455,13 +460,10 @@ impl Head {
             }
             _ => {}
         }
-        let mut head = Self { number, path, file, len, page, page_differs_at };
-        if head.page == PageState::Zero
-            && head.window().last_non_zero(HEADER_PAGE_BYTES as u64)?.is_some()
-        {
-            head.page = PageState::Invalid(FormatError::Magic); // used, with a lost header
+        if is_lost {
+            page = PageState::Invalid(FormatError::Magic);
         }
-        Ok(head)
+        Ok(Some(Self { number, path, file, len, page, page_differs_at }))
     }
 
     fn valid(&self) -> Option<&SegmentPage> {

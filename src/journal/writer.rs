@@ -12,9 +12,10 @@ use crate::format::batch::BatchHeader;
 use crate::format::files::{Mark, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::fs::{self, File, OpenMode};
-use crate::journal::keeper::{Keeper, Seal, Spare};
+use crate::journal::keeper::{Keeper, Order, Seal};
 use crate::journal::mark::MarkFile;
 use crate::journal::scan::file_offset;
+use crate::journal::spare::Spare;
 use crate::journal::{Journal, Locked};
 use crate::options::JournalOptions;
 use crate::position::Checkpoint;
@@ -27,6 +28,7 @@ pub(crate) struct Writer {
     pub(crate) journal: Journal,
     keeper: Arc<Keeper>,
     active: Option<Active>,
+    options: JournalOptions,
     written: Checkpoint,
     /// Last: the lock is released when nothing of ours touches the files any more.
     locked: Locked,
@@ -63,30 +65,34 @@ impl From<IoError> for Failure {
 }
 
 impl Writer {
-    pub(crate) fn new(
+    /// Goes on behind what recovery left: in the journal's last segment, if it has one.
+    pub(crate) fn open(
         locked: Locked,
         journal: Journal,
         mark: MarkFile,
+        last: Option<SegmentPage>,
         options: &JournalOptions,
-    ) -> Self {
+    ) -> Result<Self, IoError> {
         let written = journal.end();
         let newest = Mark { sequence: 0, end: written, closed: false, witness: None };
+        let next = last.as_ref().map_or(0, |page| page.header.number + 1);
         let background = options.background_mark_sync;
-        let keeper = Keeper::new(&locked.fs, &locked.layout, mark, newest, background);
-        Self { journal, keeper, active: None, written, locked }
+        let keeper = Keeper::new(&locked.fs, &locked.layout, mark, newest, next, background);
+        let options = options.clone();
+        let mut writer = Self { journal, keeper, active: None, options, written, locked };
+        if let Some(page) = last {
+            writer.resume(page)?;
+        }
+        Ok(writer)
     }
 
-    /// Goes on in the journal's last segment. If its file was cut, tries to make it as long as it was
-    /// prepared to be; without space it counts as full.
-    pub(crate) fn resume(&mut self, page: SegmentPage) -> Result<(), IoError> {
+    /// Goes on in a segment. If its file was cut, tries to make it as long as it was prepared to be; without
+    /// space it counts as full.
+    fn resume(&mut self, page: SegmentPage) -> Result<(), IoError> {
         let path = self.locked.layout.segment(page.header.number);
         let file = self.locked.fs.open(&path, OpenMode::Write).context("opening", &path)?;
         let mut capacity_bytes = file.size().context("measuring", &path)?;
-        // In a mirror the header is a peer's word, so what is prepared on it is bounded.
-        let wanted = page.header.capacity_bytes.min(match self.journal.role() {
-            Role::Origin => u64::MAX,
-            Role::Mirror => RESERVE_BYTES_MAX,
-        });
+        let wanted = page.header.capacity_bytes.min(self.reserve_bytes_max());
         if capacity_bytes < wanted {
             let grown =
                 fs::write_zeros(&*file, capacity_bytes..wanted).and_then(|()| file.sync_data());
@@ -99,8 +105,33 @@ impl Writer {
                 Err(error) => return Err(error),
             }
         }
-        self.active = Some(Active { file: ActiveFile { file, path }, page, capacity_bytes });
+        self.enter(Active { file: ActiveFile { file, path }, page, capacity_bytes });
         Ok(())
+    }
+
+    /// Makes a segment the active one, and has the one behind it prepared when a quarter of it is full. Returns
+    /// the one that was active.
+    fn enter(&mut self, active: Active) -> Option<Active> {
+        let header = &active.page.header;
+        self.keeper.order(Order {
+            from_offset: header.base_offset + active.capacity_bytes / 4,
+            capacity_bytes: self.capacity_bytes_behind(Some(header.capacity_bytes)),
+        });
+        self.active.replace(active)
+    }
+
+    /// In a mirror a header is a peer's word, so what is prepared on it is bounded.
+    fn reserve_bytes_max(&self) -> u64 {
+        match self.journal.role() {
+            Role::Origin => u64::MAX,
+            Role::Mirror => RESERVE_BYTES_MAX,
+        }
+    }
+
+    /// The size to prepare for the segment behind one of `previous` bytes. In a mirror a guess: the origin
+    /// decides, most often by the same rule.
+    fn capacity_bytes_behind(&self, previous: Option<u64>) -> u64 {
+        self.options.segment_bytes_after(previous).min(self.reserve_bytes_max())
     }
 
     pub(crate) fn page(&self) -> Option<&SegmentPage> {
@@ -118,9 +149,15 @@ impl Writer {
         })
     }
 
-    /// The prepared file of segment `number`: it reads as zeros, and is durable with its name.
-    pub(crate) fn reserve(&self, number: u64, capacity_bytes: u64) -> Result<Spare, Failure> {
-        self.keeper.take_spare(number, capacity_bytes)
+    /// The file of the next segment: it reads as zeros, and is durable with its name.
+    pub(crate) fn reserve(&self) -> Result<Spare, Failure> {
+        let previous = self.page().map(|page| page.header.capacity_bytes);
+        self.keeper.take_spare(self.capacity_bytes_behind(previous))
+    }
+
+    /// The same, with `capacity_bytes` at least, if so much may be reserved on a peer's word.
+    pub(crate) fn reserve_for(&self, capacity_bytes: u64) -> Result<Spare, Failure> {
+        self.keeper.take_spare(capacity_bytes.min(self.reserve_bytes_max()))
     }
 
     /// Goes on in the next segment, when everything in the active one is durable. Its header is not synced:
@@ -134,14 +171,18 @@ impl Writer {
     ) -> Result<(), Failure> {
         let end = self.journal.end();
         self.keeper.mark(end, witness);
-        let Spare { file, path, capacity_bytes, .. } = spare;
+        let Spare { number, file, path, capacity_bytes } = spare;
+        if page.header.number != number {
+            let source = std::io::ErrorKind::InvalidInput.into();
+            return Err(IoError::new("writing another segment's header to", &path, source).into());
+        }
         fs::write_all_at(&*file, &page.bytes(), 0).context("writing", &path)?;
         let sealed = self.journal.roll(page.clone());
         let active = Active { file: ActiveFile { file, path }, page, capacity_bytes };
-        if let (Some(full), Some(segment)) = (self.active.replace(active), sealed) {
+        if let (Some(full), Some(segment)) = (self.enter(active), sealed) {
             let len = file_offset(full.page.header.base_offset, end.offset);
             let journal = self.journal.clone();
-            self.keeper.seal(&Seal { journal, segment, file: full.file.file, len });
+            self.keeper.seal(Seal { journal, segment, file: full.file.file, len });
         }
         Ok(())
     }

@@ -48,7 +48,7 @@ fn every_fault_at_every_operation_of_every_scenario_is_survived() {
     let work = || {
         let mut crashes = 0;
         while let Some(scenario) = SCENARIOS.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let here = every_fault::run(scenario, 1, Second::Sampled(1));
+            let here = every_fault::run(scenario, 1, Second::Sampled(1), None);
             crashes += here.unwrap_or_else(|what| panic!("{what}"));
         }
         crashes
@@ -90,11 +90,16 @@ fn a_flipped_bit_is_reported_with_file_offset_and_position() {
 /// A test that finds nothing proves nothing: these bugs must be found, within so many seeds.
 #[test]
 fn planted_bugs_are_caught() {
-    for (bug, within) in
-        [(Bug::AcknowledgeBeforeSync, 10), (Bug::NoBodyCheck, 30), (Bug::NoDirectorySync, 30)]
-    {
+    let bugs =
+        [(Bug::AcknowledgeBeforeSync, 10), (Bug::NoBodyCheck, 30), (Bug::NoDirectorySync, 30)];
+    for (bug, within) in bugs {
         let caught = (0..within).find(|seed| life::run(*seed, Some(bug)).is_err());
         let seed = caught.unwrap_or_else(|| panic!("{bug:?} was not caught within {within} seeds"));
         println!("{bug:?} caught by seed {seed}");
     }
+    let bug = Bug::NameSyncedAgain;
+    let ahead = SCENARIOS.iter().find(|s| s.name == "prepared ahead, cut behind").unwrap();
+    let run = |seed| every_fault::run(ahead, seed, Second::Sampled(0), Some(bug));
+    let what = (0..10).find_map(|seed| run(seed).err());
+    println!("{}", what.unwrap_or_else(|| panic!("{bug:?} was not caught within 10 seeds")));
 }

@@ -10,6 +10,8 @@
 )]
 
 #[cfg(feature = "test-kit")]
+mod ahead;
+#[cfg(feature = "test-kit")]
 mod backup;
 #[cfg(feature = "cli")]
 mod cli;

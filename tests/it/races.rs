@@ -16,11 +16,11 @@ use headwater::{
 
 const DIR: &str = "/store";
 
-/// What is called in front of every operation on a file; an error becomes the operation's.
+/// What is called in front of every operation; an error becomes the operation's.
 type Hook = dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync;
 
 /// A disk with a hook, which counts the files that are open.
-struct Hooked {
+pub(crate) struct Hooked {
     disk: SimFs,
     hook: Arc<Hook>,
     handles: Arc<Handles>,
@@ -39,7 +39,7 @@ impl std::fmt::Debug for Hooked {
 }
 
 impl Hooked {
-    fn new(
+    pub(crate) fn new(
         disk: &SimFs,
         hook: impl Fn(Op, &Path) -> io::Result<()> + Send + Sync + 'static,
     ) -> Self {
@@ -58,7 +58,7 @@ impl Fs for Hooked {
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
-        (self.hook)(Op::Open, path)?;
+        (self.hook)(if mode == OpenMode::CreateNew { Op::Create } else { Op::Open }, path)?;
         let file = self.disk.open(path, mode)?;
         let open = self.handles.open.fetch_add(1, Ordering::SeqCst) + 1;
         self.handles.most.fetch_max(open, Ordering::SeqCst);
@@ -67,14 +67,17 @@ impl Fs for Hooked {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        (self.hook)(Op::Rename, to)?;
         self.disk.rename(from, to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        (self.hook)(Op::Remove, path)?;
         self.disk.remove(path)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        (self.hook)(Op::SyncDir, dir)?;
         self.disk.sync_dir(dir)
     }
 

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use headwater::env::{Pace, pace_background};
 use headwater::format::batch::{BatchHeader, body_digest, padded_len};
 use headwater::format::record;
 use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
@@ -518,6 +519,8 @@ fn row_a5_stray_bytes_behind_a_sealed_end_are_corruption() {
 
 #[test]
 fn step_b4_rewrite_of_unproven_batches_and_headers() {
+    // The failing sync is the last one of its append.
+    pace_background(Some(Pace::Steps(0)));
     let mut shown_unproven = 0;
     for events in 1..14 {
         for seed in 0..12 {
@@ -689,7 +692,8 @@ fn mirror_segment(number: u64) -> PathBuf {
 }
 
 fn assert_equal_files(origin: &SimFs, mirror: &SimFs, when: &str) {
-    let (origin, mirror) = (segments(origin), named(mirror, MIRROR, "seg"));
+    let (mut origin, mirror) = (segments(origin), named(mirror, MIRROR, "seg"));
+    origin.retain(|(_, bytes)| bytes.iter().any(|&byte| byte != 0)); // a spare is part of no journal
     assert_eq!(origin.len(), mirror.len(), "{when}");
     for ((_, a), (path, b)) in origin.iter().zip(&mirror) {
         assert!(a == b, "{when}: {} differs", path.display());

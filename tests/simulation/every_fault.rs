@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use headwater::fs::sim::{Down, Fault, Repeat, SimFs};
+use headwater::planted::Bug;
 use headwater::{RecoveryReport, Store};
 
 use super::Check;
@@ -50,6 +51,12 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "create", disk: Whose::Origin, prepare: |_| Ok(()), act: open_and_append },
     Scenario { name: "append", disk: Whose::Origin, prepare: filled, act: open_and_append },
     Scenario { name: "roll", disk: Whose::Origin, prepare: filled, act: open_and_roll },
+    Scenario {
+        name: "prepared ahead, cut behind",
+        disk: Whose::Origin,
+        prepare: filled,
+        act: rolls_and_close,
+    },
     Scenario { name: "overlapping groups", disk: Whose::Origin, prepare: filled, act: groups },
     Scenario { name: "reopen, close", disk: Whose::Origin, prepare: filled, act: reopen_and_close },
     Scenario { name: "torn tail", disk: Whose::Origin, prepare: torn, act: open_and_append },
@@ -94,8 +101,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 /// Runs one scenario in the world of `seed`; how many crashes there were.
-pub(crate) fn run(scenario: &Scenario, seed: u64, second: Second) -> Check<u64> {
-    seeded(seed, None, || {
+pub(crate) fn run(scenario: &Scenario, seed: u64, second: Second, bug: Option<Bug>) -> Check<u64> {
+    seeded(seed, bug, || {
         let mut world = World::new(seed);
         let name = scenario.name;
         (scenario.prepare)(&mut world)
@@ -269,6 +276,20 @@ fn open_and_roll(world: &mut World) -> Check<bool> {
         }
     }
     Err("there was no roll".into())
+}
+
+/// Several rolls, with what is done beside them at the pace of this seed. Failures there fail no append.
+fn rolls_and_close(world: &mut World) -> Check<bool> {
+    let Some(store) = opened(world)? else { return Ok(false) };
+    let segments = store.journal().segments().len();
+    while store.journal().segments().len() < segments + 3 {
+        let acked = world.acked.len();
+        if !world.append_one(&store)? || world.acked.len() == acked {
+            return Ok(false);
+        }
+    }
+    // Into the last segment, too: its name must have been synced.
+    Ok(world.append_one(&store)? && store.close().is_ok())
 }
 
 fn groups(world: &mut World) -> Check<bool> {

@@ -102,7 +102,7 @@ fn one(part: &str, seed: u64, second: Second) -> Check<u64> {
         "life" => life::run(seed, None).map(|outcome| outcome.crashes),
         "fault" => {
             let scenario = &SCENARIOS[(seed % SCENARIOS.len() as u64) as usize];
-            every_fault::run(scenario, seed, second)
+            every_fault::run(scenario, seed, second, None)
         }
         "threads" => threads::run(seed),
         "misdirected" => misdirected::run(seed).map(|_| 1),

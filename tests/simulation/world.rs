@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use headwater::env::{Pace, pace_background};
 use headwater::fs::Fs;
 use headwater::fs::sim::{Down, Fault, FaultRates, Repeat, SectorSize, SimFs};
 use headwater::planted::{self, Bug};
@@ -45,6 +46,7 @@ pub(crate) fn seeded<T>(seed: u64, bug: Option<Bug>, work: impl FnOnce() -> T) -
     planted::plant(bug);
     let outcome = work();
     headwater::env::seed(None);
+    pace_background(None);
     planted::plant(None);
     outcome
 }
@@ -68,6 +70,7 @@ impl World {
         for fs in [&fs, &mirror_fs] {
             fs.drop_cache_works(rng.u8(..) < 200);
             fs.set_garbage_growth(rng.bool());
+            fs.set_allocates(seed % 3 == 0);
         }
         let options = JournalOptions {
             segment_bytes_max: segment,
@@ -179,6 +182,10 @@ impl World {
     // --------------------------------------------------------------------------------------------- opening
 
     pub(crate) fn open(&self) -> Result<Store, OpenError> {
+        // What is done beside the commits goes on at a pace of its own in each life.
+        let seed = self.fs.trace_hash();
+        let most = [0, 1, 2, 2, 3, 10][(seed % 6) as usize];
+        pace_background(Some(Pace::Drawn(most, fastrand::Rng::with_seed(seed))));
         Store::builder(DIR)
             .create_if_missing()
             .journal_options(self.options.clone())

@@ -18,6 +18,7 @@
 //!   that may have reached the disk get `Unknown`, everybody else `Poisoned`, all at once.
 //! - No answer rests on what isn't durable: a conflict or duplicate that is decided by a batch behind the
 //!   durable end is given only once that batch is durable.
+//! - Segments are prepared ahead and cut behind, beside the commit path ([`keeper`](super::keeper)).
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
@@ -38,6 +39,7 @@ use crate::journal::keeper::Keeper;
 use crate::journal::mark;
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
+use crate::journal::spare::Spare;
 use crate::journal::writer::{Failure, Writer};
 use crate::journal::{Journal, Locked, new_incarnation, read_node};
 use crate::options::JournalOptions;
@@ -247,10 +249,7 @@ impl Appender {
         let recovered = recovery::mend(&**fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(fs, &locked.layout, node, &recovered, Access::Writer)?;
         let page = recovered.kept.last().map(|kept| kept.page.clone());
-        let mut writer = Writer::new(locked, journal, recovered.mark, options);
-        if let Some(page) = page {
-            writer.resume(page)?;
-        }
+        let writer = Writer::open(locked, journal, recovered.mark, page, options)?;
         Self::assemble(writer, options, recovered.epoch_next, recovered.report)
     }
 
@@ -263,7 +262,7 @@ impl Appender {
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
         let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
-        let mut writer = Writer::new(locked, journal, recovered.mark, options);
+        let mut writer = Writer::open(locked, journal, recovered.mark, None, options)?;
         let opened = new_incarnation();
         first_segment(&mut writer, opened, options).map_err(|failure| match failure {
             Failure::DiskFull(error) | Failure::Fatal(error) => OpenError::Io(error),
@@ -326,8 +325,9 @@ impl Appender {
         &self.shared.report
     }
 
-    /// The last failure beside the commit path: recording the durable end, or cutting a full segment;
-    /// `None` if the last attempt worked. It makes no append fail; it weakens what recovery can prove.
+    /// The last failure beside the commit path: recording the durable end, preparing the next segment or
+    /// cutting a full one; `None` if the last attempt worked. It makes no append fail; it weakens what recovery
+    /// can prove, or makes the next roll slower.
     #[must_use]
     pub fn background_error(&self) -> Option<IoError> {
         self.shared.keeper.error()
@@ -598,25 +598,10 @@ impl Shared {
     fn next_segment(&self) -> Result<(), Failure> {
         let mut writer = self.writer.lock();
         let Some(writer) = &mut *writer else { return Err(closed()) };
-        let (number, capacity_bytes) = self.segment_after(writer);
-        let spare = writer.reserve(number, capacity_bytes)?;
+        let spare = writer.reserve()?;
         let (epoch, options) = (self.epoch, &self.options);
-        let header = next_header(
-            &self.journal,
-            number,
-            epoch,
-            self.incarnation,
-            options,
-            spare.capacity_bytes,
-        );
+        let header = next_header(&self.journal, &spare, epoch, self.incarnation, options);
         writer.roll(spare, header.to_page(), None)
-    }
-
-    fn segment_after(&self, writer: &Writer) -> (u64, u64) {
-        let previous = writer.page().map(|page| page.header);
-        let capacity = previous.map(|header| header.capacity_bytes);
-        let number = previous.map_or(0, |header| header.number + 1);
-        (number, self.options.segment_bytes_after(capacity))
     }
 
     fn flush(&self) -> Result<Checkpoint, AppendError> {
@@ -791,28 +776,26 @@ fn first_segment(
     incarnation: Incarnation,
     options: &JournalOptions,
 ) -> Result<(), Failure> {
-    let capacity_bytes = options.segment_bytes_after(None);
-    let spare = writer.reserve(0, capacity_bytes)?;
-    let header = next_header(&writer.journal, 0, 1, incarnation, options, capacity_bytes);
+    let spare = writer.reserve()?;
+    let header = next_header(&writer.journal, &spare, 1, incarnation, options);
     writer.roll(spare, header.to_page(), None)?;
     Ok(writer.active_file().map_or(Ok(()), |file| file.sync())?)
 }
 
-/// The header of the segment that begins at the durable end.
+/// The header of the segment that begins at the durable end, in `spare`.
 fn next_header(
     journal: &Journal,
-    number: u64,
+    spare: &Spare,
     epoch: u32,
     incarnation: Incarnation,
     options: &JournalOptions,
-    capacity_bytes: u64,
 ) -> SegmentHeader {
     let end: Checkpoint = journal.end();
     SegmentHeader {
         flags: Flags::default(),
         group_alignment: options.group_alignment_bytes,
         journal: journal.id(),
-        number,
+        number: spare.number,
         epoch,
         incarnation,
         base_position: end.position,
@@ -820,7 +803,7 @@ fn next_header(
         durable_offset: end.offset,
         salt: new_incarnation().get(),
         created_at_us: now_us(),
-        capacity_bytes,
+        capacity_bytes: spare.capacity_bytes,
         previous_chain: end.chain,
     }
 }
