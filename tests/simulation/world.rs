@@ -70,7 +70,7 @@ impl World {
         for fs in [&fs, &mirror_fs] {
             fs.drop_cache_works(rng.u8(..) < 200);
             fs.set_garbage_growth(rng.bool());
-            fs.set_allocates(seed % 3 == 0);
+            fs.set_allocates(seed.is_multiple_of(3));
         }
         let options = JournalOptions {
             segment_bytes_max: segment,
