@@ -9,7 +9,12 @@
 //! |---|---|
 //! | [`decode_batch`] | salt (8 bytes), a batch |
 //! | [`decode_message`] | frames of the shipping protocol |
+//! | [`ops_vs_model`] | operations on a store (`fuzzing/ops.rs`); the first byte is the disk's seed instead |
 //! | [`recover_segment`] | segment 0 of a journal |
+
+mod ops;
+
+pub use ops::ops_vs_model;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,6 +50,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("decode_batch", decode_batch),
     #[cfg(feature = "shipping")]
     ("decode_message", decode_message),
+    ("ops_vs_model", ops_vs_model),
     ("recover_segment", recover_segment),
 ];
 

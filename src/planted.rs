@@ -5,6 +5,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[allow(unreachable_pub, reason = "public with feature `test-kit` only")]
+#[allow(dead_code, reason = "some can be planted only in parts that are features")]
 pub enum Bug {
     /// Appends are acknowledged before their sync.
     AcknowledgeBeforeSync,
@@ -12,10 +13,30 @@ pub enum Bug {
     NoBodyCheck,
     /// A name whose sync failed is synced once more, and believed.
     NameSyncedAgain,
+    /// Rows of a view and the checkpoint that they are of are written one after the other.
+    CheckpointApartFromRows,
+    /// A full segment is cut in front of the end of its last batch.
+    DropBatchAtRoll,
     /// Directories are never synced.
     NoDirectorySync,
+    /// A failed sync is tried once more, and believed.
+    RetryFailedSync,
+    /// Followers are shown a group before it is synced.
+    ShipUnsynced,
+    /// Events that belong together are appended as two batches.
+    SplitBatch,
     /// Recovery believes what it reads, though the disk may not hold it.
     TrustPageCache,
+    /// Frames may be as long as they say.
+    UnboundedFrame,
+    /// A gate wakes those who wait before it is open.
+    LostWakeUp,
+    /// An answer is given before the durable end that it speaks of is published.
+    AnswerBeforePublish,
+    /// The leader that has synced doesn't wake the one whose group is written.
+    TurnWithoutNotice,
+    /// Whoever waits for room isn't woken when there is some.
+    RoomWithoutNotice,
 }
 
 #[cfg(feature = "test-kit")]

@@ -1,14 +1,22 @@
 //! What threads wait with, in one place, so that the commit path can also be run under a scheduler that
-//! tries their interleavings (`--cfg shuttle`, see `tests/shuttle.rs`).
+//! tries their interleavings (`--cfg shuttle`, see `tests/shuttle`).
 //!
+//! ```text
+//!             Mutex, RwLock, Condvar      Word (a number to wait for)     spawn
+//!  usually    parking_lot                 atomic + futex                  std::thread
+//!  explored   shuttle                     mutex + condition variable      shuttle::thread
+//!                                            └─ Gate: the same code over both
+//! ```
 //! [`Gate`] is the one thing that isn't a plain lock: many wait, and one system call wakes them all. A
 //! condition variable would send every one of them through its mutex.
 
+use crate::planted::{self, Bug};
+
 #[cfg(not(shuttle))]
-pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard};
+pub(crate) use real::{Condvar, Mutex, MutexGuard, RwLock, Thread, Word, spawn};
 
 #[cfg(shuttle)]
-pub(crate) use explored::{Condvar, Mutex, MutexGuard};
+pub(crate) use explored::{Condvar, Mutex, MutexGuard, RwLock, Thread, Word, spawn};
 
 /// What a waiter at a [`Gate`] is woken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,69 +27,99 @@ pub(crate) enum Signal {
     Call,
 }
 
-#[cfg(not(shuttle))]
-mod gate {
-    use std::sync::atomic::{AtomicU32, Ordering};
+const CLOSED: u32 = 0;
+const CALLED: u32 = 1;
+const OPEN: u32 = 2;
 
-    use super::Signal;
+/// Opens once; until then it can call one of those who wait.
+#[derive(Debug, Default)]
+pub(crate) struct Gate(Word);
 
-    const CLOSED: u32 = 0;
-    const CALLED: u32 = 1;
-    const OPEN: u32 = 2;
-
-    /// Opens once; until then it can call one of those who wait.
-    #[derive(Debug, Default)]
-    pub(crate) struct Gate(AtomicU32);
-
-    impl Gate {
-        /// Opens the gate and wakes everybody.
-        pub(crate) fn open(&self) {
-            self.0.store(OPEN, Ordering::Release);
-            atomic_wait::wake_all(&self.0);
+impl Gate {
+    /// Opens the gate and wakes everybody.
+    pub(crate) fn open(&self) {
+        if planted::is(Bug::LostWakeUp) {
+            self.0.wake_all();
+            return self.0.store(OPEN);
         }
+        self.0.store(OPEN);
+        self.0.wake_all();
+    }
 
-        /// Wakes one waiter, now or when the next one comes.
-        pub(crate) fn call(&self) {
-            let called =
-                self.0.compare_exchange(CLOSED, CALLED, Ordering::Release, Ordering::Relaxed);
-            if called.is_ok() {
-                atomic_wait::wake_one(&self.0);
-            }
+    /// Wakes one waiter, now or when the next one comes.
+    pub(crate) fn call(&self) {
+        if self.0.exchange(CLOSED, CALLED) {
+            self.0.wake_one();
         }
+    }
 
-        pub(crate) fn wait(&self) -> Signal {
-            loop {
-                match self.0.load(Ordering::Acquire) {
-                    OPEN => return Signal::Open,
-                    CALLED => {
-                        let taken = self.0.compare_exchange(
-                            CALLED,
-                            CLOSED,
-                            Ordering::Acquire,
-                            Ordering::Relaxed,
-                        );
-                        if taken.is_ok() {
-                            return Signal::Call;
-                        }
-                    }
-                    _ => atomic_wait::wait(&self.0, CLOSED),
-                }
+    pub(crate) fn wait(&self) -> Signal {
+        loop {
+            match self.0.load() {
+                OPEN => return Signal::Open,
+                CALLED if self.0.exchange(CALLED, CLOSED) => return Signal::Call,
+                CALLED => {}
+                _ => self.0.wait_while(CLOSED),
             }
         }
     }
 }
 
 #[cfg(not(shuttle))]
-pub(crate) use gate::Gate;
+mod real {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+
+    /// A number to wait for. Storing releases what was done before, loading acquires it.
+    #[derive(Debug, Default)]
+    pub(crate) struct Word(AtomicU32);
+
+    impl Word {
+        pub(crate) fn load(&self) -> u32 {
+            self.0.load(Ordering::Acquire)
+        }
+
+        pub(crate) fn store(&self, value: u32) {
+            self.0.store(value, Ordering::Release);
+        }
+
+        /// Whether it was `from`, and is `to` now.
+        pub(crate) fn exchange(&self, from: u32, to: u32) -> bool {
+            self.0.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        }
+
+        /// Sleeps unless it is something else; until woken, or for no reason.
+        pub(crate) fn wait_while(&self, value: u32) {
+            atomic_wait::wait(&self.0, value);
+        }
+
+        pub(crate) fn wake_one(&self) {
+            atomic_wait::wake_one(&self.0);
+        }
+
+        pub(crate) fn wake_all(&self) {
+            atomic_wait::wake_all(&self.0);
+        }
+    }
+
+    pub(crate) type Thread = std::thread::JoinHandle<()>;
+
+    /// Begins a thread, if there can be one.
+    pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Option<Thread> {
+        std::thread::Builder::new().name(name.into()).spawn(run).ok()
+    }
+}
 
 #[cfg(shuttle)]
 mod explored {
     //! The same faces over shuttle's primitives.
+    #![allow(clippy::unwrap_used, reason = "only in the explorer: a panic is a failed schedule")]
 
     use std::ops::{Deref, DerefMut};
     use std::time::Instant;
 
-    use super::Signal;
+    use shuttle::sync::atomic::{AtomicU32, Ordering};
 
     #[derive(Debug, Default)]
     pub(crate) struct Mutex<T>(shuttle::sync::Mutex<T>);
@@ -125,6 +163,23 @@ mod explored {
     }
 
     #[derive(Debug, Default)]
+    pub(crate) struct RwLock<T>(shuttle::sync::RwLock<T>);
+
+    impl<T> RwLock<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(shuttle::sync::RwLock::new(value))
+        }
+
+        pub(crate) fn read(&self) -> shuttle::sync::RwLockReadGuard<'_, T> {
+            self.0.read().unwrap()
+        }
+
+        pub(crate) fn write(&self) -> shuttle::sync::RwLockWriteGuard<'_, T> {
+            self.0.write().unwrap()
+        }
+    }
+
+    #[derive(Debug, Default)]
     pub(crate) struct Condvar(shuttle::sync::Condvar);
 
     pub(crate) struct TimedOut;
@@ -160,49 +215,48 @@ mod explored {
         }
     }
 
-    #[derive(Clone, Copy, Debug, Default, PartialEq)]
-    enum State {
-        #[default]
-        Closed,
-        Called,
-        Open,
-    }
-
+    /// As the kernel does it: whether to sleep is decided under a lock that whoever wakes takes too.
     #[derive(Debug, Default)]
-    pub(crate) struct Gate {
-        state: Mutex<State>,
-        changed: Condvar,
+    pub(crate) struct Word {
+        value: AtomicU32,
+        queue: Mutex<()>,
+        woken: Condvar,
     }
 
-    impl Gate {
-        pub(crate) fn open(&self) {
-            *self.state.lock() = State::Open;
-            self.changed.notify_all();
+    impl Word {
+        pub(crate) fn load(&self) -> u32 {
+            self.value.load(Ordering::Acquire)
         }
 
-        pub(crate) fn call(&self) {
-            let mut state = self.state.lock();
-            if *state == State::Closed {
-                *state = State::Called;
-                self.changed.notify_one();
+        pub(crate) fn store(&self, value: u32) {
+            self.value.store(value, Ordering::Release);
+        }
+
+        pub(crate) fn exchange(&self, from: u32, to: u32) -> bool {
+            self.value.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        }
+
+        pub(crate) fn wait_while(&self, value: u32) {
+            let mut queue = self.queue.lock();
+            if self.load() == value {
+                self.woken.wait(&mut queue);
             }
         }
 
-        pub(crate) fn wait(&self) -> Signal {
-            let mut state = self.state.lock();
-            loop {
-                match *state {
-                    State::Open => return Signal::Open,
-                    State::Called => {
-                        *state = State::Closed;
-                        return Signal::Call;
-                    }
-                    State::Closed => self.changed.wait(&mut state),
-                }
-            }
+        pub(crate) fn wake_one(&self) {
+            let _queue = self.queue.lock();
+            self.woken.notify_one();
         }
+
+        pub(crate) fn wake_all(&self) {
+            let _queue = self.queue.lock();
+            self.woken.notify_all();
+        }
+    }
+
+    pub(crate) type Thread = shuttle::thread::JoinHandle<()>;
+
+    pub(crate) fn spawn(_: &str, run: impl FnOnce() + Send + 'static) -> Option<Thread> {
+        Some(shuttle::thread::spawn(run))
     }
 }
-
-#[cfg(shuttle)]
-pub(crate) use explored::Gate;

@@ -301,7 +301,8 @@ impl SimFs {
         self.0.lock().counts.get(&op).copied().unwrap_or(0)
     }
 
-    /// A hash over all operations, their outcomes and what the crashes left.
+    /// A hash over all operations (kind, file, place, length, bytes), their outcomes and what the crashes
+    /// left. A lock's owner is among the bytes, and names the process: hashes of two processes differ.
     pub fn trace_hash(&self) -> u64 {
         self.0.lock().trace
     }
@@ -1340,9 +1341,8 @@ impl File for SimFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        self.call(Op::Write, [offset, crc32fast::hash(buf).into()], |state, how| {
-            state.write(self.node, buf, offset, how)
-        })
+        let what = (buf.len() as u64) << 32 | u64::from(crc32fast::hash(buf));
+        self.call(Op::Write, [offset, what], |state, how| state.write(self.node, buf, offset, how))
     }
 
     fn size(&self) -> io::Result<u64> {

@@ -17,10 +17,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::env;
 use crate::error::{IoContext, IoError};
@@ -33,6 +30,7 @@ use crate::journal::segments::Segment;
 use crate::journal::spare::{Maker, Place, Spare};
 use crate::journal::writer::Failure;
 use crate::position::Checkpoint;
+use crate::sync::{self, Condvar, Mutex, MutexGuard, Thread};
 
 const IDLE: Duration = Duration::from_millis(100);
 const AT_LEAST_EVERY: Duration = Duration::from_secs(1);
@@ -47,7 +45,7 @@ const SEALS_MAX: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Keeper {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<Thread>>,
     has_thread: bool,
 }
 
@@ -151,9 +149,8 @@ impl Keeper {
         let thread = background
             .then(|| {
                 let shared = Arc::clone(&shared);
-                let named = std::thread::Builder::new().name("headwater-keeper".into());
                 // Without the thread its work is done by the commits: later, as safely.
-                named.spawn(move || shared.run()).ok()
+                sync::spawn("headwater-keeper", move || shared.run())
             })
             .flatten();
         let has_thread = thread.is_some();

@@ -27,6 +27,8 @@ pub(crate) const GAPS_TEMP: &str = "gaps.new";
 pub(crate) const QUARANTINE: &str = "quarantine";
 pub(crate) const RESERVE: &str = "reserve";
 
+const TORN: &str = "torn";
+
 /// Paths within one journal's directory.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
@@ -54,11 +56,23 @@ impl Layout {
         self.dir.join(QUARANTINE)
     }
 
+    /// The copy of a torn tail, until the tail is gone: the segment, and where in its file the tail begins.
+    pub(crate) fn torn_tail(&self, number: u64, from: u64) -> PathBuf {
+        self.quarantine().join(format!("{number:016x}-{from:016x}.{TORN}"))
+    }
+
     /// A name in the quarantine that was never used.
     pub(crate) fn quarantined(&self, number: u64, what: &str) -> PathBuf {
         let unique = crate::env::random_u64();
         self.quarantine().join(format!("{number:016x}-{unique:016x}.{what}"))
     }
+}
+
+/// The segment of which this is a [`Layout::torn_tail`].
+pub(crate) fn torn_of(name: &str) -> Option<u64> {
+    let (number, from) = name.strip_suffix(TORN)?.strip_suffix('.')?.split_once('-')?;
+    u64::from_str_radix(from, 16).ok()?;
+    u64::from_str_radix(number, 16).ok()
 }
 
 /// The number in the name of a segment or sidecar.

@@ -18,8 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::RwLock;
-
 use crate::error::{IoContext, IoError, OpenError, ReadError};
 use crate::event::{Revision, StreamId};
 use crate::format::files::{NODE_BYTES, Node, Role};
@@ -32,6 +30,7 @@ use crate::journal::scan::file_offset;
 use crate::journal::segments::{Access, Files, Sealed, Segment, Span};
 use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
+use crate::sync::RwLock;
 
 mod appender;
 mod backup;

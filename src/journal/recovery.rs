@@ -19,7 +19,7 @@
 //!
 //! The rules and the reasons for them stand in `docs/format.md`, section "Recovery".
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
@@ -776,24 +776,29 @@ fn quarantine_beyond(
 }
 
 /// Step 2: what lies behind X in its segment is copied aside, then zeroed.
+///
+/// The copy bears the place of its tail until the tail is gone, and only then a name of its own: whatever
+/// interrupts this, the next recovery finds the copy, completes it in its own space, and needs no more.
 fn clear_torn_tail(
     fs: &dyn Fs,
     layout: &Layout,
     survey: &Survey,
     report: &mut RecoveryReport,
 ) -> Result<(), IoError> {
-    let Some(active) = survey.kept.last() else { return Ok(()) };
-    let path = layout.segment(active.number());
-    let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
-    let mut window = Window::new(Arc::clone(&file), path.clone());
-    let from = active.end_in_file();
-    let Some(to) = window.last_non_zero(from)? else { return Ok(()) };
-    copy_aside(fs, layout, active.number(), &mut window, from..to)?;
-    fs::write_zeros(&*file, from..to).context("zeroing", &path)?;
-    file.sync_data().context("syncing", &path)?;
-    report.torn_bytes = to - from;
-    report.torn_events = survey.torn_events;
-    Ok(())
+    if let Some(active) = survey.kept.last() {
+        let path = layout.segment(active.number());
+        let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
+        let mut window = Window::new(Arc::clone(&file), path.clone());
+        let from = active.end_in_file();
+        if let Some(to) = window.last_non_zero(from)? {
+            copy_aside(fs, layout, active.number(), &mut window, from..to)?;
+            fs::write_zeros(&*file, from..to).context("zeroing", &path)?;
+            file.sync_data().context("syncing", &path)?;
+            report.torn_bytes = to - from;
+            report.torn_events = survey.torn_events;
+        }
+    }
+    name_copies(fs, layout)
 }
 
 fn copy_aside(
@@ -803,27 +808,83 @@ fn copy_aside(
     window: &mut Window,
     range: std::ops::Range<u64>,
 ) -> Result<(), IoError> {
-    let path = layout.quarantined(number, "tail");
-    let reserve = layout.quarantine().join(layout::RESERVE);
+    let path = layout.torn_tail(number, range.start);
+    match fs.open(&path, OpenMode::Write) {
+        // Whole, but a part of the tail may be zeroed since: that must not overwrite what was kept.
+        Ok(copy) => {
+            copy_tail(&*copy, &path, window, range, Over::Earlier)?;
+            copy.sync_data().context("syncing", &path)?;
+            // Its name may still be unsynced.
+            return fs.sync_dir(&layout.quarantine()).context("syncing", &layout.quarantine());
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).context("opening", &path),
+    }
     // The reserve's blocks are allocated: recovery must work with no space left.
-    let opened = match fs.rename(&reserve, &path) {
-        Ok(()) => fs.open(&path, OpenMode::Write),
-        Err(_) => fs.open(&path, OpenMode::CreateNew),
+    let reserve = layout.quarantine().join(layout::RESERVE);
+    let opened = match fs.open(&reserve, OpenMode::Write) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            fs.open(&reserve, OpenMode::CreateNew)
+        }
+        opened => opened,
     };
-    let copy = opened.context("creating", &path)?;
+    let copy = opened.context("opening", &reserve)?;
+    let len = range.end - range.start;
+    copy_tail(&*copy, &reserve, window, range, Over::Anything)?;
+    copy.set_len(len).context("cutting", &reserve)?;
+    copy.sync_data().context("syncing", &reserve)?;
+    fs.rename(&reserve, &path).context("naming", &path)?;
+    fs.sync_dir(&layout.quarantine()).context("syncing", &layout.quarantine())
+}
+
+/// What a copy is written over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Anything,
+    /// A copy of the same tail: bytes that are zero by now stay as they were.
+    Earlier,
+}
+
+fn copy_tail(
+    copy: &dyn File,
+    path: &Path,
+    window: &mut Window,
+    range: std::ops::Range<u64>,
+    over: Over,
+) -> Result<(), IoError> {
     let mut at = range.start;
     while at < range.end {
-        let bytes = window.read(at, 64 * 1024, range.end)?;
+        let mut bytes = window.read(at, 64 * 1024, range.end)?.to_vec();
         if bytes.is_empty() {
             break;
         }
-        let len = bytes.len() as u64;
-        fs::write_all_at(&*copy, bytes, at - range.start).context("writing", &path)?;
-        at += len;
+        let to = at - range.start;
+        if over == Over::Earlier {
+            let mut earlier = vec![0; bytes.len()];
+            fs::read_full_at(copy, &mut earlier, to).context("reading", path)?;
+            let gone = bytes.iter_mut().zip(earlier).filter(|(byte, _)| **byte == 0);
+            gone.for_each(|(byte, earlier)| *byte = earlier);
+        }
+        fs::write_all_at(copy, &bytes, to).context("writing", path)?;
+        at += bytes.len() as u64;
     }
-    copy.set_len(range.end - range.start).context("cutting", &path)?;
-    copy.sync_data().context("syncing", &path)?;
-    fs.sync_dir(&layout.quarantine()).context("syncing", &layout.quarantine())
+    Ok(())
+}
+
+/// Gives the copies of tails that are gone from their segments names that are never used again.
+fn name_copies(fs: &dyn Fs, layout: &Layout) -> Result<(), IoError> {
+    let dir = layout.quarantine();
+    let names = fs.list(&dir).context("listing", &dir)?;
+    let mut named = false;
+    for (name, number) in names.iter().filter_map(|name| Some((name, layout::torn_of(name)?))) {
+        let path = dir.join(name);
+        fs.rename(&path, &layout.quarantined(number, "tail")).context("naming", &path)?;
+        named = true;
+    }
+    if named {
+        fs.sync_dir(&dir).context("syncing", &dir)?;
+    }
+    Ok(())
 }
 
 /// Step 3: a cut that was lost in a crash.

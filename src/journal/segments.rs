@@ -3,8 +3,6 @@
 use std::io;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
-
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
 use crate::event::Revision;
 use crate::format::FormatError;
@@ -18,6 +16,7 @@ use crate::journal::gaps::{self, Gaps};
 use crate::journal::layout::Layout;
 use crate::journal::scan::{Window, file_offset};
 use crate::position::Position;
+use crate::sync::RwLock;
 
 /// How many files are kept open for reading.
 const OPEN_FILES_MAX: usize = 256;

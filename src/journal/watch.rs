@@ -2,9 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
 use crate::position::{Checkpoint, Position};
+use crate::sync::{Condvar, Mutex};
 
 #[derive(Debug)]
 pub(crate) struct Watch {

@@ -18,6 +18,7 @@ use crate::journal::scan::file_offset;
 use crate::journal::spare::Spare;
 use crate::journal::{Journal, Locked};
 use crate::options::JournalOptions;
+use crate::planted::{self, Bug};
 use crate::position::Checkpoint;
 
 /// How much of a segment is prepared ahead, at the most, on the word of a peer.
@@ -180,7 +181,8 @@ impl Writer {
         let sealed = self.journal.roll(page.clone());
         let active = Active { file: ActiveFile { file, path }, page, capacity_bytes };
         if let (Some(full), Some(segment)) = (self.enter(active), sealed) {
-            let len = file_offset(full.page.header.base_offset, end.offset);
+            let dropped = u64::from(planted::is(Bug::DropBatchAtRoll));
+            let len = file_offset(full.page.header.base_offset, end.offset) - dropped;
             let journal = self.journal.clone();
             self.keeper.seal(Seal { journal, segment, file: full.file.file, len });
         }
@@ -251,7 +253,11 @@ impl Drop for Writer {
 
 impl ActiveFile {
     pub(crate) fn sync(&self) -> Result<(), IoError> {
-        self.file.sync_data().context("syncing", &self.path)
+        let retries = planted::is(Bug::RetryFailedSync);
+        let synced = self.file.sync_data();
+        synced
+            .or_else(|error| if retries { self.file.sync_data() } else { Err(error) })
+            .context("syncing", &self.path)
     }
 }
 

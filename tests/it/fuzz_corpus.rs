@@ -230,8 +230,66 @@ fn message_seeds(seeds: &mut Seeds) {
     seeds.insert(("decode_message", "all-without-data"), with_switches(0, &all));
 }
 
+/// Operations by their numbers in `src/fuzzing/ops.rs`, with what follows each; in front the disk's seed.
+fn operation_seeds(seeds: &mut Seeds) {
+    let append = |what: u8| [0, what, 40];
+    let (buffered, ticket) = ([4, 7, 20], [5, 10, 20]);
+    let (wait, flush, read_all, mirror) = ([7], [8], [12], [19]);
+    let (close, kill, cut) = ([17, 0], [17, 1], [17, 2]);
+    let kinds: [&[u8]; 17] = [
+        &[1],
+        &append(0),
+        &append(200),
+        &buffered,
+        &ticket,
+        &ticket,
+        &wait,
+        &flush,
+        &[9, 1, 3],
+        &[10, 0],
+        &[11, 1, 2, 3],
+        &read_all,
+        &[13, 1, 1],
+        &[14, 2],
+        &close,
+        &append(9),
+        &read_all,
+    ];
+    seeds.insert(("ops_vs_model", "every-kind"), kinds.concat());
+    let rolls: Vec<u8> = (0..30).flat_map(|what: u8| [0, what * 8, 250]).collect();
+    let rolls =
+        [&[2], &rolls[..45], &mirror, &rolls[45..], &read_all, &mirror, &close, &mirror].concat();
+    seeds.insert(("ops_vs_model", "rolls-and-a-mirror"), rolls);
+    let crashes: [&[u8]; 12] = [
+        &[3],
+        &append(3),
+        &[15, 0],
+        &append(4),
+        &cut,
+        &append(5),
+        &[15, 3],
+        &ticket,
+        &kill,
+        &[18, 1, 20, 1],
+        &append(6),
+        &read_all,
+    ];
+    seeds.insert(("ops_vs_model", "failures-and-crashes"), crashes.concat());
+    let full: [&[u8]; 9] =
+        [&[4], &[16, 0], &rolls_of(12), &[10, 3], &[16, 1], &append(7), &buffered, &cut, &read_all];
+    seeds.insert(("ops_vs_model", "disk-full"), full.concat());
+    let pending: [&[u8]; 9] =
+        [&[5], &buffered, &buffered, &[10, 1], &ticket, &[9, 10, 1], &[15, 1], &flush, &wait];
+    seeds.insert(("ops_vs_model", "answers-that-rest-on-others"), pending.concat());
+}
+
+fn rolls_of(count: u8) -> Vec<u8> {
+    (0..count).flat_map(|what| [0, what * 3, 255]).collect()
+}
+
 fn seeds() -> Seeds {
     let mut seeds = Seeds::new();
+    operation_seeds(&mut seeds);
     batch_seeds(&mut seeds);
     message_seeds(&mut seeds);
     segment_seeds(&mut seeds);

@@ -23,6 +23,10 @@ mod dump;
 mod fuzz_corpus;
 mod golden;
 mod journal;
+#[cfg(feature = "test-kit")]
+mod operations;
+#[cfg(feature = "test-kit")]
+mod planted;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
 #[cfg(feature = "test-kit")]

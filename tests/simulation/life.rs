@@ -4,19 +4,22 @@
 use std::path::Path;
 
 use headwater::Store;
+use headwater::format::crc32;
 use headwater::fs::sim::{Fault, Op};
 use headwater::planted::Bug;
 
 use super::Check;
 use super::overlapping::Overlapping;
+use super::reached::{Reached, Row};
 use super::world::{Batch, DIR, World, seeded, segments};
 
 /// What a run came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) crashes: u64,
-    /// Over every operation on both disks, and what the crashes left.
+    /// Over every operation on both disks, what the crashes left, and what was answered.
     pub(crate) trace_hash: u64,
+    pub(crate) reached: Reached,
 }
 
 /// Runs one seed.
@@ -24,14 +27,20 @@ pub(crate) fn run(seed: u64, bug: Option<Bug>) -> Check<Outcome> {
     seeded(seed, bug, || {
         let mut world = World::new(seed);
         lives(&mut world).map_err(|what| world.failure(seed, &what))?;
-        let trace_hash = world.fs.trace_hash() ^ world.mirror_fs.trace_hash().rotate_left(1);
-        Ok(Outcome { crashes: world.crashes, trace_hash })
+        let disks = world.fs.trace_hash() ^ world.mirror_fs.trace_hash().rotate_left(1);
+        let (log, acked) = (world.log.join("\n"), format!("{:?}", world.acked));
+        let told = u64::from(crc32(&[log.as_bytes(), acked.as_bytes()]));
+        let (crashes, reached) = (world.crashes, world.reached);
+        Ok(Outcome { crashes, trace_hash: disks ^ told.rotate_left(32), reached })
     })
 }
 
 fn lives(world: &mut World) -> Check<()> {
     for life in 0..world.rng.u32(2..7) {
         world.note(format!("life {life}"));
+        if world.rng.u8(..) < 8 {
+            world.damage_mirror();
+        }
         let store = world.open_through_crashes()?;
         world.check_contents(&store)?;
         if world.rng.u8(..) < 40 {
@@ -87,22 +96,36 @@ fn without_room(bytes: &[u8]) -> &[u8] {
     bytes.get(..len).unwrap_or_default()
 }
 
-/// The power goes in the write or the sync of a batch.
+/// The power goes in the write or the sync of a batch, or its sync fails.
 fn torn_append(world: &mut World, store: &Store) -> Check<()> {
     for _ in 0..world.rng.u32(..4) {
         world.append_one(store)?;
     }
-    let op = [Op::Write, Op::SyncData][world.rng.usize(..2)];
-    world.fs.fail_next(op, Fault::PowerCut);
-    world.note(format!("plan a power cut in the next {op:?}"));
-    world.append_large(store)?;
+    let how =
+        [(Op::Write, Fault::PowerCut), (Op::SyncData, Fault::PowerCut), (Op::SyncData, Fault::Eio)];
+    let (op, fault) = how[world.rng.usize(..how.len())];
+    world.fs.fail_next(op, fault);
+    world.note(format!("plan {fault:?} in the next {op:?}"));
+    if !world.append_large(store)? {
+        followers_of_the_failed(world, store)?;
+    }
     world.crash();
     Ok(())
+}
+
+/// The writer has failed, its followers go on: what they see must be durable.
+fn followers_of_the_failed(world: &mut World, store: &Store) -> Check<()> {
+    if world.fs.down().is_some() {
+        return Ok(());
+    }
+    world.reached.note(Row::Poisoned);
+    world.mirror_life(store, false)
 }
 
 fn appends(world: &mut World, store: Store) -> Check<()> {
     for _ in 0..world.rng.u32(..25) {
         if !world.append_one(&store)? {
+            followers_of_the_failed(world, &store)?;
             break;
         }
         if world.rng.u8(..) < 20 {
@@ -111,6 +134,7 @@ fn appends(world: &mut World, store: Store) -> Check<()> {
     }
     if world.rng.u8(..) < 60 {
         let closed = store.close();
+        world.reached.note_if(Row::CleanClose, closed.is_ok());
         world.note(format!("close: {closed:?}"));
     }
     Ok(())
@@ -126,6 +150,7 @@ pub(crate) fn overlapping_groups(world: &mut World, store: Store, groups_max: u3
         _ => return Ok(()),
     };
     world.note("overlapping groups");
+    world.reached.note(Row::Overlapping);
     let mut unacknowledged: Vec<Batch> = Vec::new();
     for _ in 0..world.rng.u32(..groups_max) {
         let mut group = Vec::new();

@@ -10,6 +10,7 @@
 //!      │ all of them through
 //!      ▼
 //!   world       store, mirror, model; opening, appending, feeding the mirror, and the checks
+//!   reached     which of the hard situations a run has met
 //!   campaign    many seeds on all cores, failing seeds kept, a watchdog for what hangs
 //! ```
 //! Shared by the tests (`tests/it/crash.rs`) and by the soak (`soak.rs`), which does more of the same.
@@ -22,6 +23,7 @@ pub(crate) mod every_fault;
 pub(crate) mod life;
 pub(crate) mod misdirected;
 pub(crate) mod overlapping;
+pub(crate) mod reached;
 pub(crate) mod threads;
 pub(crate) mod world;
 

@@ -25,6 +25,7 @@ mod simulation;
 use simulation::Check;
 use simulation::campaign::{Tally, Until, over_seeds};
 use simulation::every_fault::{self, SCENARIOS, Second};
+use simulation::reached::Reached;
 use simulation::{bits, life, misdirected, threads};
 
 /// The parts that a seed is run through, and the share of the time that each gets, in percent.
@@ -97,9 +98,18 @@ fn duration(text: &str) -> Check<Duration> {
     found.ok_or_else(|| format!("{text:?} is no time: 90s, 8m or 1h"))
 }
 
+/// What the random lives have met.
+static REACHED: parking_lot::Mutex<(Reached, u64)> = parking_lot::Mutex::new((Reached::NOTHING, 0));
+
 fn one(part: &str, seed: u64, second: Second) -> Check<u64> {
     match part {
-        "life" => life::run(seed, None).map(|outcome| outcome.crashes),
+        "life" => {
+            let outcome = life::run(seed, None)?;
+            let mut all = REACHED.lock();
+            all.0.add(&outcome.reached);
+            all.1 += 1;
+            Ok(outcome.crashes)
+        }
         "fault" => {
             let scenario = &SCENARIOS[(seed % SCENARIOS.len() as u64) as usize];
             every_fault::run(scenario, seed, second, None)
@@ -138,6 +148,12 @@ fn soak(wanted: &Wanted) -> Check<()> {
         }
     }
     clear_line();
+    let (reached, runs) = *REACHED.lock();
+    let (text, seldom) = reached.judge(runs);
+    println!("met in {} random lives:\n{text}", grouped(runs));
+    if runs > 1_000 && !seldom.is_empty() {
+        return Err(format!("met too seldom to prove anything: {seldom:?}"));
+    }
     println!(
         "{} crashes, {} runs, {} bits flipped, 0 violations, seed {}, {} s",
         grouped(all.crashes),

@@ -1,5 +1,6 @@
 //! A store, its mirror and a model of what must be in them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,10 +10,11 @@ use headwater::fs::sim::{Down, Fault, FaultRates, Repeat, SectorSize, SimFs};
 use headwater::planted::{self, Bug};
 use headwater::{
     Append, AppendError, Appended, Comparison, EventId, ExpectedRevision, Ingest, IngestError,
-    JournalOptions, NewEvent, OpenError, Position, ReadError, Store, StreamId,
+    JournalOptions, NewEvent, OpenError, Position, ReadError, Revision, Store, StreamId,
 };
 
 use super::Check;
+use super::reached::{Reached, Row};
 
 pub(crate) const DIR: &str = "/store";
 pub(crate) const MIRROR: &str = "/mirror";
@@ -36,7 +38,10 @@ pub(crate) struct World {
     /// The mirror's disk has lost what was durable there: it may go back and fetch it again.
     pub(crate) mirror_damaged: bool,
     next_id: u128,
+    /// Faults that had struck before the present opening: later failures have other causes.
+    struck_before: u64,
     pub(crate) crashes: u64,
+    pub(crate) reached: Reached,
     pub(crate) log: Vec<String>,
 }
 
@@ -92,7 +97,9 @@ impl World {
             mirrored: Position::START,
             mirror_damaged: false,
             next_id: 0,
+            struck_before: 0,
             crashes: 0,
+            reached: Reached::default(),
             log: Vec::new(),
         }
     }
@@ -195,20 +202,24 @@ impl World {
 
     /// Opens, with crashes and faults inside recovery, several levels deep.
     pub(crate) fn open_through_crashes(&mut self) -> Check<Store> {
-        for _ in 0..4 {
+        for level in 0..4 {
+            let struck = self.fs.faults_struck();
             if self.rng.u8(..) < 100 {
                 self.plan_faults(80);
             }
             match self.open() {
                 Ok(store) => {
                     self.fs.clear_faults();
+                    self.note_recovery(&store);
                     return Ok(store);
                 }
                 Err(OpenError::Io(error)) => {
                     self.note(format!("open failed: {error}"));
-                    if self.fs.faults_struck() == 0 {
+                    if self.fs.faults_struck() == struck {
                         return Err(format!("open failed without a fault: {error}"));
                     }
+                    let again = if level == 0 { Row::Interrupted } else { Row::InterruptedAgain };
+                    self.reached.note(again);
                     self.crash();
                 }
                 Err(error) => return Err(format!("false alarm: {error} ({error:?})")),
@@ -217,9 +228,20 @@ impl World {
         self.open_healed()
     }
 
+    fn note_recovery(&mut self, store: &Store) {
+        self.struck_before = self.fs.faults_struck();
+        let report = store.recovery_report();
+        self.reached.note_if(Row::TornTail, report.torn_bytes > 0);
+        self.reached.note_if(Row::Quarantined, report.quarantined_segments > 0);
+        self.reached.note_if(Row::Rewritten, report.rewritten_bytes > 0);
+        self.reached.note_if(Row::Remade, report.remade_headers > 0);
+    }
+
     pub(crate) fn open_healed(&mut self) -> Check<Store> {
         self.fs.clear_faults();
-        self.open().map_err(|error| format!("healed disk: {error} ({error:?})"))
+        let store = self.open().map_err(|error| format!("healed disk: {error} ({error:?})"))?;
+        self.note_recovery(&store);
+        Ok(store)
     }
 
     // -------------------------------------------------------------------------------------------- checking
@@ -229,8 +251,14 @@ impl World {
     pub(crate) fn check_contents(&mut self, store: &Store) -> Check<()> {
         let events = store.read_all(Position::START).map_err(|e| e.to_string())?;
         let mut found = Vec::new();
+        let mut revisions: BTreeMap<StreamId, Revision> = BTreeMap::new();
         for event in events {
             let event = event.map_err(|e| format!("reading: {e}"))?;
+            let next = revisions.entry(event.stream().clone()).or_insert(Revision::FIRST);
+            if event.revision() != *next || event.position().get() != found.len() as u64 {
+                return Err(format!("{} of {} is out of order", event.revision(), event.stream()));
+            }
+            *next = next.next();
             found.push((event.id(), event.data().clone()));
         }
         let mut rest = found.as_slice();
@@ -317,7 +345,19 @@ impl World {
         if !retry {
             self.maybe.push(batch.clone());
         }
-        match store.append(&request) {
+        self.reached.note_if(Row::Repeated, retry);
+        let segments = store.journal().segments().len();
+        let answer = store.append(&request);
+        self.reached.note_if(Row::Roll, store.journal().segments().len() > segments);
+        self.reached.note_if(Row::Unknown, matches!(answer, Err(AppendError::Unknown(_))));
+        self.reached.note_if(Row::DiskFull, matches!(answer, Err(AppendError::DiskFull(_))));
+        let unprovoked = self.fs.faults_struck() == self.struck_before && self.fs.down().is_none();
+        if let (true, Err(AppendError::Unknown(_) | AppendError::Poisoned(_))) =
+            (unprovoked, &answer)
+        {
+            return Err(format!("append fails without a fault: {answer:?}"));
+        }
+        match answer {
             Ok(Appended::New(_)) => {
                 self.maybe.retain(|other| other != &batch);
                 self.acked.push(batch);
@@ -356,9 +396,23 @@ impl World {
         match fed && self.mirror_fs.down().is_none() {
             true => {}
             false if to_the_end => return Err("the mirror fails on a healed disk".into()),
-            false => self.crash_mirror(),
+            false => {
+                self.reached.note(Row::MirrorCrash);
+                self.crash_mirror();
+            }
         }
         Ok(())
+    }
+
+    /// A bit of what the mirror's last segment holds is flipped while nobody looks.
+    pub(crate) fn damage_mirror(&mut self) {
+        let Some((name, bytes)) = segments(&self.mirror_fs, Path::new(MIRROR)).pop() else {
+            return;
+        };
+        let end = bytes.iter().rposition(|&byte| byte != 0).unwrap_or(0) as u64;
+        let at = if end > 4096 { self.rng.u64(4096..end) } else { 0 };
+        self.mirror_fs.flip_bit(&Path::new(MIRROR).join(name), at, 1);
+        self.mirror_damaged = true;
     }
 
     pub(crate) fn open_mirror(&self, store: &Store) -> Result<Ingest, OpenError> {
@@ -379,6 +433,10 @@ impl World {
         };
         self.check_mirror_end(&ingest)?;
         let end = ingest.end();
+        self.reached.note_if(Row::MirrorLowered, ingest.recovery_report().refetch);
+        self.reached.note_if(Row::MirrorWitness, ingest.witness().is_some());
+        let behind = origin.segments().iter().filter(|s| s.base_position >= end.position).count();
+        self.reached.note_if(Row::MirrorCatchUp, behind > 1);
         let compared = match origin.compare(&end) {
             Err(ReadError::Io(_)) if !to_the_end => return Ok(true),
             compared => compared.map_err(|e| e.to_string())?,

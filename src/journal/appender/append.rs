@@ -122,6 +122,28 @@ impl Append {
         self
     }
 
+    /// The first event, and the rest; `None` if there is no rest, or several streams.
+    #[cfg(feature = "test-kit")]
+    pub(super) fn split(&self) -> Option<(Self, Self)> {
+        let ([part], Some(second)) = (self.parts.as_slice(), self.starts.get(1)) else {
+            return None;
+        };
+        let piece = |bytes: Range<usize>, events: Range<usize>| {
+            let mut encoded = vec![0; BATCH_HEADER_BYTES];
+            encoded.extend_from_slice(self.bytes.get(bytes.clone())?);
+            let starts = self.starts.get(events.clone())?.iter();
+            Some(Self {
+                parts: vec![Part { events: 0..events.len(), ..part.clone() }],
+                starts: starts.map(|at| at + BATCH_HEADER_BYTES - bytes.start).collect(),
+                ids: self.ids.get(events)?.to_vec(),
+                bytes: encoded,
+                ..self.clone()
+            })
+        };
+        let all = self.starts.len();
+        Some((piece(BATCH_HEADER_BYTES..*second, 0..1)?, piece(*second..self.bytes.len(), 1..all)?))
+    }
+
     /// Verifies what can be verified without the journal. `hashes` are those of the ids, in order.
     pub(super) fn check(&self, hashes: &[u64]) -> Result<(), InvalidAppend> {
         if let Some(invalid) = &self.invalid {

@@ -158,7 +158,9 @@ impl Shared {
         self.call_leader(&state); // one of a large group
         let synced = MutexGuard::unlocked(&mut state, || self.sync_group(&written));
         state.syncing = false;
-        self.turn.notify_one();
+        if !planted::is(Bug::TurnWithoutNotice) {
+            self.turn.notify_one();
+        }
         match synced {
             Ok(()) => self.succeed(state, &written),
             Err(error) => self.fail(state, &group, error),
@@ -194,9 +196,21 @@ impl Shared {
     }
 
     fn sync_group(&self, written: &Written) -> Result<(), IoError> {
+        if planted::is(Bug::ShipUnsynced) {
+            self.publish_group(written);
+            return written.file.sync();
+        }
         if !planted::is(Bug::AcknowledgeBeforeSync) {
             written.file.sync()?;
         }
+        if planted::is(Bug::AnswerBeforePublish) {
+            written.group.resolve(Outcome::Durable);
+        }
+        self.publish_group(written);
+        Ok(())
+    }
+
+    fn publish_group(&self, written: &Written) {
         self.journal.publish(written.end, |index| {
             for Slot { header, batch } in &written.slots {
                 if let Some(batch) = batch {
@@ -204,7 +218,6 @@ impl Shared {
                 }
             }
         });
-        Ok(())
     }
 
     fn succeed(&self, mut state: MutexGuard<'_, State>, written: &Written) {
@@ -215,7 +228,9 @@ impl Shared {
         self.call_leader(&state);
         drop(state);
         written.group.resolve(Outcome::Durable);
-        self.room.notify_all();
+        if !planted::is(Bug::RoomWithoutNotice) {
+            self.room.notify_all();
+        }
         self.keeper.mark(written.end, None);
     }
 

@@ -43,10 +43,12 @@ use crate::journal::spare::Spare;
 use crate::journal::writer::{Failure, Writer};
 use crate::journal::{Journal, Locked, new_incarnation, read_node};
 use crate::options::JournalOptions;
+#[cfg(feature = "test-kit")]
+use crate::planted::{self, Bug};
 use crate::position::{
     Chain, Checkpoint, Durability, Incarnation, JournalId, NodeId, Position, Token,
 };
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{self, Condvar, Mutex, MutexGuard, Thread};
 
 mod append;
 mod commit;
@@ -70,11 +72,6 @@ pub struct Appender {
     /// Leads the groups in which nobody blocks; begins with the first such append.
     committer: Mutex<Option<Thread>>,
 }
-
-#[cfg(not(shuttle))]
-type Thread = std::thread::JoinHandle<()>;
-#[cfg(shuttle)]
-type Thread = shuttle::thread::JoinHandle<()>;
 
 #[derive(Debug)]
 struct Shared {
@@ -345,6 +342,12 @@ impl Appender {
         if append.durability == Durability::Buffered {
             return self.submit(append)?.wait();
         }
+        #[cfg(feature = "test-kit")]
+        if planted::is(Bug::SplitBatch)
+            && let Some((first, rest)) = append.split()
+        {
+            return self.append(&first).and_then(|_| self.append(&rest));
+        }
         let (group, receipt) = match self.shared.enter(append, Waits::Blocking)? {
             Entered::Answered(appended) => return Ok(appended),
             Entered::InGroup(group, receipt) => (group, receipt),
@@ -388,7 +391,7 @@ impl Appender {
         let mut committer = self.committer.lock();
         if committer.is_none() {
             let shared = Arc::clone(&self.shared);
-            *committer = spawn("headwater-commit", move || shared.run_committer());
+            *committer = sync::spawn("headwater-commit", move || shared.run_committer());
             if committer.is_some() {
                 self.shared.state.lock().start_committer();
             }
@@ -423,9 +426,8 @@ impl Appender {
             while !state.is_idle() {
                 self.shared.room.wait(&mut state);
             }
-            if state.committer == CommitterState::Running {
-                state.committer = CommitterState::Stopping;
-            }
+            // Also if there is none: one that is being started beside this must end at once.
+            state.committer = CommitterState::Stopping;
             state.poison().cloned()
         };
         self.shared.work.notify_all();
@@ -434,16 +436,6 @@ impl Appender {
         }
         poison
     }
-}
-
-#[cfg(not(shuttle))]
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Option<Thread> {
-    std::thread::Builder::new().name(name.into()).spawn(run).ok()
-}
-
-#[cfg(shuttle)]
-fn spawn(_: &str, run: impl FnOnce() + Send + 'static) -> Option<Thread> {
-    Some(shuttle::thread::spawn(run))
 }
 
 impl Drop for Appender {
