@@ -368,11 +368,26 @@ fn a_stream_with_lost_events_says_so_where_they_are_missing() {
                 let rest: Vec<_> = rest.map(|event| event.unwrap().into_data()).collect();
                 let right: Vec<_> = (lost + 3..EVENTS).step_by(3).map(payload).collect();
                 assert_eq!(rest, right, "{name} its sidecar");
+                let back = store.journal().read_stream_backward(&stream(i), None).unwrap();
+                let (ok, errors): (Vec<_>, Vec<_>) = back.partition(Result::is_ok);
+                let ok = ok.into_iter().map(|event| event.unwrap().into_data());
+                assert!(ok.eq(right.into_iter().rev()), "{name} its sidecar");
+                assert!(matches!(errors[..], [Err(ReadError::Gap { .. })]), "{errors:?}");
+                let front = Revision::new(lost as u64 / 3 - 1);
+                let back = store.journal().read_stream_backward(&stream(i), Some(front)).unwrap();
+                assert_eq!(back.map(Result::unwrap).count(), lost / 3);
             } else {
                 assert!(errors.is_empty(), "{errors:?}");
                 assert_eq!(ok.len(), (i..EVENTS).step_by(3).count());
             }
         }
+        let back = store.journal().read_all_backward(Position::new(EVENTS as u64)).unwrap();
+        let (ok, errors): (Vec<_>, Vec<_>) = back.partition(Result::is_ok);
+        let ok = ok.into_iter().map(|event| event.unwrap().into_data());
+        assert!(ok.eq((lost + 1..EVENTS).rev().map(payload)), "{name} its sidecar");
+        assert!(matches!(errors[..], [Err(ReadError::Gap { .. })]), "{errors:?}");
+        let back = store.journal().read_all_backward(Position::new(lost as u64)).unwrap();
+        assert!(back.map(|event| event.unwrap().into_data()).eq((0..lost).rev().map(payload)));
     }
 }
 
