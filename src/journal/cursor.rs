@@ -258,3 +258,43 @@ impl Cursor {
         Ok(())
     }
 }
+
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::event::{ExpectedRevision, NewEvent, StreamId};
+    use crate::fs::Fs;
+    use crate::fs::sim::SimFs;
+    use crate::journal::{Append, Appender};
+    use crate::options::JournalOptions;
+
+    fn payload_of(batch: &CursorBatch<'_>) -> Vec<u8> {
+        batch.batch.records().next().unwrap().unwrap().payload.to_vec()
+    }
+
+    #[test]
+    fn a_batch_that_memory_holds_wrongly_is_read_from_the_disk() {
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let options = JournalOptions { background_mark_sync: false, ..JournalOptions::default() };
+        let appender = Appender::create(&fs, Path::new("/journal"), &options).unwrap();
+        let stream = StreamId::new("a").unwrap();
+        for text in [b"one", b"two"] {
+            let event = NewEvent::raw("happened", *text).unwrap();
+            appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+        }
+        let journal = appender.journal();
+        let mut cursor = journal.cursor(Position::START).unwrap();
+        let mut wrong = cursor.next_batch().unwrap().unwrap().batch.bytes().to_vec();
+        let first_end = cursor.offset;
+        let at = wrong.windows(3).position(|bytes| bytes == b"one").unwrap();
+        wrong[at] ^= 1;
+        journal.0.segments.write().recent = crate::journal::recent::Recent::new(1 << 20);
+        journal.0.segments.write().recent.push(first_end, wrong);
+        let mut cursor = journal.cursor(Position::START).unwrap();
+        assert_eq!(payload_of(&cursor.next_batch().unwrap().unwrap()), b"one");
+        assert_eq!(payload_of(&cursor.next_batch().unwrap().unwrap()), b"two");
+        assert!(cursor.next_batch().unwrap().is_none());
+    }
+}

@@ -61,10 +61,6 @@ impl Maps {
         let maps = names.iter().filter_map(|name| layout::map_of(name));
         Self { known: RwLock::new(maps.map(|key| (key, Known::Unopened)).collect()) }
     }
-
-    fn is_known(&self, level: u32, first: u64) -> bool {
-        self.known.read().contains_key(&(level, first))
-    }
 }
 
 /// In which order segments are looked for.
@@ -193,14 +189,14 @@ impl Journal {
         }
     }
 
-    /// Lays out the maps that are missing.
+    /// Lays out the maps that are missing, or can be seen to be invalid by their first page.
     pub(super) fn map_missing(&self) {
         let numbers = self.sealed_numbers();
         for level in 1..level_above(numbers.end) {
             let len = 1 << (FAN_OUT_BITS * level);
             let mut first = numbers.start - numbers.start % len;
             while first + len <= numbers.end {
-                if !self.0.maps.is_known(level, first) {
+                if self.map(level, first).is_none() {
                     self.lay_out(level, first);
                 }
                 first += len;

@@ -126,7 +126,7 @@ fn what_is_kept_in_memory_is_bounded_and_a_follower_that_falls_behind_reads_on_f
         let store = open_with(&disk, JournalOptions { recent_bytes_max, ..options() });
         let mut cursor = store.journal().cursor(Position::START).unwrap();
         let mut rng = Rng::with_seed(recent_bytes_max as u64);
-        let (mut appended, mut seen) = (0_u64, 0);
+        let (mut appended, mut seen) = (0_u64, 0_u64);
         for _ in 0..120 {
             for _ in 0..rng.u64(0..6) {
                 put(&store, "a", &appended.to_le_bytes());
@@ -257,7 +257,7 @@ fn append_some(store: &Store, model: &mut Model, rng: &mut Rng, streams: usize) 
         }
         let events: Vec<_> = (0..rng.usize(1..4))
             .map(|_| {
-                let payload: Vec<u8> = (0..rng.usize(1..120)).map(|_| rng.u8(..)).collect();
+                let payload: Vec<u8> = (0..rng.usize(1..60)).map(|_| rng.u8(..)).collect();
                 model.push(&name, payload.clone());
                 NewEvent::raw("test.happened", payload).unwrap()
             })
@@ -395,7 +395,8 @@ fn a_stream_costs_what_it_holds_and_not_the_journal() {
         let read = journal.read_all_backward(journal.end().position).unwrap();
         assert_eq!(read.take(10).map(data).filter(|data| *data == [7; 400]).count(), 10);
     });
-    assert!(newest <= 10, "{newest}");
+    // Of two segments: the file, its pieces, the sidecar.
+    assert!(newest <= 16, "{newest}");
     // Without maps everything is asked, and the answers are the same.
     let bare = disk.fork(2);
     for path in derived(&bare).iter().filter(|path| path.extension().unwrap() == "map") {
