@@ -204,16 +204,8 @@ impl Journal {
         }
     }
 
-    /// The numbers between which all sealed segments lie.
     pub(super) fn sealed_numbers(&self) -> Range<u64> {
-        let segments = self.0.segments.read();
-        let first = segments.all.first().map_or(0, |segment| segment.number());
-        let end = match segments.all.last() {
-            Some(last) if last.sealed.is_some() => last.number() + 1,
-            Some(active) => active.number(),
-            None => 0,
-        };
-        first..end
+        self.0.segments.read().sealed_numbers()
     }
 
     /// An effort: without the map, the level below is asked.

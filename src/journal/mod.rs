@@ -106,6 +106,19 @@ struct Segments {
     recent: Recent,
 }
 
+impl Segments {
+    /// The numbers between which all sealed segments lie.
+    fn sealed_numbers(&self) -> std::ops::Range<u64> {
+        let first = self.all.first().map_or(0, |segment| segment.number());
+        let end = match self.all.last() {
+            Some(last) if last.sealed.is_some() => last.number() + 1,
+            Some(active) => active.number(),
+            None => 0,
+        };
+        first..end
+    }
+}
+
 /// How a checkpoint relates to a journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Comparison {
@@ -470,7 +483,7 @@ impl Journal {
     /// # Errors
     /// [`ReadError`] if an index can't be read.
     pub fn stream_head(&self, stream: &StreamId) -> Result<Option<Revision>, ReadError> {
-        let seen = {
+        let (seen, sealed) = {
             let segments = self.0.segments.read();
             if let Some(span) = segments::span(&segments.active, stream.as_str()) {
                 return Ok(Some(span.last));
@@ -478,9 +491,9 @@ impl Journal {
             if let Some(head) = self.0.heads.get(stream) {
                 return Ok(Some(head));
             }
-            segments.all.len()
+            (segments.all.len(), segments.sealed_numbers())
         };
-        let found = self.holder(stream, self.sealed_numbers(), Order::LastToFirst)?;
+        let found = self.holder(stream, sealed, Order::LastToFirst)?;
         let Some((_, span)) = found else { return Ok(None) };
         self.remember_head(stream, span.last, seen);
         Ok(Some(span.last))

@@ -112,11 +112,15 @@ impl Journal {
         stream: &StreamId,
         from: Revision,
     ) -> Result<u64, ReadError> {
-        let sealed = self.sealed_numbers();
+        // Under one lock: a segment that is being sealed is in one of the two.
+        let (sealed, active) = {
+            let segments = self.0.segments.read();
+            let active = segments::span(&segments.active, stream.as_str());
+            (segments.sealed_numbers(), active)
+        };
         if from == Revision::FIRST {
             return self.holder_from(stream, sealed.start);
         }
-        let active = segments::span(&self.0.segments.read().active, stream.as_str());
         if active.is_some_and(|span| span.first <= from) {
             return Ok(sealed.end);
         }

@@ -184,8 +184,14 @@ impl Pages for IndexFile {
     }
 
     fn page(&self, tag: u64, number: u64) -> io::Result<Page> {
-        let pages = &self.files.pages;
-        pages.get_or_insert_with(&(self.key, number), || self.read_page(tag, number))
+        // Nobody waits for another's read: an append must not depend on how slow a reader is.
+        let (pages, key) = (&self.files.pages, (self.key, number));
+        if let Some(page) = pages.get(&key) {
+            return Ok(page);
+        }
+        let page = self.read_page(tag, number)?;
+        pages.insert(key, Arc::clone(&page));
+        Ok(page)
     }
 
     fn count(&self) -> io::Result<u64> {
