@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::fmt;
+use std::hash::BuildHasher;
 
 use smol_str::SmolStr;
 use uuid::Uuid;
@@ -112,8 +113,8 @@ fn check_name(what: &'static str, name: &str, max: usize) -> Result<(), InvalidE
         return Err(InvalidEvent::Empty { what });
     }
     check_len(what, name.len(), max)?;
-    // Nearly all names are plain ASCII, for which looking at bytes is enough.
-    let plain = name.bytes().all(|byte| (b' '..0x7f).contains(&byte));
+    // Nearly all names are of these; the compiler compares many bytes at a time.
+    let plain = name.bytes().fold(true, |plain, byte| plain & matches!(byte, b' '..=b'~'));
     if !plain && name.chars().any(char::is_control) {
         return Err(InvalidEvent::ControlCharacter { what });
     }
@@ -554,13 +555,72 @@ pub struct Recorded<E = Vec<u8>> {
     event_type: EventType,
     schema_version: u32,
     codec: PayloadCodec,
+    /// What few events have.
+    extras: Option<Box<Extras>>,
+    data: E,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Extras {
     tags: Vec<String>,
     subject: Option<String>,
     correlation: Option<EventId>,
     causation: Option<Locator>,
     occurred_at_us: Option<i64>,
     metadata: Vec<(String, String)>,
-    data: E,
+}
+
+impl Extras {
+    fn of(record: &RecordRef<'_>) -> Option<Box<Self>> {
+        record.has_extras().then(|| {
+            Box::new(Self {
+                tags: record.tags().map(str::to_owned).collect(),
+                subject: record.subject.map(str::to_owned),
+                correlation: record.correlation,
+                causation: record.causation,
+                occurred_at_us: record.occurred_at_us,
+                metadata: record.metadata().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+            })
+        })
+    }
+}
+
+/// Names that were met lately: events that follow each other share theirs, rather than each having a copy.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    streams: Vec<Option<StreamId>>,
+    types: Vec<Option<EventType>>,
+}
+
+/// How many of each are remembered; powers of two.
+const STREAMS_REMEMBERED: usize = 256;
+const TYPES_REMEMBERED: usize = 32;
+
+impl Names {
+    fn stream(&mut self, name: &str) -> StreamId {
+        remembered(&mut self.streams, STREAMS_REMEMBERED, name, || StreamId(name.into()))
+    }
+
+    fn event_type(&mut self, name: &str) -> EventType {
+        remembered(&mut self.types, TYPES_REMEMBERED, name, || EventType(name.into()))
+    }
+}
+
+fn remembered<T: AsRef<str> + Clone>(
+    known: &mut Vec<Option<T>>,
+    max: usize,
+    name: &str,
+    new: impl FnOnce() -> T,
+) -> T {
+    if known.is_empty() {
+        known.resize(max, None);
+    }
+    let hash = foldhash::fast::FixedState::with_seed(0).hash_one(name);
+    let Some(place) = known.get_mut(hash as usize % max) else { return new() };
+    match place {
+        Some(known) if known.as_ref() == name => known.clone(),
+        place => place.insert(new()).clone(),
+    }
 }
 
 impl<E> Recorded<E> {
@@ -569,23 +629,19 @@ impl<E> Recorded<E> {
         journal: JournalId,
         position: Position,
         recorded_at_us: i64,
+        names: &mut Names,
         data: E,
     ) -> Self {
         Self {
             locator: Locator { journal, position },
             recorded_at_us,
             id: record.id,
-            stream: StreamId(record.stream.into()),
+            stream: names.stream(record.stream),
             revision: record.revision,
-            event_type: EventType(record.event_type.into()),
+            event_type: names.event_type(record.event_type),
             schema_version: record.schema_version,
             codec: record.codec,
-            tags: record.tags().map(str::to_owned).collect(),
-            subject: record.subject.map(str::to_owned),
-            correlation: record.correlation,
-            causation: record.causation,
-            occurred_at_us: record.occurred_at_us,
-            metadata: record.metadata().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+            extras: Extras::of(record),
             data,
         }
     }
@@ -597,8 +653,10 @@ impl Recorded {
         journal: JournalId,
         position: Position,
         recorded_at_us: i64,
+        names: &mut Names,
     ) -> Self {
-        Self::from_record_with(record, journal, position, recorded_at_us, record.payload.to_vec())
+        let data = record.payload.to_vec();
+        Self::from_record_with(record, journal, position, recorded_at_us, names, data)
     }
 
     /// Decodes the payload as `E`; `None` if the event is of none of its types.
@@ -622,12 +680,7 @@ impl Recorded {
             event_type: self.event_type.clone(),
             schema_version: self.schema_version,
             codec: self.codec,
-            tags: self.tags.clone(),
-            subject: self.subject.clone(),
-            correlation: self.correlation,
-            causation: self.causation,
-            occurred_at_us: self.occurred_at_us,
-            metadata: self.metadata.clone(),
+            extras: self.extras.clone(),
             data,
         }
     }
@@ -654,8 +707,8 @@ impl<E> Recorded<E> {
 
     /// When it happened, if the writer said so, in microseconds since 1970.
     #[must_use]
-    pub const fn occurred_at_us(&self) -> Option<i64> {
-        self.occurred_at_us
+    pub fn occurred_at_us(&self) -> Option<i64> {
+        self.extras.as_ref()?.occurred_at_us
     }
 
     /// Its id.
@@ -697,31 +750,31 @@ impl<E> Recorded<E> {
     /// Its tags.
     #[must_use]
     pub fn tags(&self) -> &[String] {
-        &self.tags
+        self.extras.as_ref().map_or(&[], |extras| &extras.tags)
     }
 
     /// Whom the payload is about.
     #[must_use]
     pub fn subject(&self) -> Option<&str> {
-        self.subject.as_deref()
+        self.extras.as_ref()?.subject.as_deref()
     }
 
     /// The business transaction it belongs to.
     #[must_use]
-    pub const fn correlation(&self) -> Option<EventId> {
-        self.correlation
+    pub fn correlation(&self) -> Option<EventId> {
+        self.extras.as_ref()?.correlation
     }
 
     /// The event that caused it.
     #[must_use]
-    pub const fn causation(&self) -> Option<Locator> {
-        self.causation
+    pub fn causation(&self) -> Option<Locator> {
+        self.extras.as_ref()?.causation
     }
 
     /// Free metadata: keys and values.
     #[must_use]
     pub fn metadata(&self) -> &[(String, String)] {
-        &self.metadata
+        self.extras.as_ref().map_or(&[], |extras| &extras.metadata)
     }
 
     /// The event itself.

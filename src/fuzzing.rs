@@ -119,9 +119,10 @@ fn check_records(batch: &BatchRef<'_>) {
     assert!(batch.check_records().is_err() || complete);
     let mut index = SegmentIndex::default();
     assert_eq!(index.add(batch).is_ok(), complete);
+    let mut names = crate::event::Names::default();
     for record in records.into_iter().flatten() {
         let (journal, position) = (JournalId::from_bytes([1; 16]), batch.header.base_position);
-        let event = crate::event::Recorded::from_record(&record, journal, position, 0);
+        let event = crate::event::Recorded::from_record(&record, journal, position, 0, &mut names);
         assert_eq!(event.stream().as_str(), record.stream);
         assert_eq!(event.data().as_slice(), record.payload);
         assert!(event.tags().len() + 2 * event.metadata().len() <= batch.body().len());

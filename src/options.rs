@@ -38,6 +38,9 @@ pub struct JournalOptions {
     pub buffered_bytes_max: u64,
     /// How long an event may be unsynced, in milliseconds, before buffered appends block. Default 1000.
     pub buffered_age_ms_max: u64,
+    /// How many bytes of the batches that became durable last are kept in memory, for views, mirrors and
+    /// subscriptions that follow closely: they read nothing from the disk then. 0 keeps none. Default 4 MiB.
+    pub recent_bytes_max: usize,
     /// Whether a background thread syncs the mark (the record of what is durable) when the journal is idle
     /// and once a second, prepares the next segment before it is needed, and cuts full ones. Default true;
     /// without it the mark is synced behind each roll and at close only, and each commit does a part of the
@@ -56,6 +59,7 @@ impl Default for JournalOptions {
             idempotency_window_events: 1 << 20,
             buffered_bytes_max: 4 << 20,
             buffered_age_ms_max: 1000,
+            recent_bytes_max: 4 << 20,
             background_mark_sync: true,
         }
     }

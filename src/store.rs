@@ -14,8 +14,8 @@ use crate::event::{Revision, StreamId};
 use crate::fs::Fs;
 use crate::fs::os::OsFs;
 use crate::journal::{
-    Append, Appended, Appender, CloseError, Events, Journal, RecoveryReport, StreamEvents,
-    Subscription, Ticket,
+    Append, Appended, Appender, CloseError, Events, EventsBackward, Journal, RecoveryReport,
+    StreamEvents, StreamEventsBackward, Subscription, Ticket,
 };
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, Position};
@@ -195,6 +195,27 @@ impl Store {
         from: Revision,
     ) -> Result<StreamEvents, ReadError> {
         self.journal().read_stream(stream, from)
+    }
+
+    /// The durable events in front of `before`, the newest first; see [`Journal::read_all_backward`].
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_all_backward(&self, before: Position) -> Result<EventsBackward, ReadError> {
+        self.journal().read_all_backward(before)
+    }
+
+    /// The durable events of a stream, the newest first, from revision `from` or from its last event on; see
+    /// [`Journal::read_stream_backward`].
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_stream_backward(
+        &self,
+        stream: &StreamId,
+        from: Option<Revision>,
+    ) -> Result<StreamEventsBackward, ReadError> {
+        self.journal().read_stream_backward(stream, from)
     }
 
     /// Every event from `from` on, and then live; see [`Journal::subscribe`].

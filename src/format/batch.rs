@@ -297,6 +297,11 @@ impl<'a> BatchRef<'a> {
         Ok(batch)
     }
 
+    /// The batch at the front of `bytes`, which were verified and decoded as this header.
+    pub(crate) fn of_verified(header: BatchHeader, bytes: &'a [u8]) -> Self {
+        Self { header, bytes: bytes.get(..header.padded_len as usize).unwrap_or_default() }
+    }
+
     /// Whether this batch continues `link`: its offset, its position, and its chain computed anew.
     #[must_use]
     pub fn continues(&self, link: &Link, segment: Option<&[u8; 32]>) -> bool {

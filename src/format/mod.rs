@@ -14,6 +14,7 @@ pub mod batch;
 pub mod files;
 pub mod gaps;
 pub mod incoming;
+pub mod map;
 pub mod record;
 pub mod segment;
 pub mod sidecar;

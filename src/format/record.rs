@@ -121,6 +121,16 @@ impl<'a> RecordRef<'a> {
         Ok((record, rest))
     }
 
+    /// Whether there is more than payload, names and numbers.
+    pub(crate) fn has_extras(&self) -> bool {
+        self.occurred_at_us.is_some()
+            || self.correlation.is_some()
+            || self.causation.is_some()
+            || self.subject.is_some()
+            || !self.tags.bytes.is_empty()
+            || !self.metadata.bytes.is_empty()
+    }
+
     /// The tags, in the order in which they were given.
     pub fn tags(&self) -> impl Iterator<Item = &'a str> + use<'a> {
         self.tags

@@ -15,6 +15,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 
 use twox_hash::XxHash3_64;
 
@@ -27,7 +28,7 @@ use crate::position::{Chain, Position};
 /// Size of a page.
 pub const PAGE_BYTES: usize = 4096;
 /// Bytes of a page that carry sections.
-const PAGE_DATA: u64 = (PAGE_BYTES - 4) as u64;
+pub(super) const PAGE_DATA: u64 = (PAGE_BYTES - 4) as u64;
 const MAGIC: [u8; 8] = *b"\x89HWIDX\r\n";
 const VERSION: u16 = 2;
 const SPARSE_BYTES: u64 = 24;
@@ -42,6 +43,12 @@ const SPARSE_EVERY_BYTES: u64 = 64 * 1024;
 #[must_use]
 pub fn id_hash(id: &EventId) -> u64 {
     XxHash3_64::oneshot(id.as_bytes())
+}
+
+/// Eight bytes of the hash of a stream's name.
+#[must_use]
+pub fn stream_hash(name: &str) -> u64 {
+    hash64(name.as_bytes())
 }
 
 fn hash64(bytes: &[u8]) -> u64 {
@@ -219,22 +226,24 @@ pub fn encode(key: &SidecarKey, index: &SegmentIndex) -> Vec<u8> {
         postings: posting_at,
     };
     let mut file = Vec::with_capacity(PAGE_BYTES * (2 + data.len() / PAGE_DATA as usize));
-    push_page(&mut file, key.segment, &header.encode());
-    data.chunks(PAGE_DATA as usize).for_each(|chunk| push_page(&mut file, key.segment, chunk));
+    push_page(&mut file, key.segment, 0, &header.encode());
+    for (number, chunk) in (1..).zip(data.chunks(PAGE_DATA as usize)) {
+        push_page(&mut file, key.segment, number, chunk);
+    }
     file
 }
 
-fn push_page(file: &mut Vec<u8>, segment: u64, data: &[u8]) {
-    let number = (file.len() / PAGE_BYTES) as u64;
+/// Appends page `number` to `file`.
+pub(super) fn push_page(file: &mut Vec<u8>, tag: u64, number: u64, data: &[u8]) {
     let mut page = Block::<PAGE_BYTES>::new();
     page.put(0, data);
-    let crc = page_crc(segment, number, &page.0[..PAGE_DATA as usize]);
+    let crc = page_crc(tag, number, &page.0[..PAGE_DATA as usize]);
     page.put(PAGE_DATA as usize, &crc.to_le_bytes());
     file.extend_from_slice(&page.0);
 }
 
-fn page_crc(segment: u64, number: u64, data: &[u8]) -> u32 {
-    crc32(&[&segment.to_le_bytes(), &number.to_le_bytes(), data])
+fn page_crc(tag: u64, number: u64, data: &[u8]) -> u32 {
+    crc32(&[&tag.to_le_bytes(), &number.to_le_bytes(), data])
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -302,18 +311,42 @@ impl Header {
     }
 }
 
-/// Where the pages of a sidecar come from.
+/// Where the pages of an index come from. Each ends with a checksum that covers its number and a tag, which
+/// is the same for all pages of a file.
 pub trait Pages: Send + Sync {
-    /// Reads page `number` into `page`.
+    /// Page `number`, verified.
     ///
     /// # Errors
-    /// Of the file; [`io::ErrorKind::UnexpectedEof`] if there is no such page.
-    fn read_page(&self, number: u64, page: &mut [u8; PAGE_BYTES]) -> io::Result<()>;
+    /// Of the file; [`io::ErrorKind::UnexpectedEof`] if there is no such page,
+    /// [`io::ErrorKind::InvalidData`] if it is damaged.
+    fn read_page(&self, tag: u64, number: u64) -> io::Result<Page>;
+
+    /// The same, for look-ups that are likely to come again: it may have been kept from an earlier one.
+    ///
+    /// # Errors
+    /// As [`read_page`](Self::read_page).
+    fn page(&self, tag: u64, number: u64) -> io::Result<Page> {
+        self.read_page(tag, number)
+    }
+
     /// How many whole pages there are.
     ///
     /// # Errors
     /// Of the file.
     fn count(&self) -> io::Result<u64>;
+}
+
+/// A verified page, shared.
+pub type Page = Arc<[u8; PAGE_BYTES]>;
+
+/// Verifies the checksum of page `number`.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidData`] if it isn't right.
+pub fn verify_page(tag: u64, number: u64, page: &[u8; PAGE_BYTES]) -> io::Result<()> {
+    let (data, crc) = page.split_last_chunk::<4>().ok_or(io::ErrorKind::InvalidData)?;
+    let right = page_crc(tag, number, data) == u32::from_le_bytes(*crc);
+    if right { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
 /// A sidecar's contents, read page by page as they are needed, each page verified.
@@ -333,13 +366,14 @@ impl<P: Pages> Sidecar<P> {
     /// Of the file.
     pub fn open(pages: P, key: &SidecarKey) -> io::Result<Option<Self>> {
         let count = pages.count()?;
-        let mut page = [0; PAGE_BYTES];
         if count == 0 {
             return Ok(None);
         }
-        pages.read_page(0, &mut page)?;
-        let Some(data) = verified(key.segment, 0, &page) else { return Ok(None) };
-        let Ok(header) = Header::decode(data) else { return Ok(None) };
+        let page = match pages.read_page(key.segment, 0) {
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(None),
+            page => page?,
+        };
+        let Ok(header) = Header::decode(&page[..]) else { return Ok(None) };
         let Some(layout) = header.layout() else { return Ok(None) };
         let [.., end] = layout;
         let valid = header.key == *key
@@ -355,23 +389,54 @@ impl<P: Pages> Sidecar<P> {
         self.header.ids
     }
 
+    /// Bytes of the sections, for a look-up.
     fn read(&self, at: u64, len: usize) -> io::Result<Vec<u8>> {
+        self.read_with(at, len, P::page)
+    }
+
+    /// The same, for what is read once.
+    fn read_once(&self, at: u64, len: usize) -> io::Result<Vec<u8>> {
+        self.read_with(at, len, P::read_page)
+    }
+
+    fn read_with(
+        &self,
+        at: u64,
+        len: usize,
+        page_of: fn(&P, u64, u64) -> io::Result<Page>,
+    ) -> io::Result<Vec<u8>> {
         let damaged = || io::Error::from(io::ErrorKind::InvalidData);
         let end =
             at.checked_add(len as u64).filter(|&end| end <= self.layout[5]).ok_or_else(damaged)?;
         let mut out = Vec::with_capacity(len);
-        let mut page = [0; PAGE_BYTES];
         let mut at = at;
         while at < end {
-            let number = at / PAGE_DATA + 1;
-            self.pages.read_page(number, &mut page)?;
-            let data = verified(self.header.key.segment, number, &page).ok_or_else(damaged)?;
+            let page = page_of(&self.pages, self.header.key.segment, at / PAGE_DATA + 1)?;
             let from = at % PAGE_DATA;
             let to = PAGE_DATA.min(from + (end - at));
-            out.extend_from_slice(data.get(from as usize..to as usize).ok_or_else(damaged)?);
+            out.extend_from_slice(page.get(from as usize..to as usize).ok_or_else(damaged)?);
             at += to - from;
         }
         Ok(out)
+    }
+
+    /// How many streams there are.
+    #[must_use]
+    pub fn streams(&self) -> u64 {
+        self.header.streams
+    }
+
+    /// The hashes of the names of up to `max` streams, from the `first`-th on, ascending.
+    ///
+    /// # Errors
+    /// Of the file, or damage.
+    pub fn stream_hashes(&self, first: u64, max: u64) -> io::Result<Vec<u64>> {
+        let count = self.header.streams.saturating_sub(first).min(max);
+        let at = self.layout[2] + first * STREAM_BYTES;
+        let bytes = self.read_once(at, (count * STREAM_BYTES) as usize)?;
+        let entries = bytes.as_chunks::<{ STREAM_BYTES as usize }>().0;
+        let hash = |entry: &[u8; STREAM_BYTES as usize]| entry.first_chunk().copied();
+        Ok(entries.iter().filter_map(hash).map(u64::from_le_bytes).collect())
     }
 
     /// The last batch known to begin at or in front of `position`.
@@ -407,7 +472,7 @@ impl<P: Pages> Sidecar<P> {
     pub fn last_ids(&self, count: u64) -> io::Result<Vec<u64>> {
         let count = count.min(self.header.ids);
         let from = self.layout[1] + (self.header.ids - count) * ID_BYTES;
-        let bytes = self.read(from, (count * ID_BYTES) as usize)?;
+        let bytes = self.read_once(from, (count * ID_BYTES) as usize)?;
         Ok(bytes.as_chunks().0.iter().map(|id| u64::from_le_bytes(*id)).collect())
     }
 
@@ -525,30 +590,27 @@ const fn last_revision(first: Revision, count: u64) -> Revision {
     Revision::new(first.get().saturating_add(count.saturating_sub(1)))
 }
 
-fn verified(segment: u64, number: u64, page: &[u8; PAGE_BYTES]) -> Option<&[u8]> {
-    let (data, crc) = page.split_last_chunk::<4>()?;
-    (page_crc(segment, number, data) == u32::from_le_bytes(*crc)).then_some(data)
-}
-
 fn invalid(_: FormatError) -> io::Error {
     io::ErrorKind::InvalidData.into()
 }
 
 #[cfg(test)]
+impl Pages for Vec<u8> {
+    fn read_page(&self, tag: u64, number: u64) -> io::Result<Page> {
+        let all = self.as_chunks::<PAGE_BYTES>().0;
+        let page = all.get(number as usize).ok_or(io::ErrorKind::UnexpectedEof)?;
+        verify_page(tag, number, page)?;
+        Ok(Arc::new(*page))
+    }
+
+    fn count(&self) -> io::Result<u64> {
+        Ok((self.len() / PAGE_BYTES) as u64)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
-
-    impl Pages for Vec<u8> {
-        fn read_page(&self, number: u64, page: &mut [u8; PAGE_BYTES]) -> io::Result<()> {
-            let all = self.as_chunks::<PAGE_BYTES>().0;
-            *page = *all.get(number as usize).ok_or(io::ErrorKind::UnexpectedEof)?;
-            Ok(())
-        }
-
-        fn count(&self) -> io::Result<u64> {
-            Ok((self.len() / PAGE_BYTES) as u64)
-        }
-    }
 
     fn key() -> SidecarKey {
         SidecarKey {

@@ -285,7 +285,7 @@ impl<'a> SegmentCopy<'a> {
         position: Position,
         error: FormatError,
     ) -> CopyError {
-        CopyError::Source(segments::unreadable(window, at, position, error))
+        CopyError::Source(segments::unreadable(window.path().clone(), at, position, error))
     }
 }
 

@@ -1,25 +1,66 @@
 //! The reader that every follower is made of: durable batches, in order, verified.
+//!
+//! ```text
+//!   far behind ── pread, up to 256 KiB at a time ──▶ at the end ── runs that were just committed, shared ──▶
+//! ```
+//! Wherever the bytes come from, both checksums are verified before a batch is shown.
 
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, ReadError};
 use crate::format::FormatError;
-use crate::format::batch::BatchRef;
+use crate::format::batch::{BatchHeader, BatchRef};
 use crate::format::segment::SegmentPage;
 use crate::journal::Journal;
 use crate::journal::gaps;
+use crate::journal::recent::Run;
 use crate::journal::scan::{Window, file_offset};
 use crate::journal::segments::Segment;
 use crate::position::{Checkpoint, JournalId, Position};
 
 /// Pulls durable batches from a journal. It never passes the durable end: at it,
 /// [`next_batch`](Self::next_batch) answers `None`, and later more.
+///
+/// What it shows is borrowed from its buffer: nothing is copied or allocated for an event.
+///
+/// ```
+/// # use headwater::{Append, ExpectedRevision, NewEvent, Position, Store, StreamId};
+/// # let dir = tempfile::tempdir()?;
+/// # let store = Store::create(dir.path().join("orders"))?;
+/// # let placed = NewEvent::raw("order.placed", *b"1250")?;
+/// # store.append(&Append::to(&StreamId::new("order-7")?, ExpectedRevision::Any, [placed]))?;
+/// let mut cursor = store.journal().cursor(Position::START)?;
+/// let mut payload_bytes = 0;
+/// while let Some(batch) = cursor.next_batch()? {
+///     for record in batch.batch.records() {
+///         let record = record?;
+///         println!("{} {}", record.stream, record.event_type);
+///         payload_bytes += record.payload.len();
+///     }
+/// }
+/// assert_eq!(payload_bytes, 4);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Cursor {
     journal: Journal,
     offset: u64,
     position: Position,
-    open: Option<(Arc<Segment>, Window)>,
+    /// How far was known to be durable when it was looked up last.
+    end: Checkpoint,
+    place: Option<Place>,
+    /// Of the segment in `place`, once something was read from its file.
+    window: Option<Window>,
+}
+
+/// What holds the next batches.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) segment: Arc<Segment>,
+    /// Up to here they are durable, and in this place.
+    pub(super) limit: u64,
+    /// They are still in memory.
+    pub(super) recent: Option<Arc<Run>>,
 }
 
 /// A batch, borrowed from its cursor.
@@ -40,6 +81,16 @@ impl CursorBatch<'_> {
     #[must_use]
     pub fn file_offset(&self) -> u64 {
         file_offset(self.base_offset, self.batch.header.offset)
+    }
+
+    /// One of its records doesn't parse.
+    pub(super) fn unreadable(&self, journal: &Journal, error: FormatError) -> ReadError {
+        ReadError::Corruption(Corruption {
+            path: journal.0.layout.segment(self.segment),
+            file_offset: self.file_offset(),
+            position: self.batch.header.base_position,
+            kind: CorruptionKind::Record(error),
+        })
     }
 
     /// The checkpoint at the end of this batch.
@@ -76,11 +127,17 @@ impl Journal {
                 None => return Err(error),
             },
         };
-        Ok(Cursor { journal: self.clone(), offset, position, open: None })
+        Ok(Cursor::new(self, offset, position))
     }
 }
 
 impl Cursor {
+    /// At a batch that begins at `offset` and `position`.
+    pub(super) fn new(journal: &Journal, offset: u64, position: Position) -> Self {
+        let (journal, end) = (journal.clone(), journal.end());
+        Self { journal, offset, position, end, place: None, window: None }
+    }
+
     /// The position of the next batch's first event.
     #[must_use]
     pub const fn position(&self) -> Position {
@@ -99,24 +156,40 @@ impl Cursor {
     /// # Errors
     /// [`ReadError`]; the cursor stays where it is, nothing is skipped.
     pub fn next_batch(&mut self) -> Result<Option<CursorBatch<'_>>, ReadError> {
-        let end = self.journal.end();
-        if self.offset >= end.offset {
-            return Ok(None);
+        if self.offset >= self.end.offset {
+            self.end = self.journal.end();
+            if self.offset >= self.end.offset {
+                return Ok(None);
+            }
         }
         if let Some(gap) = self.journal.gaps().at_offset(self.offset) {
             return Err(gaps::error(gap));
         }
-        self.enter_segment()?;
-        let Some((segment, window)) = &mut self.open else { return Ok(None) };
+        if !self.enter() {
+            return Ok(None);
+        }
+        let in_memory = self.recent_header();
+        if in_memory.is_none() {
+            self.open_window()?;
+        }
+        let Some(Place { segment, limit, recent }) = &self.place else { return Ok(None) };
         let base = segment.base_offset();
-        let limit = segment.sealed.as_ref().map_or(end.offset, |sealed| sealed.end.offset);
         let at = file_offset(base, self.offset);
         let (journal, position) = (&self.journal, self.position);
         let path = || journal.0.layout.segment(segment.number());
         let corruption = |kind| {
             ReadError::Corruption(Corruption { path: path(), file_offset: at, position, kind })
         };
-        let batch = match window.batch(at, file_offset(base, limit), segment.page.header.salt)? {
+        let batch = match (in_memory, recent, &mut self.window) {
+            (Some(header), Some(run), _) => {
+                Ok(BatchRef::of_verified(header, run.bytes_from(self.offset)))
+            }
+            (.., Some(window)) => {
+                window.batch(at, file_offset(base, *limit), segment.page.header.salt)?
+            }
+            (.., None) => return Ok(None),
+        };
+        let batch = match batch {
             Ok(batch) => batch,
             Err(source @ FormatError::Unsupported { .. }) => {
                 return Err(ReadError::Unsupported { path: path(), source });
@@ -147,24 +220,81 @@ impl Cursor {
         Some(lost)
     }
 
-    /// Makes sure that the open segment is the one that holds `self.offset`, and knows its end if it was
-    /// sealed meanwhile.
-    fn enter_segment(&mut self) -> Result<(), ReadError> {
-        let stays = self.open.as_ref().is_some_and(|(segment, _)| match &segment.sealed {
-            Some(sealed) => (segment.base_offset()..sealed.end.offset).contains(&self.offset),
-            None => false,
-        });
+    /// Makes sure that `place` holds the next batch; `false` if there is none.
+    fn enter(&mut self) -> bool {
+        let stays = self
+            .place
+            .as_ref()
+            .is_some_and(|place| (place.segment.base_offset()..place.limit).contains(&self.offset));
         if stays {
-            return Ok(());
+            return true;
         }
-        let Some(segment) = self.journal.segment_at(self.offset) else { return Ok(()) };
-        match &mut self.open {
-            Some((open, _)) if open.number() == segment.number() => *open = segment,
-            open => {
-                let window = self.journal.0.files.window(segment.number())?;
-                *open = Some((segment, window));
+        let Some(place) = self.journal.place_of(self.offset, &self.end) else { return false };
+        let same = self.place.as_ref().map(|old| old.segment.number());
+        if place.recent.is_some() || same != Some(place.segment.number()) {
+            self.window = None;
+        }
+        self.place = Some(place);
+        true
+    }
+
+    /// The header of the next batch, if the batch is in memory and what is there is right.
+    fn recent_header(&mut self) -> Option<BatchHeader> {
+        let place = self.place.as_mut()?;
+        let bytes = place.recent.as_ref()?.bytes_from(self.offset);
+        match BatchRef::decode(bytes, place.segment.page.header.salt) {
+            Ok(batch) => Some(batch.header),
+            Err(_) => {
+                place.recent = None; // the disk decides
+                None
             }
         }
+    }
+
+    fn open_window(&mut self) -> Result<(), ReadError> {
+        if let (None, Some(place)) = (&self.window, &self.place) {
+            self.window = Some(self.journal.0.files.window(place.segment.number())?);
+        }
         Ok(())
+    }
+}
+
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::event::{ExpectedRevision, NewEvent, StreamId};
+    use crate::fs::Fs;
+    use crate::fs::sim::SimFs;
+    use crate::journal::{Append, Appender};
+    use crate::options::JournalOptions;
+
+    fn payload_of(batch: &CursorBatch<'_>) -> Vec<u8> {
+        batch.batch.records().next().unwrap().unwrap().payload.to_vec()
+    }
+
+    #[test]
+    fn a_batch_that_memory_holds_wrongly_is_read_from_the_disk() {
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let options = JournalOptions { background_mark_sync: false, ..JournalOptions::default() };
+        let appender = Appender::create(&fs, Path::new("/journal"), &options).unwrap();
+        let stream = StreamId::new("a").unwrap();
+        for text in [b"one", b"two"] {
+            let event = NewEvent::raw("happened", *text).unwrap();
+            appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+        }
+        let journal = appender.journal();
+        let mut cursor = journal.cursor(Position::START).unwrap();
+        let mut wrong = cursor.next_batch().unwrap().unwrap().batch.bytes().to_vec();
+        let first_end = cursor.offset;
+        let at = wrong.windows(3).position(|bytes| bytes == b"one").unwrap();
+        wrong[at] ^= 1;
+        journal.0.segments.write().recent = crate::journal::recent::Recent::new(1 << 20);
+        journal.0.segments.write().recent.push(first_end, wrong);
+        let mut cursor = journal.cursor(Position::START).unwrap();
+        assert_eq!(payload_of(&cursor.next_batch().unwrap().unwrap()), b"one");
+        assert_eq!(payload_of(&cursor.next_batch().unwrap().unwrap()), b"two");
+        assert!(cursor.next_batch().unwrap().is_none());
     }
 }

@@ -175,6 +175,11 @@ impl Gaps {
         self.0.iter().rfind(|gap| gap.to_position <= position)
     }
 
+    /// The first gap that begins behind `position`.
+    pub(crate) fn behind(&self, position: Position) -> Option<&Gap> {
+        self.0.iter().find(|gap| gap.from.position > position)
+    }
+
     /// Whether a gap begins, lies or ends within these offsets.
     pub(crate) fn touch(&self, offsets: Range<u64>) -> bool {
         self.0.iter().any(|gap| gap.from.offset < offsets.end && gap.to_offset > offsets.start)

@@ -91,7 +91,8 @@ impl Ingest {
         }
         let reserve = CATCH_UP_BYTES_MAX.min(options.segment_bytes_max);
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
-        let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
+        let journal =
+            Journal::new(&fs, &locked.layout, node, &recovered, options.recent_bytes_max)?;
         let page = recovered.kept.last().map(|kept| kept.page.clone());
         let writer = Writer::open(locked, journal, recovered.mark, page, options)?;
         Ok(Self {
@@ -246,10 +247,8 @@ impl Ingest {
         self.witness = self.witness.filter(|witness| witness.offset > self.end.offset);
         let salt = self.writer.page().map_or(0, |page| page.header.salt);
         let unsynced = std::mem::take(&mut self.unsynced);
-        self.writer.journal.publish(self.end, |index| add_all(index, &unsynced, salt));
+        self.writer.journal.publish(self.end, unsynced, |index, bytes| add_all(index, bytes, salt));
         self.writer.keeper().mark(self.end, self.witness);
-        self.unsynced = unsynced;
-        self.unsynced.clear();
         Ok(self.end)
     }
 

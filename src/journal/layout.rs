@@ -6,6 +6,7 @@
 //!   mark                    how far it is known to be durable
 //!   0000000000000000.seg    segments, by number in hexadecimal
 //!   0000000000000000.idx    sidecars of sealed segments (derived)
+//!   0000000000000000-1.map  maps of streams to segments, by level (derived)
 //!   gaps                    losses that were accepted, if there are any
 //!   quarantine/             what recovery moved aside, under names that are never used again
 //!     reserve               space for it, allocated while there is some
@@ -14,6 +15,8 @@
 //! ```
 
 use std::path::{Path, PathBuf};
+
+use crate::format::map::LEVEL_MAX;
 
 pub(crate) const NODE: &str = "node";
 pub(crate) const NODE_TEMP: &str = "node.new";
@@ -52,6 +55,10 @@ impl Layout {
         self.dir.join(format!("{number:016x}.idx"))
     }
 
+    pub(crate) fn map(&self, level: u32, first: u64) -> PathBuf {
+        self.dir.join(format!("{first:016x}-{level}.map"))
+    }
+
     pub(crate) fn quarantine(&self) -> PathBuf {
         self.dir.join(QUARANTINE)
     }
@@ -81,4 +88,12 @@ pub(crate) fn number_of(name: &str, extension: &str) -> Option<u64> {
     let well_formed =
         digits.len() == 16 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     well_formed.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+}
+
+/// Level and number of the first segment in the name of a map.
+pub(crate) fn map_of(name: &str) -> Option<(u32, u64)> {
+    let (first, level) = name.strip_suffix(".map")?.rsplit_once('-')?;
+    let level: u32 = level.parse().ok().filter(|level| (1..LEVEL_MAX).contains(level))?;
+    let first = u64::from_str_radix(first, 16).ok()?;
+    (name == format!("{first:016x}-{level}.map")).then_some((level, first))
 }

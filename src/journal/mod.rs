@@ -23,17 +23,21 @@ use crate::event::{Revision, StreamId};
 use crate::format::files::{NODE_BYTES, Node, Role};
 use crate::format::sidecar::{Posting, SegmentIndex, SparseEntry};
 use crate::fs::{self, Fs, Lock, OpenMode};
+use crate::journal::cursor::Place;
 use crate::journal::gaps::Gaps;
 use crate::journal::layout::Layout;
+use crate::journal::maps::{Maps, Order};
+use crate::journal::recent::Recent;
 use crate::journal::recovery::{Recovered, Survey};
 use crate::journal::scan::file_offset;
-use crate::journal::segments::{Access, Files, Sealed, Segment, Span};
+use crate::journal::segments::{Access, Files, Sealed, Segment, Span, Wanted};
 use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 use crate::sync::RwLock;
 
 mod appender;
 mod backup;
+mod backward;
 pub(crate) mod condition;
 mod copy;
 mod cursor;
@@ -41,9 +45,11 @@ mod gaps;
 mod ingest;
 mod keeper;
 mod layout;
+mod maps;
 mod mark;
 mod order;
 mod read;
+mod recent;
 mod recovery;
 pub mod repair;
 mod restore;
@@ -56,6 +62,7 @@ mod writer;
 
 pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket};
 pub use backup::{BackupError, BackupReport};
+pub use backward::{EventsBackward, StreamEventsBackward};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use read::{Events, Item, StreamEvents, Subscription};
@@ -83,6 +90,7 @@ struct Shared {
     files: Arc<Files>,
     watch: Watch,
     segments: RwLock<Segments>,
+    maps: Maps,
     /// Last revisions of streams in sealed segments.
     heads: quick_cache::sync::Cache<StreamId, Revision>,
 }
@@ -93,6 +101,21 @@ struct Segments {
     all: Vec<Arc<Segment>>,
     /// The index of the active segment's durable batches.
     active: SegmentIndex,
+    /// The batches that were published last.
+    recent: Recent,
+}
+
+impl Segments {
+    /// The numbers between which all sealed segments lie.
+    fn sealed_numbers(&self) -> std::ops::Range<u64> {
+        let first = self.all.first().map_or(0, |segment| segment.number());
+        let end = match self.all.last() {
+            Some(last) if last.sealed.is_some() => last.number() + 1,
+            Some(active) => active.number(),
+            None => 0,
+        };
+        first..end
+    }
 }
 
 /// How a checkpoint relates to a journal.
@@ -127,10 +150,13 @@ impl Journal {
         layout: &Layout,
         node: Node,
         recovered: &Recovered,
-        access: Access,
+        recent_bytes_max: usize,
     ) -> Result<Self, OpenError> {
         let gaps = recovered.gaps.clone();
-        Self::assemble(fs, layout, node, &recovered.kept, gaps, recovered.end, access)
+        let (kept, end, access) = (&recovered.kept, recovered.end, Access::Writer);
+        let journal = Self::assemble(fs, layout, node, kept, gaps, end, access)?;
+        journal.0.segments.write().recent = Recent::new(recent_bytes_max);
+        Ok(journal)
     }
 
     fn assemble(
@@ -155,14 +181,20 @@ impl Journal {
             };
             segments.all.push(Arc::new(Segment { page: kept.page.clone(), sealed }));
         }
-        Ok(Self(Arc::new(Shared {
+        let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+        let journal = Self(Arc::new(Shared {
             node,
             layout: layout.clone(),
             files,
             watch: Watch::new(end),
             segments: RwLock::new(segments),
+            maps: Maps::named(&names),
             heads: quick_cache::sync::Cache::new(HEADS_MAX),
-        })))
+        }));
+        if access == Access::Writer {
+            journal.map_missing();
+        }
+        Ok(journal)
     }
 
     /// Opens a journal for reading only, without taking its lock: also one that another process is writing.
@@ -269,12 +301,6 @@ impl Journal {
         segments.all.iter().map(info).collect()
     }
 
-    fn segment_at(&self, offset: u64) -> Option<Arc<Segment>> {
-        let segments = self.0.segments.read();
-        let behind = segments.all.partition_point(|segment| segment.base_offset() <= offset);
-        segments.all.get(behind.checked_sub(1)?).cloned()
-    }
-
     fn segment_holding(&self, position: Position) -> Option<Arc<Segment>> {
         let segments = self.0.segments.read();
         let behind = segments.all.partition_point(|segment| segment.base_position() <= position);
@@ -320,9 +346,11 @@ impl Journal {
                 (entry.offset, entry.position) = (gap.to_offset, gap.to_position);
             }
             let at = file_offset(segment.base_offset(), entry.offset);
-            let header = window
-                .batch_header(at, limit, segment.page.header.salt)?
-                .map_err(|error| segments::unreadable(&window, at, entry.position, error))?;
+            let header =
+                window.batch_header(at, limit, segment.page.header.salt)?.map_err(|error| {
+                    let path = self.0.layout.segment(segment.number());
+                    segments::unreadable(path, at, entry.position, error)
+                })?;
             if header.end_position() > position {
                 return Ok(Some(header));
             }
@@ -454,7 +482,7 @@ impl Journal {
     /// # Errors
     /// [`ReadError`] if an index can't be read.
     pub fn stream_head(&self, stream: &StreamId) -> Result<Option<Revision>, ReadError> {
-        let (seen, sealed): (usize, Vec<Arc<Segment>>) = {
+        let (seen, sealed) = {
             let segments = self.0.segments.read();
             if let Some(span) = segments::span(&segments.active, stream.as_str()) {
                 return Ok(Some(span.last));
@@ -462,16 +490,12 @@ impl Journal {
             if let Some(head) = self.0.heads.get(stream) {
                 return Ok(Some(head));
             }
-            let sealed = segments.all.iter().rev().filter(|s| s.sealed.is_some()).cloned();
-            (segments.all.len(), sealed.collect())
+            (segments.all.len(), segments.sealed_numbers())
         };
-        for segment in sealed {
-            if let Some(span) = self.span(&segment, stream)? {
-                self.remember_head(stream, span.last, seen);
-                return Ok(Some(span.last));
-            }
-        }
-        Ok(None)
+        let found = self.holder(stream, sealed, Order::LastToFirst)?;
+        let Some((_, span)) = found else { return Ok(None) };
+        self.remember_head(stream, span.last, seen);
+        Ok(Some(span.last))
     }
 
     /// Remembers a head that was found in the sealed ones of `seen` segments. If another one was sealed
@@ -498,33 +522,50 @@ impl Journal {
         &self,
         number: u64,
         stream: &StreamId,
-        from: Revision,
-        max: usize,
+        wanted: Wanted,
     ) -> Result<Option<(Arc<Segment>, Vec<Posting>)>, ReadError> {
         let segment = {
             let segments = self.0.segments.read();
             let at = segments.all.partition_point(|segment| segment.number() < number);
             let Some(segment) = segments.all.get(at).cloned() else { return Ok(None) };
             if segment.sealed.is_none() {
-                let found = segments::postings(&segments.active, stream.as_str(), from, max);
+                let found = segments::postings(&segments.active, stream.as_str(), wanted);
                 return Ok(Some((segment, found)));
             }
             segment
         };
         let found = match &segment.sealed {
             Some(sealed) => {
-                sealed.postings(&self.0.files, &segment.page, stream.as_str(), from, max)?
+                sealed.postings(&self.0.files, &segment.page, stream.as_str(), wanted)?
             }
             None => Vec::new(),
         };
         Ok(Some((segment, found)))
     }
 
+    /// What holds the batch at `offset`, which lies in front of `end`.
+    fn place_of(&self, offset: u64, end: &Checkpoint) -> Option<Place> {
+        let segments = self.0.segments.read();
+        let behind = segments.all.partition_point(|segment| segment.base_offset() <= offset);
+        let segment = segments.all.get(behind.checked_sub(1)?).cloned()?;
+        let recent = segments.recent.at(offset);
+        // The active segment holds everything up to `end`: it was active when that was the end, or is now.
+        let last = segment.sealed.as_ref().map_or(end.offset, |sealed| sealed.end.offset);
+        let limit = recent.as_ref().map_or(last, |run| run.end_offset().min(last));
+        Some(Place { segment, limit, recent })
+    }
+
     /// Publishes batches that have just become durable: index and end at once, so that nobody finds an
-    /// event in the index that lies behind the end.
-    fn publish(&self, end: Checkpoint, index: impl FnOnce(&mut SegmentIndex)) {
+    /// event in the index that lies behind the end. `bytes` are all batches since the end before.
+    fn publish(
+        &self,
+        end: Checkpoint,
+        bytes: Vec<u8>,
+        index: impl FnOnce(&mut SegmentIndex, &[u8]),
+    ) {
         let mut segments = self.0.segments.write();
-        index(&mut segments.active);
+        index(&mut segments.active, &bytes);
+        segments.recent.push(end.offset, bytes);
         self.0.watch.publish(end);
     }
 
@@ -559,6 +600,7 @@ impl Journal {
     fn write_sidecar(&self, segment: &Segment) {
         if let Some(sealed) = &segment.sealed {
             sealed.write_sidecar(&self.0.files, &segment.page);
+            self.map_up_to(segment.number());
         }
     }
 

@@ -32,6 +32,7 @@ use crate::format::{FORMAT_VERSION, Flags, FormatError};
 use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
+use crate::journal::maps;
 use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset, header_page, open_if_there};
 use crate::journal::segments::Access;
@@ -962,17 +963,23 @@ fn first_batch_end(
     Ok(header.is_ok_and(|header| header.end_offset() > proven))
 }
 
-/// Step 5: the sidecar of the segment that stays active, sidecars without a segment, and spares.
+/// Step 5: the sidecar of the segment that stays active, sidecars and maps without their segments, and spares.
 fn remove_stale(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoError> {
     let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
     let sealed = survey.kept.split_last().map_or(&[][..], |(_, sealed)| sealed);
+    let active = survey.kept.last().map_or(0, Kept::number);
+    let oldest = survey.kept.first().map_or(0, Kept::number);
     let mut removed = false;
     for name in &names {
         let sidecar = layout::number_of(name, "idx")
-            .is_some_and(|number| sealed.iter().all(|kept| kept.number() != number));
+            .is_some_and(|number| sealed.binary_search_by_key(&number, Kept::number).is_err());
         let spare =
             layout::number_of(name, "seg").is_some_and(|number| survey.spares.contains(&number));
-        if sidecar || spare {
+        let map = layout::map_of(name).is_some_and(|(level, first)| {
+            let covered = maps::covered(level, first);
+            covered.end > active || covered.end <= oldest
+        });
+        if sidecar || spare || map {
             let path = layout.file(name);
             fs.remove(&path).context("removing", &path)?;
             removed = true;

@@ -1,6 +1,7 @@
 //! The segments of an open journal, as readers see them, and their indexes.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
@@ -9,7 +10,8 @@ use crate::format::FormatError;
 use crate::format::batch::Link;
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::format::sidecar::{
-    self, PAGE_BYTES, Pages, Posting, SegmentIndex, Sidecar, SidecarKey, SparseEntry,
+    self, PAGE_BYTES, Page, Pages, Posting, SegmentIndex, Sidecar, SidecarKey, SparseEntry,
+    stream_hash,
 };
 use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::gaps::{self, Gaps};
@@ -20,6 +22,8 @@ use crate::sync::RwLock;
 
 /// How many files are kept open for reading.
 const OPEN_FILES_MAX: usize = 256;
+/// How many pages of indexes are kept in memory: 4 MiB.
+const PAGES_MAX: usize = 1024;
 
 /// One segment.
 #[derive(Debug)]
@@ -39,7 +43,7 @@ pub(crate) struct Sealed {
 /// Where a sealed segment's index is.
 #[derive(Debug)]
 enum Index {
-    File(Sidecar<SidecarFile>),
+    File(Sidecar<IndexFile>),
     Memory(Arc<SegmentIndex>),
     Unread,
 }
@@ -54,6 +58,29 @@ fn unread<T>() -> io::Result<T> {
 pub(crate) struct Span {
     pub(crate) first: Revision,
     pub(crate) last: Revision,
+}
+
+/// Which of a stream's events are looked up in a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// So many from this revision on.
+    From(Revision, usize),
+    /// The last so many up to this revision, which is among them.
+    UpTo(Revision, usize),
+}
+
+impl Wanted {
+    /// How many of the `count` events from revision `first` on to leave out, and how many to take.
+    fn of(self, first: Revision, count: u64) -> (u64, usize) {
+        match self {
+            Self::From(from, max) => (from.get().saturating_sub(first.get()), max),
+            Self::UpTo(to, max) => {
+                let behind = to.next().get().saturating_sub(first.get()).min(count);
+                let skip = behind.saturating_sub(max as u64);
+                (skip, (behind - skip) as usize)
+            }
+        }
+    }
 }
 
 impl Segment {
@@ -77,17 +104,23 @@ pub(crate) struct Files {
     layout: Layout,
     gaps: Gaps,
     open: quick_cache::sync::Cache<FileKey, Arc<dyn File>>,
+    /// Verified pages of sidecars and maps.
+    pages: quick_cache::sync::Cache<(FileKey, u64), Page>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum FileKey {
+pub(crate) enum FileKey {
     Segment(u64),
     Sidecar(u64),
+    /// Level, and number of the first segment.
+    Map(u32, u64),
 }
 
 impl Files {
     pub(crate) fn new(fs: Arc<dyn Fs>, layout: Layout, gaps: Gaps) -> Arc<Self> {
-        Arc::new(Self { fs, layout, gaps, open: quick_cache::sync::Cache::new(OPEN_FILES_MAX) })
+        let open = quick_cache::sync::Cache::new(OPEN_FILES_MAX);
+        let pages = quick_cache::sync::Cache::new(PAGES_MAX);
+        Arc::new(Self { fs, layout, gaps, open, pages })
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -109,35 +142,59 @@ impl Files {
     }
 
     fn get(&self, key: FileKey) -> io::Result<Arc<dyn File>> {
-        self.open.get_or_insert_with(&key, || {
-            let path = match key {
-                FileKey::Segment(number) => self.layout.segment(number),
-                FileKey::Sidecar(number) => self.layout.sidecar(number),
-            };
-            self.fs.open(&path, OpenMode::Read)
-        })
+        self.open.get_or_insert_with(&key, || self.fs.open(&self.path(key), OpenMode::Read))
     }
 
-    fn forget(&self, key: FileKey) {
+    pub(crate) fn path(&self, key: FileKey) -> PathBuf {
+        match key {
+            FileKey::Segment(number) => self.layout.segment(number),
+            FileKey::Sidecar(number) => self.layout.sidecar(number),
+            FileKey::Map(level, first) => self.layout.map(level, first),
+        }
+    }
+
+    /// The file is about to be made anew.
+    pub(crate) fn forget(&self, key: FileKey) {
         self.open.remove(&key);
+        self.pages.retain(|(file, _), _| *file != key);
     }
 }
 
-/// The pages of a sidecar on disk.
+/// The pages of a sidecar or map on disk.
 #[derive(Debug)]
-struct SidecarFile {
+pub(crate) struct IndexFile {
     files: Arc<Files>,
-    number: u64,
+    key: FileKey,
 }
 
-impl Pages for SidecarFile {
-    fn read_page(&self, number: u64, page: &mut [u8; PAGE_BYTES]) -> io::Result<()> {
-        let file = self.files.get(FileKey::Sidecar(self.number))?;
-        fs::read_exact_at(&*file, page, number * PAGE_BYTES as u64)
+impl IndexFile {
+    pub(crate) fn new(files: &Arc<Files>, key: FileKey) -> Self {
+        Self { files: Arc::clone(files), key }
+    }
+}
+
+impl Pages for IndexFile {
+    fn read_page(&self, tag: u64, number: u64) -> io::Result<Page> {
+        let mut page = [0; PAGE_BYTES];
+        let file = self.files.get(self.key)?;
+        fs::read_exact_at(&*file, &mut page, number * PAGE_BYTES as u64)?;
+        sidecar::verify_page(tag, number, &page)?;
+        Ok(Arc::new(page))
+    }
+
+    fn page(&self, tag: u64, number: u64) -> io::Result<Page> {
+        // Nobody waits for another's read: an append must not depend on how slow a reader is.
+        let (pages, key) = (&self.files.pages, (self.key, number));
+        if let Some(page) = pages.get(&key) {
+            return Ok(page);
+        }
+        let page = self.read_page(tag, number)?;
+        pages.insert(key, Arc::clone(&page));
+        Ok(page)
     }
 
     fn count(&self) -> io::Result<u64> {
-        Ok(self.files.get(FileKey::Sidecar(self.number))?.size()? / PAGE_BYTES as u64)
+        Ok(self.files.get(self.key)?.size()? / PAGE_BYTES as u64)
     }
 }
 
@@ -188,7 +245,7 @@ impl Sealed {
         index: Option<Arc<SegmentIndex>>,
         access: Access,
     ) -> Result<Self, ReadError> {
-        let pages = SidecarFile { files: Arc::clone(files), number: page.header.number };
+        let pages = IndexFile::new(files, FileKey::Sidecar(page.header.number));
         if let Ok(Some(sidecar)) = Sidecar::open(pages, &key_of(page, &end)) {
             return Ok(Self { end, index: RwLock::new(Arc::new(Index::File(sidecar))) });
         }
@@ -256,18 +313,35 @@ impl Sealed {
         files: &Files,
         page: &SegmentPage,
         stream: &str,
-        from: Revision,
-        max: usize,
+        wanted: Wanted,
     ) -> Result<Vec<Posting>, ReadError> {
         self.ask(files, page, |index| match index {
             Index::File(sidecar) => match sidecar.stream(stream)? {
                 Some(span) => {
-                    let skip = from.get().saturating_sub(span.first_revision.get());
+                    let (skip, max) = wanted.of(span.first_revision, u64::from(span.count));
                     sidecar.postings(&span, skip, max)
                 }
                 None => Ok(Vec::new()),
             },
-            Index::Memory(index) => Ok(postings(index, stream, from, max)),
+            Index::Memory(index) => Ok(postings(index, stream, wanted)),
+            Index::Unread => unread(),
+        })
+    }
+
+    /// The hashes of its streams' names, ascending.
+    pub(crate) fn stream_hashes(
+        &self,
+        files: &Files,
+        page: &SegmentPage,
+    ) -> Result<Vec<u64>, ReadError> {
+        self.ask(files, page, |index| match index {
+            Index::File(sidecar) => sidecar.stream_hashes(0, sidecar.streams()),
+            Index::Memory(index) => {
+                let names = index.streams.keys();
+                let mut hashes: Vec<u64> = names.map(|name| stream_hash(name)).collect();
+                hashes.sort_unstable();
+                Ok(hashes)
+            }
             Index::Unread => unread(),
         })
     }
@@ -300,21 +374,11 @@ pub(crate) fn span(index: &SegmentIndex, stream: &str) -> Option<Span> {
     Some(Span { first: known.first_revision, last: known.last_revision() })
 }
 
-pub(crate) fn postings(
-    index: &SegmentIndex,
-    stream: &str,
-    from: Revision,
-    max: usize,
-) -> Vec<Posting> {
+pub(crate) fn postings(index: &SegmentIndex, stream: &str, wanted: Wanted) -> Vec<Posting> {
     let Some(known) = index.streams.get(stream) else { return Vec::new() };
-    let skip = from.get().saturating_sub(known.first_revision.get());
-    known
-        .postings
-        .iter()
-        .skip(usize::try_from(skip).unwrap_or(usize::MAX))
-        .take(max)
-        .copied()
-        .collect()
+    let (skip, max) = wanted.of(known.first_revision, known.postings.len() as u64);
+    let skip = usize::try_from(skip).unwrap_or(usize::MAX);
+    known.postings.iter().skip(skip).take(max).copied().collect()
 }
 
 /// Reads a whole segment to build its index.
@@ -369,18 +433,17 @@ fn write_sidecar(
         drop(files.fs.remove(&path));
         return None;
     }
-    let pages = SidecarFile { files: Arc::clone(files), number };
+    let pages = IndexFile::new(files, FileKey::Sidecar(number));
     Sidecar::open(pages, &key).ok().flatten().map(Index::File)
 }
 
 /// A batch that doesn't read as it should, as a [`ReadError`].
 pub(crate) fn unreadable(
-    window: &Window,
+    path: PathBuf,
     file_offset: u64,
     position: Position,
     error: FormatError,
 ) -> ReadError {
-    let path = window.path().clone();
     match error {
         FormatError::Unsupported { .. } => ReadError::Unsupported { path, source: error },
         error => ReadError::Corruption(Corruption {

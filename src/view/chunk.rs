@@ -23,7 +23,7 @@ use super::key::ViewKey;
 use super::{Fold, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::error::{Corruption, CorruptionKind, ReadError};
-use crate::event::{Event, EventKindRef, Payload, Recorded};
+use crate::event::{Event, EventKindRef, Names, Payload, Recorded};
 use crate::format::FormatError;
 use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
@@ -39,6 +39,7 @@ pub(super) struct Chunk<V: View> {
     slots: Vec<Slot<V::Key>>,
     slot_of_key: HashMap<Vec<u8>, usize>,
     bytes: u64,
+    names: Names,
 }
 
 /// The end of a batch: in the journal, and in the chunk's routes.
@@ -95,6 +96,7 @@ impl<V: View> Chunk<V> {
             slots: Vec::new(),
             slot_of_key: HashMap::new(),
             bytes: 0,
+            names: Names::default(),
         }
     }
 
@@ -144,11 +146,12 @@ impl<V: View> Chunk<V> {
         record: &RecordRef<'_>,
         at: Place,
     ) -> Result<bool, StopError> {
-        let failed = |cause| stop_at::<V, _>(&at.recorded(record, ()), cause);
+        let failed =
+            |cause| stop_at::<V, _>(&at.recorded(record, &mut Names::default(), ()), cause);
         let Some(data) = decode::<V::Event>(record).map_err(failed)? else {
             return Ok(false);
         };
-        let event = at.recorded(record, data);
+        let event = at.recorded(record, &mut self.names, data);
         let mut keys = Keys(Vec::new());
         guard(|| view.route(&event, &mut keys)).map_err(failed)?;
         for key in keys.0 {
@@ -293,8 +296,9 @@ struct Place {
 }
 
 impl Place {
-    fn recorded<E>(self, record: &RecordRef<'_>, data: E) -> Recorded<E> {
-        Recorded::from_record_with(record, self.journal, self.position, self.recorded_at_us, data)
+    fn recorded<E>(self, record: &RecordRef<'_>, names: &mut Names, data: E) -> Recorded<E> {
+        let Self { journal, position, recorded_at_us } = self;
+        Recorded::from_record_with(record, journal, position, recorded_at_us, names, data)
     }
 }
 

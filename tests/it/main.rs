@@ -32,6 +32,8 @@ mod processes;
 #[cfg(feature = "test-kit")]
 mod races;
 #[cfg(feature = "test-kit")]
+mod reads;
+#[cfg(feature = "test-kit")]
 mod recovery;
 #[cfg(feature = "test-kit")]
 mod repair;

@@ -302,6 +302,12 @@ fn streams_read_beside_a_writer_are_whole_up_to_the_end_that_was_durable() {
                         next += 1;
                     }
                     assert!(head.is_none_or(|head| next > head.get()), "{head:?}, read to {next}");
+                    let back = store.journal().read_stream_backward(&stream("a"), None).unwrap();
+                    let back: Vec<u64> =
+                        back.take(30).map(|event| event.unwrap().revision().get()).collect();
+                    assert!(back.windows(2).all(|pair| pair[0] == pair[1] + 1), "{back:?}");
+                    assert!(back.first().copied() >= head.map(Revision::get), "{back:?}");
+                    assert!(back.len() == 30 || back.last().is_none_or(|last| *last == 0));
                 }
             });
         }

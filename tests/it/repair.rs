@@ -368,12 +368,71 @@ fn a_stream_with_lost_events_says_so_where_they_are_missing() {
                 let rest: Vec<_> = rest.map(|event| event.unwrap().into_data()).collect();
                 let right: Vec<_> = (lost + 3..EVENTS).step_by(3).map(payload).collect();
                 assert_eq!(rest, right, "{name} its sidecar");
+                let back = store.journal().read_stream_backward(&stream(i), None).unwrap();
+                let (ok, errors): (Vec<_>, Vec<_>) = back.partition(Result::is_ok);
+                let ok = ok.into_iter().map(|event| event.unwrap().into_data());
+                assert!(ok.eq(right.into_iter().rev()), "{name} its sidecar");
+                assert!(matches!(errors[..], [Err(ReadError::Gap { .. })]), "{errors:?}");
+                let front = Revision::new(lost as u64 / 3 - 1);
+                let back = store.journal().read_stream_backward(&stream(i), Some(front)).unwrap();
+                assert_eq!(back.map(Result::unwrap).count(), lost / 3);
             } else {
                 assert!(errors.is_empty(), "{errors:?}");
                 assert_eq!(ok.len(), (i..EVENTS).step_by(3).count());
             }
         }
+        let back = store.journal().read_all_backward(Position::new(EVENTS as u64)).unwrap();
+        let (ok, errors): (Vec<_>, Vec<_>) = back.partition(Result::is_ok);
+        let ok = ok.into_iter().map(|event| event.unwrap().into_data());
+        assert!(ok.eq((lost + 1..EVENTS).rev().map(payload)), "{name} its sidecar");
+        assert!(matches!(errors[..], [Err(ReadError::Gap { .. })]), "{errors:?}");
+        let back = store.journal().read_all_backward(Position::new(lost as u64)).unwrap();
+        assert!(back.map(|event| event.unwrap().into_data()).eq((0..lost).rev().map(payload)));
     }
+}
+
+/// What a map says outlives the gap: were one laid out over it, a stream that comes back would not be found.
+#[test]
+fn a_stream_that_was_lost_whole_and_comes_back_is_found_among_many_segments() {
+    let fs = SimFs::new(3);
+    let store = open(&fs).unwrap();
+    let mut rare = None;
+    for i in 0.. {
+        if store.journal().segments().len() == 4 && rare.is_none() {
+            let event = NewEvent::raw("test.happened", *b"rare").unwrap();
+            let to = StreamId::new("rare").unwrap();
+            store.append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
+            rare = Some(store.journal().segments().len() - 1);
+        }
+        append(&store, i..i + 1);
+        if store.journal().segments().len() == 10 {
+            break;
+        }
+    }
+    store.close().unwrap();
+    copy_segments(&fs);
+    let rare_in = &segments(&fs)[rare.unwrap()];
+    let to = StreamId::new("rare").unwrap();
+    let bytes = fs.raw(rare_in).unwrap();
+    let at = bytes.windows(4).position(|bytes| bytes == b"rare").unwrap();
+    flip(&fs, rare_in, at);
+    // Sidecars and maps are made anew, with the events missing.
+    for name in fs.list(Path::new(JOURNAL)).unwrap() {
+        if name.ends_with(".idx") || name.ends_with(".map") {
+            assert!(fs.remove_raw(&Path::new(JOURNAL).join(name)));
+        }
+    }
+    let accept = lost_ranges(&plan(&fs, &Options::default()));
+    apply(&fs, &Options { accept, ..Options::default() });
+    let store = open(&fs).unwrap();
+    assert_eq!(store.journal().stream_head(&to).unwrap(), None);
+    store.close().unwrap();
+    let outcome = apply(&fs, &from_copy());
+    assert_eq!((outcome.left, outcome.report.lost), (vec![], vec![]));
+    let store = open(&fs).unwrap();
+    assert_eq!(store.journal().stream_head(&to).unwrap(), Some(Revision::FIRST));
+    let read = store.read_stream(&to, Revision::FIRST).unwrap();
+    assert_eq!(read.map(|event| event.unwrap().into_data()).collect::<Vec<_>>(), [b"rare"]);
 }
 
 #[test]

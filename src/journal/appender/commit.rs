@@ -31,6 +31,8 @@ pub(super) enum Stage {
 struct Written {
     group: Arc<Group>,
     slots: Vec<Slot>,
+    /// All of its batches, as they were written.
+    bytes: Vec<u8>,
     file: ActiveFile,
     end: Checkpoint,
 }
@@ -139,7 +141,7 @@ impl Shared {
         let (group, slots) = state.close_group();
         self.room.notify_all(); // in the group that is open now
         let written = MutexGuard::unlocked(&mut state, || self.write_group(&group, slots));
-        let written = match written {
+        let mut written = match written {
             Ok(written) => written,
             Err(error) => {
                 state.stage = Stage::Free;
@@ -156,7 +158,7 @@ impl Shared {
         }
         state.syncing = true;
         self.call_leader(&state); // one of a large group
-        let synced = MutexGuard::unlocked(&mut state, || self.sync_group(&written));
+        let synced = MutexGuard::unlocked(&mut state, || self.sync_group(&mut written));
         state.syncing = false;
         if !planted::is(Bug::TurnWithoutNotice) {
             self.turn.notify_one();
@@ -182,20 +184,21 @@ impl Shared {
             batch.complete(&header, slot.header.padded_len as usize);
             end = checkpoint_of(&slot.header, end.journal);
         }
-        match slots.as_slice() {
-            [Slot { batch: Some(batch), .. }] => writer.write(&batch.bytes, end).map_err(fatal)?,
+        let bytes = match slots.as_mut_slice() {
+            [Slot { batch: Some(batch), .. }] => std::mem::take(&mut batch.bytes),
             slots => {
                 let batches = || slots.iter().filter_map(|slot| slot.batch.as_ref());
                 let mut bytes = Vec::with_capacity(batches().map(|batch| batch.bytes.len()).sum());
                 batches().for_each(|batch| bytes.extend_from_slice(&batch.bytes));
-                writer.write(&bytes, end).map_err(fatal)?;
+                bytes
             }
-        }
+        };
+        writer.write(&bytes, end).map_err(fatal)?;
         let Some(file) = writer.active_file() else { return Err(fatal(closed())) };
-        Ok(Written { group: Arc::clone(group), slots, file, end })
+        Ok(Written { group: Arc::clone(group), slots, bytes, file, end })
     }
 
-    fn sync_group(&self, written: &Written) -> Result<(), IoError> {
+    fn sync_group(&self, written: &mut Written) -> Result<(), IoError> {
         if planted::is(Bug::ShipUnsynced) {
             self.publish_group(written);
             return written.file.sync();
@@ -210,8 +213,9 @@ impl Shared {
         Ok(())
     }
 
-    fn publish_group(&self, written: &Written) {
-        self.journal.publish(written.end, |index| {
+    fn publish_group(&self, written: &mut Written) {
+        let bytes = std::mem::take(&mut written.bytes);
+        self.journal.publish(written.end, bytes, |index, _| {
             for Slot { header, batch } in &written.slots {
                 if let Some(batch) = batch {
                     batch.add_to(header, index);

@@ -244,7 +244,7 @@ impl Appender {
         }
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&**fs, &locked.layout, &node, survey, reserve)?;
-        let journal = Journal::new(fs, &locked.layout, node, &recovered, Access::Writer)?;
+        let journal = Journal::new(fs, &locked.layout, node, &recovered, options.recent_bytes_max)?;
         let page = recovered.kept.last().map(|kept| kept.page.clone());
         let writer = Writer::open(locked, journal, recovered.mark, page, options)?;
         Self::assemble(writer, options, recovered.epoch_next, recovered.report)
@@ -258,7 +258,8 @@ impl Appender {
         let survey = recovery::survey(&*fs, &locked.layout, &node, Access::Writer)?;
         let reserve = 2 * options.group_bytes_max;
         let recovered = recovery::mend(&*fs, &locked.layout, &node, survey, reserve)?;
-        let journal = Journal::new(&fs, &locked.layout, node, &recovered, Access::Writer)?;
+        let journal =
+            Journal::new(&fs, &locked.layout, node, &recovered, options.recent_bytes_max)?;
         let mut writer = Writer::open(locked, journal, recovered.mark, None, options)?;
         let opened = new_incarnation();
         first_segment(&mut writer, opened, options).map_err(|failure| match failure {
