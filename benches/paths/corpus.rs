@@ -11,6 +11,8 @@ use crate::{Outcome, Scratch};
 
 /// Of every event's payload.
 pub(crate) const PAYLOAD_BYTES: usize = 256;
+/// That get the batches in turn.
+pub(crate) const STREAMS: u64 = 16;
 /// Of the journal's batches.
 const EVENTS_PER_BATCH: u64 = 100;
 
@@ -47,7 +49,7 @@ impl Corpus {
             let sales = (first..first + EVENTS_PER_BATCH)
                 .map(|number| Ok(NewEvent::typed(&sale(number, scratch.scale.keys)?)?));
             let sales = sales.collect::<Outcome<Vec<_>>>()?;
-            let till = StreamId::new(format!("till-{}", batch % 16))?;
+            let till = StreamId::new(stream_name(batch % STREAMS))?;
             token = Some(store.append(&Append::to(&till, ExpectedRevision::Any, sales))?.token());
         }
         let end = store.journal().end();
@@ -63,6 +65,11 @@ impl Corpus {
     pub(crate) fn journal(&self) -> &Journal {
         self.store.journal()
     }
+
+    /// Of a batch; all are about as large.
+    pub(crate) fn batch_bytes(&self) -> u64 {
+        self.bytes * EVENTS_PER_BATCH / self.events
+    }
 }
 
 impl fmt::Display for Corpus {
@@ -75,6 +82,10 @@ impl fmt::Display for Corpus {
             self.events
         )
     }
+}
+
+pub(crate) fn stream_name(number: u64) -> String {
+    format!("till-{number}")
 }
 
 fn files(journal: &Journal) -> Vec<(PathBuf, u64)> {

@@ -11,7 +11,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` if there is nothing.
+    /// `None` if there is nothing. What isn't finite doesn't count.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
         values.sort_unstable_by(f64::total_cmp);
@@ -22,6 +22,12 @@ impl Spread {
             _ => values[middle],
         };
         Some(Self { median, min, max })
+    }
+
+    /// Of something that grows or shrinks with this.
+    pub(crate) fn map(self, of: impl Fn(f64) -> f64) -> Self {
+        let (one, other) = (of(self.min), of(self.max));
+        Self { median: of(self.median), min: one.min(other), max: one.max(other) }
     }
 }
 
