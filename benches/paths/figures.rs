@@ -11,7 +11,7 @@ use crate::measure::{Effort, Measured, measure};
 use crate::shared::device::Device;
 use crate::shared::held::{self, Held};
 use crate::shared::machine::Machine;
-use crate::shared::page::{self, Part, grouped, time};
+use crate::shared::page::{self, Part, grouped, ratio, time};
 use crate::shared::spread::Spread;
 use crate::{GROUPS, Group, Outcome, Scale, Scratch, Way, plot};
 
@@ -169,6 +169,11 @@ impl WayData {
         }
     }
 
+    /// Whether it is done without Headwater, too.
+    pub(crate) fn is_bare(&self) -> bool {
+        self.name.starts_with("device")
+    }
+
     /// For people, in the order of the tables.
     fn columns(&self) -> [String; 9] {
         let nothing = || "-".to_owned();
@@ -185,7 +190,7 @@ impl WayData {
             median(self.cpu_us_per_event, &|it| time(it / 1e6)),
             median(self.allocations_per_event, &|it| format!("{it:.2}")),
             median(self.device_writes_per_operation, &|it| format!("{it:.2}")),
-            median(self.times_bare, &|it| format!("{it:.2}x")),
+            median(self.times_bare, &ratio),
         ]
     }
 }
@@ -213,7 +218,7 @@ fn generated(data: &Data) -> Result<String, std::fmt::Error> {
             let mut columns = way.columns();
             let [.., bare] = &mut columns;
             if let Some(Spread { min, max, .. }) = way.times_bare.filter(|it| it.min < it.max) {
-                *bare += &format!("<br>*{min:.2} to {max:.2}*");
+                *bare += &format!("<br>*{} to {}*", ratio(min), ratio(max));
             }
             writeln!(text, "| {} | {} |", way.name, columns.join(" | "))?;
         }

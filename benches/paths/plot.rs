@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use crate::figures::{Data, WayData};
-use crate::shared::page::grouped;
+use crate::shared::page::{grouped, ratio};
 use crate::shared::spread::Spread;
 
 pub(crate) const FILE: &str = "paths.svg";
@@ -19,7 +19,7 @@ const STYLE: &str = "<style>\
     text { font-family: sans-serif; font-size: 13px; fill: #24292e } .muted { fill: #57606b } \
     .title { font-size: 19px } .group { font-weight: bold } .right { text-anchor: end } .middle { text-anchor: middle } \
     .paper { fill: #fefefe } .grid { stroke: #d8dee3 } .bare { stroke: #57606b; stroke-width: 1.5 } \
-    .spread { stroke: #1f6feb; stroke-width: 2 } .dot { fill: #1f6feb } \
+    .spread { stroke: #1f6feb; stroke-width: 2 } .dot { fill: #1f6feb } .device { stroke: #8c959f; stroke-width: 2; fill: #8c959f } \
     @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .muted { fill: #9da7b1 } .paper { fill: #0d1117 } \
     .grid { stroke: #2a313a } .bare { stroke: #9da7b1 } .spread { stroke: #58a6ff } .dot { fill: #58a6ff } }</style>";
 
@@ -64,7 +64,7 @@ pub(crate) fn draw(data: &Data) -> Result<String, fmt::Error> {
     )?;
     let warning = data.warning.map_or_else(String::new, |it| format!("{it}. "));
     let note = format!(
-        "{warning}Medians; bars from the lowest to the highest turn; logarithmic. 1 is the bare write, read or wake-up of the same bytes."
+        "{warning}Medians; bars from the lowest to the highest turn; logarithmic. 1x is what stands beside the heading, in the same turn."
     );
     text(&mut svg, "muted", 20.0, 54.0, &note)?;
     for power in axis.from..=axis.to {
@@ -77,7 +77,14 @@ pub(crate) fn draw(data: &Data) -> Result<String, fmt::Error> {
     let mut y = TOP;
     for group in &data.groups {
         y += ROW;
-        text(&mut svg, "group", 20.0, y - 6.0, group.name)?;
+        let bare = group.ways.first().map_or("", |way| way.name);
+        let heading = format!(
+            "<tspan class=\"group\">{}</tspan><tspan class=\"muted\" dx=\"10\">1x: {}; durable: {}</tspan>",
+            escaped(group.name),
+            escaped(bare),
+            escaped(group.durable)
+        );
+        writeln!(svg, "<text x=\"20\" y=\"{:.1}\">{heading}</text>", y - 6.0)?;
         for way in group.ways.iter().skip(1) {
             y += ROW;
             row(&mut svg, &axis, way, y - 6.0)?;
@@ -92,14 +99,11 @@ pub(crate) fn draw(data: &Data) -> Result<String, fmt::Error> {
 fn row(svg: &mut String, axis: &Axis, way: &WayData, y: f64) -> fmt::Result {
     text(svg, "right", LEFT - 16.0, y, way.name)?;
     if let Some(Spread { median, min, max }) = way.times_bare {
-        line(svg, "spread", (axis.x(min), y - 4.0), (axis.x(max), y - 4.0))?;
-        writeln!(
-            svg,
-            "<circle class=\"dot\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"5\"/>",
-            axis.x(median),
-            y - 4.0
-        )?;
-        text(svg, "right", RIGHT + 60.0, y, &format!("{median:.2}x"))?;
+        let (class, y) = if way.is_bare() { ("device", y - 4.0) } else { ("spread dot", y - 4.0) };
+        let (from, to, at) = (axis.x(min), axis.x(max), axis.x(median));
+        line(svg, class, (from, y), (to, y))?;
+        writeln!(svg, "<circle class=\"{class}\" cx=\"{at:.1}\" cy=\"{y:.1}\" r=\"5\"/>")?;
+        text(svg, "right", RIGHT + 60.0, y + 4.0, &ratio(median))?;
     }
     let per_second = way.events_per_second.map_or_else(String::new, |it| grouped(it.median));
     text(svg, "muted right", WIDTH - 20.0, y, &per_second)
@@ -114,6 +118,10 @@ fn line(svg: &mut String, class: &str, from: (f64, f64), to: (f64, f64)) -> fmt:
 }
 
 fn text(svg: &mut String, class: &str, x: f64, y: f64, text: &str) -> fmt::Result {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;");
+    let text = escaped(text);
     writeln!(svg, "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\">{text}</text>")
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
 }

@@ -121,7 +121,7 @@ const TARGETS: [Target; 16] = [
     target(
         ALLOCATIONS,
         "Allocations for one more event in a buffered batch",
-        AtMost(0.005),
+        AtMost(0.01),
         " per event",
         3,
     ),
@@ -202,7 +202,7 @@ const PART: Part =
 const DATA: [&str; 2] = ["paths.json", "peers.json"];
 
 /// Writes the table from what both programs have left in the folder.
-pub(crate) fn write(out: &Path, page: &Path) -> Result<(), crate::Error> {
+pub(crate) fn write(out: &Path, page: &Path) -> Result<(), super::Error> {
     #[derive(Deserialize)]
     struct Data {
         held: Vec<Held>,

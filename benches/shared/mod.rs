@@ -5,3 +5,5 @@ pub(crate) mod held;
 pub(crate) mod machine;
 pub(crate) mod page;
 pub(crate) mod spread;
+
+pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;

@@ -10,7 +10,7 @@ pub(crate) struct Part {
 }
 
 /// Writes `text` into a part of a page. Where there is no page, one is begun.
-pub(crate) fn write(page: &Path, part: &Part, text: &str) -> Result<(), crate::Error> {
+pub(crate) fn write(page: &Path, part: &Part, text: &str) -> Result<(), super::Error> {
     let old = match fs::read_to_string(page) {
         Ok(old) => old,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -20,7 +20,7 @@ pub(crate) fn write(page: &Path, part: &Part, text: &str) -> Result<(), crate::E
 }
 
 /// A page without the part gets it at its end.
-fn replaced(page: &str, Part { begin, end }: &Part, text: &str) -> Result<String, crate::Error> {
+fn replaced(page: &str, Part { begin, end }: &Part, text: &str) -> Result<String, super::Error> {
     let text = text.trim_end();
     let Some((before, rest)) = page.split_once(begin) else {
         let gap = if page.is_empty() { "" } else { "\n" };
@@ -50,5 +50,14 @@ pub(crate) fn time(seconds: f64) -> String {
         seconds if seconds < 1e-3 => format!("{:.0} µs", seconds * 1e6),
         seconds if seconds < 1.0 => format!("{:.2} ms", seconds * 1e3),
         seconds => format!("{seconds:.2} s"),
+    }
+}
+
+/// How many times.
+pub(crate) fn ratio(times: f64) -> String {
+    match times {
+        times if times < 0.1 => format!("{times:.4}x"),
+        times if times < 10.0 => format!("{times:.2}x"),
+        times => format!("{}x", grouped(times)),
     }
 }

@@ -30,19 +30,3 @@ impl Spread {
         Self { median: of(self.median), min: one.min(other), max: one.max(other) }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_of_an_even_number_lies_between_the_two_in_the_middle() {
-        let spread = Spread::of([4.0, 1.0, 3.0, 2.0]).unwrap();
-        assert_eq!(spread, Spread { median: 2.5, min: 1.0, max: 4.0 });
-    }
-
-    #[test]
-    fn nothing_has_no_spread() {
-        assert_eq!(Spread::of([f64::NAN]), None);
-    }
-}

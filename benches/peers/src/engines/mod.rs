@@ -9,18 +9,20 @@ mod keys;
 mod okaywal;
 mod raft_engine;
 mod redb;
+#[cfg(feature = "rocksdb")]
 mod rocksdb;
 mod sqlite;
 mod umadb;
 mod walrus;
 
 /// In the order of the tables. The first one is what the others are compared with.
-pub(crate) const PEERS: [Peer; 11] = [
+pub(crate) const PEERS: &[Peer] = &[
     headwater::PEER,
     device::ZEROED,
     device::GROWING,
     raft_engine::PEER,
     okaywal::PEER,
+    #[cfg(feature = "rocksdb")]
     rocksdb::PEER,
     fjall::PEER,
     sqlite::PEER,
