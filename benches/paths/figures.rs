@@ -88,6 +88,10 @@ pub(crate) fn run(asked: Asked) -> Outcome<()> {
         show(&group.on_screen());
         data.groups.push(group);
     }
+    if !data.machine.file_system.starts_with("ext4") {
+        let of_ext4 = data.held.iter_mut().filter(|held| held.id == held::DEVICE_WRITES);
+        of_ext4.for_each(|held| held.void = Some("another file system than ext4".to_owned()));
+    }
     show(&format!("\n{NOTES}"));
     if asked.json {
         println!("{}", serde_json::to_string_pretty(&data)?);

@@ -123,7 +123,12 @@ fn framed<'a>(
     let note = format!("{smoke}{rounds}; logarithmic. Grey: the bare device, without an engine.");
     write(area, &note, &font(13, MUTED), (20, 42))?;
     let height = i32::try_from(HEIGHT)?;
-    write(area, &data.machine.line(), &font(13, MUTED), (20, height - 24))?;
+    write(
+        area,
+        &format!("{}; an append is durable (fdatasync) when it is answered", data.machine.line()),
+        &font(13, MUTED),
+        (20, height - 24),
+    )?;
     Ok(area.margin(66, 34, 12, 12))
 }
 
