@@ -36,6 +36,10 @@ pub(crate) struct Corpus {
     pub(crate) bytes: u64,
     /// The segments' files, each with how much of it holds events.
     pub(crate) files: Vec<(PathBuf, u64)>,
+    #[cfg_attr(
+        not(all(feature = "views", feature = "shipping")),
+        allow(dead_code, reason = "views wait for it")
+    )]
     pub(crate) token: Token,
 }
 

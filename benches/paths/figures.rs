@@ -46,7 +46,7 @@ pub(crate) struct Data {
 #[derive(Debug, Serialize)]
 pub(crate) struct GroupData {
     pub(crate) name: &'static str,
-    durable: &'static str,
+    pub(crate) durable: &'static str,
     pub(crate) ways: Vec<WayData>,
 }
 

@@ -80,7 +80,7 @@ fn all(seen: u64, wanted: u64) -> Outcome<()> {
 /// One event somewhere. What has to be read for it is the batch that holds it.
 pub(crate) fn one_event(_: &Scratch, corpus: &Corpus) -> Outcome<Group> {
     let (events, bytes) = (corpus.events, corpus.batch_bytes());
-    let mut bare = bare_batches(corpus, 1)?;
+    let bare = bare_batches(corpus, 1)?;
     let (journal, mut random) = (corpus.journal().clone(), fastrand::Rng::with_seed(11));
     let read = move || {
         let position = Position::new(random.u64(..events));
@@ -94,12 +94,7 @@ pub(crate) fn one_event(_: &Scratch, corpus: &Corpus) -> Outcome<Group> {
         }
     };
     let ways = vec![
-        Way {
-            name: "file: read a batch + CRC-32",
-            events: 1,
-            bytes,
-            operation: Box::new(move || bare()),
-        },
+        Way { name: "file: read a batch + CRC-32", events: 1, bytes, operation: Box::new(bare) },
         Way {
             name: "read_all from a position, one event",
             events: 1,
@@ -114,7 +109,7 @@ pub(crate) fn one_event(_: &Scratch, corpus: &Corpus) -> Outcome<Group> {
 pub(crate) fn one_stream(_: &Scratch, corpus: &Corpus) -> Outcome<Group> {
     let events = corpus.events / STREAMS;
     let bytes = corpus.bytes / STREAMS;
-    let mut bare = bare_batches(corpus, usize::try_from(bytes / corpus.batch_bytes())?)?;
+    let bare = bare_batches(corpus, usize::try_from(bytes / corpus.batch_bytes())?)?;
     let (journal, mut random) = (corpus.journal().clone(), fastrand::Rng::with_seed(13));
     let read = move || {
         let stream = StreamId::new(stream_name(random.u64(..STREAMS)))?;
@@ -129,12 +124,7 @@ pub(crate) fn one_stream(_: &Scratch, corpus: &Corpus) -> Outcome<Group> {
         Ok(took)
     };
     let ways = vec![
-        Way {
-            name: "file: read its batches + CRC-32",
-            events,
-            bytes,
-            operation: Box::new(move || bare()),
-        },
+        Way { name: "file: read its batches + CRC-32", events, bytes, operation: Box::new(bare) },
         Way { name: "read_stream: owned events", events, bytes, operation: Box::new(read) },
     ];
     Ok(Group::new("one stream of many", NOTHING, ways))
