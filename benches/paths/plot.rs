@@ -17,10 +17,10 @@ const GROUP_GAP: f64 = 10.0;
 
 const STYLE: &str = "<style>\
     text { font-family: sans-serif; font-size: 13px; fill: #24292e } .muted { fill: #57606b } \
-    .title { font-size: 19px } .group { font-weight: bold } .right { text-anchor: end } .middle { text-anchor: middle } \
+    .title { font-size: 19px } .heading { paint-order: stroke; stroke: #fefefe; stroke-width: 5px; stroke-linejoin: round } .group { font-weight: bold } .right { text-anchor: end } .middle { text-anchor: middle } \
     .paper { fill: #fefefe } .grid { stroke: #d8dee3 } .bare { stroke: #57606b; stroke-width: 1.5 } \
     .spread { stroke: #1f6feb; stroke-width: 2 } .dot { fill: #1f6feb } .device { stroke: #8c959f; stroke-width: 2; fill: #8c959f } \
-    @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .muted { fill: #9da7b1 } .paper { fill: #0d1117 } \
+    @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .muted { fill: #9da7b1 } .paper { fill: #0d1117 } .heading { stroke: #0d1117 } \
     .grid { stroke: #2a313a } .bare { stroke: #9da7b1 } .spread { stroke: #58a6ff } .dot { fill: #58a6ff } }</style>";
 
 /// A logarithmic axis from a power of ten to another.
@@ -62,11 +62,10 @@ pub(crate) fn draw(data: &Data) -> Result<String, fmt::Error> {
         30.0,
         "Headwater's own paths, as multiples of the bare machine's speed",
     )?;
-    let warning = data.warning.map_or_else(String::new, |it| format!("{it}. "));
-    let note = format!(
-        "{warning}Medians; bars from the lowest to the highest turn; logarithmic. 1x is what stands beside the heading, in the same turn."
+    let note = data.warning.unwrap_or(
+        "Medians; bars from the lowest to the highest turn; logarithmic. 1x is what stands beside the heading, in the same turn.",
     );
-    text(&mut svg, "muted", 20.0, 54.0, &note)?;
+    text(&mut svg, "muted", 20.0, 54.0, note)?;
     for power in axis.from..=axis.to {
         let (value, x) = (10f64.powi(power), axis.x(10f64.powi(power)));
         let class = if power == 0 { "bare" } else { "grid" };
@@ -84,7 +83,7 @@ pub(crate) fn draw(data: &Data) -> Result<String, fmt::Error> {
             escaped(bare),
             escaped(group.durable)
         );
-        writeln!(svg, "<text x=\"20\" y=\"{:.1}\">{heading}</text>", y - 6.0)?;
+        writeln!(svg, "<text class=\"heading\" x=\"20\" y=\"{:.1}\">{heading}</text>", y - 6.0)?;
         for way in group.ways.iter().skip(1) {
             y += ROW;
             row(&mut svg, &axis, way, y - 6.0)?;
