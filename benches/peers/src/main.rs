@@ -25,6 +25,7 @@ mod plot;
 mod readme;
 mod report;
 mod runner;
+#[allow(dead_code, reason = "the other program uses the rest")]
 #[path = "../../shared/mod.rs"]
 mod shared;
 mod trace;
