@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use headwater::format::segment::HEADER_PAGE_BYTES;
-use headwater::{Append, ExpectedRevision, Journal, NewEvent, Store, StreamId, Token};
+use headwater::{Append, EventType, ExpectedRevision, Journal, NewEvent, Store, StreamId, Token};
 use serde::{Deserialize, Serialize};
 
 use crate::{Outcome, Scratch};
@@ -113,9 +113,22 @@ pub(crate) fn sale(number: u64, customers: u32) -> Outcome<ShopEvent> {
     Ok(ShopEvent::Sold(Sale { note, ..sale }))
 }
 
-/// An append of `count` plain events.
-pub(crate) fn plain(stream: &StreamId, count: usize) -> Outcome<Append> {
-    let event = || NewEvent::raw("bench.event", vec![0xA5; PAYLOAD_BYTES]);
-    let events = std::iter::repeat_with(event).take(count).collect::<Result<Vec<_>, _>>()?;
-    Ok(Append::to(stream, ExpectedRevision::Any, events))
+/// Makes appends of plain events out of the same bytes; encoding them is part of what is measured.
+#[derive(Clone)]
+pub(crate) struct Plain {
+    stream: StreamId,
+    event_type: EventType,
+    payload: [u8; PAYLOAD_BYTES],
+}
+
+impl Plain {
+    pub(crate) fn new(stream: &str) -> Outcome<Self> {
+        let (stream, event_type) = (StreamId::new(stream)?, EventType::new("bench.event")?);
+        Ok(Self { stream, event_type, payload: [0xA5; PAYLOAD_BYTES] })
+    }
+
+    pub(crate) fn append(&self, count: usize) -> Append {
+        let event = |_| NewEvent::raw_ref(&self.event_type, &self.payload);
+        Append::to(&self.stream, ExpectedRevision::Any, (0..count).map(event))
+    }
 }

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use headwater::{Append, Durability, JournalOptions, Store, StreamId};
+use headwater::{Durability, JournalOptions, Store};
 
-use crate::corpus::{Corpus, plain};
+use crate::corpus::{Corpus, Plain};
 use crate::measure::Measured;
 use crate::meter::Meter;
 use crate::shared::held::{self, Held};
@@ -77,12 +77,11 @@ fn options() -> JournalOptions {
 /// Answers how many sealed segments and events there are.
 fn fill(dir: &std::path::Path, options: &JournalOptions, wanted: usize) -> Outcome<(u64, u64)> {
     let builder = Store::builder(dir).create_if_missing().journal_options(options.clone());
-    let (store, stream) = (builder.open()?, StreamId::new("bench")?);
-    let buffered = |append: Append| append.durability(Durability::Buffered);
+    let (store, plain) = (builder.open()?, Plain::new("bench")?);
     let mut fullest = 0;
     while fullest <= wanted {
         for _ in 0..64 {
-            store.append(&buffered(plain(&stream, EVENTS_PER_BATCH)?))?;
+            store.append(&plain.append(EVENTS_PER_BATCH).durability(Durability::Buffered))?;
         }
         store.flush()?;
         fullest = store.journal().segments().len();

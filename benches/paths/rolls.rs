@@ -1,9 +1,9 @@
 //! What changing segments costs those who append: the slowest appends with and without it.
 
-use headwater::{JournalOptions, Store, StreamId};
+use headwater::{JournalOptions, Store};
 
-use crate::append::{append_bytes, one_append};
-use crate::corpus::{Corpus, plain};
+use crate::append::{batch_bytes, one_append};
+use crate::corpus::Corpus;
 use crate::measure::Measured;
 use crate::shared::held::{self, Held};
 use crate::shared::spread::Spread;
@@ -26,7 +26,7 @@ pub(crate) fn rolls(scratch: &Scratch, _: &Corpus) -> Outcome<Group> {
     };
     let (steady, rolling) =
         (store("steady", scratch.scale.steady_bytes)?, store("rolling", SEGMENT_BYTES)?);
-    let bytes = append_bytes(&rolling, &plain(&StreamId::new("bench-1")?, EVENTS)?)?;
+    let bytes = batch_bytes(&rolling, EVENTS)?;
     let (steady_journal, rolling_journal) = (steady.journal().clone(), rolling.journal().clone());
     let ways = vec![
         one_append("append, no roll", steady, EVENTS, bytes)?,

@@ -3,12 +3,12 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use headwater::{Item, Position, Store, StreamId};
+use headwater::{Item, Position, Store};
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 
-use crate::append::append_bytes;
-use crate::corpus::{Corpus, plain};
+use crate::append::batch_bytes;
+use crate::corpus::{Corpus, Plain};
 use crate::measure::Measured;
 use crate::meter::Took;
 use crate::shared::held::{self, Held};
@@ -51,16 +51,15 @@ enum Since {
 }
 
 fn append_and_hear(dir: &std::path::Path, since: Since) -> Outcome<(Operation, u64)> {
-    let (store, stream) = (Store::create(dir)?, StreamId::new("bench")?);
-    let bytes = append_bytes(&store, &plain(&stream, 1)?)?;
+    let (store, plain) = (Store::create(dir)?, Plain::new("bench")?);
+    let bytes = batch_bytes(&store, 1)?;
     let heard = listen(&store)?;
     heard.recv_timeout(PATIENCE)?; // the event in front
     let operation = move || {
-        let append = plain(&stream, 1)?;
         // So that the subscriber waits again: what is measured is waking it, not finding it awake.
         std::thread::sleep(Duration::from_micros(200));
         let called = Instant::now();
-        store.append(&append)?;
+        store.append(&plain.append(1))?;
         let answered = Instant::now();
         let since = if since == Since::Call { called } else { answered };
         let heard: Instant = heard.recv_timeout(PATIENCE)?;
