@@ -4,13 +4,15 @@ use std::fmt;
 use std::path::PathBuf;
 
 use headwater::format::segment::HEADER_PAGE_BYTES;
-use headwater::{Append, ExpectedRevision, Journal, NewEvent, Store, StreamId, Token};
+use headwater::{Append, EventType, ExpectedRevision, Journal, NewEvent, Store, StreamId, Token};
 use serde::{Deserialize, Serialize};
 
 use crate::{Outcome, Scratch};
 
 /// Of every event's payload.
 pub(crate) const PAYLOAD_BYTES: usize = 256;
+/// That get the batches in turn.
+pub(crate) const STREAMS: u64 = 16;
 /// Of the journal's batches.
 const EVENTS_PER_BATCH: u64 = 100;
 
@@ -34,6 +36,10 @@ pub(crate) struct Corpus {
     pub(crate) bytes: u64,
     /// The segments' files, each with how much of it holds events.
     pub(crate) files: Vec<(PathBuf, u64)>,
+    #[cfg_attr(
+        not(all(feature = "views", feature = "shipping")),
+        allow(dead_code, reason = "views wait for it")
+    )]
     pub(crate) token: Token,
 }
 
@@ -47,7 +53,7 @@ impl Corpus {
             let sales = (first..first + EVENTS_PER_BATCH)
                 .map(|number| Ok(NewEvent::typed(&sale(number, scratch.scale.keys)?)?));
             let sales = sales.collect::<Outcome<Vec<_>>>()?;
-            let till = StreamId::new(format!("till-{}", batch % 16))?;
+            let till = StreamId::new(stream_name(batch % STREAMS))?;
             token = Some(store.append(&Append::to(&till, ExpectedRevision::Any, sales))?.token());
         }
         let end = store.journal().end();
@@ -63,6 +69,11 @@ impl Corpus {
     pub(crate) fn journal(&self) -> &Journal {
         self.store.journal()
     }
+
+    /// Of a batch; all are about as large.
+    pub(crate) fn batch_bytes(&self) -> u64 {
+        self.bytes * EVENTS_PER_BATCH / self.events
+    }
 }
 
 impl fmt::Display for Corpus {
@@ -75,6 +86,10 @@ impl fmt::Display for Corpus {
             self.events
         )
     }
+}
+
+pub(crate) fn stream_name(number: u64) -> String {
+    format!("till-{number}")
 }
 
 fn files(journal: &Journal) -> Vec<(PathBuf, u64)> {
@@ -98,9 +113,22 @@ pub(crate) fn sale(number: u64, customers: u32) -> Outcome<ShopEvent> {
     Ok(ShopEvent::Sold(Sale { note, ..sale }))
 }
 
-/// An append of `count` plain events.
-pub(crate) fn plain(stream: &StreamId, count: usize) -> Outcome<Append> {
-    let event = || NewEvent::raw("bench.event", vec![0xA5; PAYLOAD_BYTES]);
-    let events = std::iter::repeat_with(event).take(count).collect::<Result<Vec<_>, _>>()?;
-    Ok(Append::to(stream, ExpectedRevision::Any, events))
+/// Makes appends of plain events out of the same bytes; encoding them is part of what is measured.
+#[derive(Clone)]
+pub(crate) struct Plain {
+    stream: StreamId,
+    event_type: EventType,
+    payload: [u8; PAYLOAD_BYTES],
+}
+
+impl Plain {
+    pub(crate) fn new(stream: &str) -> Outcome<Self> {
+        let (stream, event_type) = (StreamId::new(stream)?, EventType::new("bench.event")?);
+        Ok(Self { stream, event_type, payload: [0xA5; PAYLOAD_BYTES] })
+    }
+
+    pub(crate) fn append(&self, count: usize) -> Append {
+        let event = |_| NewEvent::raw_ref(&self.event_type, &self.payload);
+        Append::to(&self.stream, ExpectedRevision::Any, (0..count).map(event))
+    }
 }

@@ -1,13 +1,13 @@
 //! How long it takes from an append here until a view in another service shows it.
 
-use std::time::Instant;
-
 use headwater::{Append, ExpectedRevision, NewEvent, Store, StreamId};
 
-use crate::append::batch_bytes;
-use crate::baseline::{Device, Peer};
+use crate::append::append_bytes;
+use crate::baseline::Device;
 use crate::corpus::{Corpus, sale};
+use crate::meter::Meter;
 use crate::view::Bought;
+use crate::wire::Peer;
 use crate::{Group, Outcome, PATIENCE, Scratch, Way};
 
 pub(crate) fn commit_to_remote_view(scratch: &Scratch, _: &Corpus) -> Outcome<Group> {
@@ -19,7 +19,7 @@ pub(crate) fn commit_to_remote_view(scratch: &Scratch, _: &Corpus) -> Outcome<Gr
     };
 
     let origin = Store::create(folder.join("origin"))?;
-    let bytes = batch_bytes(&origin, &one(0)?)?;
+    let bytes = append_bytes(&origin, &one(0)?)?;
     let server = origin.serve("127.0.0.1:0")?;
     let follower = Store::create(folder.join("follower"))?;
     let mirror = follower.mirror("origin", server.local_addr().to_string())?;
@@ -31,20 +31,20 @@ pub(crate) fn commit_to_remote_view(scratch: &Scratch, _: &Corpus) -> Outcome<Gr
     let message = vec![0xA5; usize::try_from(bytes)?];
     let mut peer = Peer::start(there, message.len())?;
     let bare = move || {
-        let began = Instant::now();
+        let meter = Meter::start();
         here.write_synced(&message)?;
         peer.send(&message)?;
-        Ok(began.elapsed())
+        Ok(meter.stop())
     };
 
     let mut number = 0;
     let remote = move || {
         number += 1;
         let append = one(number)?;
-        let began = Instant::now();
+        let meter = Meter::start();
         let token = origin.append(&append)?.token();
         view.wait_for(&token, PATIENCE)?;
-        let took = began.elapsed();
+        let took = meter.stop();
         let _running = (&mirror, &server);
         Ok(took)
     };
@@ -53,5 +53,5 @@ pub(crate) fn commit_to_remote_view(scratch: &Scratch, _: &Corpus) -> Outcome<Gr
         Way { name: "append to wait_for", events: 1, bytes, operation: Box::new(remote) },
     ];
     let durable = "fdatasync on both sides; the view's rows follow";
-    Ok(Group { name: "commit to remote view", durable, ways })
+    Ok(Group::new("commit to remote view", durable, ways))
 }

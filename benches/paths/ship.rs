@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::sync::Arc;
-use std::time::Instant;
 
 use headwater::Position;
 use headwater::fs::Fs;
 use headwater::fs::os::OsFs;
 use headwater::shipping::{FollowOptions, follow};
 
-use crate::baseline;
 use crate::corpus::Corpus;
+use crate::meter::Meter;
+use crate::wire;
 use crate::{Group, Outcome, PATIENCE, Scratch, Way};
 
 pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
@@ -18,7 +18,7 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
     let folder = scratch.folder("shipping catch-up")?;
     let (files, sink) = (corpus.files.clone(), folder.join("sink"));
     let bare = move || {
-        let took = baseline::send_and_sync(&files, &sink)?;
+        let took = wire::send_and_sync(&files, &sink)?;
         fs::remove_file(&sink)?;
         Ok(took)
     };
@@ -28,10 +28,10 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
     let mirror = move || {
         let dir = folder.join("mirror");
         let address = server.local_addr().to_string();
-        let began = Instant::now();
+        let meter = Meter::start();
         let mirror = follow(Arc::clone(&disk), &dir, address, FollowOptions::default())?;
         let end = mirror.wait_ready(PATIENCE)?.wait_past(last, PATIENCE);
-        let took = began.elapsed();
+        let took = meter.stop();
         mirror.stop()?;
         fs::remove_dir_all(&dir)?;
         if end.position.get() == events { Ok(took) } else { Err("the mirror is stuck".into()) }
@@ -45,5 +45,5 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
         },
         Way { name: "mirror, created to durable", events, bytes, operation: Box::new(mirror) },
     ];
-    Ok(Group { name: "shipping catch-up", durable: "fdatasync every 8 MiB and at the end", ways })
+    Ok(Group::new("shipping catch-up", "fdatasync every 8 MiB and at the end", ways))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use criterion::{Criterion, SamplingMode, Throughput};
 
 use crate::corpus::Corpus;
+use crate::meter::Took;
 use crate::{Error, GROUPS, Group, Outcome, Scale, Scratch};
 
 pub(crate) fn run(scale: Scale) -> Outcome<()> {
@@ -39,15 +40,18 @@ fn measure(criterion: &mut Criterion, group: Group) -> Outcome<()> {
 
 /// Criterion wants a time, whatever happens: after a failure, one so long that it soon has enough.
 fn time(
-    operation: &mut dyn FnMut() -> Outcome<Duration>,
+    operation: &mut dyn FnMut() -> Outcome<Took>,
     operations: u64,
     failure: &mut Option<Error>,
 ) -> Duration {
     let mut total = Duration::ZERO;
     for _ in 0..operations {
-        let outcome = if failure.is_none() { operation() } else { Ok(Duration::from_secs(1)) };
+        let outcome = match failure {
+            None => operation(),
+            Some(_) => Ok(Took::only(Duration::from_secs(1))),
+        };
         match outcome {
-            Ok(took) => total += took,
+            Ok(took) => total += took.time,
             Err(error) => *failure = Some(error),
         }
     }

@@ -1,13 +1,13 @@
 //! Folding a whole journal into a view.
 
 use std::collections::HashMap;
-use std::time::Instant;
 
 use headwater::view::{Fold, FoldError, Keys, View, ViewOptions};
 use headwater::{Event as _, EventKindRef, Payload, Position, Recorded};
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{Corpus, Sale, ShopEvent};
+use crate::meter::Meter;
 use crate::{Group, Outcome, PATIENCE, Scratch, Way};
 
 /// What each customer has bought.
@@ -53,7 +53,7 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
     let folder = scratch.folder("view catch-up")?;
     let journal = corpus.journal().clone();
     let in_memory = move || {
-        let began = Instant::now();
+        let meter = Meter::start();
         let mut totals = HashMap::<u32, Total>::new();
         let mut cursor = journal.cursor(Position::START)?;
         while let Some(batch) = cursor.next_batch()? {
@@ -68,17 +68,18 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
                 }
             }
         }
+        let took = meter.stop();
         std::hint::black_box(totals);
-        Ok(began.elapsed())
+        Ok(took)
     };
     let (journal, token) = (corpus.journal().clone(), corpus.token);
     let view = move || {
         let dir = folder.join("views");
-        let began = Instant::now();
+        let meter = Meter::start();
         let handle = headwater::view::open(&dir, journal.clone(), Bought, ViewOptions::default())?;
         handle.wait_for(&token, PATIENCE)?;
         handle.close()?;
-        let took = began.elapsed();
+        let took = meter.stop();
         std::fs::remove_dir_all(&dir)?;
         Ok(took)
     };
@@ -87,5 +88,5 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
         Way { name: "view, created to closed", events, bytes, operation: Box::new(view) },
     ];
     let durable = "the HashMap never; the view when it is closed, in the time";
-    Ok(Group { name: "view catch-up", durable, ways })
+    Ok(Group::new("view catch-up", durable, ways))
 }

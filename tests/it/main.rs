@@ -13,6 +13,7 @@
 mod ahead;
 #[cfg(feature = "test-kit")]
 mod backup;
+mod benchmarks;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "test-kit")]

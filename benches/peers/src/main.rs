@@ -18,13 +18,16 @@ mod child;
 mod corpus;
 mod engine;
 mod engines;
-#[path = "../../paths/machine.rs"]
-mod machine;
+mod explain;
+mod held_to;
 mod measure;
 mod plot;
+mod readme;
 mod report;
 mod runner;
-mod statistics;
+#[allow(dead_code, reason = "the other program uses the rest")]
+#[path = "../../shared/mod.rs"]
+mod shared;
 mod trace;
 mod worker;
 
@@ -62,6 +65,9 @@ struct Run {
     /// How long each measurement of a round takes.
     #[arg(long, default_value_t = 0.3)]
     seconds: f64,
+    /// Two short rounds, in two minutes: for a first impression, not to be quoted.
+    #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
+    quick: bool,
     /// Only look whether everything works: tiny, and without meaning.
     #[arg(long)]
     smoke: bool,
@@ -83,12 +89,15 @@ struct Run {
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Settings {
     pub(crate) smoke: bool,
+    pub(crate) quick: bool,
     pub(crate) rounds: usize,
     pub(crate) warm: Duration,
     pub(crate) slice: Duration,
     pub(crate) corpus: Corpus,
     /// For counting system calls.
     pub(crate) traced_commits: u64,
+    /// For counting them across rolls.
+    pub(crate) traced_across_rolls: u64,
 }
 
 const CORPUS: Corpus = Corpus { events: 100_000, batch: 100, payload_bytes: 256, streams: 100 };
@@ -98,28 +107,33 @@ impl Settings {
     fn new(run: &Run) -> Outcome<Self> {
         if run.smoke {
             let (warm, slice) = (Duration::from_millis(5), Duration::from_millis(15));
-            let (rounds, traced_commits) = (1, 5);
+            let (rounds, traced_commits, traced_across_rolls) = (1, 5, 300);
             return Ok(Self {
                 smoke: true,
+                quick: false,
                 rounds,
                 warm,
                 slice,
                 corpus: SMOKE_CORPUS,
                 traced_commits,
+                traced_across_rolls,
             });
         }
-        let slice = Duration::try_from_secs_f64(run.seconds)?;
-        if run.rounds == 0 || slice.is_zero() {
+        let (rounds, seconds) = if run.quick { (2, 0.1) } else { (run.rounds, run.seconds) };
+        let slice = Duration::try_from_secs_f64(seconds)?;
+        if rounds == 0 || slice.is_zero() {
             return Err("at least one round, of some time".into());
         }
         let warm = slice / 4;
         Ok(Self {
             smoke: false,
-            rounds: run.rounds,
+            quick: run.quick,
+            rounds,
             warm,
             slice,
             corpus: CORPUS,
             traced_commits: 50,
+            traced_across_rolls: 2_000,
         })
     }
 }
@@ -146,50 +160,59 @@ fn work(peer: &str, dir: &Path, task: &str) -> Outcome<()> {
 
 fn compare(run: &Run) -> Outcome<()> {
     if run.list {
-        for peer in &engines::PEERS {
+        for peer in engines::PEERS {
             println!("{:<16} {}", peer.name, peer.version().unwrap_or("-"));
         }
         return Ok(());
     }
     let out = out_dir(run);
     if run.redraw {
-        return report::redraw(&out);
+        let data = report::redraw(&out)?;
+        return if whole(run) { report::show(&data) } else { Ok(()) };
     }
     let peers = chosen(&run.only)?;
     let settings = Settings::new(run)?;
     let scratch = scratch()?;
-    let machine = machine::Machine::look(scratch.path());
+    let machine = shared::machine::Machine::look(scratch.path());
     eprintln!("{machine}");
     let minutes = runner::expected(peers.len(), &settings) / 60.0;
     eprintln!("{} peers, {} rounds: about {minutes:.1} minutes", peers.len(), settings.rounds);
     let results = runner::run(&peers, scratch.path(), &settings)?;
-    let data = report::Data::new(&machine, settings, &peers, results);
+    let data = report::Data::new(machine, settings, &peers, results);
     if run.json {
         println!("{}", serde_json::to_string_pretty(&data)?);
     }
     report::write(&out, &data)?;
+    if whole(run) {
+        report::show(&data)?;
+    }
     eprintln!("data, tables and plots: {}", out.display());
     Ok(())
+}
+
+/// Whether it is a run that can be shown.
+fn whole(run: &Run) -> bool {
+    !run.smoke && !run.quick && run.only.is_empty() && run.out.is_none()
 }
 
 fn out_dir(run: &Run) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     match &run.out {
         Some(out) => out.clone(),
-        None if run.smoke || !run.only.is_empty() => root.join("target/benchmarks"),
-        None => root.join("../../docs/benchmarks"),
+        None if whole(run) => root.join("../../docs/benchmarks"),
+        None => root.join("target/benchmarks"),
     }
 }
 
 fn chosen(only: &[String]) -> Outcome<Vec<&'static Peer>> {
-    static PEERS: [Peer; engines::PEERS.len()] = engines::PEERS;
-    if let Some(unknown) = only.iter().find(|name| PEERS.iter().all(|peer| peer.name != **name)) {
+    let peers = engines::PEERS;
+    if let Some(unknown) = only.iter().find(|name| peers.iter().all(|peer| peer.name != **name)) {
         return Err(format!("there is no {unknown}; see --list").into());
     }
     let wanted = |peer: &&Peer| {
         only.is_empty() || peer.kind != Kind::Peer || only.iter().any(|name| name == peer.name)
     };
-    Ok(PEERS.iter().filter(wanted).collect())
+    Ok(peers.iter().filter(wanted).collect())
 }
 
 /// On the file system that is to be measured: HEADWATER_BENCH_DIR, or the target folder.

@@ -3,12 +3,13 @@
 use std::alloc::System;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::time::{ClockId, clock_gettime};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 use crate::Outcome;
+use crate::shared::device::{Counted, Device};
 
 /// Counts what Rust code allocates; C and C++ have their own allocator.
 #[global_allocator]
@@ -20,28 +21,18 @@ pub(crate) struct Usage {
     /// Of all threads of this process, user and system.
     pub(crate) cpu_seconds: f64,
     pub(crate) allocations: u64,
-    pub(crate) device: Option<DeviceUsage>,
-}
-
-/// What a block device has done, for whomever.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct DeviceUsage {
-    pub(crate) writes: u64,
-    pub(crate) flushes: u64,
+    /// Of the device under the measured folder.
+    pub(crate) device: Option<Counted>,
 }
 
 /// Looks at all of it.
 pub(crate) struct Meter {
-    /// The counters of the device under the measured folder.
-    device: Option<PathBuf>,
+    device: Option<Device>,
 }
 
 impl Meter {
     pub(crate) fn new(dir: &Path) -> Outcome<Self> {
-        let device = fs::metadata(dir)?.dev();
-        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-        let path = PathBuf::from(format!("/sys/dev/block/{major}:{minor}/stat"));
-        Ok(Self { device: path.exists().then_some(path) })
+        Ok(Self { device: Device::under(dir)? })
     }
 
     pub(crate) fn read(&self) -> Usage {
@@ -50,18 +41,9 @@ impl Meter {
         Usage {
             cpu_seconds: cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9,
             allocations: (stats.allocations + stats.reallocations) as u64,
-            device: self.device.as_ref().and_then(|path| device_usage(path)),
+            device: self.device.as_ref().and_then(Device::counted),
         }
     }
-}
-
-/// The fields are those of the kernel's `Documentation/block/stat.rst`.
-fn device_usage(path: &Path) -> Option<DeviceUsage> {
-    const WRITES: usize = 4;
-    const FLUSHES: usize = 15;
-    let text = fs::read_to_string(path).ok()?;
-    let fields: Vec<u64> = text.split_whitespace().filter_map(|field| field.parse().ok()).collect();
-    Some(DeviceUsage { writes: *fields.get(WRITES)?, flushes: *fields.get(FLUSHES)? })
 }
 
 /// How much a folder takes on the disk, in bytes.

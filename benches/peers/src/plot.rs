@@ -11,8 +11,9 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::Outcome;
 use crate::engine::Kind;
-use crate::report::{Data, grouped, time};
+use crate::report::Data;
 use crate::runner::{Cell, Entry, Measured};
+use crate::shared::page::{grouped, time};
 use crate::worker::Load;
 
 /// A plot that was drawn.
@@ -114,7 +115,7 @@ fn framed<'a>(
     data: &Data,
 ) -> Result<Area<'a>, Box<dyn std::error::Error>> {
     write(area, title, &font(19, TEXT), (20, 16))?;
-    let smoke = if data.settings.smoke { "NOT TO BE QUOTED. " } else { "" };
+    let smoke = if data.settings.smoke || data.settings.quick { "NOT TO BE QUOTED. " } else { "" };
     let rounds = match data.settings.rounds {
         1 => "One round".to_owned(),
         rounds => format!("Medians of {rounds} rounds, bars from the lowest to the highest"),
@@ -122,7 +123,12 @@ fn framed<'a>(
     let note = format!("{smoke}{rounds}; logarithmic. Grey: the bare device, without an engine.");
     write(area, &note, &font(13, MUTED), (20, 42))?;
     let height = i32::try_from(HEIGHT)?;
-    write(area, &data.place(), &font(13, MUTED), (20, height - 24))?;
+    write(
+        area,
+        &format!("{}; an append is durable (fdatasync) when it is answered", data.machine.line()),
+        &font(13, MUTED),
+        (20, height - 24),
+    )?;
     Ok(area.margin(66, 34, 12, 12))
 }
 
@@ -143,9 +149,9 @@ fn power_of_ten(value: f64) -> String {
 // -------------------------------------------------------------------------------------------------- lines
 
 /// One line for each peer.
-struct Lines {
-    file: &'static str,
-    title: &'static str,
+pub(crate) struct Lines {
+    pub(crate) file: &'static str,
+    pub(crate) title: &'static str,
     x_title: &'static str,
     loads: &'static [Load],
     /// What grows along the axis.
@@ -154,7 +160,7 @@ struct Lines {
 
 const ONE: Load = Load { writers: 1, batch: 1, payload_bytes: 256 };
 
-const WRITERS: Lines = Lines {
+pub(crate) const WRITERS: Lines = Lines {
     file: "appends-by-writers.svg",
     title: "Durable appends: events per second, by the number of writers (256 B each)",
     x_title: "writers, each waiting for its append to be durable",

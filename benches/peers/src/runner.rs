@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::child::{self, Worker};
 use crate::engine::{Kind, Operation, Peer, Shape};
 use crate::measure;
-use crate::statistics::Spread;
-use crate::trace::{self, Calls};
+use crate::shared::spread::Spread;
+use crate::trace::{self, AcrossRolls, Calls};
 use crate::worker::{Load, Sample, Task, Then};
 use crate::{Outcome, Settings};
 
@@ -61,6 +61,8 @@ const fn load(writers: u32, batch: usize, payload_bytes: usize) -> Load {
 pub(crate) struct Results {
     pub(crate) cells: Vec<Cell>,
     pub(crate) calls: Vec<Counted>,
+    /// Of Headwater, if it could be traced.
+    pub(crate) across_rolls: Option<AcrossRolls>,
     /// What the clean corpus takes on the disk, in bytes per event.
     pub(crate) disk: Vec<Disk>,
     pub(crate) seconds: f64,
@@ -163,6 +165,7 @@ pub(crate) fn run(peers: &[&'static Peer], dir: &Path, settings: &Settings) -> O
     let disk = peers.iter().filter(|peer| peer.reads()).filter_map(|it| runner.fill(it)).collect();
     eprintln!("counting system calls ...");
     let calls = peers.iter().map(|peer| runner.count(peer)).collect();
+    let across_rolls = runner.count_across_rolls(peers);
     let mut cells: Vec<_> = plan(settings).into_iter().map(|it| Cell::new(it, peers)).collect();
     for round in 0..settings.rounds {
         for cell in &mut cells {
@@ -180,7 +183,7 @@ pub(crate) fn run(peers: &[&'static Peer], dir: &Path, settings: &Settings) -> O
         }
     }
     cells.iter_mut().for_each(Cell::evaluate);
-    Ok(Results { cells, calls, disk, seconds: began.elapsed().as_secs_f64() })
+    Ok(Results { cells, calls, across_rolls, disk, seconds: began.elapsed().as_secs_f64() })
 }
 
 impl Cell {
@@ -278,6 +281,16 @@ impl Runner<'_> {
                 }
             }
         }
+    }
+
+    fn count_across_rolls(&self, peers: &[&'static Peer]) -> Option<AcrossRolls> {
+        let own = peers.iter().find(|peer| peer.kind == Kind::Headwater)?;
+        if !trace::available() {
+            return None;
+        }
+        trace::across_rolls(own, &self.dir, self.settings.traced_across_rolls)
+            .inspect_err(|error| eprintln!("rolls can't be traced: {error}"))
+            .ok()
     }
 
     /// One sample; after a failure the peer is left out of the cell.

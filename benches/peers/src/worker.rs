@@ -60,6 +60,7 @@ pub(crate) struct Sample {
     /// Of one operation, in microseconds.
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
+    pub(crate) p999_us: f64,
     pub(crate) cpu_seconds: f64,
     pub(crate) allocations: u64,
     /// Of the device, for whomever it was.
@@ -243,6 +244,7 @@ fn set_latencies(sample: &mut Sample, latencies: &Histogram<u64>) {
     let microseconds = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
     sample.p50_us = microseconds(0.5);
     sample.p99_us = microseconds(0.99);
+    sample.p999_us = microseconds(0.999);
 }
 
 fn open(peer: &Peer, dir: &Path, shape: Shape) -> Outcome<(Box<dyn Engine>, Duration)> {

@@ -1,6 +1,8 @@
 use std::path::Path;
 
-use headwater::{Append, ExpectedRevision, NewEvent, Position, Revision, Store, StreamId};
+use headwater::{
+    Append, EventType, ExpectedRevision, NewEvent, Position, Revision, Store, StreamId,
+};
 
 use crate::Outcome;
 use crate::engine::{Each, Engine, Kind, Peer, Place, Shape, Writer};
@@ -23,7 +25,8 @@ fn open(dir: &Path, _: Shape) -> Outcome<Box<dyn Engine>> {
 
 impl Engine for Journal {
     fn writer(&self) -> Outcome<Box<dyn Writer + '_>> {
-        Ok(Box::new(Appends { store: &self.0, stream: None }))
+        let event_type = EventType::new("bench.event")?;
+        Ok(Box::new(Appends { store: &self.0, event_type, stream: None }))
     }
 
     fn replay(&mut self, each: Each<'_>) -> Outcome<()> {
@@ -57,6 +60,7 @@ impl Engine for Journal {
 
 struct Appends<'a> {
     store: &'a Store,
+    event_type: EventType,
     stream: Option<(u32, StreamId)>,
 }
 
@@ -66,8 +70,7 @@ impl Writer for Appends<'_> {
             Some((number, id)) if *number == stream => id,
             _ => &self.stream.insert((stream, name(stream)?)).1,
         };
-        let events = payloads.iter().map(|payload| NewEvent::raw("bench.event", *payload));
-        let events = events.collect::<Result<Vec<_>, _>>()?;
+        let events = payloads.iter().map(|payload| NewEvent::raw_ref(&self.event_type, payload));
         self.store.append(&Append::to(id, ExpectedRevision::Any, events))?;
         Ok(())
     }

@@ -3,7 +3,7 @@ use std::path::Path;
 
 // Any message that holds an index and bytes will do; this one comes with the library.
 use protobuf::descriptor::UninterpretedOption as Entry;
-use raft_engine::{Config, Engine as Log, LogBatch, MessageExt};
+use raft_engine::{Config, Engine as Log, LogBatch, MessageExt, ReadableSize};
 
 use crate::Outcome;
 use crate::engine::{Each, Engine, Kind, Peer, Place, Shape, Writer, boxed};
@@ -13,7 +13,7 @@ pub(super) const PEER: Peer = Peer {
     package: Some("raft-engine"),
     kind: Kind::Peer,
     durable: "yes: fdatasync, shared by concurrent appends",
-    used: "default options, with LZ4 from 8 KiB on; each stream is a raft group; there is no order among groups, so a replay reads one after the other; all indexes are kept in memory",
+    used: "for the appends 96 MiB of zeros prepared before the measurement (prefill_for_recycle, files of 32 MiB), else default options; LZ4 from 8 KiB on, as is its default; each stream is a raft group; there is no order among groups, so a replay reads one after the other; all indexes are kept in memory",
     without: &[],
     open,
 };
@@ -33,9 +33,16 @@ impl MessageExt for Entries {
 /// How much of a group is fetched at a time.
 const FETCH: u64 = 1024;
 
-fn open(dir: &Path, _: Shape) -> Outcome<Box<dyn Engine>> {
+fn open(dir: &Path, shape: Shape) -> Outcome<Box<dyn Engine>> {
     let dir = dir.to_str().ok_or("a path that isn't UTF-8")?.to_owned();
-    Ok(Box::new(Groups(Log::open(Config { dir, ..Config::default() }).map_err(boxed)?)))
+    let mut config = Config { dir, ..Config::default() };
+    if !shape.streams {
+        // Half as many files again as the limit says are filled with zeros.
+        config.target_file_size = ReadableSize::mb(32);
+        config.prefill_for_recycle = true;
+        config.prefill_limit = Some(ReadableSize::mb(64));
+    }
+    Ok(Box::new(Groups(Log::open(config).map_err(boxed)?)))
 }
 
 impl Groups {

@@ -4,6 +4,12 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
+use super::device::Device;
+
+/// What it was measured on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Machine {
     pub(crate) processor: String,
     pub(crate) cores: usize,
@@ -11,10 +17,12 @@ pub(crate) struct Machine {
     pub(crate) system: String,
     pub(crate) file_system: String,
     pub(crate) load: String,
+    /// What others did on the device before the run began: writes per second.
+    pub(crate) idle_writes_per_second: Option<f64>,
 }
 
 impl Machine {
-    /// What there is to find out; "unknown" for the rest.
+    /// What there is to find out; "unknown" for the rest. Takes a second.
     pub(crate) fn look(dir: &Path) -> Self {
         Self {
             processor: field("/proc/cpuinfo", "model name").unwrap_or_else(unknown),
@@ -26,7 +34,32 @@ impl Machine {
                 .ok()
                 .and_then(|text| text.split(' ').next().map(str::to_owned))
                 .unwrap_or_else(unknown),
+            idle_writes_per_second: Device::under(dir)
+                .ok()
+                .flatten()
+                .and_then(|device| device.idle_writes_per_second()),
         }
+    }
+
+    /// In one line, for plots.
+    pub(crate) fn line(&self) -> String {
+        let file_system = self.file_system.split(" (").next().unwrap_or_default();
+        format!("{}, {} cores; {}; {file_system}", self.processor, self.cores, self.system)
+    }
+
+    /// The first rows of a table.
+    pub(crate) fn rows(&self) -> String {
+        let Self { processor, cores, memory, system, file_system, load, .. } = self;
+        let device = self.idle_writes_per_second.map_or_else(
+            || "not counted by the kernel".to_owned(),
+            |writes| format!("shared with the rest of the system, which did {writes:.1} writes per second in the second before the run"),
+        );
+        format!(
+            "| machine | {processor}, {cores} cores, {memory} |\n\
+             | system | {system}, load {load} at the beginning |\n\
+             | file system | {file_system} |\n\
+             | its device | {device} |\n"
+        )
     }
 }
 

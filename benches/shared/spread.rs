@@ -11,7 +11,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` if there is nothing.
+    /// `None` if there is nothing. What isn't finite doesn't count.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
         values.sort_unstable_by(f64::total_cmp);
@@ -23,20 +23,10 @@ impl Spread {
         };
         Some(Self { median, min, max })
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_of_an_even_number_lies_between_the_two_in_the_middle() {
-        let spread = Spread::of([4.0, 1.0, 3.0, 2.0]).unwrap();
-        assert_eq!(spread, Spread { median: 2.5, min: 1.0, max: 4.0 });
-    }
-
-    #[test]
-    fn nothing_has_no_spread() {
-        assert_eq!(Spread::of([f64::NAN]), None);
+    /// Of something that grows or shrinks with this.
+    pub(crate) fn map(self, of: impl Fn(f64) -> f64) -> Self {
+        let (one, other) = (of(self.min), of(self.max));
+        Self { median: of(self.median), min: one.min(other), max: one.max(other) }
     }
 }

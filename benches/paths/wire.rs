@@ -1,0 +1,93 @@
+//! What the machine does without Headwater, over the loopback.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use crate::Outcome;
+use crate::baseline::Device;
+use crate::meter::{Meter, Took};
+
+/// How much a bare receiver writes before it syncs.
+const SYNC_BYTES: usize = 8 << 20;
+
+/// Sends the first bytes of each file over the loopback; the other side checks, writes and syncs them.
+pub(crate) fn send_and_sync(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let meter = Meter::start();
+    let received = std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| -> io::Result<u64> {
+            let stream = listener.accept()?.0;
+            receive(&stream, &mut File::create_new(sink)?)
+        });
+        let mut stream = TcpStream::connect(address)?;
+        for (path, len) in files {
+            io::copy(&mut File::open(path)?.take(*len), &mut stream)?; // sendfile
+        }
+        stream.shutdown(Shutdown::Write)?;
+        receiver.join().map_err(|_| io::Error::other("the receiver panicked"))?
+    })?;
+    let took = meter.stop();
+    let sent: u64 = files.iter().map(|(_, len)| len).sum();
+    if received == sent { Ok(took) } else { Err("bytes were lost on the way".into()) }
+}
+
+fn receive(stream: &TcpStream, sink: &mut File) -> io::Result<u64> {
+    let mut buffer = Vec::with_capacity(SYNC_BYTES);
+    let mut total = 0;
+    loop {
+        buffer.clear();
+        let read = stream.take(SYNC_BYTES as u64).read_to_end(&mut buffer)?;
+        if read == 0 {
+            return Ok(total);
+        }
+        std::hint::black_box(crc32fast::hash(&buffer));
+        sink.write_all(&buffer)?;
+        sink.sync_data()?;
+        total += read as u64;
+    }
+}
+
+/// Somebody at the other end of a connection who makes durable what arrives, and says so.
+pub(crate) struct Peer {
+    stream: TcpStream,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Peer {
+    /// Messages are of `len` bytes.
+    pub(crate) fn start(mut device: Device, len: usize) -> Outcome<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let stream = TcpStream::connect(listener.local_addr()?)?;
+        stream.set_nodelay(true)?;
+        let mut accepted = listener.accept()?.0;
+        accepted.set_nodelay(true)?;
+        let thread = std::thread::spawn(move || {
+            let mut message = vec![0; len];
+            while accepted.read_exact(&mut message).is_ok() {
+                device.write_synced(&message)?;
+                accepted.write_all(&[1])?;
+            }
+            Ok(())
+        });
+        Ok(Self { stream, thread: Some(thread) })
+    }
+
+    /// Sends a message, and waits until it is durable there.
+    pub(crate) fn send(&mut self, message: &[u8]) -> io::Result<()> {
+        self.stream.write_all(message)?;
+        self.stream.read_exact(&mut [0])
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        drop(self.stream.shutdown(Shutdown::Both));
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
