@@ -9,7 +9,7 @@
 //! - Nothing is outside some checksum: the header's covers the header, the body's the body, and padding
 //!   must be zero.
 
-use super::record::{RECORD_BYTES_MIN, RecordRef};
+use super::record::{Names, RECORD_BYTES_MIN, RecordRef};
 use super::{Block, Decoder, FORMAT_VERSION, Flags, FormatError, crc32};
 use crate::planted::{self, Bug};
 use crate::position::{Chain, Incarnation, JournalId, Position};
@@ -339,7 +339,7 @@ impl<'a> BatchRef<'a> {
     /// A batch with right checksums whose records don't parse was written by a faulty or hostile writer.
     #[must_use]
     pub fn records(&self) -> Records<'a> {
-        Records { rest: self.body(), left: self.header.count }
+        Records { rest: self.body(), left: self.header.count, names: Names::default() }
     }
 
     /// Verifies that the body consists of exactly `count` valid records.
@@ -362,6 +362,8 @@ impl<'a> BatchRef<'a> {
 pub struct Records<'a> {
     rest: &'a [u8],
     left: u32,
+    /// Those of the record in front.
+    names: Names<'a>,
 }
 
 impl<'a> Iterator for Records<'a> {
@@ -369,9 +371,10 @@ impl<'a> Iterator for Records<'a> {
 
     fn next(&mut self) -> Option<Self::Item> {
         self.left = self.left.checked_sub(1)?;
-        match RecordRef::decode(self.rest) {
+        match RecordRef::decode_behind(self.rest, self.names) {
             Ok((record, rest)) => {
                 self.rest = rest;
+                self.names = Names { stream: record.stream, event_type: record.event_type };
                 Some(Ok(record))
             }
             Err(error) => {

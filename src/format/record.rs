@@ -3,7 +3,7 @@
 //! A record has no checksum of its own (the body's covers it) and can be skipped without being decoded.
 
 use super::{Decoder, FormatError};
-use crate::event::{EventId, EventType, NewEvent, PayloadCodec, Revision, StreamId};
+use crate::event::{EventId, EventType, InvalidEvent, NewEvent, PayloadCodec, Revision, StreamId};
 use crate::position::{JournalId, Locator, Position};
 
 /// The fixed part in front of a record.
@@ -48,6 +48,38 @@ pub struct RecordRef<'a> {
     metadata: Texts<'a>,
 }
 
+/// The verified names of a record.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Names<'a> {
+    pub(super) stream: &'a str,
+    pub(super) event_type: &'a str,
+}
+
+impl<'a> Names<'a> {
+    fn or_verified(self, stream: &'a [u8], event_type: &'a [u8]) -> Result<Self, FormatError> {
+        let is = |known: &str, name: &[u8]| !name.is_empty() && known.as_bytes() == name;
+        let stream = match is(self.stream, stream) {
+            true => self.stream,
+            false => verified(stream, "stream name", StreamId::check)?,
+        };
+        let event_type = match is(self.event_type, event_type) {
+            true => self.event_type,
+            false => verified(event_type, "event type", EventType::check)?,
+        };
+        Ok(Self { stream, event_type })
+    }
+}
+
+fn verified<'a>(
+    name: &'a [u8],
+    what: &'static str,
+    check: fn(&str) -> Result<(), InvalidEvent>,
+) -> Result<&'a str, FormatError> {
+    let name = std::str::from_utf8(name).map_err(|_| FormatError::Invalid(what))?;
+    check(name).map_err(|_| FormatError::Invalid(what))?;
+    Ok(name)
+}
+
 /// Texts with their lengths in front, already verified.
 #[derive(Clone, Copy, Debug)]
 struct Texts<'a> {
@@ -71,35 +103,44 @@ impl<'a> RecordRef<'a> {
     /// # Errors
     /// [`FormatError`] if a field is out of bounds or impossible.
     pub fn decode(bytes: &'a [u8]) -> Result<(Self, &'a [u8]), FormatError> {
-        let mut fixed = Decoder::new(bytes);
-        let len = fixed.u32()? as usize;
-        let header_len = usize::from(fixed.u16()?);
-        let (record, rest) = bytes.split_at_checked(len).ok_or(FormatError::Truncated)?;
+        Self::decode_behind(bytes, Names::default())
+    }
+
+    /// The same, behind a record with these names: records that follow each other often have the same, which
+    /// then need not be verified again.
+    pub(super) fn decode_behind(
+        bytes: &'a [u8],
+        known: Names<'a>,
+    ) -> Result<(Self, &'a [u8]), FormatError> {
+        let (&len, _) = bytes.split_first_chunk::<4>().ok_or(FormatError::Truncated)?;
+        let (record, rest) = bytes
+            .split_at_checked(u32::from_le_bytes(len) as usize)
+            .ok_or(FormatError::Truncated)?;
+        // At once, and not field by field: this is what reading a journal consists of.
+        let (fixed, _) =
+            record.split_first_chunk::<RECORD_FIXED_BYTES>().ok_or(FormatError::Truncated)?;
         let (header, payload) = record
-            .split_at_checked(header_len)
+            .split_at_checked(usize::from(u16_at(fixed, 4)))
             .ok_or(FormatError::Invalid("record header length"))?;
-        let mut input = Decoder::new(header);
-        input.bytes(6)?;
-        let flags = input.u16()?;
+        let flags = u16_at(fixed, 6);
         if flags != 0 {
             return Err(FormatError::Unsupported { version: super::FORMAT_VERSION, flags });
         }
-        input.u16()?; // ignorable flags
-        let codec = PayloadCodec::from_byte(input.u8()?);
-        let fields = input.u8()?;
+        let codec = PayloadCodec::from_byte(fixed[10]);
+        let fields = fixed[11];
         if fields & !KNOWN_FIELDS != 0 {
             return Err(FormatError::Invalid("record field bits"));
         }
-        let schema_version = input.u32()?;
-        let id = EventId::from_bytes(input.array()?);
-        let revision = Revision::new(input.u64()?);
-        let (stream_len, type_len) = (input.u16()?, input.u16()?);
-        let (tag_count, metadata_count) = (input.u16()?, input.u16()?);
-        input.u64()?; // extension room
-        let stream = input.text(usize::from(stream_len), "stream name")?;
-        let event_type = input.text(usize::from(type_len), "event type")?;
-        StreamId::check(stream).map_err(|_| FormatError::Invalid("stream name"))?;
-        EventType::check(event_type).map_err(|_| FormatError::Invalid("event type"))?;
+        let schema_version = u32::from_le_bytes(array_at(fixed, 12));
+        let id = EventId::from_bytes(array_at(fixed, 16));
+        let revision = Revision::new(u64::from_le_bytes(array_at(fixed, REVISION_AT)));
+        let (stream_len, type_len) = (u16_at(fixed, 40), u16_at(fixed, 42));
+        let (tag_count, metadata_count) = (u16_at(fixed, 44), u16_at(fixed, 46));
+        let mut input =
+            Decoder::new(header.get(RECORD_FIXED_BYTES..).ok_or(FormatError::Truncated)?);
+        let stream = input.bytes(usize::from(stream_len))?;
+        let event_type = input.bytes(usize::from(type_len))?;
+        let Names { stream, event_type } = known.or_verified(stream, event_type)?;
         let tags = texts(&mut input, usize::from(tag_count), "tag")?;
         let record = Self {
             id,
@@ -141,6 +182,17 @@ impl<'a> RecordRef<'a> {
         let mut texts = self.metadata;
         std::iter::from_fn(move || Some((texts.next()?, texts.next()?)))
     }
+}
+
+/// The places are constants, within the fixed part.
+fn array_at<const N: usize>(fixed: &[u8; RECORD_FIXED_BYTES], at: usize) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(&fixed[at..at + N]);
+    array
+}
+
+fn u16_at(fixed: &[u8; RECORD_FIXED_BYTES], at: usize) -> u16 {
+    u16::from_le_bytes(array_at(fixed, at))
 }
 
 const fn has(fields: u8, bit: u8) -> bool {
