@@ -791,15 +791,36 @@ fn clear_torn_tail(
         let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
         let mut window = Window::new(Arc::clone(&file), path.clone());
         let from = active.end_in_file();
-        if let Some(to) = window.last_non_zero(from)? {
+        // What an earlier recovery zeroed may be zero in the cache only, if its sync failed: once more.
+        let zeroed = copied_bytes(fs, layout, active.number(), from)?.map(|len| from + len);
+        let torn = window.last_non_zero(from)?;
+        if let Some(to) = torn {
             copy_aside(fs, layout, active.number(), &mut window, from..to)?;
-            fs::write_zeros(&*file, from..to).context("zeroing", &path)?;
-            file.sync_data().context("syncing", &path)?;
             report.torn_bytes = to - from;
             report.torn_events = survey.torn_events;
         }
+        if let Some(to) = torn.max(zeroed) {
+            let to = to.min(file.size().context("measuring", &path)?);
+            fs::write_zeros(&*file, from..to).context("zeroing", &path)?;
+            file.sync_data().context("syncing", &path)?;
+        }
     }
     name_copies(fs, layout)
+}
+
+/// How much an interrupted recovery had copied of the tail at `from`.
+fn copied_bytes(
+    fs: &dyn Fs,
+    layout: &Layout,
+    number: u64,
+    from: u64,
+) -> Result<Option<u64>, IoError> {
+    let path = layout.torn_tail(number, from);
+    match fs.open(&path, OpenMode::Read) {
+        Ok(copy) => copy.size().map(Some).context("measuring", &path),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).context("opening", &path),
+    }
 }
 
 fn copy_aside(

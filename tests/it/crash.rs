@@ -55,9 +55,13 @@ fn a_seed_run_twice_leaves_the_same_trace() {
 #[test]
 fn every_fault_at_every_operation_of_every_scenario_is_survived() {
     let next = AtomicUsize::new(0);
+    let only = std::env::var("HEADWATER_SCENARIO").ok();
     let work = || {
         let mut crashes = 0;
         while let Some(scenario) = SCENARIOS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if only.as_ref().is_some_and(|only| only != scenario.name) {
+                continue;
+            }
             let here = every_fault::run(scenario, 1, Second::Sampled(1), None);
             crashes += here.unwrap_or_else(|what| panic!("{what}"));
         }
