@@ -383,7 +383,7 @@ fn a_stream_costs_what_it_holds_and_not_the_journal() {
         let before = disk_reads(disk);
         ask(&journal);
         let cost = disk_reads(disk) - before;
-        println!("{what}: {cost} reads, openings and sizes of {} segments", segments);
+        println!("{what}: {cost} reads, openings and sizes of {segments} segments");
         cost
     };
     // Levels: 8, 64, 512. A look-up that opens a map is three operations, a second page one more.
