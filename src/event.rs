@@ -585,23 +585,32 @@ impl Extras {
     }
 }
 
-/// Names that were met lately: events that follow each other share theirs, rather than each having a copy.
+/// Long names that were met lately: events that follow each other share theirs, rather than each having a
+/// copy. Short ones need no allocation.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     streams: Vec<Option<StreamId>>,
     types: Vec<Option<EventType>>,
 }
 
+/// Names up to this length are held in place.
+const INLINE_BYTES: usize = 23;
 /// How many of each are remembered; powers of two.
 const STREAMS_REMEMBERED: usize = 256;
 const TYPES_REMEMBERED: usize = 32;
 
 impl Names {
     fn stream(&mut self, name: &str) -> StreamId {
+        if name.len() <= INLINE_BYTES {
+            return StreamId(name.into());
+        }
         remembered(&mut self.streams, STREAMS_REMEMBERED, name, || StreamId(name.into()))
     }
 
     fn event_type(&mut self, name: &str) -> EventType {
+        if name.len() <= INLINE_BYTES {
+            return EventType(name.into());
+        }
         remembered(&mut self.types, TYPES_REMEMBERED, name, || EventType(name.into()))
     }
 }
