@@ -64,7 +64,7 @@ impl EventId {
                 Uuid::now_v7().as_u128() & !(RUN_MASK + 1)
             };
             last.set((now_ms, id));
-            Self::from_bytes(id.to_be_bytes())
+            Self::from_bytes(Uuid::from_u128(id).into_bytes())
         })
     }
 }
