@@ -10,11 +10,13 @@
 //! record                                           ┌ fixed 56 ┐┌ names, tags, metadata ┐┌ payload ┐
 //! ```
 
+pub mod base;
 pub mod batch;
 pub mod files;
 pub mod gaps;
 pub mod incoming;
 pub mod map;
+pub mod leases;
 pub mod record;
 pub mod segment;
 pub mod sidecar;
