@@ -772,6 +772,10 @@ pub(crate) fn mend(
         report.refetch = true;
     }
     finish_retention(fs, layout, &survey)?;
+    if !survey.gaps.all().is_empty() {
+        // The sync of its name may have failed, and can't be repeated: made anew, like the base.
+        survey.gaps.write(fs, layout, node.journal)?;
+    }
     fs.create_dir_all(&layout.quarantine()).context("creating", &layout.quarantine())?;
     quarantine_beyond(fs, layout, &survey, &mut report)?;
     clear_torn_tail(fs, layout, &survey, &mut report)?;

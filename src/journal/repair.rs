@@ -261,6 +261,7 @@ pub fn plan(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, Rep
 pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Outcome, RepairError> {
     let locked = Locked::take_existing(fs, dir)?;
     let source = open_source(fs, options)?;
+    renew_gaps(&**fs, &locked.layout)?;
     let mut done = Vec::new();
     for pass in 0..PASSES_MAX {
         let plan = Scene::plan(fs, dir, source.as_ref(), &options.accept)?;
@@ -279,6 +280,16 @@ pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Outcome,
     }
     let left = Scene::plan(fs, dir, source.as_ref(), &options.accept)?.steps;
     Ok(Outcome { done, left, report: verify(&**fs, dir, &mut |_| {})? })
+}
+
+/// The losses that an interrupted repair has noted: the sync of their file's name may have failed, and can't be
+/// repeated, so the file is made anew before anything rests on it. One that can't be read is planned for.
+fn renew_gaps(fs: &dyn Fs, layout: &Layout) -> Result<(), RepairError> {
+    let (node, ..) = find_node(fs, layout)?;
+    match Gaps::read(fs, layout, &node) {
+        Ok(gaps) if !gaps.all().is_empty() => Ok(gaps.write(fs, layout, node.journal)?),
+        _ => Ok(()),
+    }
 }
 
 fn lock_if_there(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Option<Locked>, RepairError> {
