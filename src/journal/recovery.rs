@@ -152,9 +152,8 @@ pub(crate) fn survey(
     let mark = start.mark(mark);
     let (below, numbers): (Vec<_>, Vec<_>) =
         segment_numbers(fs, layout)?.into_iter().partition(|number| *number < start.segment);
-    let found = numbers
-        .into_iter()
-        .filter_map(|number| Found::open(fs, layout, node, number).transpose());
+    let found =
+        numbers.into_iter().filter_map(|number| Found::open(fs, layout, node, number).transpose());
     let found: Vec<_> = found.collect::<Result<_, _>>()?;
     let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
     let gaps = Gaps::read(fs, layout, node)?;
