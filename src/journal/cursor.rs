@@ -255,8 +255,8 @@ impl Cursor {
     fn open_window(&mut self) -> Result<(), ReadError> {
         if let (None, Some(place)) = (&self.window, &self.place) {
             let window = self.journal.0.files.window(place.segment.number());
-            let window = window
-                .map_err(|error| self.journal.or_truncated(self.position, error.into()))?;
+            let window =
+                window.map_err(|error| self.journal.or_truncated(self.position, error.into()))?;
             self.window = Some(window);
         }
         Ok(())

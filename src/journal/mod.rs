@@ -170,8 +170,7 @@ impl Journal {
         recent_bytes_max: usize,
     ) -> Result<Self, OpenError> {
         let (kept, gaps) = (&recovered.kept, recovered.gaps.clone());
-        let contents =
-            Contents { kept, gaps, base: recovered.base.clone(), end: recovered.end };
+        let contents = Contents { kept, gaps, base: recovered.base.clone(), end: recovered.end };
         let journal = Self::assemble(fs, layout, node, contents, Access::Writer)?;
         journal.0.segments.write().recent = Recent::new(recent_bytes_max);
         Ok(journal)
