@@ -261,6 +261,7 @@ pub fn plan(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, Rep
 pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Outcome, RepairError> {
     let locked = Locked::take_existing(fs, dir)?;
     let source = open_source(fs, options)?;
+    settle(&**fs, &locked.layout)?;
     renew_gaps(&**fs, &locked.layout)?;
     let mut done = Vec::new();
     for pass in 0..PASSES_MAX {
@@ -280,6 +281,19 @@ pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Outcome,
     }
     let left = Scene::plan(fs, dir, source.as_ref(), &options.accept)?.steps;
     Ok(Outcome { done, left, report: verify(&**fs, dir, &mut |_| {})? })
+}
+
+/// What an interrupted repair has written may be in the cache only: it is synced, and what a failed sync has
+/// lost is not taken for written.
+fn settle(fs: &dyn Fs, layout: &Layout) -> Result<(), RepairError> {
+    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+    for number in names.iter().filter_map(|name| layout::number_of(name, "seg")) {
+        let path = layout.segment(number);
+        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        file.sync_data().context("syncing", &path)?;
+        file.drop_cache().context("dropping the cache of", &path)?;
+    }
+    Ok(fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?)
 }
 
 /// The losses that an interrupted repair has noted: the sync of their file's name may have failed, and can't be

@@ -12,7 +12,7 @@ use crate::format::batch::Link;
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::format::sidecar::{
     self, PAGE_BYTES, Page, Pages, Posting, SegmentIndex, Sidecar, SidecarKey, SparseEntry,
-    StreamPostings, stream_hash,
+    stream_hash,
 };
 use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::base::Heads;
@@ -303,10 +303,9 @@ impl Sealed {
                 _ => unread(),
             })),
             Index::Memory(index) => {
-                let last = |(name, known): (&Box<str>, &StreamPostings)| {
-                    Head::new(name, known.last_revision())
-                };
-                let mut heads: Vec<_> = index.streams.iter().map(last).collect();
+                let streams = index.streams.iter();
+                let mut heads: Vec<_> =
+                    streams.map(|(name, known)| Head::new(name, known.last_revision())).collect();
                 heads.sort_unstable_by(|a, b| (a.hash, &a.name).cmp(&(b.hash, &b.name)));
                 Box::new(heads.into_iter().map(Ok))
             }
