@@ -55,6 +55,9 @@ pub enum CorruptionKind {
     /// The file of accepted losses can't be read.
     #[error("damaged gaps file: {0}")]
     Gaps(FormatError),
+    /// The file that takes the place of a removed prefix can't be read.
+    #[error("damaged base file: {0}")]
+    Base(FormatError),
     /// A batch with right checksums holds an invalid record.
     #[error("an invalid record in a batch with right checksums: {0}")]
     Record(FormatError),
@@ -240,7 +243,10 @@ impl From<ReadError> for OpenError {
             ReadError::Corruption(corruption) => Self::Corruption(corruption),
             ReadError::Io(error) => Self::Io(error),
             ReadError::Unsupported { path, source } => Self::Unsupported { path, source },
-            ReadError::BeyondEnd { .. } | ReadError::Gap { .. } => {
+            ReadError::BeyondEnd { .. }
+            | ReadError::Gap { .. }
+            | ReadError::Truncated { .. }
+            | ReadError::TruncatedStream { .. } => {
                 let source = io::ErrorKind::InvalidInput.into();
                 Self::Io(IoError::new("reading outside of", Path::new("the journal"), source))
             }
@@ -275,6 +281,20 @@ pub enum ReadError {
         /// Position behind the last lost event.
         to: Position,
     },
+    /// The events in front of `first` were removed by [retention](crate::retention).
+    #[error("the events in front of position {first} were removed")]
+    Truncated {
+        /// Position of the first event that the journal still has.
+        first: Position,
+    },
+    /// The first events of the stream were removed by [retention](crate::retention).
+    #[error("the events of stream {stream} in front of revision {first} were removed")]
+    TruncatedStream {
+        /// The stream.
+        stream: StreamId,
+        /// Revision of its first event that the journal still has, or, if it has none, of the next one.
+        first: Revision,
+    },
     /// The position lies behind the durable end.
     #[error("position {position} lies behind the durable end {end}")]
     BeyondEnd {
@@ -294,6 +314,8 @@ impl ReadError {
             Self::Io(_) => "read.io",
             Self::Unsupported { .. } => "read.unsupported",
             Self::Gap { .. } => "read.gap",
+            Self::Truncated { .. } => "read.truncated",
+            Self::TruncatedStream { .. } => "read.truncated_stream",
             Self::BeyondEnd { .. } => "read.beyond_end",
         }
     }
@@ -309,6 +331,12 @@ impl ReadError {
             Self::Unsupported { .. } => "read it with the version that wrote it, or a later one",
             Self::Gap { .. } => {
                 "if a mirror or a backup with these events turns up, `headwater repair --from` puts them back; what can do without them goes on behind them"
+            }
+            Self::Truncated { .. } => {
+                "begin at the first position that is left; what needs the history is restored from the archive, in another directory"
+            }
+            Self::TruncatedStream { .. } => {
+                "read from that revision on; what lies in front is in the archive, if there is one"
             }
             Self::BeyondEnd { .. } => {
                 "wait until the position is durable, or check that it belongs to this journal"

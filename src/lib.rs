@@ -74,6 +74,7 @@ pub mod planted;
 #[cfg(not(feature = "test-kit"))]
 mod planted;
 pub mod position;
+pub mod retention;
 #[cfg(feature = "shipping")]
 pub mod shipping;
 pub mod store;

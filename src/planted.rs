@@ -37,6 +37,8 @@ pub enum Bug {
     TurnWithoutNotice,
     /// Whoever waits for room isn't woken when there is some.
     RoomWithoutNotice,
+    /// Retention removes segments before the base that takes their place is durable.
+    UnlinkBeforeBase,
 }
 
 #[cfg(feature = "test-kit")]

@@ -19,6 +19,7 @@ use crate::journal::{
 };
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, Position};
+use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
@@ -345,6 +346,43 @@ impl Store {
         }
         let dir = self.inner.dir.join("mirrors").join(name).join("journal");
         crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, address, options)
+    }
+
+    /// What [`retain`](Self::retain) would remove, and what keeps more from being removed. Changes nothing.
+    ///
+    /// Blocks for reading header pages, and with an archive for reading there what would be removed.
+    ///
+    /// # Errors
+    /// [`RetentionError`] if the journal can't be read.
+    pub fn plan_retention(&self, options: &retention::Options) -> Result<Plan, RetentionError> {
+        retention::plan_of(self.journal(), options)
+    }
+
+    /// Removes the oldest events of the store's own journal, for ever: whole sealed segments that no view and
+    /// no mirror needs any more, and that an archive has, or whose loss is ordered. What was removed.
+    ///
+    /// Appending and reading go on meanwhile; readers that come to removed events are answered
+    /// [`ReadError::Truncated`]. The files are gone when this returns. Blocks as
+    /// [`plan_retention`](Self::plan_retention), and for writing the heads of all streams that have events
+    /// among those removed.
+    ///
+    /// ```
+    /// use headwater::retention::{History, Options, Until};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let (path, archive) = (dir.path().join("orders"), dir.path().join("archive"));
+    /// let store = headwater::Store::create(&path)?;
+    /// store.journal().backup(&archive)?;
+    /// let removed = store.retain(
+    ///     &Options::new(Until::Keeping { bytes: 10 << 30 }).history(History::Archive(archive)),
+    /// )?;
+    /// assert_eq!(removed.file_bytes(), 0); // there are no ten gigabytes yet
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`RetentionError`]; trying again is safe.
+    pub fn retain(&self, options: &retention::Options) -> Result<Plan, RetentionError> {
+        retention::apply_to(self.journal(), options)
     }
 
     /// The store's directory.

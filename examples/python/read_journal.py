@@ -28,6 +28,7 @@ except ImportError:
 HEADER_PAGE = 4096
 HEADER_COPY = 512
 SEGMENT_MAGIC = b"\x89HWSEG\r\n"
+BASE_MAGIC = b"\x89HWBAS\r\n"
 NODE_MAGIC = b"\x89HWNOD\r\n"
 MARK_MAGIC = b"\x89HWMRK\r\n"
 BATCH_MAGIC = b"\xb7HWB"
@@ -91,6 +92,32 @@ def read_mark(directory):
         if best is None or (offset, sequence) > best[0]:
             best = (offset, sequence), (offset, position, chain, journal)
     return best and best[1]
+
+
+def read_base(directory, journal):
+    """Where the journal begins, if its oldest events were removed: (segment, position, offset, chain, durable)."""
+    path = os.path.join(directory, "base")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(2 * 4096)
+    except FileNotFoundError:
+        return None
+    for at in (0, 4096):
+        page = data[at : at + 4096]
+        if len(page) < 4096 or page[:8] != BASE_MAGIC:
+            continue
+        owner, offset, position, chain = struct.unpack_from("<16s8xQQ16s", page, 16)
+        key = owner + struct.pack("<QQ", offset, at // 4096)
+        if zlib.crc32(key + page[:4092]) != u32(page, 4092):
+            continue
+        (version,) = struct.unpack_from("<H", page, 8)
+        if version != 1:
+            raise Unsupported(f"{path}: version {version}")
+        first_segment, durable = struct.unpack_from("<QQ", page, 80)
+        if owner != journal or not first_segment or durable <= offset:
+            break
+        return first_segment, position, offset, chain, durable
+    raise Damage(f"{path} is damaged")
 
 
 def u32(data, at):
@@ -307,14 +334,13 @@ class Journal:
         inner = os.path.join(directory, "journal")
         self.directory = inner if os.path.isdir(inner) else directory
         self.events, self.damage = [], None
-        self.position, self.offset = 0, 0
+        self.position, self.offset, self.first_position = 0, 0, 0
         self._read()
 
     def _read(self):
         names = os.listdir(self.directory)
-        for later in ("base", "gaps"):
-            if later in names:
-                raise Unsupported(f"{self.directory}/{later} is of a later version")
+        if "gaps" in names:
+            raise Unsupported(f"{self.directory}/gaps: this reader doesn't read over accepted losses")
         node = read_node(self.directory)
         mark = read_mark(self.directory)  # before the segments: what it vouches for is there
         self.segments, self.broken = self._segments(names)
@@ -323,10 +349,18 @@ class Journal:
             raise FileNotFoundError(f"{self.directory}: no journal here")
         self.role = node[0] if node else None
         self.id = text_id(journal)
+        base = read_base(self.directory, journal)
+        if base:  # it takes the place of genesis; segments in front of it are no part of the journal
+            self.segments = {n: s for n, s in self.segments.items() if n >= base[0]}
+            self.position, self.offset, self.first_position = base[1], base[2], base[1]
+            if mark is None or (mark[0] < base[2] and mark[3] == journal):
+                mark = (base[2], base[1], base[3], journal)
         proven = mark[0] if mark else 0
+        if base and self.role != "mirror":
+            proven = max(proven, base[4])
         if self.role != "mirror":  # in a mirror, headers speak of the origin's disk
             proven = max([proven] + [segment.durable_offset for segment in self.segments.values()])
-        batches, claimed = self._walk(journal, mark)
+        batches, claimed = self._walk(journal, mark, base)
         if self.role != "mirror":
             proven = max(proven, claimed)
         if self.offset < proven and self.damage is None:
@@ -350,16 +384,16 @@ class Journal:
                 broken[number] = f"{path}: {why}"
         return segments, broken
 
-    def _walk(self, journal, mark):
-        """Follows the batches from genesis; returns them with the highest durable offset they claim."""
+    def _walk(self, journal, mark, base):
+        """Follows the batches from genesis or the base; returns them with the highest durable offset they claim."""
         chain = None
         if blake3:
             chain = blake3(b"headwater genesis v1\0" + journal).digest()[:16]
-        first = self.segments.get(0)
-        link, batches, claimed = chain or (first.chain if first else None), [], 0
-        seen = mark is None or mark[0] == 0
-        number = 0
-        self.stop = self.broken.get(0, f"{self.directory}: segment 0 is missing")
+        number = base[0] if base else 0
+        first = self.segments.get(number)
+        link, batches, claimed = base[3] if base else chain or (first.chain if first else None), [], 0
+        seen = mark is None or mark[0] == self.offset
+        self.stop = self.broken.get(number, f"{self.directory}: segment {number} is missing")
         while (segment := self.segments.get(number)) and segment.journal == journal:
             same = (self.position, self.offset, link)
             if (segment.base_position, segment.base_offset, segment.chain) != same:

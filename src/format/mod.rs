@@ -10,10 +10,12 @@
 //! record                                           ┌ fixed 56 ┐┌ names, tags, metadata ┐┌ payload ┐
 //! ```
 
+pub mod base;
 pub mod batch;
 pub mod files;
 pub mod gaps;
 pub mod incoming;
+pub mod leases;
 pub mod map;
 pub mod record;
 pub mod segment;

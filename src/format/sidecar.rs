@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use twox_hash::XxHash3_64;
 
+use super::base::Head;
 use super::batch::BatchHeader;
 use super::record::RecordRef;
 use super::{Block, Decoder, FormatError, crc32};
@@ -51,7 +52,7 @@ pub fn stream_hash(name: &str) -> u64 {
     hash64(name.as_bytes())
 }
 
-fn hash64(bytes: &[u8]) -> u64 {
+pub(super) fn hash64(bytes: &[u8]) -> u64 {
     let hash = blake3::hash(bytes);
     u64::from_le_bytes(hash.as_bytes().first_chunk().copied().unwrap_or_default())
 }
@@ -498,34 +499,36 @@ impl<P: Pages> Sidecar<P> {
         Ok(None)
     }
 
+    /// Up to `max` streams from number `first` on, in the order of hashes and names, each with the revision of
+    /// its last event here.
+    ///
+    /// # Errors
+    /// Of the file, or damage.
+    pub fn heads(&self, first: u64, max: u64) -> io::Result<Vec<Head>> {
+        let count = self.header.streams.saturating_sub(first).min(max);
+        let at = self.layout[2].saturating_add(first.saturating_mul(STREAM_BYTES));
+        let entries = self.read(at, (count * STREAM_BYTES) as usize)?;
+        let rows = entries.chunks_exact(STREAM_BYTES as usize).map(|bytes| {
+            let (hash, len, at, span) = Self::decode_entry(bytes)?;
+            Ok((hash, span.last_revision(), at, len))
+        });
+        let rows = rows.collect::<io::Result<Vec<_>>>()?;
+        named(&rows, |at, len| self.read(self.layout[3].saturating_add(at), len))
+    }
+
     /// Binary search: the first entry whose hash isn't smaller.
     fn first_with_hash(&self, hash: u64) -> io::Result<u64> {
-        let (mut low, mut high) = (0, self.header.streams);
-        // Hashes are uniform, so the first guess is nearly always within a page of the entry.
-        let mut middle = ((u128::from(hash) * u128::from(high)) >> 64) as u64;
-        let mut step = 32;
-        while low < high {
-            middle = middle.clamp(low, high - 1);
-            if self.entry(middle)?.0 < hash {
-                low = middle + 1;
-                middle = low.saturating_add(step);
-            } else {
-                high = middle;
-                middle = high.saturating_sub(step);
-            }
-            if high.saturating_sub(low) <= 4 * step || step > 1 << 40 {
-                middle = low + (high - low) / 2;
-            } else {
-                step *= 4;
-            }
-        }
-        Ok(low)
+        first_not_below(self.header.streams, hash, |index| Ok(self.entry(index)?.0))
     }
 
     /// Hash, name length, place of the name, span.
     fn entry(&self, index: u64) -> io::Result<(u64, u32, u64, StreamSpan)> {
         let bytes = self.read(self.layout[2] + index * STREAM_BYTES, STREAM_BYTES as usize)?;
-        let mut input = Decoder::new(&bytes);
+        Self::decode_entry(&bytes)
+    }
+
+    fn decode_entry(bytes: &[u8]) -> io::Result<(u64, u32, u64, StreamSpan)> {
+        let mut input = Decoder::new(bytes);
         let entry = (|| {
             let hash = input.u64()?;
             let first_revision = Revision::new(input.u64()?);
@@ -588,6 +591,57 @@ impl StreamSpan {
 /// The first revision is what a record says, and so any number.
 const fn last_revision(first: Revision, count: u64) -> Revision {
     Revision::new(first.get().saturating_add(count.saturating_sub(1)))
+}
+
+/// The heads of consecutive streams, of which hash, last revision, place and length of the name are known.
+/// Their names lie in a row, and are read at once.
+pub(super) fn named(
+    rows: &[(u64, Revision, u64, u32)],
+    read: impl FnOnce(u64, usize) -> io::Result<Vec<u8>>,
+) -> io::Result<Vec<Head>> {
+    const NAME_BYTES_MAX: u64 = 255;
+    let damaged = || io::Error::from(io::ErrorKind::InvalidData);
+    let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(Vec::new()) };
+    let end = last.2.checked_add(u64::from(last.3));
+    let len = end.and_then(|end| end.checked_sub(first.2)).ok_or_else(damaged)?;
+    if len > rows.len() as u64 * NAME_BYTES_MAX {
+        return Err(damaged());
+    }
+    let names = read(first.2, len as usize)?;
+    let head = |(hash, last, at, len): &(u64, Revision, u64, u32)| {
+        let from = at.checked_sub(first.2)?;
+        let name = names.get(from as usize..)?.get(..*len as usize)?;
+        Some(Head { hash: *hash, name: std::str::from_utf8(name).ok()?.into(), last: *last })
+    };
+    rows.iter().map(|row| head(row).ok_or_else(damaged)).collect()
+}
+
+/// Binary search among `count` entries that are sorted by hash: the first one whose hash isn't smaller.
+pub(super) fn first_not_below(
+    count: u64,
+    hash: u64,
+    hash_of: impl Fn(u64) -> io::Result<u64>,
+) -> io::Result<u64> {
+    let (mut low, mut high) = (0, count);
+    // Hashes are uniform, so the first guess is nearly always within a page of the entry.
+    let mut middle = ((u128::from(hash) * u128::from(high)) >> 64) as u64;
+    let mut step = 32;
+    while low < high {
+        middle = middle.clamp(low, high - 1);
+        if hash_of(middle)? < hash {
+            low = middle + 1;
+            middle = low.saturating_add(step);
+        } else {
+            high = middle;
+            middle = high.saturating_sub(step);
+        }
+        if high.saturating_sub(low) <= 4 * step || step > 1 << 40 {
+            middle = low + (high - low) / 2;
+        } else {
+            step *= 4;
+        }
+    }
+    Ok(low)
 }
 
 fn invalid(_: FormatError) -> io::Error {

@@ -124,6 +124,7 @@ impl EventsBackward {
         let Some(last) = self.before.get().checked_sub(1).map(Position::new) else {
             return Ok(false);
         };
+        journal.check_retained(last)?;
         if let Some(gap) = journal.gaps().at_position(last) {
             return Err(gaps::error(gap));
         }
@@ -173,7 +174,10 @@ impl StreamEventsBackward {
                 return Ok(Some(event));
             }
             let Some((segment, posting)) = self.next_posting(next)? else { return Ok(None) };
-            let events = self.batches.events(&segment, &posting, |revision| revision <= next)?;
+            let events = self
+                .batches
+                .events(&segment, &posting, |revision| revision <= next)
+                .map_err(|error| self.batches.or_truncated(next, posting.position, error))?;
             // As when reading forward: the index goes by count.
             if events.last().is_none_or(|event| event.revision() != next) {
                 let gap = self.batches.journal.gaps().behind(posting.position);
@@ -211,6 +215,7 @@ impl StreamEventsBackward {
                 Some((holder, _)) => self.segment = holder.number(),
                 // What was in front of it is lost, or was removed.
                 None => {
+                    journal.check_stream(stream, next)?;
                     let lost = journal.gaps().in_front_of(segment.base_position());
                     return lost.map_or(Ok(None), |gap| Err(gaps::error(gap)));
                 }

@@ -8,7 +8,7 @@ use crate::format::gaps::Gap;
 use crate::fs::Fs;
 use crate::journal::layout::{self, Layout};
 use crate::journal::segments::Access;
-use crate::journal::{mark, read_node, recovery, refuse_later, survey_beside_writer};
+use crate::journal::{mark, read_node, recovery, survey_beside_writer};
 use crate::position::Checkpoint;
 
 /// The state of a journal's directory.
@@ -44,7 +44,6 @@ pub(crate) fn examine(fs: &dyn Fs, dir: &Path) -> Result<Condition, OpenError> {
         None => (recovery::node_of_copy(fs, &layout)?, None),
     };
     let names = fs.list(dir).map_err(|error| crate::IoError::new("listing", dir, error))?;
-    refuse_later(&layout, &names)?;
     let (survey, corruption) = survey_beside_writer(fs, &layout, &node)?;
     let (torn_bytes, segments_behind, damaged_headers) = survey.pending(fs, &layout)?;
     let sealed = survey.kept.split_last().map_or(&[][..], |(_, sealed)| sealed);

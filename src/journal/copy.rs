@@ -78,7 +78,10 @@ pub(crate) fn copy(
     fs: &dyn Fs,
     target: &Layout,
 ) -> Result<Copied, CopyError> {
-    let all = source.0.segments.read().all.clone();
+    let (all, base) = {
+        let segments = source.0.segments.read();
+        (segments.all.clone(), segments.base.clone())
+    };
     let first = all.first().map_or(0, |segment| segment.number());
     // A segment without batches is only there if it is the first: without it there is no journal.
     let wanted: Vec<_> = all
@@ -92,8 +95,22 @@ pub(crate) fn copy(
     if let Some((_, number)) = ahead {
         return Err(CopyError::Ahead { path: target.segment(number), position: to.position });
     }
-    if let Some(hole) = hole(&there, first) {
+    let hole = hole(&there, first);
+    // A target that ends in front of what is retained goes on if it has everything up to there.
+    let whole = || match (&base, last_there) {
+        (Some(base), Some(last)) if last + 1 == first => {
+            ends_at(fs, target, last, &base.start().link())
+        }
+        _ => Ok(false),
+    };
+    if let Some(hole) = hole
+        && !whole()?
+    {
         return Err(CopyError::Missing { path: target.segment(hole) });
+    }
+    // What the target has of a removed prefix stays; a target that is begun now begins with the base.
+    if let Some(base) = base.filter(|_| there.is_empty()) {
+        base.copy_to(fs, target)?;
     }
     let mut copied = Copied { segments: wanted.len() as u64, ..Copied::default() };
     for segment in &wanted {
@@ -115,6 +132,34 @@ fn hole(there: &[u64], first: u64) -> Option<u64> {
     });
     let (begins, ends) = (there.first().copied()?, there.last().copied()?);
     gap.or((begins > first).then_some(first)).or((ends < first).then_some(ends + 1))
+}
+
+/// Whether the target's segment `number` is whole and ends at `end`; its batches are verified.
+fn ends_at(fs: &dyn Fs, target: &Layout, number: u64, end: &Link) -> Result<bool, IoError> {
+    let path = target.segment(number);
+    let file = fs.open(&path, OpenMode::Write).context("opening", &path)?;
+    // An earlier copy may have died behind a failed sync: read what the disk holds.
+    file.sync_data().context("syncing", &path)?;
+    file.drop_cache().context("dropping the cache of", &path)?;
+    fs.sync_dir(&target.dir).context("syncing", &target.dir)?;
+    let mut bytes = [0; HEADER_PAGE_BYTES];
+    fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
+    let PageState::Valid { page, .. } = SegmentPage::read(&bytes) else { return Ok(false) };
+    let header = page.header;
+    let (offset, position) = (header.base_offset, header.base_position);
+    let mut link = Link { offset, position, chain: header.previous_chain };
+    let len = file.size().context("measuring", &path)?;
+    let mut window = Window::new(file, path);
+    while link.offset < end.offset {
+        let at = file_offset(header.base_offset, link.offset);
+        let Ok(batch) = window.batch(at, u64::MAX, header.salt)? else { break };
+        let first = link.offset == header.base_offset;
+        if !batch.continues(&link, first.then_some(&page.digest)) {
+            break;
+        }
+        link = batch.header.end_link();
+    }
+    Ok(link == *end && len == file_offset(header.base_offset, end.offset))
 }
 
 /// One segment on its way.
@@ -245,7 +290,9 @@ impl<'a> SegmentCopy<'a> {
             Some(kept) => out.at = self.at(kept.offset),
         }
         let (page, limit) = (&self.segment.page, self.at(self.end.offset));
-        let mut window = self.source.0.files.window(self.segment.number())?;
+        let window = self.source.0.files.window(self.segment.number());
+        let mut window =
+            window.map_err(|error| self.source.or_truncated(link.position, error.into()))?;
         while link.offset < self.end.offset {
             let at = self.at(link.offset);
             let batch = match window.batch(at, limit, page.header.salt)? {

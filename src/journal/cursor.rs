@@ -162,6 +162,7 @@ impl Cursor {
                 return Ok(None);
             }
         }
+        self.journal.check_retained(self.position)?;
         if let Some(gap) = self.journal.gaps().at_offset(self.offset) {
             return Err(gaps::error(gap));
         }
@@ -253,7 +254,10 @@ impl Cursor {
 
     fn open_window(&mut self) -> Result<(), ReadError> {
         if let (None, Some(place)) = (&self.window, &self.place) {
-            self.window = Some(self.journal.0.files.window(place.segment.number())?);
+            let window = self.journal.0.files.window(place.segment.number());
+            let window =
+                window.map_err(|error| self.journal.or_truncated(self.position, error.into()))?;
+            self.window = Some(window);
         }
         Ok(())
     }

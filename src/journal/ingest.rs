@@ -154,7 +154,7 @@ impl Ingest {
         let number = match active {
             Some(active) if replaces => active.number,
             Some(active) => active.number + 1,
-            None => 0,
+            None => self.writer.journal.retained().segment,
         };
         let links = header.number == number
             && header.base_offset == self.end.offset

@@ -7,7 +7,9 @@
 //!   0000000000000000.seg    segments, by number in hexadecimal
 //!   0000000000000000.idx    sidecars of sealed segments (derived)
 //!   0000000000000000-1.map  maps of streams to segments, by level (derived)
+//!   base                    what is known of a prefix that retention has removed, if it has
 //!   gaps                    losses that were accepted, if there are any
+//!   leases                  up to where mirrors have said to be durable, if there are any
 //!   quarantine/             what recovery moved aside, under names that are never used again
 //!     reserve               space for it, allocated while there is some
 //!   incoming                a restore that is under way: from where to where
@@ -25,6 +27,10 @@ pub(crate) const LOCK: &str = "lock";
 pub(crate) const INCOMING: &str = "incoming";
 pub(crate) const INCOMING_TEMP: &str = "incoming.new";
 pub(crate) const BASE: &str = "base";
+pub(crate) const BASE_TEMP: &str = "base.new";
+pub(crate) const LEASES: &str = "leases";
+#[cfg(feature = "shipping")]
+pub(crate) const LEASES_TEMP: &str = "leases.new";
 pub(crate) const GAPS: &str = "gaps";
 pub(crate) const GAPS_TEMP: &str = "gaps.new";
 pub(crate) const QUARANTINE: &str = "quarantine";

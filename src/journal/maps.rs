@@ -123,10 +123,13 @@ impl Journal {
         loop {
             let search = Search { journal: self, hash, numbers: &numbers, order };
             let Some(number) = search.within(level_above(numbers.end), 0) else { return Ok(None) };
-            if let Some(segment) = self.sealed_segment(number)
-                && let Some(span) = self.span(&segment, stream)?
-            {
-                return Ok(Some((segment, span)));
+            if let Some(segment) = self.sealed_segment(number) {
+                match self.span(&segment, stream) {
+                    Ok(Some(span)) => return Ok(Some((segment, span))),
+                    Ok(None) => {}
+                    Err(_) if number < self.retained().segment => {} // removed meanwhile
+                    Err(error) => return Err(error),
+                }
             }
             match order {
                 Order::FirstToLast => numbers.start = number + 1,

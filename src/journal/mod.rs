@@ -16,13 +16,17 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use crate::error::{IoContext, IoError, OpenError, ReadError};
 use crate::event::{Revision, StreamId};
 use crate::format::files::{NODE_BYTES, Node, Role};
 use crate::format::sidecar::{Posting, SegmentIndex, SparseEntry};
 use crate::fs::{self, Fs, Lock, OpenMode};
+use crate::journal::base::{Base, Start};
 use crate::journal::cursor::Place;
 use crate::journal::gaps::Gaps;
 use crate::journal::layout::Layout;
@@ -38,6 +42,7 @@ use crate::sync::RwLock;
 mod appender;
 mod backup;
 mod backward;
+mod base;
 pub(crate) mod condition;
 mod copy;
 mod cursor;
@@ -45,6 +50,7 @@ mod gaps;
 mod ingest;
 mod keeper;
 mod layout;
+mod leases;
 mod maps;
 mod mark;
 mod order;
@@ -53,6 +59,7 @@ mod recent;
 mod recovery;
 pub mod repair;
 mod restore;
+pub(crate) mod retention;
 mod scan;
 mod segments;
 mod spare;
@@ -76,6 +83,9 @@ pub use verify::{
 /// How often a reader beside a writer looks again before it reports damage.
 const SURVEYS_MAX: usize = 2;
 
+/// How often a reader begins again because segments were removed meanwhile.
+const RETENTIONS_MAX: usize = 8;
+
 /// How many streams' last revisions are remembered.
 const HEADS_MAX: usize = 64 * 1024;
 
@@ -91,6 +101,11 @@ struct Shared {
     watch: Watch,
     segments: RwLock<Segments>,
     maps: Maps,
+    /// Position of the first event that is retained.
+    first: AtomicU64,
+    /// Held while segments are removed; the writer isn't closed meanwhile.
+    retention: Mutex<()>,
+    leases: leases::Known,
     /// Last revisions of streams in sealed segments.
     heads: quick_cache::sync::Cache<StreamId, Revision>,
 }
@@ -99,6 +114,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Segments {
     all: Vec<Arc<Segment>>,
+    /// What is known of those that retention has removed.
+    base: Option<Arc<Base>>,
     /// The index of the active segment's durable batches.
     active: SegmentIndex,
     /// The batches that were published last.
@@ -152,9 +169,9 @@ impl Journal {
         recovered: &Recovered,
         recent_bytes_max: usize,
     ) -> Result<Self, OpenError> {
-        let gaps = recovered.gaps.clone();
-        let (kept, end, access) = (&recovered.kept, recovered.end, Access::Writer);
-        let journal = Self::assemble(fs, layout, node, kept, gaps, end, access)?;
+        let (kept, gaps) = (&recovered.kept, recovered.gaps.clone());
+        let contents = Contents { kept, gaps, base: recovered.base.clone(), end: recovered.end };
+        let journal = Self::assemble(fs, layout, node, contents, Access::Writer)?;
         journal.0.segments.write().recent = Recent::new(recent_bytes_max);
         Ok(journal)
     }
@@ -163,13 +180,12 @@ impl Journal {
         fs: &Arc<dyn Fs>,
         layout: &Layout,
         node: Node,
-        kept: &[recovery::Kept],
-        gaps: Gaps,
-        end: Checkpoint,
+        contents: Contents<'_>,
         access: Access,
     ) -> Result<Self, OpenError> {
+        let Contents { kept, gaps, base, end } = contents;
         let files = Files::new(Arc::clone(fs), layout.clone(), gaps);
-        let mut segments = Segments::default();
+        let mut segments = Segments { base, ..Segments::default() };
         let last = kept.len().saturating_sub(1);
         for (number, kept) in kept.iter().enumerate() {
             let sealed = match &kept.index {
@@ -187,6 +203,11 @@ impl Journal {
             layout: layout.clone(),
             files,
             watch: Watch::new(end),
+            first: AtomicU64::new(
+                Start::of(segments.base.as_ref(), node.journal).checkpoint.position.get(),
+            ),
+            retention: Mutex::new(()),
+            leases: leases::Known::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
             heads: quick_cache::sync::Cache::new(HEADS_MAX),
@@ -231,8 +252,9 @@ impl Journal {
         if proven_only && own.is_some() {
             survey.cut_to_proven(&**fs, &layout)?;
         }
-        let Survey { kept, gaps, end, .. } = survey;
-        let journal = Self::assemble(fs, &layout, node, &kept, gaps, end, Access::ReadOnly)?;
+        let Survey { kept, gaps, base, end, .. } = survey;
+        let contents = Contents { kept: &kept, gaps, base, end };
+        let journal = Self::assemble(fs, &layout, node, contents, Access::ReadOnly)?;
         Ok((journal, corruption, proven))
     }
 
@@ -264,6 +286,43 @@ impl Journal {
     #[must_use]
     pub fn end(&self) -> Checkpoint {
         self.0.watch.end()
+    }
+
+    /// Where the journal begins: at position 0, or behind the events that
+    /// [retention](crate::retention) has removed.
+    #[must_use]
+    pub fn start(&self) -> Checkpoint {
+        self.retained().checkpoint
+    }
+
+    fn retained(&self) -> Start {
+        Start::of(self.0.segments.read().base.as_ref(), self.id())
+    }
+
+    fn base(&self) -> Option<Arc<Base>> {
+        self.0.segments.read().base.clone()
+    }
+
+    /// Refuses a place whose events were removed.
+    fn check_retained(&self, position: Position) -> Result<(), ReadError> {
+        let first = Position::new(self.0.first.load(Ordering::Acquire));
+        if position < first { Err(ReadError::Truncated { first }) } else { Ok(()) }
+    }
+
+    /// A failure to read at `position`: perhaps the segment there was removed meanwhile, if not by this
+    /// process, then by another one.
+    fn or_truncated(&self, position: Position, error: ReadError) -> ReadError {
+        let gone = |error: &IoError| error.source.kind() == std::io::ErrorKind::NotFound;
+        match &error {
+            ReadError::Io(source) if gone(source) => {
+                let fs = self.0.files.fs();
+                let on_disk = Base::read(&**fs, &self.0.layout, self.id()).ok().flatten();
+                let first = Start::of(on_disk.as_ref(), self.id()).checkpoint.position;
+                let first = first.max(self.start().position);
+                if position < first { ReadError::Truncated { first } } else { error }
+            }
+            _ => error,
+        }
     }
 
     /// Blocks until the durable end lies behind `position`, or the journal is closed, or the time is up.
@@ -331,9 +390,18 @@ impl Journal {
         position: Position,
     ) -> Result<Option<crate::format::batch::BatchHeader>, ReadError> {
         let end = self.end();
+        self.check_retained(position)?;
         if let Some(gap) = self.gaps().at_position(position) {
             return Err(gaps::error(gap));
         }
+        self.find_header(position, end).map_err(|error| self.or_truncated(position, error))
+    }
+
+    fn find_header(
+        &self,
+        position: Position,
+        end: Checkpoint,
+    ) -> Result<Option<crate::format::batch::BatchHeader>, ReadError> {
         let Some(segment) = self.segment_holding(position).filter(|_| position < end.position)
         else {
             return Ok(None);
@@ -380,6 +448,11 @@ impl Journal {
             let same = checkpoint.offset == 0 && checkpoint.chain == start.chain;
             return Ok(if same { Comparison::Equal } else { Comparison::Differs });
         };
+        let start = self.start();
+        if checkpoint.position == start.position {
+            let same = *checkpoint == start;
+            return Ok(if same { Comparison::Equal } else { Comparison::Differs });
+        }
         if let Some(at_gap) =
             self.compare_with_gap(checkpoint.offset, checkpoint.position, checkpoint.chain)
         {
@@ -412,6 +485,11 @@ impl Journal {
             return Ok(Comparison::Ahead);
         }
         let Some(last) = position.get().checked_sub(1) else { return Ok(Comparison::Equal) };
+        let start = self.start();
+        if position == start.position {
+            let same = (offset, chain) == (start.offset, start.chain);
+            return Ok(if same { Comparison::Equal } else { Comparison::Differs });
+        }
         if let Some(at_gap) = self.compare_with_gap(offset, position, chain) {
             return at_gap;
         }
@@ -470,6 +548,11 @@ impl Journal {
             return Ok(if same { TokenState::Present } else { TokenState::Lost });
         }
         let Some(last) = token.position.get().checked_sub(1) else { return Ok(TokenState::Lost) };
+        let start = self.start();
+        if token.position == start.position {
+            let same = token.incarnation == start.incarnation;
+            return Ok(if same { TokenState::Present } else { TokenState::Lost });
+        }
         let header = self.header_holding(Position::new(last))?;
         let same = header.is_some_and(|header| {
             header.end_position() == token.position && header.incarnation == token.incarnation
@@ -490,19 +573,27 @@ impl Journal {
             if let Some(head) = self.0.heads.get(stream) {
                 return Ok(Some(head));
             }
-            (segments.all.len(), segments.sealed_numbers())
+            (segments.all.last().map(|segment| segment.number()), segments.sealed_numbers())
         };
-        let found = self.holder(stream, sealed, Order::LastToFirst)?;
-        let Some((_, span)) = found else { return Ok(None) };
-        self.remember_head(stream, span.last, seen);
-        Ok(Some(span.last))
+        if let Some((_, span)) = self.holder(stream, sealed, Order::LastToFirst)? {
+            self.remember_head(stream, span.last, seen);
+            return Ok(Some(span.last));
+        }
+        // Also what was removed meanwhile: the base knows what those segments held.
+        let Some(base) = self.base() else { return Ok(None) };
+        let head = base.head(stream)?;
+        if let Some(head) = head {
+            self.remember_head(stream, head, seen);
+        }
+        Ok(head)
     }
 
-    /// Remembers a head that was found in the sealed ones of `seen` segments. If another one was sealed
-    /// while they were read, it may hold a newer head, which [`roll`](Self::roll) has remembered.
-    fn remember_head(&self, stream: &StreamId, head: Revision, seen: usize) {
+    /// Remembers a head that was found in the sealed segments, when `seen` was the last of all. If another
+    /// one was sealed while they were read, it may hold a newer head, which [`roll`](Self::roll) has
+    /// remembered.
+    fn remember_head(&self, stream: &StreamId, head: Revision, seen: Option<u64>) {
         let segments = self.0.segments.read();
-        if segments.all.len() == seen {
+        if segments.all.last().map(|segment| segment.number()) == seen {
             self.0.heads.insert(stream.clone(), head);
         }
     }
@@ -569,6 +660,18 @@ impl Journal {
         self.0.watch.publish(end);
     }
 
+    /// Lets go of the segments in front of a base that is durable by now.
+    fn begin_at(&self, base: Arc<Base>) {
+        let first = base.start().segment;
+        let mut segments = self.0.segments.write();
+        let removed = segments.all.partition_point(|segment| segment.number() < first);
+        let removed: Vec<_> = segments.all.drain(..removed).collect();
+        self.0.first.store(base.start().checkpoint.position.get(), Ordering::Release);
+        segments.base = Some(base);
+        drop(segments);
+        removed.iter().for_each(|segment| self.0.files.let_go(segment.number()));
+    }
+
     /// Seals the active segment, if there is one, and goes on in the next. The sealed one is returned: its
     /// index stays in memory until [`write_sidecar`](Self::write_sidecar).
     fn roll(&self, next: crate::format::segment::SegmentPage) -> Option<Arc<Segment>> {
@@ -616,6 +719,14 @@ impl Journal {
     }
 }
 
+/// What an opening has found.
+struct Contents<'a> {
+    kept: &'a [recovery::Kept],
+    gaps: Gaps,
+    base: Option<Arc<Base>>,
+    end: Checkpoint,
+}
+
 /// A segment, as tools show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -646,9 +757,7 @@ fn survey_beside_writer(
     layout: &Layout,
     node: &Node,
 ) -> Result<(Survey, Option<crate::error::Corruption>), OpenError> {
-    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
-    refuse_later(layout, &names)?;
-    let mut survey = recovery::survey(fs, layout, node, Access::ReadOnly)?;
+    let mut survey = survey_beside_retention(fs, layout, node)?;
     let mut corruption = survey.corruption(layout);
     for _ in 0..SURVEYS_MAX {
         if corruption.is_none() {
@@ -657,7 +766,7 @@ fn survey_beside_writer(
         // A live writer may have gone on between two reads of ours: its later batches then claim to be
         // behind what had not been there yet. Whatever had been durable before is there on a second look.
         let known = survey.proven;
-        survey = recovery::survey(fs, layout, node, Access::ReadOnly)?;
+        survey = survey_beside_retention(fs, layout, node)?;
         if survey.end.offset >= known {
             survey.proven = survey.proven.min(survey.end.offset);
         }
@@ -666,16 +775,32 @@ fn survey_beside_writer(
     Ok((survey, corruption))
 }
 
-/// Files that only a later version writes: what they say changes what the segments mean.
-fn refuse_later(layout: &Layout, names: &[String]) -> Result<(), OpenError> {
-    for name in [layout::BASE] {
-        if names.iter().any(|known| known == name) {
-            let version = crate::format::FORMAT_VERSION;
-            let source = crate::format::FormatError::Unsupported { version, flags: 0 };
-            return Err(OpenError::Unsupported { path: layout.file(name), source });
+/// The same beside a writer that may remove segments: what was found counts only if the base is the same
+/// before and after.
+fn survey_beside_retention(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Survey, OpenError> {
+    unchanged_base(fs, layout, node.journal, || {
+        recovery::survey(fs, layout, node, Access::ReadOnly)
+    })
+}
+
+/// Looks again if the base was replaced meanwhile.
+fn unchanged_base<T>(
+    fs: &dyn Fs,
+    layout: &Layout,
+    journal: JournalId,
+    mut look: impl FnMut() -> Result<T, OpenError>,
+) -> Result<T, OpenError> {
+    let base = || Ok::<_, OpenError>(Start::of(Base::read(fs, layout, journal)?.as_ref(), journal));
+    let mut before = base()?;
+    for _ in 0..RETENTIONS_MAX {
+        let found = look();
+        let after = base()?;
+        if before == after {
+            return found;
         }
+        before = after;
     }
-    Ok(())
+    look()
 }
 
 /// The files, locked for writing.
@@ -712,18 +837,20 @@ impl Locked {
         Ok(locked)
     }
 
-    /// Files that only a later version, or an unfinished restore, leaves behind.
+    /// A file that an unfinished restore leaves behind.
     fn refuse_unfinished(&self) -> Result<(), OpenError> {
         let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
         if names.iter().any(|name| name == layout::INCOMING) {
             return Err(OpenError::Incomplete { path: self.layout.dir.clone() });
         }
-        refuse_later(&self.layout, &names)
+        Ok(())
     }
 
     fn has_segments(&self) -> Result<bool, OpenError> {
         let names = self.fs.list(&self.layout.dir).context("listing", &self.layout.dir)?;
-        Ok(names.iter().any(|name| layout::number_of(name, "seg").is_some()))
+        let of_journal =
+            |name: &String| name == layout::BASE || layout::number_of(name, "seg").is_some();
+        Ok(names.iter().any(of_journal))
     }
 
     /// Writes `node`, durably, before the first segment exists.

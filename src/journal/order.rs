@@ -2,9 +2,11 @@
 //! the first batch on, by a deep verification.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::event::Revision;
 use crate::format::batch::BatchRef;
+use crate::journal::base::Base;
 use crate::position::{Incarnation, Position};
 
 /// A rule that a batch breaks.
@@ -19,6 +21,8 @@ pub(crate) struct Broken {
 #[derive(Debug, Default)]
 pub(crate) struct Order {
     streams: HashMap<Box<str>, Known>,
+    /// What is known of the events in front of the first batch.
+    base: Option<Arc<Base>>,
     /// Counts the places where events are missing: a stream that was last seen in front of one may have
     /// lost events there.
     interruptions: u64,
@@ -36,6 +40,21 @@ struct Known {
 }
 
 impl Order {
+    /// The first batch follows what retention has removed.
+    pub(crate) fn begin_at(&mut self, base: &Arc<Base>) {
+        let start = base.start().checkpoint;
+        (self.epoch, self.incarnation) = (start.epoch, start.incarnation);
+        self.ends.push_back(start.offset);
+        self.base = Some(Arc::clone(base));
+    }
+
+    /// The revision that the first event of a stream behind the base has; `None` if the base can't be read
+    /// there.
+    fn expected(&self, stream: &str) -> Option<Revision> {
+        let Some(base) = &self.base else { return Some(Revision::FIRST) };
+        Some(base.head_of(stream).ok()?.map_or(Revision::FIRST, Revision::next))
+    }
+
     /// Events are missing in front of the next batch.
     pub(crate) fn interrupt(&mut self) {
         self.interruptions += 1;
@@ -75,7 +94,11 @@ impl Order {
         if durable == self.durable_offset {
             return true;
         }
-        // Behind an interruption the ends in front of it aren't known.
+        // Behind an interruption the ends in front of it aren't known, nor are those in front of a base.
+        let removed = self.base.as_ref().is_some_and(|b| durable <= b.start().checkpoint.offset);
+        if removed {
+            return true;
+        }
         let behind_known = self.ends.front().is_none_or(|first| durable < *first);
         while self.ends.front().is_some_and(|end| *end < durable) {
             self.ends.pop_front();
@@ -96,8 +119,10 @@ impl Order {
                             && record.revision > before.last)
                 }
                 None => {
+                    let expected = self.expected(record.stream);
                     self.streams.insert(record.stream.into(), now);
-                    record.revision == Revision::FIRST || self.interruptions > 0
+                    expected.is_none_or(|expected| record.revision == expected)
+                        || self.interruptions > 0
                 }
             };
             if !follows && outcome.is_ok() {

@@ -90,12 +90,13 @@ impl Journal {
     /// The events of a stream from revision `from` on; none if there is no such stream.
     ///
     /// # Errors
-    /// [`ReadError`] if an index can't be read.
+    /// [`ReadError::TruncatedStream`] if events from there on were removed; others if an index can't be read.
     pub fn read_stream(
         &self,
         stream: &StreamId,
         from: Revision,
     ) -> Result<StreamEvents, ReadError> {
+        self.check_stream(stream, from)?;
         Ok(StreamEvents {
             batches: StreamBatches::new(self, stream),
             next: Some(from),
@@ -104,6 +105,17 @@ impl Journal {
             ready: VecDeque::new(),
             failed: false,
         })
+    }
+
+    /// Refuses a revision whose event was removed.
+    pub(super) fn check_stream(&self, stream: &StreamId, from: Revision) -> Result<(), ReadError> {
+        let Some(base) = self.base() else { return Ok(()) };
+        match base.head(stream)? {
+            Some(head) if from <= head => {
+                Err(ReadError::TruncatedStream { stream: stream.clone(), first: head.next() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The segment in which to begin: the last one whose events of the stream begin at or in front of `from`.
@@ -293,6 +305,22 @@ impl StreamBatches {
         Ok(events)
     }
 
+    /// A failure to read the event of revision `next`: perhaps it was removed meanwhile.
+    pub(super) fn or_truncated(
+        &self,
+        next: Revision,
+        position: Position,
+        error: ReadError,
+    ) -> ReadError {
+        match self.journal.or_truncated(position, error) {
+            ReadError::Truncated { first } => match self.journal.check_stream(&self.stream, next) {
+                Err(error) => error,
+                Ok(()) => ReadError::Truncated { first },
+            },
+            error => error,
+        }
+    }
+
     /// Revisions are missing beside this event: lost in `gap`, or never written.
     pub(super) fn misplaced(
         &self,
@@ -367,7 +395,10 @@ impl StreamEvents {
                 }
             }
             let Some((segment, posting)) = self.next_posting(next)? else { return Ok(None) };
-            let events = self.batches.events(&segment, &posting, |revision| revision >= next)?;
+            let events = self
+                .batches
+                .events(&segment, &posting, |revision| revision >= next)
+                .map_err(|error| self.batches.or_truncated(next, posting.position, error))?;
             // The index goes by count. A faulty or hostile writer may have left a gap; looking again would
             // find the same batch for ever.
             if events.first().is_none_or(|event| event.revision() != next) {
@@ -396,8 +427,15 @@ impl StreamEvents {
                 return Ok(Some((Arc::clone(segment), posting)));
             }
             let wanted = Wanted::From(next, POSTINGS_AT_A_TIME);
-            let found = journal.postings(self.segment, stream, wanted)?;
-            let Some((segment, found)) = found else { return Ok(None) };
+            let found = journal.postings(self.segment, stream, wanted);
+            let first = journal.retained().segment;
+            if first > self.segment {
+                // What was looked for may have been removed meanwhile.
+                journal.check_stream(stream, next)?;
+                self.segment = first;
+                continue;
+            }
+            let Some((segment, found)) = found? else { return Ok(None) };
             match found.is_empty() {
                 false => self.postings = Some((segment, found.into())),
                 true if segment.sealed.is_some() => {

@@ -23,13 +23,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
-use crate::format::batch::{Link, genesis};
+use crate::format::batch::Link;
 use crate::format::files::{Mark, Node, Role, Witness};
 use crate::format::gaps::Gap;
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::SegmentIndex;
 use crate::format::{FORMAT_VERSION, Flags, FormatError};
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::base::{self, Base, Start};
 use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
 use crate::journal::maps;
@@ -37,7 +38,7 @@ use crate::journal::mark::{self, MarkFile};
 use crate::journal::scan::{Window, file_offset, header_page, open_if_there};
 use crate::journal::segments::Access;
 use crate::planted::{self, Bug};
-use crate::position::{Checkpoint, NodeId, Position};
+use crate::position::{Checkpoint, NodeId};
 
 /// A segment file as it was found.
 #[derive(Debug)]
@@ -105,6 +106,10 @@ pub(crate) struct Survey {
     pub(crate) end: Checkpoint,
     pub(crate) proven: u64,
     pub(crate) gaps: Gaps,
+    /// What is known of a removed prefix.
+    pub(crate) base: Option<Arc<Base>>,
+    /// Segments of it that are still there: no part of the journal any more.
+    below: Vec<u64>,
     /// Why the prefix ends where it does, if that isn't an orderly end.
     pub(crate) stop: Option<Corruption>,
     /// Highest epoch seen anywhere.
@@ -122,6 +127,7 @@ pub(crate) struct Survey {
 pub(crate) struct Recovered {
     pub(crate) kept: Vec<Kept>,
     pub(crate) gaps: Gaps,
+    pub(crate) base: Option<Arc<Base>>,
     pub(crate) end: Checkpoint,
     pub(crate) mark: MarkFile,
     pub(crate) witness: Option<Witness>,
@@ -141,15 +147,23 @@ pub(crate) fn survey(
         let path = layout.dir.clone();
         return Err(OpenError::HistoryReplaced { path, position: mark.end.position });
     }
-    let found = find_segments(fs, layout, node)?;
+    let base = Base::read(fs, layout, node.journal)?;
+    let start = Start::of(base.as_ref(), node.journal);
+    let mark = start.mark(mark);
+    let (below, numbers): (Vec<_>, Vec<_>) =
+        segment_numbers(fs, layout)?.into_iter().partition(|number| *number < start.segment);
+    let found =
+        numbers.into_iter().filter_map(|number| Found::open(fs, layout, node, number).transpose());
+    let found: Vec<_> = found.collect::<Result<_, _>>()?;
     let (used, spares): (Vec<_>, Vec<_>) = found.into_iter().partition(Found::is_used);
     let gaps = Gaps::read(fs, layout, node)?;
-    let mut walk = Walk::new(fs, layout, node, access, mark.as_ref(), &used, &gaps);
+    let begin = || Walk::new(fs, layout, node.role, access, &start, mark.as_ref(), (&used, &gaps));
+    let mut walk = begin();
     walk.run(&used)?;
     while let Some(base) = walk.unread_end() {
         // X turned out to be the end of a segment that was taken by its successor's header. Who wrote its
         // last batch isn't known then, and what a checkpoint rests on is better read: trust less.
-        let mut again = Walk::new(fs, layout, node, access, mark.as_ref(), &used, &gaps);
+        let mut again = begin();
         again.trusted = base;
         again.run(&used)?;
         walk = again;
@@ -162,15 +176,25 @@ pub(crate) fn survey(
     let mut survey = Survey {
         mark,
         end,
-        proven: walk.claims.max(mark.map_or(0, |mark| mark.end.offset)).max(gaps.end_offset()),
+        proven: walk
+            .claims
+            .max(mark.map_or(0, |mark| mark.end.offset))
+            .max(gaps.end_offset())
+            // In a mirror only its own place proves anything: the origin has the rest.
+            .max(if node.role == Role::Origin { start.proven } else { 0 }),
         stop,
-        epoch_max: walk.epoch_max.max(mark.map_or(0, |mark| mark.end.epoch)),
+        epoch_max: walk
+            .epoch_max
+            .max(mark.map_or(0, |mark| mark.end.epoch))
+            .max(start.checkpoint.epoch),
         read_only: walk.read_only,
         kept,
         beyond,
         spares: spares.iter().map(|spare| spare.number).collect(),
         torn_events: 0,
         gaps: Gaps::default(),
+        base,
+        below,
     };
     let mark_seen = walk.mark_seen;
     survey.gaps = gaps;
@@ -180,10 +204,9 @@ pub(crate) fn survey(
     Ok(survey)
 }
 
-fn find_segments(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<Vec<Found>, OpenError> {
+fn segment_numbers(fs: &dyn Fs, layout: &Layout) -> Result<Vec<u64>, IoError> {
     let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
-    let numbers = names.iter().filter_map(|name| layout::number_of(name, "seg"));
-    numbers.filter_map(|number| Found::open(fs, layout, node, number).transpose()).collect()
+    Ok(names.iter().filter_map(|name| layout::number_of(name, "seg")).collect())
 }
 
 impl Found {
@@ -244,6 +267,8 @@ struct Walk<'a> {
     role: Role,
     access: Access,
     gaps: &'a Gaps,
+    /// Number of the first segment.
+    first: u64,
     /// Every segment with a valid header: its number and its base.
     bases: Vec<(u64, u64)>,
     /// The mark: the batch that ends there is scanned, and compared with it.
@@ -264,34 +289,34 @@ impl<'a> Walk<'a> {
     fn new(
         fs: &'a dyn Fs,
         layout: &'a Layout,
-        node: &Node,
+        role: Role,
         access: Access,
+        start: &Start,
         mark: Option<&Mark>,
-        used: &[Found],
-        gaps: &'a Gaps,
+        (used, gaps): (&[Found], &'a Gaps),
     ) -> Self {
-        let claims = match node.role {
+        let claims = match role {
             Role::Origin => {
                 let headers = used.iter().filter_map(Found::valid);
                 headers.map(|(page, _)| page.header.durable_offset).max().unwrap_or(0)
             }
             Role::Mirror => 0,
         };
-        let start = Mark::start(node.journal).end;
         Self {
             fs,
             layout,
-            role: node.role,
+            role,
             access,
             gaps,
+            first: start.segment,
             bases: used
                 .iter()
                 .filter_map(|found| Some((found.number, found.valid()?.0.header.base_offset)))
                 .collect(),
             mark: mark.map(|mark| mark.end),
             trusted: mark.map_or(claims, |mark| mark.end.offset),
-            link: Link { offset: 0, position: Position::START, chain: genesis(node.journal) },
-            end: start,
+            link: start.link(),
+            end: start.checkpoint,
             claims,
             epoch_max: used
                 .iter()
@@ -299,7 +324,9 @@ impl<'a> Walk<'a> {
                 .map(|(page, _)| page.header.epoch)
                 .max()
                 .unwrap_or(0),
-            mark_seen: mark.filter(|mark| mark.end.offset == 0).map(|_| start),
+            mark_seen: mark
+                .filter(|mark| mark.end.offset == start.checkpoint.offset)
+                .map(|_| start.checkpoint),
             read_only: None,
             kept: Vec::new(),
             stop: None,
@@ -307,7 +334,7 @@ impl<'a> Walk<'a> {
     }
 
     fn run(&mut self, used: &[Found]) -> Result<(), OpenError> {
-        let mut expected = 0;
+        let mut expected = self.first;
         for (index, found) in used.iter().enumerate() {
             let number = std::mem::replace(&mut expected, found.number + 1);
             if self.is_given_up(found, number) {
@@ -586,6 +613,12 @@ impl Survey {
         Ok((torn_bytes, self.beyond.len() as u64, remade as u64))
     }
 
+    /// Number of the segment that is expected behind those of the prefix.
+    fn next_number(&self) -> u64 {
+        let first = self.base.as_ref().map_or(0, |base| base.start().segment);
+        self.kept.last().map_or(first, |kept| kept.number() + 1)
+    }
+
     /// How many prepared segments there are.
     pub(crate) fn spares(&self) -> usize {
         self.spares.len()
@@ -598,7 +631,7 @@ impl Survey {
 
     /// No used segment at all.
     pub(crate) fn is_empty(&self) -> bool {
-        self.kept.is_empty() && self.beyond.is_empty()
+        self.kept.is_empty() && self.beyond.is_empty() && self.base.is_none()
     }
 
     /// Batch headers behind X: in an origin they tell what had been durable when they were written.
@@ -666,7 +699,7 @@ impl Survey {
             },
             Some(stop) => stop.clone(),
             None => Corruption {
-                path: layout.segment(self.kept.len() as u64),
+                path: layout.segment(self.next_number()),
                 file_offset: 0,
                 position: self.end.position,
                 kind: CorruptionKind::MissingSegment,
@@ -737,6 +770,11 @@ pub(crate) fn mend(
         survey.proven = survey.end.offset;
         report.refetch = true;
     }
+    finish_retention(fs, layout, &survey)?;
+    if !survey.gaps.all().is_empty() {
+        // The sync of its name may have failed, and can't be repeated: made anew, like the base.
+        survey.gaps.write(fs, layout, node.journal)?;
+    }
     fs.create_dir_all(&layout.quarantine()).context("creating", &layout.quarantine())?;
     quarantine_beyond(fs, layout, &survey, &mut report)?;
     clear_torn_tail(fs, layout, &survey, &mut report)?;
@@ -751,12 +789,24 @@ pub(crate) fn mend(
     Ok(Recovered {
         kept: survey.kept,
         gaps: survey.gaps,
+        base: survey.base,
         end,
         mark,
         witness,
         epoch_next: survey.epoch_max.saturating_add(1),
         report,
     })
+}
+
+/// Step 0: what a crash has left of a retention. The sync of the base's name may have failed, and can't be
+/// repeated, so it is made anew; only then nothing needs what lies below it.
+fn finish_retention(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), OpenError> {
+    let Some(base) = &survey.base else { return Ok(()) };
+    if survey.below.is_empty() && base.is_intact() {
+        return Ok(());
+    }
+    base.copy_to(fs, layout)?;
+    Ok(base::remove_segments(fs, layout, survey.below.iter().copied())?)
 }
 
 /// Step 1: last first, so that a crash never leaves a segment behind a missing one.

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
 use crate::event::{Revision, StreamId};
 use crate::format::FormatError;
-use crate::format::batch::{BATCH_ALIGNMENT, BatchHeader, Link, genesis};
+use crate::format::batch::{BATCH_ALIGNMENT, BatchHeader, Link};
 use crate::format::files::{
     MARK_FILE_BYTES, MARK_SLOT_BYTES, MARK_SLOT_STRIDE, Mark, NODE_BYTES, Node, Role,
 };
@@ -30,6 +30,7 @@ use crate::format::gaps::{Gap, GapChain};
 use crate::format::record::RECORD_BYTES_MIN;
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::base::{Base, Start};
 use crate::journal::cursor::Cursor;
 use crate::journal::gaps::{Gaps, Joint};
 use crate::journal::layout::{self, Layout};
@@ -260,6 +261,8 @@ pub fn plan(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, Rep
 pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Outcome, RepairError> {
     let locked = Locked::take_existing(fs, dir)?;
     let source = open_source(fs, options)?;
+    settle(&**fs, &locked.layout)?;
+    renew_gaps(&**fs, &locked.layout)?;
     let mut done = Vec::new();
     for pass in 0..PASSES_MAX {
         let plan = Scene::plan(fs, dir, source.as_ref(), &options.accept)?;
@@ -278,6 +281,29 @@ pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Outcome,
     }
     let left = Scene::plan(fs, dir, source.as_ref(), &options.accept)?.steps;
     Ok(Outcome { done, left, report: verify(&**fs, dir, &mut |_| {})? })
+}
+
+/// What an interrupted repair has written may be in the cache only: it is synced, and what a failed sync has
+/// lost is not taken for written.
+fn settle(fs: &dyn Fs, layout: &Layout) -> Result<(), RepairError> {
+    let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
+    for number in names.iter().filter_map(|name| layout::number_of(name, "seg")) {
+        let path = layout.segment(number);
+        let file = fs.open(&path, OpenMode::Read).context("opening", &path)?;
+        file.sync_data().context("syncing", &path)?;
+        file.drop_cache().context("dropping the cache of", &path)?;
+    }
+    Ok(fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?)
+}
+
+/// The losses that an interrupted repair has noted: the sync of their file's name may have failed, and can't be
+/// repeated, so the file is made anew before anything rests on it. One that can't be read is planned for.
+fn renew_gaps(fs: &dyn Fs, layout: &Layout) -> Result<(), RepairError> {
+    let (node, ..) = find_node(fs, layout)?;
+    match Gaps::read(fs, layout, &node) {
+        Ok(gaps) if !gaps.all().is_empty() => Ok(gaps.write(fs, layout, node.journal)?),
+        _ => Ok(()),
+    }
 }
 
 fn lock_if_there(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Option<Locked>, RepairError> {
@@ -395,6 +421,7 @@ struct Scene<'a> {
     source: Option<&'a Source>,
     accept: &'a [Range<Position>],
     proven: u64,
+    start: Start,
     steps: Vec<Step>,
 }
 
@@ -410,7 +437,6 @@ impl<'a> Scene<'a> {
             std::io::ErrorKind::NotFound => OpenError::NotFound { path: dir.to_owned() },
             _ => IoError::new("listing", dir, error).into(),
         })?;
-        super::refuse_later(&layout, &names)?;
         let (node, role, mut steps) = find_node(&**fs, &layout)?;
         let gaps = match Gaps::read(&**fs, &layout, &node) {
             Ok(gaps) => gaps,
@@ -427,17 +453,20 @@ impl<'a> Scene<'a> {
             let (path, found) = (source.path.clone(), source.journal.id());
             return Err(RepairError::OtherJournal { path, found, wanted: node.journal });
         }
+        let start = Start::of(Base::read(&**fs, &layout, node.journal)?.as_ref(), node.journal);
         let numbers = names.iter().filter_map(|name| layout::number_of(name, "seg"));
         let segments = numbers
+            .filter(|number| *number >= start.segment)
             .map(|number| Segment::open(&**fs, &layout, &node, number))
             .collect::<Result<Vec<_>, _>>()?;
-        let mark = mark::read(&**fs, &layout, Access::ReadOnly)?;
+        let mark = start.mark(mark::read(&**fs, &layout, Access::ReadOnly)?);
         let mut scene = Self {
             fs,
             node,
             role,
             mark: mark.filter(|mark| mark.end.journal == node.journal),
             proven: mark.map_or(0, |mark| mark.end.offset).max(gaps.end_offset()),
+            start,
             gaps,
             segments: segments.into_iter().flatten().collect(),
             source,
@@ -456,11 +485,9 @@ impl<'a> Scene<'a> {
         if self.node.role == Role::Origin {
             let claims = self.segments.iter().filter_map(|s| s.page.as_ref());
             let claimed = claims.map(|page| page.header.durable_offset).max();
-            self.proven = self.proven.max(claimed.unwrap_or(0));
+            self.proven = self.proven.max(claimed.unwrap_or(0)).max(self.start.proven);
         }
-        let (position, chain) = (Position::START, genesis(self.node.journal));
-        let link = Link { offset: 0, position, chain };
-        let mut place = Place { joint: link.into(), segment: None };
+        let mut place = Place { joint: self.start.link().into(), segment: None };
         while let Some(next) = self.next(place)? {
             place = next;
         }
@@ -605,7 +632,7 @@ impl<'a> Scene<'a> {
                 }
                 segment.number + 1
             }
-            None => 0,
+            None => self.start.segment,
         };
         (self.layout.segment(next), 0)
     }

@@ -188,8 +188,9 @@ pub fn restore(
         check_target(&**fs, &Layout::new(dir))?; // before even a lock file is put there
     }
     let locked = Locked::take(fs, dir)?;
-    let incoming =
-        Incoming { journal: source.id(), from_offset: 0, from_position: Position::START, to };
+    let start = source.start();
+    let (from_offset, from_position) = (start.offset, start.position);
+    let incoming = Incoming { journal: source.id(), from_offset, from_position, to };
     begin(&**fs, &locked.layout, &incoming)?;
     let copied = copy::copy(&source, to, &**fs, &locked.layout)?;
     // Proof of the end, in front of `node`: nothing opens this yet.
@@ -222,8 +223,15 @@ pub fn abandon_restore(fs: &Arc<dyn Fs>, dir: &Path) -> Result<(), RestoreError>
     }
     let ours = |name: &String| {
         layout::number_of(name, "seg").is_some()
-            || [layout::NODE, layout::NODE_TEMP, layout::MARK, layout::INCOMING_TEMP]
-                .contains(&name.as_str())
+            || [
+                layout::NODE,
+                layout::NODE_TEMP,
+                layout::MARK,
+                layout::BASE,
+                layout::BASE_TEMP,
+                layout::INCOMING_TEMP,
+            ]
+            .contains(&name.as_str())
     };
     for name in names.iter().filter(|name| ours(name)) {
         let path = dir.join(name);
@@ -260,8 +268,12 @@ fn boundary(source: &Journal, position: Position) -> Result<Checkpoint, RestoreE
         let error = ReadError::BeyondEnd { position, end: end.position };
         return Err(RestoreError::Read(error));
     }
+    if position == source.start().position {
+        return Ok(source.start());
+    }
     let Some(last) = position.get().checked_sub(1) else {
-        return Ok(Mark::start(source.id()).end);
+        let first = source.start().position;
+        return Err(RestoreError::Read(ReadError::Truncated { first }));
     };
     let header = source.header_holding(Position::new(last)).map_err(RestoreError::Read)?;
     match header {

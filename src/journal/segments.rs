@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
 use crate::event::Revision;
 use crate::format::FormatError;
+use crate::format::base::{Head, HeadRow};
 use crate::format::batch::Link;
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::format::sidecar::{
@@ -14,6 +15,7 @@ use crate::format::sidecar::{
     stream_hash,
 };
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::base::Heads;
 use crate::journal::gaps::{self, Gaps};
 use crate::journal::layout::Layout;
 use crate::journal::scan::{Window, file_offset};
@@ -153,6 +155,12 @@ impl Files {
         }
     }
 
+    /// Closes the files of a segment that was removed, so that their space is given back.
+    pub(crate) fn let_go(&self, number: u64) {
+        self.forget(FileKey::Segment(number));
+        self.forget(FileKey::Sidecar(number));
+    }
+
     /// The file is about to be made anew.
     pub(crate) fn forget(&self, key: FileKey) {
         self.open.remove(&key);
@@ -278,6 +286,31 @@ impl Sealed {
         *self.index.write() = Arc::clone(&rebuilt);
         let path = files.layout().sidecar(page.header.number);
         Ok(question(&rebuilt).context("reading the index that replaces", &path)?)
+    }
+
+    /// The streams of the segment and the revision of their last event here, as rows of a base.
+    pub(crate) fn heads(&self, files: &Files, page: &SegmentPage) -> Result<Heads<'_>, ReadError> {
+        // Asked for something, a damaged or unread index is replaced.
+        self.ask(files, page, |index| match index {
+            Index::File(sidecar) => sidecar.heads(0, u64::MAX).map(drop),
+            Index::Memory(_) => Ok(()),
+            Index::Unread => unread(),
+        })?;
+        let index = Arc::clone(&self.index.read());
+        Ok(match &*index {
+            Index::File(_) => Box::new(HeadRow::new(move |first, max| match &*index {
+                Index::File(sidecar) => sidecar.heads(first, max),
+                _ => unread(),
+            })),
+            Index::Memory(index) => {
+                let streams = index.streams.iter();
+                let mut heads: Vec<_> =
+                    streams.map(|(name, known)| Head::new(name, known.last_revision())).collect();
+                heads.sort_unstable_by(|a, b| (a.hash, &a.name).cmp(&(b.hash, &b.name)));
+                Box::new(heads.into_iter().map(Ok))
+            }
+            Index::Unread => Box::new(std::iter::once(unread())),
+        })
     }
 
     pub(crate) fn seek(

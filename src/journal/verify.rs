@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use crate::error::{CorruptionKind, IoContext, IoError, OpenError};
 use crate::format::FormatError;
-use crate::format::batch::{Link, genesis};
+use crate::format::batch::Link;
 use crate::format::files::{
     MARK_FILE_BYTES, MARK_SLOT_BYTES, MARK_SLOT_STRIDE, Mark, NODE_BYTES, Node, Role,
 };
@@ -30,6 +30,7 @@ use crate::format::gaps::Gap;
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::{self, SegmentIndex, SidecarKey};
 use crate::fs::{self, File, Fs, OpenMode};
+use crate::journal::base::{Base, Start};
 use crate::journal::gaps::{self, Gaps, Joint};
 use crate::journal::layout::{self, Layout};
 use crate::journal::order::Order;
@@ -93,6 +94,7 @@ impl Damage {
                 CorruptionKind::LostTail { .. } => "damage.lost_tail",
                 CorruptionKind::BehindEnd => "damage.behind_end",
                 CorruptionKind::Gaps(_) => "damage.gaps",
+                CorruptionKind::Base(_) => "damage.base",
                 CorruptionKind::Record(_) => "damage.record",
             },
             DamageKind::HeaderCopy => "damage.header_copy",
@@ -110,6 +112,9 @@ impl Damage {
         match &self.kind {
             DamageKind::Data(CorruptionKind::BehindEnd) => {
                 "no event is affected; the next opening of an active segment sets these bytes aside"
+            }
+            DamageKind::Data(CorruptionKind::Base(_)) => {
+                "close the store and put back the file `base` of a backup that begins at the same position; while only one copy of its header is damaged, the next opening remakes it"
             }
             DamageKind::Data(_) => {
                 "`headwater repair --from` a mirror or a backup puts the lost bytes back; `headwater repair` tells what else can be done"
@@ -148,6 +153,9 @@ pub enum SegmentState {
     Unacknowledged,
     /// Within a range that was lost and accepted as lost.
     GivenUp,
+    /// In front of the journal's beginning: left by a retention that was cut short. The next opening removes
+    /// it.
+    Removed,
 }
 
 /// What was found in one segment file.
@@ -182,6 +190,8 @@ pub struct VerifyReport {
     pub role: Option<Role>,
     /// Every segment file, by number.
     pub segments: Vec<SegmentCheck>,
+    /// Position of the first event; those in front were removed.
+    pub first: Position,
     /// Positions of events that were lost and [accepted as lost](crate::repair): no damage any more.
     pub lost: Vec<std::ops::Range<Position>>,
     /// The first damage of each file, in the order in which it was found. Empty: the journal is healthy.
@@ -240,7 +250,7 @@ pub fn verify(
     dir: &Path,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport, OpenError> {
-    run(fs, dir, None, progress)
+    run(fs, dir, false, progress)
 }
 
 /// The same, and what checksums and chain can't tell: whether the writers kept every order that readers rely
@@ -256,36 +266,61 @@ pub fn verify_deep(
     dir: &Path,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport, OpenError> {
-    run(fs, dir, Some(Order::default()), progress)
+    run(fs, dir, true, progress)
 }
 
 fn run(
     fs: &dyn Fs,
     dir: &Path,
-    order: Option<Order>,
+    deep: bool,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport, OpenError> {
     let layout = Layout::new(dir);
     let mut damage = Vec::new();
     let (node, role) = find_node(fs, &layout, &mut damage)?;
-    let marks = Marks::read(fs, &layout)?; // what it vouches for is there when the names are listed
+    // A writer may remove segments between two looks at them.
+    super::unchanged_base(fs, &layout, node.journal, || {
+        run_once(fs, &layout, (node, role), damage.clone(), deep, progress)
+    })
+}
+
+fn run_once(
+    fs: &dyn Fs,
+    layout: &Layout,
+    (node, role): (Node, Option<Role>),
+    mut damage: Vec<Damage>,
+    deep: bool,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport, OpenError> {
+    let dir = &layout.dir;
+    let marks = Marks::read(fs, layout)?; // what it vouches for is there when the names are listed
+    let base = Base::read(fs, layout, node.journal)?;
+    let start = Start::of(base.as_ref(), node.journal);
     let names = fs.list(dir).context("listing", dir)?;
-    super::refuse_later(&layout, &names)?;
     let heads = names
         .iter()
         .filter_map(|name| layout::number_of(name, "seg"))
-        .filter_map(|number| Head::open(fs, &layout, &node, number).transpose())
+        .filter_map(|number| Head::open(fs, layout, &node, number).transpose())
         .collect::<Result<Vec<_>, _>>()?;
     // The mark's file is durable before the first segment is made.
-    damage.extend(marks.damage(&layout, role.is_some() && heads.iter().any(Head::is_used)));
-    let mark = marks.best();
-    let gaps = Gaps::read(fs, &layout, &node)?;
-    let mut verifier = Verifier::new(fs, &layout, node, role, mark, &heads, damage, progress);
+    damage.extend(marks.damage(layout, role.is_some() && heads.iter().any(Head::is_used)));
+    let mark = start.mark(marks.best());
+    let gaps = Gaps::read(fs, layout, &node)?;
+    let (removed, heads): (Vec<_>, Vec<_>) =
+        heads.into_iter().partition(|head| head.number < start.segment);
+    let mut verifier =
+        Verifier::new(fs, layout, (node, role), &start, mark, &heads, damage, progress);
     verifier.report.proven_offset = verifier.report.proven_offset.max(gaps.end_offset());
+    if let Some(base) = &base {
+        verifier.base(base, &removed)?;
+    }
     let lost = gaps.all().iter().map(|gap| gap.from.position..gap.to_position);
     verifier.report.lost = lost.collect();
     verifier.gaps = gaps;
-    verifier.order = order;
+    verifier.order = deep.then(Order::default);
+    if let (Some(order), Some(base)) = (&mut verifier.order, &base) {
+        order.begin_at(base);
+    }
     if let Some(mark) = mark.filter(|mark| mark.end.journal != node.journal) {
         verifier.damage(
             layout.file(layout::MARK),
@@ -514,6 +549,7 @@ struct Verifier<'a> {
     mark_seen: bool,
     /// The prefix goes on: nothing was damaged so far.
     unbroken: bool,
+    start: Start,
     progress: &'a mut dyn FnMut(VerifyProgress),
     bytes_total: u64,
     reported_bytes: u64,
@@ -524,8 +560,8 @@ impl<'a> Verifier<'a> {
     fn new(
         fs: &'a dyn Fs,
         layout: &'a Layout,
-        node: Node,
-        role: Option<Role>,
+        (node, role): (Node, Option<Role>),
+        start: &Start,
         mark: Option<Mark>,
         heads: &[Head],
         damage: Vec<Damage>,
@@ -534,7 +570,8 @@ impl<'a> Verifier<'a> {
         let claims = heads.iter().filter_map(Head::valid).map(|page| page.header.durable_offset);
         let claimed = if node.role == Role::Origin { claims.max().unwrap_or(0) } else { 0 };
         let marked = mark.map_or(0, |mark| mark.end.offset);
-        let end = Mark::start(node.journal).end;
+        let claimed = if node.role == Role::Origin { claimed.max(start.proven) } else { claimed };
+        let end = start.checkpoint;
         Self {
             fs,
             layout,
@@ -549,6 +586,7 @@ impl<'a> Verifier<'a> {
             report: VerifyReport {
                 journal: node.journal,
                 role,
+                first: start.checkpoint.position,
                 lost: Vec::new(),
                 segments: Vec::new(),
                 damage,
@@ -560,11 +598,12 @@ impl<'a> Verifier<'a> {
                 unacknowledged_bytes: 0,
             },
             mark_seen: mark.is_some_and(|mark| {
-                mark.end.offset == 0
+                mark.end.offset == end.offset
                     && mark.end.position == end.position
                     && mark.end.chain == end.chain
             }),
             unbroken: true,
+            start: *start,
             progress,
             bytes_total: heads.iter().map(|head| head.len).sum(),
             reported_bytes: 0,
@@ -607,12 +646,8 @@ impl<'a> Verifier<'a> {
             self.read(spare.len);
             self.note(spare, SegmentState::Spare, Position::START, Position::START, 0, false);
         }
-        let mut link = Some(Link {
-            offset: 0,
-            position: Position::START,
-            chain: genesis(self.report.journal),
-        });
-        let mut next_number = 0;
+        let mut link = Some(self.start.link());
+        let mut next_number = self.start.segment;
         for (index, head) in used.iter().enumerate() {
             let next = used.get(index + 1).filter(|next| next.number == head.number + 1);
             let missing = head.number != next_number;
@@ -666,9 +701,25 @@ impl<'a> Verifier<'a> {
             }
         }
         if used.is_empty() && self.report.proven_offset > 0 {
-            let path = self.layout.segment(0);
+            let path = self.layout.segment(self.start.segment);
             let kind = CorruptionKind::MissingSegment.into();
-            self.damage(path, 0, Position::START, kind);
+            self.damage(path, 0, self.start.checkpoint.position, kind);
+        }
+        Ok(())
+    }
+
+    /// Reads the base; what is left of the segments below it is no part of the journal any more.
+    fn base(&mut self, base: &Arc<Base>, removed: &[Head]) -> Result<(), IoError> {
+        let (damage, bytes) = base.check()?;
+        self.bytes_total += bytes;
+        self.read(bytes);
+        if let Some(damage) = damage {
+            self.damage(damage.path, damage.file_offset, damage.position, damage.kind.into());
+        }
+        let position = self.start.checkpoint.position;
+        for head in removed {
+            self.read(head.len);
+            self.note(head, SegmentState::Removed, position, position, 0, false);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use super::message::{Divergence, Failure, VersionRange};
+use super::message::{Divergence, ErrorCode, Failure, VersionRange};
 use super::session::{Deadline, DivergedAt, SessionEnd, Violation};
 use crate::error::{IngestError, OpenError, Refusal};
 use crate::format::FormatError;
@@ -260,7 +260,9 @@ impl ShippingError {
             Self::Foreign { .. } => {
                 "check the address; to follow this origin too, use another mirror directory"
             }
-            Self::Truncated { .. } => "copy the missing part from another mirror or an archive",
+            Self::Truncated { .. } => {
+                "the origin has removed these events; follow into a new mirror made of another mirror's files, or read the origin's archive"
+            }
             Self::Cycle => "follow the journal's origin, not its mirror",
             Self::Version { .. } => "upgrade the older side",
             Self::Reported { .. } => "see the origin: the trouble is on its side",
@@ -292,6 +294,12 @@ impl ShippingError {
             SessionEnd::Violation(violation) => Self::Violation(violation),
             SessionEnd::Timeout(deadline) => Self::Timeout(deadline),
             SessionEnd::Version(versions) => Self::Version { versions },
+            SessionEnd::Peer(Failure {
+                code: ErrorCode::TRUNCATED, position: Some(first), ..
+            }) => {
+                let mirror = mirror.map_or(Position::START, |end| end.position);
+                Self::Truncated { mirror, first }
+            }
             SessionEnd::Peer(failure) | SessionEnd::Own(failure) => {
                 Self::Reported { failure: Box::new(failure) }
             }

@@ -31,12 +31,16 @@ use crate::env;
 use crate::error::ReadError;
 use crate::format::batch::BatchRef;
 use crate::format::files::{Role, Witness};
+use crate::format::leases::Lease;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor, Journal};
 use crate::position::{Checkpoint, NodeId, Position};
 
 /// How long a connection may take to hear why it is closed.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// A subscriber's lease is written as often.
+const LEASE_EVERY: Duration = Duration::from_secs(10);
 
 /// How a journal is served. The defaults suit a few dozen subscribers.
 ///
@@ -360,6 +364,7 @@ impl Connection {
     /// Writes what the session has to say until it has ended.
     fn send(&self, shared: &Shared) {
         let mut source = JournalSource { journal: shared.journal.clone(), cursor: None };
+        let mut lease = LeaseKeeper::default();
         let mut out = Vec::new();
         let mut stream = &self.stream;
         loop {
@@ -370,6 +375,14 @@ impl Connection {
             }
             let next = session.poll(&mut source, transport::now(), &mut out);
             self.introduced.store(!session.is_in_handshake(), Ordering::Release);
+            let held = session.lease();
+            let mut session = session;
+            if let Some(held) = held.filter(|held| lease.is_due(held, next == Next::Close)) {
+                // In front of the first byte: from then on the mirror is relied upon to go on.
+                drop(session);
+                lease.note(&shared.journal, held);
+                session = self.session.lock();
+            }
             match next {
                 Next::Write => {
                     drop(session);
@@ -423,6 +436,27 @@ impl Connection {
     }
 }
 
+/// Keeps a subscriber's lease: from its subscription on, again while it moves on, and at the end.
+#[derive(Default)]
+struct LeaseKeeper {
+    noted: Option<(Instant, Position)>,
+}
+
+impl LeaseKeeper {
+    fn is_due(&self, lease: &Lease, closing: bool) -> bool {
+        self.noted.is_none_or(|(at, position)| {
+            at.elapsed() >= LEASE_EVERY || (closing && position != lease.position)
+        })
+    }
+
+    /// A failure to write it is made good next time; meanwhile this process knows it.
+    fn note(&mut self, journal: &Journal, lease: Lease) {
+        let begins = self.noted.is_none();
+        self.noted = Some((Instant::now(), lease.position));
+        drop(journal.note_lease(Lease { heard_at_us: env::now_us(), ..lease }, begins));
+    }
+}
+
 /// The journal, as a session reads it.
 struct JournalSource {
     journal: Journal,
@@ -434,6 +468,7 @@ impl From<ReadError> for SourceError {
         match error {
             ReadError::Corruption(corruption) => Self::Corrupt { position: corruption.position },
             ReadError::Gap { from, .. } => Self::Corrupt { position: from },
+            ReadError::Truncated { first } => Self::Truncated { first },
             _ => Self::Storage,
         }
     }
@@ -442,6 +477,10 @@ impl From<ReadError> for SourceError {
 impl Source for JournalSource {
     fn end(&self) -> Checkpoint {
         self.journal.end()
+    }
+
+    fn first_position(&self) -> Position {
+        self.journal.start().position
     }
 
     fn is_closed(&self) -> bool {

@@ -68,6 +68,11 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
+    /// Where its database is.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// How far it has come with `journal`; `None` if it hasn't begun. Changes nothing, and may run beside
     /// the process that has it open, which may be further on in memory.
     pub(crate) fn checkpoint(

@@ -53,7 +53,7 @@ use crate::journal::Journal;
 
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
-pub(crate) use generation::generations;
+pub(crate) use generation::{Generation, generations};
 pub use handle::{Rows, ViewCheckpoint, ViewHandle, ViewSnapshot, ViewState, ViewStatus};
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
 

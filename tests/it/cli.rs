@@ -322,7 +322,7 @@ fn every_command_that_the_documentation_shows_works() {
             None => (command, None),
         };
         let mut command = command.replace("DIR", store.to_str().unwrap());
-        for name in ["BACKUP", "STORE", "EARLIER"] {
+        for name in ["BACKUP", "STORE", "EARLIER", "ARCHIVE"] {
             command = command.replace(name, dir.path().join(name).to_str().unwrap());
         }
         command = command.replace("COPY", copy.to_str().unwrap());
@@ -369,6 +369,8 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     assert_eq!(documented("backup"), keys(&lines(&backup)));
     let restored = ok(&["restore", "--json", &path("backup"), &path("store")]);
     assert_eq!(documented("restore"), keys(&lines(&restored)));
+    let retain = ok(&["retain", "--json", &origin(), "--before", "1"]);
+    assert_eq!(documented("retain"), keys(&lines(&retain)));
     fill(&dir.path().join("doctored"), small(), 3).close().unwrap();
     let doctored = path("doctored");
     assert_eq!(documented("doctor"), keys(&lines(&ok(&["doctor", "--json", &doctored]))));
@@ -481,6 +483,50 @@ fn doctor_exits_with_3_for_damage_and_0_with_warnings() {
     let failed = run(&["doctor", &path]);
     assert_eq!((failed.status.code(), err(&failed)), (Some(3), String::new()));
     assert!(out(&failed).contains("fail  journal"), "{}", out(&failed));
+}
+
+#[test]
+fn retain_plans_first_and_removes_what_the_archive_has_or_what_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (store, archive) = (path("store"), path("archive"));
+    let open = fill(Path::new(&store), small(), 120);
+    ok(&["archive", &store, &archive]);
+    let plan = json_of(&["retain", "--json", &store, "--before", "60", "--archive", &archive], 0);
+    assert_eq!((&plan["applied"], &plan["first_position"]), (&json!(false), &json!(0)));
+    assert_eq!(plan["blocker"], Value::Null);
+    let target = plan["target_position"].as_u64().unwrap();
+    assert!(target > 0 && target <= 60);
+    let text = ok(&["retain", &store, "--before", "60"]);
+    assert!(text.contains(&format!("--forget {target}")) && text.contains("nothing was changed"));
+    let apply = ["retain", &store, "--before", "60", "--archive", &archive, "--apply"];
+    let locked = run(&apply);
+    assert!(err(&locked).starts_with("error[open.locked]: "), "{}", err(&locked));
+    open.close().unwrap();
+    let undecided = run(&["retain", &store, "--before", "60", "--apply"]);
+    assert_eq!(undecided.status.code(), Some(1));
+    assert!(err(&undecided).starts_with("error[retention.undecided]: "), "{}", err(&undecided));
+    assert!(ok(&apply).contains(&format!("the journal begins at {target}")));
+    assert_eq!(lines(&ok(&["cat", "--json", &store])).len() as u64, 120 - target);
+    let gone = run(&["cat", &store, "--from", "0"]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(err(&gone).starts_with("error[read.truncated]: "), "{}", err(&gone));
+    ok(&["verify", "--deep", &store]);
+    assert_eq!(lines(&ok(&["cat", "--json", &archive])).len(), 120);
+    ok(&["archive", &store, &archive]);
+
+    let wrong = run(&["retain", &store, "--before", "90", "--forget", "89", "--apply"]);
+    assert_eq!(wrong.status.code(), Some(1));
+    let plan = json_of(&["retain", "--json", &store, "--before", "90"], 0);
+    let named = plan["target_position"].to_string();
+    if named != "89" {
+        assert!(err(&wrong).starts_with("error[retention.not_as_planned]: "), "{}", err(&wrong));
+    }
+    ok(&["retain", &store, "--before", "90", "--forget", &named, "--apply"]);
+    let stat = json_of(&["stat", "--json", &store], 0);
+    assert_eq!(stat["first_position"].to_string(), named);
+    assert_eq!(run(&["retain", &store]).status.code(), Some(2));
+    assert_eq!(ok(&["doctor", &store]).matches("fail ").count(), 0);
 }
 
 #[test]

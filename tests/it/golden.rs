@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use headwater::codec::CodecError;
+use headwater::format::base::{self, BaseHeader, Boundary};
 use headwater::format::batch::{BATCH_HEADER_BYTES, BatchHeader, BatchRef, body_digest, genesis};
 use headwater::format::files::{MARK_FILE_BYTES, MARK_SLOT_STRIDE, Mark, Node, Role, Witness};
 use headwater::format::segment::{PageState, SegmentHeader, SegmentPage};
@@ -332,7 +333,48 @@ fn journals() -> BTreeMap<&'static str, BTreeMap<String, Vec<u8>>> {
     let closed = Mark { sequence: 6, end: ends[5], closed: true, witness: None };
     let before = Mark { sequence: 5, end: ends[4], closed: false, witness: None };
     origin.insert("mark".to_owned(), mark_file(closed, before));
-    BTreeMap::from([("origin", origin), ("mirror", mirror)])
+    // The origin, once segment 0 was removed.
+    let mut trimmed = origin.clone();
+    trimmed.retain(|name, _| !name.starts_with("0000000000000000"));
+    trimmed.insert("base".to_owned(), base_file(&ends));
+    BTreeMap::from([("origin", origin), ("mirror", mirror), ("trimmed", trimmed)])
+}
+
+fn base_file(ends: &[Checkpoint]) -> Vec<u8> {
+    let genesis = Mark::start(JOURNAL).end;
+    let mut heads = [("order-1", 1), ("stock-lamp", 0)].map(|(name, last)| {
+        let revision = Revision::new(last);
+        base::Head::new(name, revision)
+    });
+    heads.sort_by_key(|head| head.hash);
+    let header = BaseHeader {
+        start: ends[1],
+        first_segment: 1,
+        durable_offset: ends[5].offset,
+        written_at_us: T0_US + 60_000_000,
+        boundaries: 1,
+        streams: 2,
+        name_bytes: 17,
+    };
+    let (offset, position, chain) = (genesis.offset, genesis.position, genesis.chain);
+    let boundary = Boundary { segment: 0, offset, position, chain };
+    let mut bytes = vec![0; 5 * 4096];
+    let mut put = |number: u64, page: &[u8; 4096]| {
+        bytes[number as usize * 4096..][..4096].copy_from_slice(page);
+        Ok(())
+    };
+    let heads = heads.into_iter().map(Ok);
+    base::write(&header, std::iter::once(Ok(boundary)), heads, &mut put).unwrap();
+    bytes
+}
+
+/// Positions of the events of a golden journal.
+fn positions(journal: &str) -> std::ops::Range<usize> {
+    match journal {
+        "origin" => 0..7,
+        "trimmed" => 3..7,
+        _ => 0..4,
+    }
 }
 
 /// How an event looks in JSON, for the command line and for the reader in Python; see docs/cli.md.
@@ -410,9 +452,8 @@ fn golden_files() -> BTreeMap<PathBuf, Vec<u8>> {
             all.insert(PathBuf::from(format!("{}.txt", path.display())), text.into_bytes());
             all.insert(path, bytes);
         }
-        let events = if journal == "origin" { 7 } else { 4 };
-        let lines: String =
-            expected_json().iter().take(events).map(|line| format!("{line}\n")).collect();
+        let lines = &expected_json()[positions(journal)];
+        let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
         all.insert(golden().join(format!("{journal}.ndjson")), lines.into_bytes());
     }
     all
@@ -431,7 +472,7 @@ fn the_golden_files_are_what_this_code_writes() {
     }
     // Nothing lies beside them that no test knows.
     let known = golden_files();
-    for journal in ["origin", "mirror"] {
+    for journal in ["origin", "mirror", "trimmed"] {
         for entry in std::fs::read_dir(golden().join(journal)).unwrap() {
             let path = entry.unwrap().path();
             assert!(known.contains_key(&path), "{} is not a golden file", path.display());
@@ -458,6 +499,27 @@ fn every_event_of_the_golden_journals_is_read_as_it_was_written() {
         let streams = journal.read_stream(&StreamId::new("order-1").unwrap(), Revision::FIRST);
         let ids: Vec<EventId> = streams.unwrap().map(|event| event.unwrap().id()).collect();
         assert_eq!(ids, [event_id(1), event_id(2), event_id(4)]);
+    }
+}
+
+#[test]
+fn a_golden_journal_whose_first_segment_was_removed_is_read_from_there_on() {
+    let fs: Arc<dyn Fs> = Arc::new(OsFs);
+    let dir = golden().join("trimmed");
+    let (journal, corruption) = Journal::open_read_only(&fs, &dir).unwrap();
+    assert_eq!(corruption, None);
+    assert_eq!(journal.start().position, Position::new(3));
+    assert!(headwater::verify_deep(&OsFs, &dir, &mut |_| {}).unwrap().is_healthy());
+    let specs: Vec<Spec> = batches().into_iter().flat_map(|batch| batch.3).collect();
+    let read: Vec<_> = journal.read_all(Position::new(3)).unwrap().map(Result::unwrap).collect();
+    assert_eq!(read.len(), 4);
+    specs[3..].iter().zip(&read).for_each(|(spec, event)| same(spec, event));
+    assert_eq!(journal.read_all(Position::START).unwrap_err().code(), "read.truncated");
+    for (stream, head) in [("order-1", 2), ("stock-lamp", 0)] {
+        let stream = StreamId::new(stream).unwrap();
+        assert!(journal.stream_head(&stream).unwrap() >= Some(Revision::new(head)), "{stream}");
+        let error = journal.read_stream(&stream, Revision::FIRST).unwrap_err();
+        assert_eq!(error.code(), "read.truncated_stream");
     }
 }
 
@@ -594,6 +656,7 @@ fn annotate(name: &str, bytes: &[u8]) -> String {
         Some("seg") => annotate_segment(&mut out),
         Some("idx") => annotate_sidecar(&mut out),
         Some("node") => annotate_node(&mut out),
+        Some("base") => annotate_base(&mut out),
         _ => (0..2).for_each(|slot| annotate_slot(&mut out, slot)),
     }
     assert_eq!(out.at, bytes.len());
@@ -782,6 +845,51 @@ fn annotate_sidecar(out: &mut Annotator<'_>) {
     out.hex("CRC-32 of segment number, page number, page", 4);
 }
 
+fn annotate_base(out: &mut Annotator<'_>) {
+    for page in 0..2 {
+        out.title(if page == 0 { "header" } else { "header again" });
+        out.hex("magic", 8);
+        out.number("version", 2);
+        out.zeros("reserved", page * 4096 + 16);
+        out.hex("journal id", 16);
+        out.hex("incarnation of the last removed batch", 8);
+        out.number("first offset", 8);
+        out.number("first position", 8);
+        out.hex("chain there", 16);
+        out.number("epoch of the last removed batch", 4);
+        out.zeros("reserved", page * 4096 + 80);
+        out.number("first segment", 8);
+        out.number("durable offset", 8);
+        out.time("time of writing");
+        out.number("boundaries", 8);
+        out.number("streams", 8);
+        out.number("bytes of names", 8);
+        out.zeros("rest of the page", page * 4096 + 4092);
+        out.hex("CRC-32 of journal id, first offset, page number, page", 4);
+    }
+    out.title("boundaries");
+    out.number("segment", 8);
+    out.number("its base offset", 8);
+    out.number("its base position", 8);
+    out.hex("chain there", 16);
+    out.zeros("rest of the page", 3 * 4096 - 4);
+    out.hex("CRC-32", 4);
+    out.title("streams");
+    for _ in 0..2 {
+        out.hex("hash of name", 8);
+        out.number("last revision", 8);
+        out.number("place of name", 8);
+        out.number("length of name", 4);
+        out.hex("reserved", 4);
+    }
+    out.zeros("rest of the page", 4 * 4096 - 4);
+    out.hex("CRC-32", 4);
+    out.title("names");
+    out.text("names", 17);
+    out.zeros("rest of the page", 5 * 4096 - 4);
+    out.hex("CRC-32", 4);
+}
+
 #[test]
 fn a_hex_dump_is_read_back_as_the_bytes_it_shows() {
     let bytes = &journals()["origin"]["0000000000000001.seg"];
@@ -795,12 +903,13 @@ fn the_specification_shows_the_bytes_of_the_golden_journal() {
     let files = &journals()["origin"];
     let segment = &files["0000000000000000.seg"];
     let batch = &segment[4096..4096 + 256];
-    let shown: [(&str, &[u8]); 6] = [
+    let shown: [(&str, &[u8]); 7] = [
         ("node", &files["node"]),
         ("header copy", &segment[..512]),
         ("batch", batch),
         ("record", &batch[128..128 + 95]),
         ("mark slot", &files["mark"][..128]),
+        ("base page 0", &journals()["trimmed"]["base"][..4096]),
         ("sidecar page 0", &files["0000000000000000.idx"][..4096]),
     ];
     let spec = include_str!("../../docs/format.md");

@@ -38,6 +38,10 @@ mod reads;
 mod recovery;
 #[cfg(feature = "test-kit")]
 mod repair;
+#[cfg(feature = "test-kit")]
+mod retention;
+#[cfg(feature = "views")]
+mod retention_views;
 #[cfg(feature = "shipping")]
 mod shipping;
 #[cfg(feature = "shipping")]

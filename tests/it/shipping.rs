@@ -889,3 +889,131 @@ fn another_service_at_the_address_is_not_taken_for_an_origin() {
     assert!(!status.is_halted());
     assert!(mirror.journal().is_none());
 }
+
+/// Removes as many of the origin's segments as can be, and forgets them.
+fn forget_all(origin: &Origin) -> headwater::retention::Plan {
+    use headwater::retention::{History, Options, Until};
+    let options = Options::new(Until::Position(origin.end()));
+    let target = origin.store().plan_retention(&options).unwrap().target;
+    origin.store().retain(&options.history(History::Forget(target))).unwrap()
+}
+
+#[test]
+fn a_mirror_holds_back_what_it_lacks_also_after_a_restart() {
+    use headwater::retention::{Holder, Options, Until};
+    let dir = tempfile::tempdir().unwrap();
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..100);
+    let path = dir.path().join("mirror");
+    let mirror = start_mirror(&path, &origin);
+    converged(&mirror, &origin);
+    mirror.stop().unwrap();
+    // It comes back, now with an id, and is told that it has everything.
+    let mirror = start_mirror(&path, &origin);
+    converged(&mirror, &origin);
+    assert!(mirror.wait_until(SOON, MirrorStatus::is_live).is_ok());
+    mirror.stop().unwrap();
+    let had = origin.end();
+    origin.close();
+    origin.open();
+    origin.append(100..300);
+    let options = Options::new(Until::Position(origin.end()));
+    let plan = origin.store().plan_retention(&options).unwrap();
+    let blocker = plan.blocker.unwrap();
+    assert!(matches!(blocker.holder, Holder::Mirror { node: Some(_), .. }), "{}", blocker.holder);
+    assert!(blocker.position.unwrap() <= had && plan.target <= had);
+    assert_eq!(plan.gates.len(), 1, "the lease without an id was taken over: {:?}", plan.gates);
+    // One that is silent for too long, or too far behind, holds nothing back.
+    for options in [
+        Options { lease_age_max: Duration::ZERO, ..options.clone() },
+        Options { lease_bytes_max: 1, ..options.clone() },
+    ] {
+        let plan = origin.store().plan_retention(&options).unwrap();
+        assert!(plan.target > had && plan.gates[0].passed_over);
+    }
+    // What it needs is left to it.
+    let done = forget_all(&origin);
+    assert!(done.target > Position::START && done.target <= had);
+    let mirror = start_mirror(&path, &origin);
+    let journal = converged(&mirror, &origin);
+    assert_eq!(journal.end(), origin.store().journal().end());
+    assert_eq!(journal.read_all(Position::START).unwrap().count(), 300);
+    mirror.stop().unwrap();
+    // A file that can't be understood holds back everything.
+    let leases = origin.dir.join("journal/leases");
+    origin.close();
+    flip_bit(&leases, 40);
+    origin.open();
+    let plan = origin.store().plan_retention(&options).unwrap();
+    assert!(plan.removals.is_empty());
+    let blocker = plan.blocker.unwrap();
+    assert!(matches!(blocker.holder, Holder::UnknownMirrors { .. }), "{}", blocker.holder);
+}
+
+#[test]
+fn a_mirror_that_begins_behind_a_removal_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..200);
+    let first = forget_all(&origin).target;
+    assert!(first > Position::START);
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    let error = halted(&mirror);
+    assert!(
+        matches!(error, ShippingError::Truncated { mirror: Position::START, first: at } if at == first),
+        "{error}"
+    );
+    assert_eq!(error.code(), "shipping.truncated");
+    mirror.stop().unwrap();
+}
+
+#[test]
+fn a_mirror_that_lacks_what_was_removed_is_told_and_keeps_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..100);
+    let path = dir.path().join("mirror");
+    let mirror = start_mirror(&path, &origin);
+    let end = converged(&mirror, &origin).end();
+    mirror.stop().unwrap();
+    origin.append(100..300);
+    fs::remove_file(origin.dir.join("journal/leases")).unwrap();
+    let plan = {
+        use headwater::retention::{History, Options, Until};
+        let mut options = Options::new(Until::Position(origin.end()));
+        options.lease_bytes_max = 1;
+        let target = origin.store().plan_retention(&options).unwrap().target;
+        origin.store().retain(&options.history(History::Forget(target))).unwrap()
+    };
+    assert!(plan.target > end.position);
+    let mirror = start_mirror(&path, &origin);
+    let error = halted(&mirror);
+    let told = matches!(error, ShippingError::Truncated { mirror, first } if mirror == end.position && first == plan.target);
+    assert!(told, "{error}");
+    assert_eq!(mirror.journal().unwrap().end(), end);
+    mirror.stop().unwrap();
+}
+
+#[test]
+fn a_closed_mirror_is_trimmed_and_goes_on_following() {
+    use headwater::retention::{self, History, Options, Until};
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..200);
+    let path = dir.path().join("mirror");
+    let mirror = start_mirror(&path, &origin);
+    let end = converged(&mirror, &origin).end();
+    mirror.stop().unwrap();
+    let os: Arc<dyn headwater::fs::Fs> = Arc::new(OsFs);
+    let options = Options::new(Until::Position(end.position));
+    let target = retention::plan(&os, &path, &options).unwrap().target;
+    let options = options.history(History::Forget(target));
+    assert!(!retention::apply(&os, &path, &options).unwrap().removals.is_empty());
+    origin.append(200..300);
+    let mirror = start_mirror(&path, &origin);
+    let journal = converged(&mirror, &origin);
+    assert_eq!(journal.start().position, target);
+    assert_eq!(journal.read_all(target).unwrap().count() as u64, 300 - target.get());
+    mirror.stop().unwrap();
+    assert!(headwater::verify_deep(&OsFs, &path, &mut |_| {}).unwrap().is_healthy());
+}

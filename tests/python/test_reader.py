@@ -41,9 +41,11 @@ class GoldenJournals(unittest.TestCase):
             file.write(bytes([change(byte)]))
 
     def test_every_event_is_read_as_it_was_written(self):
-        for name in ("origin", "mirror"):
+        for name in ("origin", "mirror", "trimmed"):
             journal = read_journal.Journal(os.path.join(GOLDEN, name))
-            self.assertEqual((journal.role, journal.damage), (name, None))
+            role = "mirror" if name == "mirror" else "origin"
+            self.assertEqual((journal.role, journal.damage), (role, None))
+            self.assertEqual(journal.first_position, 3 if name == "trimmed" else 0)
             self.assertEqual(journal.events, expected(name))
 
     @unittest.skipUnless(read_journal.blake3, "the chain is verified only with the package blake3")
@@ -118,6 +120,27 @@ class GoldenJournals(unittest.TestCase):
             self.assertEqual(journal.events, expected("origin")[:left])
             self.assertIsNotNone(journal.damage)
             shutil.rmtree(directory)
+
+    def test_a_base_with_one_valid_header_is_read_and_one_without_is_damage(self):
+        directory = self.copy("trimmed")
+        base = os.path.join(directory, "base")
+        self.change(base, 60, lambda byte: byte ^ 1)
+        journal = read_journal.Journal(directory)
+        self.assertEqual((journal.events, journal.damage), (expected("trimmed"), None))
+        self.change(base, 4096 + 100, lambda byte: byte ^ 1)
+        with self.assertRaises(read_journal.Damage):
+            read_journal.Journal(directory)
+        os.remove(base)  # nothing says any more that segment 0 was removed
+        journal = read_journal.Journal(directory)
+        self.assertEqual(journal.events, [])
+        self.assertIsNotNone(journal.damage)
+
+    def test_segments_in_front_of_the_base_are_no_part_of_the_journal(self):
+        directory = self.copy("trimmed")
+        name = "0000000000000000.seg"
+        shutil.copy(os.path.join(GOLDEN, "origin", name), os.path.join(directory, name))
+        journal = read_journal.Journal(directory)
+        self.assertEqual((journal.events, journal.damage), (expected("trimmed"), None))
 
     def test_a_later_version_is_refused_and_not_called_damaged(self):
         directory = self.copy("origin")

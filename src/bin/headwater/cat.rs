@@ -11,9 +11,9 @@ use crate::{Target, events, target};
 pub(crate) struct Args {
     #[command(flatten)]
     target: Target,
-    /// Begins at this position
-    #[arg(long, value_name = "POSITION", default_value_t = 0)]
-    from: u64,
+    /// Begins at this position; by default at the first event that there is
+    #[arg(long, value_name = "POSITION")]
+    from: Option<u64>,
     /// Prints at most so many events
     #[arg(long, value_name = "COUNT")]
     limit: Option<usize>,
@@ -27,7 +27,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let (journal, corruption) = target::open(&args.target.dir)?;
-    let from = Position::new(args.from);
+    let from = args.from.map_or(journal.start().position, Position::new);
     let end = journal.end().position;
     if from > end {
         // Damage is the likelier reason why an event that was there is not to be found.
@@ -35,7 +35,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         return Err(corruption.map_or(Failure::Read(beyond), Failure::Damaged));
     }
     let events: Box<dyn Iterator<Item = Result<Recorded, ReadError>>> = match &args.stream {
-        Some(stream) => Box::new(journal.read_stream(stream, Revision::FIRST)?),
+        Some(stream) => match journal.read_stream(stream, Revision::FIRST) {
+            // What is left of it, unless more was asked for.
+            Err(ReadError::TruncatedStream { first, .. }) if from >= journal.start().position => {
+                Box::new(journal.read_stream(stream, first)?)
+            }
+            events => Box::new(events?),
+        },
         None => Box::new(journal.read_all(from)?),
     };
     let mut out = BufWriter::new(io::stdout().lock());

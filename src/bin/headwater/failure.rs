@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use headwater::repair::RepairError;
+use headwater::retention::RetentionError;
 use headwater::{BackupError, Corruption, IoError, OpenError, ReadError, RestoreError};
 
 #[derive(Debug)]
@@ -13,6 +14,7 @@ pub(crate) enum Failure {
     Repair(RepairError),
     Backup(BackupError),
     Restore(RestoreError),
+    Retention(RetentionError),
     /// What lies in front was printed.
     Damaged(Corruption),
     /// Damage was found and has been printed.
@@ -51,6 +53,16 @@ impl From<BackupError> for Failure {
     }
 }
 
+impl From<RetentionError> for Failure {
+    fn from(error: RetentionError) -> Self {
+        match error {
+            RetentionError::Open(error) => Self::Open(error),
+            RetentionError::Read(error) => Self::Read(error),
+            error => Self::Retention(error),
+        }
+    }
+}
+
 impl From<RestoreError> for Failure {
     fn from(error: RestoreError) -> Self {
         Self::Restore(error)
@@ -86,6 +98,7 @@ impl Failure {
             Self::Repair(error) => (error.code(), error.to_string(), error.hint()),
             Self::Backup(error) => (error.code(), error.to_string(), error.hint()),
             Self::Restore(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Retention(error) => (error.code(), error.to_string(), error.hint()),
             Self::Damaged(corruption) => {
                 let error = ReadError::from(corruption.clone());
                 (error.code(), error.to_string(), error.hint())
@@ -124,7 +137,11 @@ impl Failure {
             Self::Backup(BackupError::Missing { .. }) => true,
             Self::Backup(_) | Self::Restore(_) => false,
             Self::Damaged(_) | Self::Reported => true,
-            Self::Repair(_) | Self::Replaced | Self::Output(_) | Self::PipeClosed => false,
+            Self::Retention(_)
+            | Self::Repair(_)
+            | Self::Replaced
+            | Self::Output(_)
+            | Self::PipeClosed => false,
         };
         ExitCode::from(if damage { 3 } else { 1 })
     }

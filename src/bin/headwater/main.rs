@@ -6,6 +6,7 @@ mod doctor;
 mod events;
 mod failure;
 mod repair;
+mod retain;
 mod stat;
 mod tail;
 mod target;
@@ -19,7 +20,7 @@ use clap::{Parser, Subcommand};
 use crate::failure::Failure;
 
 /// Reads the event journals of Headwater, beside the service that writes, and copies them. Nothing but
-/// `repair --apply` changes any.
+/// `repair --apply` and `retain --apply` changes any.
 #[derive(Debug, Parser)]
 #[command(
     name = "headwater",
@@ -48,6 +49,10 @@ enum Command {
     Repair(repair::Args),
     /// Copies a journal, also one in use, into a directory; later only what is new
     Backup(backup::BackupArgs),
+    /// The same into an archive, which keeps what `retain` removes from the journal
+    Archive(backup::BackupArgs),
+    /// Tells which of the oldest events could be removed, and removes them with --apply
+    Retain(retain::Args),
     /// Makes a store of a backup
     Restore(backup::RestoreArgs),
 }
@@ -71,6 +76,8 @@ fn main() -> ExitCode {
         Command::Doctor(target) => doctor::run(&target),
         Command::Repair(args) => repair::run(&args),
         Command::Backup(args) => backup::backup(&args),
+        Command::Archive(args) => backup::backup(&args),
+        Command::Retain(args) => retain::run(&args),
         Command::Restore(args) => backup::restore_or_abandon(&args),
     };
     match outcome {

@@ -55,7 +55,7 @@ impl Times {
             Ok(event.map(|event| event.recorded_at_us()))
         };
         let last = Position::new(journal.end().position.get().saturating_sub(1));
-        Ok(Self { first_us: at(Position::START)?, last_us: at(last)? })
+        Ok(Self { first_us: at(journal.start().position)?, last_us: at(last)? })
     }
 }
 
@@ -100,6 +100,7 @@ fn to_json(
         "node": journal.node().to_string(),
         "role": journal.role().to_string(),
         "path": journal.dir().display().to_string(),
+        "first_position": journal.start().position.get(),
         "end_position": end.position.get(),
         "end_offset": end.offset,
         "chain": end.chain.to_string(),
@@ -127,6 +128,10 @@ fn print(
     table.add_row(vec!["node".to_owned(), journal.node().to_string()]);
     table.add_row(vec!["path".to_owned(), journal.dir().display().to_string()]);
     table.add_row(vec!["events".to_owned(), end.position.to_string()]);
+    let first = journal.start().position;
+    if first > Position::START {
+        table.add_row(vec!["removed in front of".to_owned(), first.to_string()]);
+    }
     table.add_row(vec!["bytes of batches".to_owned(), end.offset.to_string()]);
     table.add_row(vec!["chain at the end".to_owned(), end.chain.to_string()]);
     table.add_row(vec!["epoch".to_owned(), end.epoch.to_string()]);

@@ -33,7 +33,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let mut took = began.elapsed();
     let id = journal.id();
     let first = journal.end().position.get().saturating_sub(args.lines);
-    let mut next = print_from(&journal, Position::new(first), args.target.json)?;
+    let first = Position::new(first).max(journal.start().position);
+    let mut next = print_from(&journal, first, args.target.json)?;
     if let Some(corruption) = corruption {
         return Err(Failure::Damaged(corruption));
     }

@@ -47,6 +47,7 @@ const fn state(segment: &SegmentCheck) -> &'static str {
         SegmentState::Active => "active",
         SegmentState::Spare => "spare",
         SegmentState::GivenUp => "given_up",
+        SegmentState::Removed => "removed",
         _ => "unacknowledged",
     }
 }
@@ -78,6 +79,7 @@ fn to_json(report: &VerifyReport) -> Value {
         "healthy": report.is_healthy(),
         "journal": report.journal.to_string(),
         "role": report.role.map(|role| role.to_string()),
+        "first_position": report.first.get(),
         "end_position": report.end.position.get(),
         "end_offset": report.end.offset,
         "chain": report.end.chain.to_string(),

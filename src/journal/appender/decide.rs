@@ -55,6 +55,9 @@ impl Shared {
     ) -> Result<Decision, AppendError> {
         for hash in hashes {
             let Some(position) = state.window.get(*hash) else { continue };
+            if position < self.journal.start().position {
+                continue; // removed: nobody can tell any more whether it was this event
+            }
             if position >= self.journal.end().position {
                 let group = Arc::clone(state.group_of(position));
                 return Ok(Decision::After(group, Rests::OnDuplicate));
@@ -100,14 +103,17 @@ impl Shared {
         append: &Append,
         position: Position,
     ) -> Result<Option<Result<Appended, AppendError>>, AppendError> {
-        let batch = self.journal.events_around(position)?;
+        let batch = match self.journal.events_around(position) {
+            Err(ReadError::Truncated { .. }) => return Ok(None),
+            batch => batch?,
+        };
         let ours = append.ids().any(|id| batch.iter().any(|event| event.id() == id));
         Ok(ours.then(|| self.judge_duplicates(append, &batch)))
     }
 
     /// For `Exact` and `NoStream` every repetition is recognised, however old: the event behind the
     /// expected revision is compared, in every part, for a condition that isn't met any more may be
-    /// another part's.
+    /// another part's. If that event was removed, nobody can tell, and it stays a conflict.
     pub(super) fn repeated_beyond_window(
         &self,
         append: &Append,
@@ -118,10 +124,17 @@ impl Shared {
                 ExpectedRevision::Exact(revision) => revision.next(),
                 ExpectedRevision::Any | ExpectedRevision::StreamExists => continue,
             };
-            let event = self.journal.read_stream(&part.stream, next)?.next().transpose()?;
+            let read = self.journal.read_stream(&part.stream, next);
+            let event = match read.and_then(|mut events| events.next().transpose()) {
+                Err(ReadError::TruncatedStream { .. } | ReadError::Truncated { .. }) => continue,
+                event => event?,
+            };
             let ours = |event: &Recorded| append.ids().any(|id| id == event.id());
             if let Some(event) = event.filter(ours) {
-                let batch = self.journal.events_around(event.position())?;
+                let batch = match self.journal.events_around(event.position()) {
+                    Err(ReadError::Truncated { .. }) => continue,
+                    batch => batch?,
+                };
                 return Ok(Some(self.judge_duplicates(append, &batch)));
             }
         }

@@ -408,6 +408,7 @@ impl Appender {
     pub fn close(&self) -> Result<(), CloseError> {
         let poison = self.finish();
         self.shared.journal.close_watch();
+        let _retention = self.shared.journal.retention_guard(); // the lock is held as long as it goes on
         match (self.shared.writer.lock().take(), poison) {
             (_, Some(poison)) => Err(CloseError::Poisoned(poison)),
             (Some(writer), None) => {

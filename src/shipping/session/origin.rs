@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, Violation};
 use crate::format::batch::BatchRef;
 use crate::format::files::{Mark, Witness};
+use crate::format::leases::Lease;
 use crate::format::segment::SegmentPage;
 use crate::journal::Comparison;
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
@@ -25,6 +26,11 @@ pub(crate) enum SourceError {
         /// The position of the first event that can't be read.
         position: Position,
     },
+    /// The events there were removed.
+    Truncated {
+        /// The position of the first event that is left.
+        first: Position,
+    },
     /// The disk fails, or the file is of a kind that can't be read.
     Storage,
 }
@@ -36,6 +42,10 @@ impl SourceError {
                 position: Some(position),
                 ..Failure::new(ErrorCode::CORRUPT, "the journal is damaged here")
             },
+            Self::Truncated { first } => Failure {
+                position: Some(first),
+                ..Failure::new(ErrorCode::TRUNCATED, "the events in front of here were removed")
+            },
             Self::Storage => Failure::new(ErrorCode::STORAGE, "the journal can't be read"),
         }
     }
@@ -45,6 +55,8 @@ impl SourceError {
 pub(crate) trait Source {
     /// The durable end.
     fn end(&self) -> Checkpoint;
+    /// The position of the first event that there still is.
+    fn first_position(&self) -> Position;
     /// The journal is closed: its end won't move any more.
     fn is_closed(&self) -> bool;
     /// Is the checkpoint a batch end of this history?
@@ -249,6 +261,17 @@ impl OriginSession {
         self.status.applied = ack.applied.or(self.status.applied);
     }
 
+    /// What the subscriber needs the journal for, once it has subscribed.
+    pub(crate) fn lease(&self) -> Option<Lease> {
+        let acked = self.status.acked.filter(|_| self.status.streaming)?;
+        let (id, nameless) = match self.status.node {
+            Some(node) => (*node.as_bytes(), false),
+            None => (self.config.session, true),
+        };
+        let (position, offset) = (acked.position, acked.offset);
+        Some(Lease { id, nameless, position, offset, heard_at_us: 0 })
+    }
+
     /// What to do next. Everything that is to be written is appended to `out`.
     pub(crate) fn poll(&mut self, source: &mut impl Source, now: Now, out: &mut Vec<u8>) -> Next {
         self.check_deadlines(now);
@@ -327,7 +350,7 @@ impl OriginSession {
         self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
         self.say(&Message::Subscribed(Subscribed {
             end,
-            first_position: Position::START,
+            first_position: source.first_position(),
             path: vec![self.config.node],
         }));
     }

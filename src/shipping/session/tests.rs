@@ -134,6 +134,10 @@ impl Source for ModelJournal {
         self.end_of_batches(self.durable)
     }
 
+    fn first_position(&self) -> Position {
+        Position::START
+    }
+
     fn is_closed(&self) -> bool {
         self.closed
     }

@@ -1,0 +1,131 @@
+//! The `leases` file: up to where mirrors have said that they are durable.
+//!
+//! It is about followers, not about the journal: it isn't copied, and a lease that is too old holds back
+//! more than it must, and never less.
+
+use super::{Block, Decoder, FormatError, crc32};
+use crate::position::{JournalId, Position};
+
+/// Length of the file in front of its entries.
+pub const LEASES_HEADER_BYTES: usize = 32;
+/// Length of an entry.
+pub const LEASE_BYTES: usize = 48;
+/// No file has more entries; those that were heard of first are left out.
+pub const LEASES_MAX: usize = 4096;
+
+const MAGIC: [u8; 8] = *b"\x89HWLEA\r\n";
+const VERSION: u16 = 1;
+const FLAG_NAMELESS: u32 = 1;
+
+/// What a mirror still needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// The mirror's node id, or the session's id if it had none when it subscribed.
+    pub id: [u8; 16],
+    /// The id is a session's.
+    pub nameless: bool,
+    /// The mirror has everything in front of this.
+    pub position: Position,
+    /// The same in bytes.
+    pub offset: u64,
+    /// When it was last heard of, in microseconds since 1970.
+    pub heard_at_us: i64,
+}
+
+impl Lease {
+    fn encode(&self) -> [u8; LEASE_BYTES] {
+        let mut out = Block::<LEASE_BYTES>::new();
+        out.put(0, &self.id);
+        out.put(16, &self.position.get().to_le_bytes());
+        out.put(24, &self.offset.to_le_bytes());
+        out.put(32, &self.heard_at_us.to_le_bytes());
+        out.put(40, &(if self.nameless { FLAG_NAMELESS } else { 0 }).to_le_bytes());
+        out.0
+    }
+
+    fn decode(bytes: &[u8; LEASE_BYTES]) -> Result<Self, FormatError> {
+        let mut input = Decoder::new(bytes);
+        let id = input.array()?;
+        let (position, offset) = (Position::new(input.u64()?), input.u64()?);
+        let heard_at_us = input.i64()?;
+        let flags = input.u32()?;
+        if flags & !FLAG_NAMELESS != 0 {
+            return Err(FormatError::Invalid("lease flags"));
+        }
+        Ok(Self { id, nameless: flags & FLAG_NAMELESS != 0, position, offset, heard_at_us })
+    }
+}
+
+/// The file's bytes.
+#[must_use]
+pub fn encode(journal: JournalId, leases: &[Lease]) -> Vec<u8> {
+    let mut header = Block::<LEASES_HEADER_BYTES>::new();
+    header.put(0, &MAGIC);
+    header.put(8, &VERSION.to_le_bytes());
+    header.put(12, &(leases.len() as u32).to_le_bytes());
+    header.put(16, journal.as_bytes());
+    let mut out = header.0.to_vec();
+    leases.iter().for_each(|lease| out.extend_from_slice(&lease.encode()));
+    let crc = crc32(&[&out]);
+    out.extend_from_slice(&crc.to_le_bytes());
+    out
+}
+
+/// Reads the file's bytes.
+///
+/// # Errors
+/// [`FormatError`] if they aren't a whole, undamaged `leases` of this journal and version.
+pub fn decode(bytes: &[u8], journal: JournalId) -> Result<Vec<Lease>, FormatError> {
+    let mut input = Decoder::new(bytes);
+    if input.array()? != MAGIC {
+        return Err(FormatError::Magic);
+    }
+    let (covered, crc) = bytes.split_last_chunk::<4>().ok_or(FormatError::Truncated)?;
+    if crc32(&[covered]) != u32::from_le_bytes(*crc) {
+        return Err(FormatError::HeaderChecksum);
+    }
+    let version = input.u16()?;
+    if version != VERSION {
+        return Err(FormatError::Unsupported { version, flags: 0 });
+    }
+    input.u16()?;
+    let count = input.u32()? as usize;
+    if JournalId::from_bytes(input.array()?) != journal {
+        return Err(FormatError::Invalid("journal id"));
+    }
+    let (entries, rest) =
+        covered.get(LEASES_HEADER_BYTES..).unwrap_or_default().as_chunks::<LEASE_BYTES>();
+    if entries.len() != count || count > LEASES_MAX || !rest.is_empty() {
+        return Err(FormatError::Invalid("number of leases"));
+    }
+    entries.iter().map(Lease::decode).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leases_are_read_back_and_every_flipped_bit_is_noticed() {
+        let journal = JournalId::from_bytes([7; 16]);
+        let lease = Lease {
+            id: [1; 16],
+            nameless: false,
+            position: Position::new(9),
+            offset: 640,
+            heard_at_us: -5,
+        };
+        let leases = [lease, Lease { id: [2; 16], nameless: true, ..lease }];
+        let bytes = encode(journal, &leases);
+        assert_eq!(decode(&bytes, journal), Ok(leases.to_vec()));
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&damaged, journal).is_err(), "bit {bit}");
+        }
+        for len in 0..bytes.len() {
+            assert!(decode(&bytes[..len], journal).is_err(), "cut to {len}");
+        }
+        assert!(decode(&bytes, JournalId::from_bytes([8; 16])).is_err());
+    }
+}

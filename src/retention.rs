@@ -1,0 +1,575 @@
+//! Retention: removing the oldest events of a journal, for ever, when nothing needs them any more.
+//!
+//! ```text
+//!   0 ········ first ── sealed ── sealed ── target ── sealed ── active
+//!   removed before      └──── would be removed ───┘      └ never
+//!                                                 ▲
+//!         the lowest of: what was asked for · every view's durable checkpoint · every mirror's lease ·
+//!                        what the archive has
+//! ```
+//! - Whole sealed segments, from the front, and only if a verified archive has every byte of them, or the
+//!   loss of the history is ordered by naming the position at which the journal is to begin.
+//! - What follows the journal is a *gate*: nothing is removed that it has not passed. A gate about which
+//!   nothing can be found out holds back everything. A [`Plan`] names the one that holds back most.
+//! - Of what is removed the journal keeps the last revision of every stream (so expected revisions stay
+//!   exact) and the chain at the beginning of every segment, in its file `base`, which is durable before the
+//!   first segment is removed.
+//!
+//! Afterwards whatever asks for the removed events is answered [`ReadError::Truncated`], with the first
+//! position that is left: readers, views that must be built anew, and mirrors that begin or come back late.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{IoError, OpenError, ReadError};
+use crate::format::files::Role;
+use crate::format::leases::Lease;
+use crate::fs::Fs;
+use crate::journal::retention::{Guard, Removable};
+use crate::journal::{Appender, Ingest, Journal};
+use crate::options::JournalOptions;
+use crate::position::{JournalId, NodeId, Position};
+
+pub use crate::journal::retention::ArchiveError;
+
+/// What is to be removed, and on what condition.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How far.
+    pub until: Until,
+    /// What becomes of the history; without a decision it can only be planned.
+    pub history: Option<History>,
+    /// A mirror that wasn't heard of for so long holds nothing back. Default 7 days.
+    pub lease_age_max: Duration,
+    /// Nor does one that lacks more than so many bytes of batches. Default: no limit.
+    pub lease_bytes_max: u64,
+}
+
+/// How far the oldest events are to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Until {
+    /// Up to this position at the most. As only whole segments are removed, some events in front of it
+    /// remain.
+    Position(Position),
+    /// As far as the segment files that remain have at least so many bytes.
+    Keeping {
+        /// Bytes of segment files, header pages included.
+        bytes: u64,
+    },
+}
+
+/// What becomes of the removed history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum History {
+    /// This directory, made by [`Journal::backup`], has it: every byte is read there before it is removed
+    /// here. Keep it on another disk.
+    Archive(PathBuf),
+    /// It is lost. The position is the one at which the journal will begin, exactly as the plan names it
+    /// ([`Plan::target`]).
+    Forget(Position),
+}
+
+impl Options {
+    /// Removes as far as `until`.
+    #[must_use]
+    pub const fn new(until: Until) -> Self {
+        Self {
+            until,
+            history: None,
+            lease_age_max: Duration::from_secs(7 * 24 * 3600),
+            lease_bytes_max: u64::MAX,
+        }
+    }
+
+    /// Sets what becomes of the history.
+    #[must_use]
+    pub fn history(mut self, history: History) -> Self {
+        self.history = Some(history);
+        self
+    }
+}
+
+/// Something that may need events which are to be removed.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Holder {
+    /// A view: how far its rows are durable.
+    View {
+        /// Its name.
+        name: String,
+        /// The version that reads this generation.
+        version: u32,
+        /// The generation.
+        generation: u32,
+        /// Its folder.
+        path: PathBuf,
+    },
+    /// Views of which nothing can be found out: their folder can't be read, or this program was built
+    /// without views.
+    UnknownViews {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A mirror: how far it has said that it is durable.
+    Mirror {
+        /// Its node id; `None` if it had no mirror yet when it subscribed.
+        node: Option<NodeId>,
+        /// When it was last heard of, in microseconds since 1970.
+        heard_at_us: i64,
+    },
+    /// Mirrors of which nothing can be found out: the file of their leases can't be read.
+    UnknownMirrors {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The archive: how far it has what is to be removed.
+    Archive {
+        /// Its directory.
+        path: PathBuf,
+        /// Why it has no more.
+        error: Arc<ArchiveError>,
+    },
+    /// Events that were [given up](crate::repair): a journal can't begin there.
+    Gap,
+    /// The segment that is being written, and one in front of it while it is empty.
+    Active,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::View { name, version, generation, .. } => {
+                write!(f, "view {name}, version {version}, generation {generation}")
+            }
+            Self::UnknownViews { path } => {
+                write!(f, "views that can't be read: {}", path.display())
+            }
+            Self::Mirror { node: Some(node), .. } => write!(f, "mirror {node}"),
+            Self::Mirror { node: None, .. } => f.write_str("a mirror that had no id yet"),
+            Self::UnknownMirrors { path } => {
+                write!(f, "mirrors whose leases can't be read: {}", path.display())
+            }
+            Self::Archive { error, .. } => write!(f, "the archive: {error}"),
+            Self::Gap => f.write_str("events that were given up"),
+            Self::Active => f.write_str("the segment that is being written"),
+        }
+    }
+}
+
+impl Holder {
+    /// A stable name of the kind of holder.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::View { .. } => "view",
+            Self::UnknownViews { .. } => "unknown_views",
+            Self::Mirror { .. } => "mirror",
+            Self::UnknownMirrors { .. } => "unknown_mirrors",
+            Self::Archive { .. } => "archive",
+            Self::Gap => "gap",
+            Self::Active => "active",
+        }
+    }
+
+    /// What can be done about it.
+    #[must_use]
+    pub const fn hint(&self) -> &'static str {
+        match self {
+            Self::View { .. } => {
+                "let the view catch up and flush; a generation that nobody needs any more is deleted with its folder"
+            }
+            Self::UnknownViews { .. } => {
+                "run it with a build that has views, or mend or delete the folder"
+            }
+            Self::Mirror { .. } => {
+                "let the mirror catch up; one that is gone for good lets go after lease_age_max"
+            }
+            Self::UnknownMirrors { .. } => {
+                "close the store and delete the file, if no mirror needs what is to be removed"
+            }
+            Self::Archive { .. } => {
+                "run `headwater archive` again, and `headwater verify` on the archive if it is damaged"
+            }
+            Self::Gap => "ask for a position that lies further on, or in front",
+            Self::Active => "only sealed segments with events behind them are removed",
+        }
+    }
+}
+
+/// How far something that follows the journal has come.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Gate {
+    /// What it is.
+    pub holder: Holder,
+    /// It needs nothing in front of this; `None` if that isn't known, and everything is held back.
+    pub position: Option<Position>,
+    /// It holds nothing back: it has long been silent, lacks too much, or needs what is gone already.
+    pub passed_over: bool,
+}
+
+/// A segment that would be removed, or was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Removal {
+    /// Its number.
+    pub number: u64,
+    /// Its file.
+    pub path: PathBuf,
+    /// Position of its first event.
+    pub from: Position,
+    /// Position behind its last event.
+    pub to: Position,
+    /// Length of its file in bytes.
+    pub file_bytes: u64,
+}
+
+/// What would be removed, and what keeps more from being removed.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Plan {
+    /// The journal.
+    pub journal: JournalId,
+    /// Position of its first event now.
+    pub first: Position,
+    /// Position of its first event afterwards, if nothing held anything back: at or in front of what was
+    /// asked for.
+    pub asked: Position,
+    /// Position of its first event afterwards.
+    pub target: Position,
+    /// What would be removed, the oldest first.
+    pub removals: Vec<Removal>,
+    /// What keeps `target` from being `asked`; `None` if nothing does.
+    pub blocker: Option<Gate>,
+    /// Everything that follows the journal.
+    pub gates: Vec<Gate>,
+}
+
+impl Plan {
+    /// Bytes that would be freed.
+    #[must_use]
+    pub fn file_bytes(&self) -> u64 {
+        self.removals.iter().map(|removal| removal.file_bytes).sum()
+    }
+
+    fn first_segment(&self) -> Option<u64> {
+        self.removals.last().map(|removal| removal.number + 1)
+    }
+}
+
+/// Why nothing was removed, or not everything. It is safe to try again.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RetentionError {
+    /// The journal can't be opened. While a service has it open, that service must do it.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The journal can't be read, or the base can't be written. Nothing was removed if the base isn't there;
+    /// if it is, the rest is removed at the next opening.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Nothing says what becomes of the history.
+    #[error("neither an archive is named nor a position to forget up to")]
+    Undecided,
+    /// The position that was named to be forgotten up to isn't the one at which the journal would begin.
+    #[error("position {named} was named, but the journal would begin at {target}")]
+    NotAsPlanned {
+        /// What was named.
+        named: Position,
+        /// What the plan says.
+        target: Position,
+    },
+    /// The store was closed, or its writer has failed.
+    #[error("the store is closed, or its writer has failed")]
+    Closed,
+}
+
+impl From<IoError> for RetentionError {
+    fn from(error: IoError) -> Self {
+        Self::Read(error.into())
+    }
+}
+
+impl RetentionError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Open(error) => error.code(),
+            Self::Read(error) => error.code(),
+            Self::Undecided => "retention.undecided",
+            Self::NotAsPlanned { .. } => "retention.not_as_planned",
+            Self::Closed => "retention.closed",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub const fn hint(&self) -> &'static str {
+        match self {
+            Self::Open(error) => error.hint(),
+            Self::Read(error) => error.hint(),
+            Self::Undecided => {
+                "name an archive that has the events, or name the planned position to lose them for ever"
+            }
+            Self::NotAsPlanned { .. } => {
+                "plan again, and name exactly the position that the plan names"
+            }
+            Self::Closed => "open the store again",
+        }
+    }
+}
+
+/// Finds out what [`apply`] would remove from the journal in the directory `dir`. Changes nothing, takes no
+/// lock, and may run beside the service that writes.
+///
+/// `dir` is that of the journal, own or mirrored; its views are looked for in the folder `views` beside it.
+/// Blocks for reading header pages, and with an archive for reading there what would be removed.
+///
+/// # Errors
+/// [`RetentionError`] if the journal can't be read.
+pub fn plan(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, RetentionError> {
+    let (journal, damage) = Journal::open_read_only(fs, dir)?;
+    if let Some(damage) = damage {
+        return Err(OpenError::Corruption(damage).into());
+    }
+    plan_of(&journal, options)
+}
+
+/// Removes the oldest events of the journal in the directory `dir`, which nobody has open: an origin's or a
+/// mirror's. Of a store that is open, [`Store::retain`](crate::Store::retain) does it.
+///
+/// What is removed is gone when this returns, and it can't be undone. Blocks as [`plan`], for opening the
+/// journal, and for writing the heads of all streams that have events among those removed.
+///
+/// ```
+/// use headwater::fs::{Fs, os::OsFs};
+/// use headwater::retention::{self, History, Options, Until};
+/// # let dir = tempfile::tempdir()?;
+/// # headwater::Store::create(dir.path())?.close()?;
+/// let fs: std::sync::Arc<dyn Fs> = std::sync::Arc::new(OsFs);
+/// let journal = dir.path().join("journal");
+/// let options = Options::new(Until::Keeping { bytes: 10 << 30 });
+/// let plan = retention::plan(&fs, &journal, &options)?;
+/// assert!(plan.removals.is_empty()); // there are no ten gigabytes
+/// let plan = retention::apply(&fs, &journal, &options.history(History::Forget(plan.target)))?;
+/// assert_eq!(plan.target, plan.first);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`RetentionError`].
+pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, RetentionError> {
+    let (journal, _) = Journal::open_read_only(fs, dir)?;
+    let defaults = JournalOptions::default();
+    match journal.role() {
+        Role::Origin => {
+            let appender = Appender::open(fs, dir, &defaults, false)?;
+            let outcome = apply_to(appender.journal(), options);
+            let closed = appender.close();
+            let plan = outcome?;
+            closed.map_err(|_| RetentionError::Closed)?;
+            Ok(plan)
+        }
+        Role::Mirror => {
+            let not_found = || OpenError::NotFound { path: dir.to_owned() };
+            let ingest = Ingest::open(fs, dir, &defaults)?.ok_or_else(not_found)?;
+            let outcome = apply_to(ingest.journal(), options);
+            let closed = ingest.close();
+            let plan = outcome?;
+            closed.map_err(|_| RetentionError::Closed)?;
+            Ok(plan)
+        }
+    }
+}
+
+/// The same for a journal that this process has open for writing.
+pub(crate) fn apply_to(journal: &Journal, options: &Options) -> Result<Plan, RetentionError> {
+    let guard: Guard<'_> = journal.retention_guard();
+    if journal.is_closed() {
+        return Err(RetentionError::Closed);
+    }
+    let plan = plan_of(journal, options)?;
+    match &options.history {
+        None => return Err(RetentionError::Undecided),
+        Some(History::Forget(named)) if *named != plan.target => {
+            return Err(RetentionError::NotAsPlanned { named: *named, target: plan.target });
+        }
+        Some(_) => {}
+    }
+    journal.remove_leftovers(&guard)?;
+    if let Some(first) = plan.first_segment() {
+        journal.remove_in_front_of(first, &guard)?;
+    }
+    Ok(plan)
+}
+
+pub(crate) fn plan_of(journal: &Journal, options: &Options) -> Result<Plan, RetentionError> {
+    let first = journal.start().position;
+    let removable = journal.removable()?;
+    let (wanted, past_active) = wanted(journal, &removable, options.until);
+    let asked = removable.get(..wanted).and_then(<[_]>::last).map_or(first, end_of);
+    let mut gates = views(journal);
+    gates.extend(mirrors(journal, options));
+    for gate in &mut gates {
+        // It can't go on any more in any case.
+        gate.passed_over |= gate.position.is_some_and(|position| position < first);
+    }
+    let holding = gates.iter().filter(|gate| !gate.passed_over);
+    let lowest = holding.min_by_key(|gate| gate.position.unwrap_or(Position::START)).cloned();
+    let limit = lowest.as_ref().map_or(asked, |gate| gate.position.unwrap_or(Position::START));
+    let passed = removable.iter().take(wanted).take_while(|segment| end_of(segment) <= limit);
+    let mut count = passed.count();
+    let mut blocker = lowest.filter(|_| count < wanted);
+    let archived = archive_gate(journal, &removable, count, options);
+    if let Some((gate, has)) = archived {
+        count = count.min(has);
+        gates.push(gate.clone());
+        blocker = if gate.passed_over { blocker } else { Some(gate) };
+    }
+    let clean = removable.iter().take(count).rposition(|segment| segment.may_be_last);
+    let clean = clean.map_or(0, |last| last + 1);
+    if clean < count && blocker.is_none() {
+        let position = removable.get(clean).map(|segment| segment.info.base_position);
+        blocker = Some(Gate { holder: Holder::Gap, position, passed_over: false });
+    }
+    if past_active && blocker.is_none() {
+        let position = Some(removable.last().map_or(first, end_of));
+        blocker = Some(Gate { holder: Holder::Active, position, passed_over: false });
+    }
+    let removals: Vec<_> = removable.iter().take(clean).map(removal).collect();
+    let target = removals.last().map_or(first, |removal| removal.to);
+    Ok(Plan { journal: journal.id(), first, asked, target, removals, blocker, gates })
+}
+
+fn end_of(segment: &Removable) -> Position {
+    segment.info.end_position
+}
+
+fn removal(segment: &Removable) -> Removal {
+    Removal {
+        number: segment.info.number,
+        path: segment.info.path.clone(),
+        from: segment.info.base_position,
+        to: segment.info.end_position,
+        file_bytes: segment.file_bytes,
+    }
+}
+
+/// How many of the segments are to be removed, and whether more were asked for than can ever be.
+fn wanted(journal: &Journal, removable: &[Removable], until: Until) -> (usize, bool) {
+    match until {
+        Until::Position(position) => {
+            let wanted = removable.iter().take_while(|segment| end_of(segment) <= position).count();
+            let rest = journal.segments();
+            let next = rest.get(wanted).map(|segment| segment.end_position);
+            (wanted, wanted == removable.len() && next.is_some_and(|next| next <= position))
+        }
+        Until::Keeping { bytes } => {
+            let all = journal.segments();
+            let rest = all.iter().skip(removable.len());
+            let page = crate::format::segment::HEADER_PAGE_BYTES as u64;
+            let mut kept: u64 = rest.map(|s| page + s.end_offset - s.base_offset).sum();
+            let past_active = kept > bytes;
+            let stay = removable.iter().rev().take_while(|segment| {
+                let wanted = kept < bytes;
+                kept += segment.file_bytes;
+                wanted
+            });
+            (removable.len() - stay.count(), past_active)
+        }
+    }
+}
+
+/// The archive as a gate, and how many of the first `count` segments it has.
+fn archive_gate(
+    journal: &Journal,
+    removable: &[Removable],
+    count: usize,
+    options: &Options,
+) -> Option<(Gate, usize)> {
+    let Some(History::Archive(path)) = &options.history else { return None };
+    let numbers: Vec<_> = removable.iter().take(count).map(|s| s.info.number).collect();
+    let (has, error) = journal.check_archive(path, &numbers);
+    let position = removable.get(has).map(|segment| segment.info.base_position);
+    let error = Arc::new(error?);
+    let holder = Holder::Archive { path: path.clone(), error };
+    Some((Gate { holder, position, passed_over: false }, has))
+}
+
+fn mirrors(journal: &Journal, options: &Options) -> Vec<Gate> {
+    let Some(leases) = journal.leases() else {
+        let holder = Holder::UnknownMirrors { path: journal.leases_path() };
+        return vec![Gate { holder, position: None, passed_over: false }];
+    };
+    let (now, end) = (crate::env::now_us(), journal.end());
+    let age_max_us = i64::try_from(options.lease_age_max.as_micros()).unwrap_or(i64::MAX);
+    let gate = |lease: &Lease| Gate {
+        holder: Holder::Mirror {
+            node: (!lease.nameless).then(|| NodeId::from_bytes(lease.id)),
+            heard_at_us: lease.heard_at_us,
+        },
+        position: Some(lease.position),
+        passed_over: now.saturating_sub(lease.heard_at_us) > age_max_us
+            || end.offset.saturating_sub(lease.offset) > options.lease_bytes_max,
+    };
+    leases.iter().map(gate).collect()
+}
+
+/// The folder of the views of a journal.
+fn views_dir(journal: &Journal) -> PathBuf {
+    journal.dir().parent().unwrap_or(journal.dir()).join("views")
+}
+
+/// Every generation of every view, as it is on disk.
+fn views(journal: &Journal) -> Vec<Gate> {
+    let dir = views_dir(journal);
+    let unknown = |path: PathBuf| {
+        let holder = Holder::UnknownViews { path };
+        Gate { holder, position: None, passed_over: false }
+    };
+    match journal.list(&dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(_) => vec![unknown(dir)],
+        Ok(names) => {
+            names.iter().flat_map(|name| view(journal, name, dir.join(name), &unknown)).collect()
+        }
+    }
+}
+
+#[cfg(feature = "views")]
+fn view(
+    journal: &Journal,
+    name: &str,
+    dir: PathBuf,
+    unknown: &dyn Fn(PathBuf) -> Gate,
+) -> Vec<Gate> {
+    let Ok(generations) = crate::view::generations(&dir) else { return vec![unknown(dir)] };
+    let gate = |generation: crate::view::Generation| {
+        let path = generation.folder().to_owned();
+        let position = match generation.checkpoint(journal.id()) {
+            Ok(Some(checkpoint)) => checkpoint.position,
+            Ok(None) => Position::START,
+            Err(_) => return unknown(path),
+        };
+        // One that was set aside before it had begun is never read again.
+        let passed_over = !generation.live && position == Position::START;
+        let (version, generation) = (generation.version, generation.number);
+        let holder = Holder::View { name: name.to_owned(), version, generation, path };
+        Gate { holder, position: Some(position), passed_over }
+    };
+    generations.into_iter().map(gate).collect()
+}
+
+#[cfg(not(feature = "views"))]
+fn view(
+    _journal: &Journal,
+    _name: &str,
+    dir: PathBuf,
+    unknown: &dyn Fn(PathBuf) -> Gate,
+) -> Vec<Gate> {
+    vec![unknown(dir)]
+}

@@ -1,0 +1,171 @@
+//! Retention and views: what a view hasn't applied durably is held back, and one that must be built anew
+//! without its history is told.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use headwater::retention::{History, Holder, Options, Plan, Until};
+use headwater::view::{Fold, FoldError, Keys, StopError, View, ViewHandle, ViewState};
+use headwater::{
+    Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
+    StreamId,
+};
+use serde::{Deserialize, Serialize};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Counted {
+    text: String,
+}
+
+headwater::events! {
+    /// What is counted.
+    enum CountEvent {
+        Counted(Counted) = "count.counted", version 1;
+    }
+}
+
+#[derive(Debug)]
+struct Counts<const VERSION: u32>;
+
+impl<const VERSION: u32> View for Counts<VERSION> {
+    const NAME: &'static str = "counts";
+    const VERSION: u32 = VERSION;
+    type Key = String;
+    type Row = u64;
+    type Event = CountEvent;
+
+    fn route(&self, _: &Recorded<CountEvent>, keys: &mut Keys<String>) {
+        keys.extend(["all".to_owned()]);
+    }
+
+    fn fold(
+        &self,
+        _: &String,
+        row: Option<u64>,
+        _: &Recorded<CountEvent>,
+    ) -> Result<Fold<u64>, FoldError> {
+        Ok(Fold::Put(row.unwrap_or(0) + 1))
+    }
+}
+
+fn open(dir: &Path) -> Store {
+    let options = JournalOptions {
+        segment_bytes_first: 8 * 1024,
+        segment_bytes_max: 8 * 1024,
+        batch_bytes_max: 2048,
+        group_bytes_max: 2048,
+        ..JournalOptions::default()
+    };
+    Store::builder(dir).create_if_missing().journal_options(options).open().unwrap()
+}
+
+fn append(store: &Store, count: usize) {
+    let stream = StreamId::new("s").unwrap();
+    for _ in 0..count {
+        let event =
+            NewEvent::typed(&CountEvent::Counted(Counted { text: "x".repeat(100) })).unwrap();
+        store.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+    }
+}
+
+/// Applies everything, and flushes it.
+fn catch_up<const VERSION: u32>(store: &Store) {
+    let view = store.view(Counts::<VERSION>).unwrap();
+    let token = headwater::Token {
+        journal: store.journal().id(),
+        incarnation: store.journal().end().incarnation,
+        position: store.journal().end().position,
+        durability: headwater::Durability::Durable,
+    };
+    view.wait_for(&token, PATIENCE).unwrap();
+    view.close().unwrap();
+}
+
+fn plan(store: &Store) -> Plan {
+    let end = store.journal().end().position;
+    store.plan_retention(&Options::new(Until::Position(end))).unwrap()
+}
+
+fn forget(store: &Store) -> Plan {
+    let options = Options::new(Until::Position(store.journal().end().position));
+    store.retain(&options.history(History::Forget(plan(store).target))).unwrap()
+}
+
+fn stopped_by<V: View>(view: &ViewHandle<V>) -> Arc<StopError> {
+    loop {
+        match view.status().state {
+            ViewState::Stopped(error) => return error,
+            _ => std::thread::yield_now(),
+        }
+    }
+}
+
+#[test]
+fn a_view_holds_back_what_it_has_not_applied_durably() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    append(&store, 100);
+    catch_up::<1>(&store);
+    append(&store, 200);
+    let planned = plan(&store);
+    let blocker = planned.blocker.unwrap();
+    let Holder::View { name, version, generation, .. } = &blocker.holder else {
+        panic!("{}", blocker.holder)
+    };
+    assert_eq!((name.as_str(), *version, *generation), ("counts", 1, 1));
+    assert_eq!(blocker.position, Some(Position::new(100)));
+    assert!(planned.target <= Position::new(100) && planned.target > Position::START);
+    // An older version's generation counts as well, also while a newer one has got on.
+    catch_up::<2>(&store);
+    let planned = plan(&store);
+    assert_eq!(planned.gates.len(), 2);
+    assert!(planned.target <= Position::new(100));
+    // A view that can't be read holds back everything.
+    let pointer = dir.path().join("views/counts/live");
+    let text = std::fs::read(&pointer).unwrap();
+    std::fs::write(&pointer, "damaged").unwrap();
+    let planned = plan(&store);
+    assert!(planned.removals.is_empty());
+    assert!(matches!(planned.blocker.unwrap().holder, Holder::UnknownViews { .. }));
+    std::fs::write(&pointer, text).unwrap();
+    catch_up::<1>(&store);
+    let done = forget(&store);
+    assert!(done.target > Position::new(200));
+    catch_up::<1>(&store);
+    append(&store, 10);
+    let view = store.view(Counts::<1>).unwrap();
+    let end = store.journal().end();
+    while view.checkpoint().applied.position < end.position {
+        std::thread::yield_now();
+    }
+    assert_eq!(view.get("all").unwrap(), Some(310));
+}
+
+#[test]
+fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    append(&store, 200);
+    catch_up::<1>(&store);
+    let first = forget(&store).target;
+    assert!(first > Position::START);
+    let raised = store.view(Counts::<2>).unwrap();
+    let error = stopped_by(&raised);
+    let told = matches!(&*error, StopError::Journal { source: ReadError::Truncated { first: at }, .. } if *at == first);
+    assert!(told, "{error}");
+    raised.close().unwrap();
+    let served = store.view(Counts::<1>).unwrap();
+    assert_eq!(served.get("all").unwrap(), Some(200));
+    served.close().unwrap();
+    // What can't be built holds nothing back.
+    append(&store, 200);
+    catch_up::<1>(&store);
+    assert!(forget(&store).target > first);
+    std::fs::remove_dir_all(dir.path().join("views")).unwrap();
+    let anew = store.view(Counts::<1>).unwrap();
+    let error = stopped_by(&anew);
+    assert!(matches!(&*error, StopError::Journal { source: ReadError::Truncated { .. }, .. }));
+}
