@@ -110,14 +110,24 @@ pub(crate) fn assert_same_bytes(origin: &Journal, mirror: &Journal) {
     assert_eq!(origin.end(), mirror.end());
     let (ours, theirs) = (origin.segments(), mirror.segments());
     for (ours, theirs) in ours.iter().zip(&theirs) {
-        let (a, b) = (fs::read(&ours.path).unwrap(), fs::read(&theirs.path).unwrap());
         let used = 4096 + (theirs.end_offset - theirs.base_offset) as usize;
-        assert!(a[..used] == b[..used], "segment {} differs", ours.number);
         if ours.sealed && theirs.sealed {
-            assert_eq!((a.len(), b.len()), (used, used), "segment {}", ours.number);
+            wait_cut(&ours.path, used);
+            wait_cut(&theirs.path, used);
         }
+        let (a, b) = (fs::read(&ours.path).unwrap(), fs::read(&theirs.path).unwrap());
+        assert!(a[..used] == b[..used], "segment {} differs", ours.number);
     }
     assert!(theirs.len().abs_diff(ours.len()) <= 1);
+}
+
+/// Full segments are cut to their length beside the commits.
+fn wait_cut(path: &Path, len: usize) {
+    let deadline = Instant::now() + SOON;
+    while fs::metadata(path).unwrap().len() != len as u64 {
+        assert!(Instant::now() < deadline, "{} was never cut to {len} bytes", path.display());
+        std::thread::yield_now();
+    }
 }
 
 fn halted(mirror: &Mirror) -> ShippingError {
