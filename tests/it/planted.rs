@@ -95,7 +95,8 @@ fn ahead(seed: u64, bug: Option<Bug>) -> Check<()> {
 /// Frames that claim more than was agreed are refused before they are kept.
 #[cfg(feature = "shipping")]
 fn hostile_peer(_: u64, bug: Option<Bug>) -> Check<()> {
-    use headwater::shipping::message::{FRAME_BYTES_MAX, FrameReader};
+    use headwater::format::crc32;
+    use headwater::shipping::message::{DATA_FIXED_BYTES, FRAME_BYTES_MAX, FrameReader};
     planted::plant(bug);
     let mut reader = FrameReader::new();
     reader.allow_data(FRAME_BYTES_MAX);
@@ -103,7 +104,9 @@ fn hostile_peer(_: u64, bug: Option<Bug>) -> Check<()> {
     let outcome = loop {
         // The header of a DATA frame of 4 GB, and its beginning for as long as it is taken.
         let bytes = if taken == 0 {
-            [&u32::MAX.to_le_bytes()[..], &[0x10, 0, 0, 0], &[0; 4]].concat()
+            let header = [&u32::MAX.to_le_bytes()[..], &[0x10, 0, 0, 0]].concat();
+            let crc = crc32(&[&header, &[0; DATA_FIXED_BYTES as usize]]);
+            [&header[..], &crc.to_le_bytes()].concat()
         } else {
             vec![0; 64 * 1024]
         };

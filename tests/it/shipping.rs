@@ -408,7 +408,9 @@ fn a_replaced_origin_is_detected_by_what_the_mirror_had_set_aside() {
 #[test]
 fn bit_rot_at_the_origin_is_reported_with_its_position_and_nothing_behind_it_is_shipped() {
     let dir = tempfile::tempdir().unwrap();
-    let origin = Origin::start(dir.path().join("origin"), small());
+    // What was appended last would be sent from memory.
+    let from_disk = JournalOptions { recent_bytes_max: 0, ..small() };
+    let origin = Origin::start(dir.path().join("origin"), from_disk);
     origin.append(0..200);
     let segments = origin.store().journal().segments();
     flip_bit(&segments[3].path, 4096 + 200);

@@ -867,6 +867,9 @@ fn a_journal_that_is_damaged_where_the_view_is_leaves_the_view_serving() {
     drop(view);
     let segment = origin.journal().segments().first().unwrap().path.clone();
     assert!(origin.journal().segments().len() > 1);
+    // Opened again, so that nothing of it is in memory.
+    drop(origin);
+    let origin = world.origin();
     let mut bytes = std::fs::read(&segment).unwrap();
     bytes[4096 + 200] ^= 1;
     std::fs::write(&segment, bytes).unwrap();
