@@ -48,10 +48,12 @@ impl Outcome {
 }
 
 impl State {
-    /// Whether somebody can close the open group now.
+    /// Whether somebody can close the open group now. Once the writer has failed, nobody can: whoever found
+    /// that answers the open group, and its members wait for that.
     fn may_lead(&self) -> bool {
         !self.open.is_empty()
             && self.stage == Stage::Free
+            && self.poison().is_none()
             && (!self.syncing || self.open.bytes >= OVERLAP_BYTES)
     }
 
