@@ -19,7 +19,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, IoError};
-use crate::format::map::LEVEL_MAX;
+use crate::format::map::LEVELS;
 use crate::fs::{self, Fs, OpenMode};
 
 pub(crate) const NODE: &str = "node";
@@ -115,7 +115,7 @@ pub(crate) fn number_of(name: &str, extension: &str) -> Option<u64> {
 /// Level and number of the first segment in the name of a map.
 pub(crate) fn map_of(name: &str) -> Option<(u32, u64)> {
     let (first, level) = name.strip_suffix(".map")?.rsplit_once('-')?;
-    let level: u32 = level.parse().ok().filter(|level| (1..LEVEL_MAX).contains(level))?;
+    let level: u32 = level.parse().ok().filter(|level| (1..LEVELS).contains(level))?;
     let first = u64::from_str_radix(first, 16).ok()?;
     (name == format!("{first:016x}-{level}.map")).then_some((level, first))
 }
