@@ -301,7 +301,7 @@ impl Disk {
             segment_bytes_max: 16 * 1024,
             batch_bytes_max: 1024,
             group_bytes_max: 1024,
-            background_mark_sync: false,
+            background_thread: false,
             ..JournalOptions::default()
         }
     }

@@ -48,6 +48,7 @@
 //! | `view` | rows folded from events |
 //! | `shipping` | origins and mirrors |
 //! | [`doctor`], [`repair`] | what is wrong with a store, and what can be done about it |
+//! | [`retention`] | removing the oldest events, once nothing needs them |
 //! | [`format`](mod@format) | the bytes, as specified in `docs/format.md` |
 //! | [`fs`] | the disk seam |
 //! | [`event`], [`position`], [`codec`] | the words that all others use |

@@ -17,7 +17,7 @@ use crate::format::segment::HEADER_PAGE_BYTES;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JournalOptions {
     /// Segments grow up to this size, in bytes; the first ones are smaller. Default 64 MiB; at least the
-    /// header page and the largest batch.
+    /// header page, the largest batch and the group alignment, at most 1 TiB.
     pub segment_bytes_max: u64,
     /// Size of the first segment, in bytes; each later one is twice as large, up to the maximum.
     /// Default 1 MiB.
@@ -41,11 +41,11 @@ pub struct JournalOptions {
     /// How many bytes of the batches that became durable last are kept in memory, for views, mirrors and
     /// subscriptions that follow closely: they read nothing from the disk then. 0 keeps none. Default 4 MiB.
     pub recent_bytes_max: usize,
-    /// Whether a background thread syncs the mark (the record of what is durable) when the journal is idle
-    /// and once a second, prepares the next segment before it is needed, and cuts full ones. Default true;
-    /// without it the mark is synced behind each roll and at close only, and each commit does a part of the
-    /// rest, behind its sync.
-    pub background_mark_sync: bool,
+    /// Whether a thread works beside the appends: it syncs the mark (the record of what is durable) when the
+    /// journal is idle and once a second, prepares the next segment before it is needed, and cuts full ones.
+    /// Default true. Without it the mark is synced when a full segment is cut and at close only, and each commit
+    /// does a part of the rest, behind its sync.
+    pub background_thread: bool,
 }
 
 impl Default for JournalOptions {
@@ -60,7 +60,7 @@ impl Default for JournalOptions {
             buffered_bytes_max: 4 << 20,
             buffered_age_ms_max: 1000,
             recent_bytes_max: 4 << 20,
-            background_mark_sync: true,
+            background_thread: true,
         }
     }
 }

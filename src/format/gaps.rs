@@ -4,17 +4,15 @@
 //! still be put back in its place.
 
 use super::batch::{BATCH_ALIGNMENT, Link};
+use super::entries::Entries;
 use super::record::RECORD_BYTES_MIN;
-use super::{Block, Decoder, FormatError, crc32};
+use super::{Block, Decoder, FormatError};
 use crate::position::{Chain, Incarnation, JournalId, Position};
 
-/// Length of the file in front of its entries.
-pub const GAPS_HEADER_BYTES: usize = 32;
 /// Length of an entry.
 pub const GAP_BYTES: usize = 96;
 
-const MAGIC: [u8; 8] = *b"\x89HWGAP\r\n";
-const VERSION: u16 = 1;
+const FILE: Entries<GAP_BYTES> = Entries { magic: *b"\x89HWGAP\r\n", version: 1 };
 const CHAIN_AT_END: u32 = 1;
 const CHAIN_BEHIND: u32 = 2;
 
@@ -109,16 +107,8 @@ impl Gap {
 /// The file's bytes.
 #[must_use]
 pub fn encode(journal: JournalId, gaps: &[Gap]) -> Vec<u8> {
-    let mut header = Block::<GAPS_HEADER_BYTES>::new();
-    header.put(0, &MAGIC);
-    header.put(8, &VERSION.to_le_bytes());
-    header.put(12, &(gaps.len() as u32).to_le_bytes());
-    header.put(16, journal.as_bytes());
-    let mut out = header.0.to_vec();
-    gaps.iter().for_each(|gap| out.extend_from_slice(&gap.encode()));
-    let crc = crc32(&[&out]);
-    out.extend_from_slice(&crc.to_le_bytes());
-    out
+    let entries: Vec<_> = gaps.iter().map(Gap::encode).collect();
+    FILE.encode(journal, &entries)
 }
 
 /// Reads the file's bytes: the gaps of `journal`, in order, none within or behind another's beginning.
@@ -126,28 +116,7 @@ pub fn encode(journal: JournalId, gaps: &[Gap]) -> Vec<u8> {
 /// # Errors
 /// [`FormatError`] if they aren't a whole, undamaged `gaps` of this journal and version.
 pub fn decode(bytes: &[u8], journal: JournalId) -> Result<Vec<Gap>, FormatError> {
-    let mut input = Decoder::new(bytes);
-    if input.array()? != MAGIC {
-        return Err(FormatError::Magic);
-    }
-    let (covered, crc) = bytes.split_last_chunk::<4>().ok_or(FormatError::Truncated)?;
-    if crc32(&[covered]) != u32::from_le_bytes(*crc) {
-        return Err(FormatError::HeaderChecksum);
-    }
-    let version = input.u16()?;
-    if version != VERSION {
-        return Err(FormatError::Unsupported { version, flags: 0 });
-    }
-    input.u16()?;
-    let count = input.u32()? as usize;
-    if JournalId::from_bytes(input.array()?) != journal {
-        return Err(FormatError::Invalid("journal id"));
-    }
-    let (entries, rest) =
-        covered.get(GAPS_HEADER_BYTES..).unwrap_or_default().as_chunks::<GAP_BYTES>();
-    if entries.len() != count || !rest.is_empty() {
-        return Err(FormatError::Invalid("number of gaps"));
-    }
+    let entries = FILE.decode(bytes, journal)?;
     let gaps = entries.iter().map(Gap::decode).collect::<Result<Vec<_>, _>>()?;
     let ordered =
         gaps.is_sorted_by(|a, b| a.to_offset <= b.from.offset && a.to_position <= b.from.position);

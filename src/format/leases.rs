@@ -3,18 +3,18 @@
 //! It is about followers, not about the journal: it isn't copied, and a lease that is too old holds back
 //! more than it must, and never less.
 
-use super::{Block, Decoder, FormatError, crc32};
+use super::entries::{self, Entries};
+use super::{Block, Decoder, FormatError};
 use crate::position::{JournalId, Position};
 
 /// Length of the file in front of its entries.
-pub const LEASES_HEADER_BYTES: usize = 32;
+pub const LEASES_HEADER_BYTES: usize = entries::HEADER_BYTES;
 /// Length of an entry.
 pub const LEASE_BYTES: usize = 48;
 /// No file has more entries; those that were heard of first are left out.
 pub const LEASES_MAX: usize = 4096;
 
-const MAGIC: [u8; 8] = *b"\x89HWLEA\r\n";
-const VERSION: u16 = 1;
+const FILE: Entries<LEASE_BYTES> = Entries { magic: *b"\x89HWLEA\r\n", version: 1 };
 const FLAG_NAMELESS: u32 = 1;
 
 /// What a mirror still needs.
@@ -59,16 +59,8 @@ impl Lease {
 /// The file's bytes.
 #[must_use]
 pub fn encode(journal: JournalId, leases: &[Lease]) -> Vec<u8> {
-    let mut header = Block::<LEASES_HEADER_BYTES>::new();
-    header.put(0, &MAGIC);
-    header.put(8, &VERSION.to_le_bytes());
-    header.put(12, &(leases.len() as u32).to_le_bytes());
-    header.put(16, journal.as_bytes());
-    let mut out = header.0.to_vec();
-    leases.iter().for_each(|lease| out.extend_from_slice(&lease.encode()));
-    let crc = crc32(&[&out]);
-    out.extend_from_slice(&crc.to_le_bytes());
-    out
+    let entries: Vec<_> = leases.iter().map(Lease::encode).collect();
+    FILE.encode(journal, &entries)
 }
 
 /// Reads the file's bytes.
@@ -76,26 +68,8 @@ pub fn encode(journal: JournalId, leases: &[Lease]) -> Vec<u8> {
 /// # Errors
 /// [`FormatError`] if they aren't a whole, undamaged `leases` of this journal and version.
 pub fn decode(bytes: &[u8], journal: JournalId) -> Result<Vec<Lease>, FormatError> {
-    let mut input = Decoder::new(bytes);
-    if input.array()? != MAGIC {
-        return Err(FormatError::Magic);
-    }
-    let (covered, crc) = bytes.split_last_chunk::<4>().ok_or(FormatError::Truncated)?;
-    if crc32(&[covered]) != u32::from_le_bytes(*crc) {
-        return Err(FormatError::HeaderChecksum);
-    }
-    let version = input.u16()?;
-    if version != VERSION {
-        return Err(FormatError::Unsupported { version, flags: 0 });
-    }
-    input.u16()?;
-    let count = input.u32()? as usize;
-    if JournalId::from_bytes(input.array()?) != journal {
-        return Err(FormatError::Invalid("journal id"));
-    }
-    let (entries, rest) =
-        covered.get(LEASES_HEADER_BYTES..).unwrap_or_default().as_chunks::<LEASE_BYTES>();
-    if entries.len() != count || count > LEASES_MAX || !rest.is_empty() {
+    let entries = FILE.decode(bytes, journal)?;
+    if entries.len() > LEASES_MAX {
         return Err(FormatError::Invalid("number of leases"));
     }
     entries.iter().map(Lease::decode).collect()

@@ -25,8 +25,8 @@ const ENTRY_BYTES: usize = 9;
 pub const PAGE_ENTRIES: usize = PAGE_DATA as usize / ENTRY_BYTES;
 /// How many children a map has, as a power of two.
 pub const FAN_OUT_BITS: u32 = 3;
-/// The highest level that segment numbers can have.
-pub const LEVEL_MAX: u32 = 64 / FAN_OUT_BITS;
+/// How many levels there are, with that of the segments, which is 0.
+pub const LEVELS: u32 = 64 / FAN_OUT_BITS;
 
 /// For which segments, of which history, a map is valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,6 +12,7 @@
 
 pub mod base;
 pub mod batch;
+mod entries;
 pub mod files;
 pub mod gaps;
 pub mod incoming;

@@ -82,7 +82,7 @@ fn options() -> JournalOptions {
         batch_bytes_max: 4096,
         group_bytes_max: 8192,
         idempotency_window_events: 10_000,
-        background_mark_sync: false,
+        background_thread: false,
         buffered_age_ms_max: u64::MAX,
         ..JournalOptions::default()
     }

@@ -17,7 +17,8 @@ use crate::journal::segments::{Segment, Wanted};
 use crate::journal::{Journal, read};
 use crate::position::Position;
 
-/// Events in reverse journal order, down to the first one. An error ends it.
+/// Events in reverse journal order, down to the first one. An error ends it: [`ReadError::Truncated`] where the
+/// events in front were removed.
 #[derive(Debug)]
 pub struct EventsBackward {
     journal: Journal,
@@ -31,7 +32,8 @@ pub struct EventsBackward {
     failed: bool,
 }
 
-/// The events of one stream in reverse order, down to the first one. An error ends it.
+/// The events of one stream in reverse order, down to the first one. An error ends it:
+/// [`ReadError::TruncatedStream`] where the events in front were removed.
 #[derive(Debug)]
 pub struct StreamEventsBackward {
     batches: StreamBatches,

@@ -286,7 +286,7 @@ fn put(
     page: &[u8; PAGE_BYTES],
 ) -> Result<(), IoError> {
     let at = number.saturating_mul(PAGE_BYTES as u64);
-    fs::write_all_at(file, page, at).context("writing", &layout.file(layout::BASE_TEMP))
+    fs::write_all_at(file, page, at).context("writing", &layout.new_file(layout::BASE))
 }
 
 /// Puts a new `base` in the place of the old one: the contents are durable before it has the name, and the
@@ -296,18 +296,18 @@ fn replace(
     layout: &Layout,
     write: impl FnOnce(&dyn File) -> Result<(), IoError>,
 ) -> Result<(), IoError> {
-    let (temp, path) = (layout.file(layout::BASE_TEMP), layout.file(layout::BASE));
-    drop(fs.remove(&temp));
-    let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
+    let (new, path) = (layout.new_file(layout::BASE), layout.file(layout::BASE));
+    drop(fs.remove(&new));
+    let file = fs.open(&new, OpenMode::CreateNew).context("creating", &new)?;
     let made = write(&*file).and_then(|()| match planted::is(Bug::UnlinkBeforeBase) {
         true => Ok(()),
-        false => file.sync_data().context("syncing", &temp),
+        false => file.sync_data().context("syncing", &new),
     });
     if let Err(error) = made {
-        drop(fs.remove(&temp)); // it may have taken the last space
+        drop(fs.remove(&new)); // it may have taken the last space
         return Err(error);
     }
-    fs.rename(&temp, &path).context("renaming", &temp)?;
+    fs.rename(&new, &path).context("renaming", &new)?;
     if planted::is(Bug::UnlinkBeforeBase) {
         return Ok(());
     }

@@ -112,7 +112,8 @@ impl Journal {
     /// A cursor at the batch that holds the event at `from`, or at the durable end.
     ///
     /// # Errors
-    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end; others if the journal can't be read.
+    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end, [`ReadError::Truncated`] if the event
+    /// there was removed; others if the journal can't be read.
     pub fn cursor(&self, from: Position) -> Result<Cursor, ReadError> {
         let end = self.end();
         if from > end.position {
@@ -277,7 +278,7 @@ mod tests {
     #[test]
     fn a_batch_that_memory_holds_wrongly_is_read_from_the_disk() {
         let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
-        let options = JournalOptions { background_mark_sync: false, ..JournalOptions::default() };
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
         let appender = Appender::create(&fs, Path::new("/journal"), &options).unwrap();
         let stream = StreamId::new("a").unwrap();
         for text in [b"one", b"two"] {

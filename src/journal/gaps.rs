@@ -122,17 +122,12 @@ impl Gaps {
         layout: &Layout,
         journal: JournalId,
     ) -> Result<(), IoError> {
-        let (temp, path) = (layout.file(layout::GAPS_TEMP), layout.file(layout::GAPS));
-        drop(fs.remove(&temp));
-        if self.0.is_empty() {
-            fs.remove(&path).context("removing", &path)?;
-        } else {
-            let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
-            fs::write_all_at(&*file, &gaps::encode(journal, &self.0), 0)
-                .context("writing", &temp)?;
-            file.sync_data().context("syncing", &temp)?;
-            fs.rename(&temp, &path).context("renaming", &temp)?;
+        if !self.0.is_empty() {
+            return layout.replace(fs, layout::GAPS, &gaps::encode(journal, &self.0));
         }
+        let path = layout.file(layout::GAPS);
+        drop(fs.remove(&layout.new_file(layout::GAPS)));
+        fs.remove(&path).context("removing", &path)?;
         fs.sync_dir(&layout.dir).context("syncing", &layout.dir)
     }
 

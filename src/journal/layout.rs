@@ -1,4 +1,4 @@
-//! The names in a journal's directory.
+//! The names in a journal's directory, and how a small file there is replaced.
 //!
 //! ```text
 //! journal/
@@ -18,23 +18,22 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::format::map::LEVEL_MAX;
+use crate::error::{IoContext, IoError};
+use crate::format::map::LEVELS;
+use crate::fs::{self, Fs, OpenMode};
 
 pub(crate) const NODE: &str = "node";
-pub(crate) const NODE_TEMP: &str = "node.new";
 pub(crate) const MARK: &str = "mark";
 pub(crate) const LOCK: &str = "lock";
 pub(crate) const INCOMING: &str = "incoming";
-pub(crate) const INCOMING_TEMP: &str = "incoming.new";
 pub(crate) const BASE: &str = "base";
-pub(crate) const BASE_TEMP: &str = "base.new";
 pub(crate) const LEASES: &str = "leases";
-#[cfg(feature = "shipping")]
-pub(crate) const LEASES_TEMP: &str = "leases.new";
 pub(crate) const GAPS: &str = "gaps";
-pub(crate) const GAPS_TEMP: &str = "gaps.new";
 pub(crate) const QUARANTINE: &str = "quarantine";
 pub(crate) const RESERVE: &str = "reserve";
+
+/// What the name of a file ends with until it takes the place of the one that it replaces.
+pub(crate) const NEW: &str = ".new";
 
 const TORN: &str = "torn";
 
@@ -51,6 +50,23 @@ impl Layout {
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Where `name` is written before it replaces what has that name.
+    pub(crate) fn new_file(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}{NEW}"))
+    }
+
+    /// Replaces a small file as a whole: the contents are durable before they have the name, and the name is when
+    /// this returns.
+    pub(crate) fn replace(&self, fs: &dyn Fs, name: &str, bytes: &[u8]) -> Result<(), IoError> {
+        let (new, path) = (self.new_file(name), self.file(name));
+        drop(fs.remove(&new));
+        let file = fs.open(&new, OpenMode::CreateNew).context("creating", &new)?;
+        fs::write_all_at(&*file, bytes, 0).context("writing", &new)?;
+        file.sync_data().context("syncing", &new)?;
+        fs.rename(&new, &path).context("renaming", &new)?;
+        fs.sync_dir(&self.dir).context("syncing", &self.dir)
     }
 
     pub(crate) fn segment(&self, number: u64) -> PathBuf {
@@ -99,7 +115,7 @@ pub(crate) fn number_of(name: &str, extension: &str) -> Option<u64> {
 /// Level and number of the first segment in the name of a map.
 pub(crate) fn map_of(name: &str) -> Option<(u32, u64)> {
     let (first, level) = name.strip_suffix(".map")?.rsplit_once('-')?;
-    let level: u32 = level.parse().ok().filter(|level| (1..LEVEL_MAX).contains(level))?;
+    let level: u32 = level.parse().ok().filter(|level| (1..LEVELS).contains(level))?;
     let first = u64::from_str_radix(first, 16).ok()?;
     (name == format!("{first:016x}-{level}.map")).then_some((level, first))
 }

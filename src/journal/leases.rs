@@ -34,23 +34,6 @@ fn read(
     Ok(leases::decode(&bytes, journal))
 }
 
-#[cfg(feature = "shipping")]
-fn write(
-    fs: &dyn Fs,
-    layout: &Layout,
-    journal: JournalId,
-    leases: &[Lease],
-) -> Result<(), IoError> {
-    let (temp, path) = (layout.file(layout::LEASES_TEMP), layout.file(layout::LEASES));
-    drop(fs.remove(&temp));
-    let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
-    let bytes = leases::encode(journal, leases);
-    fs::write_all_at(&*file, &bytes, 0).context("writing", &temp)?;
-    file.sync_data().context("syncing", &temp)?;
-    fs.rename(&temp, &path).context("renaming", &temp)?;
-    fs.sync_dir(&layout.dir).context("syncing", &layout.dir)
-}
-
 impl Journal {
     /// What mirrors still need; `None` if the file that says it can't be read, so that nobody knows.
     pub(crate) fn leases(&self) -> Option<Vec<Lease>> {
@@ -86,7 +69,7 @@ impl Journal {
         }
         let leases = known.get_or_insert_default();
         renew(leases, lease, begins);
-        write(&**fs, &self.0.layout, self.id(), leases)
+        self.0.layout.replace(&**fs, layout::LEASES, &leases::encode(self.id(), leases))
     }
 }
 

@@ -31,7 +31,7 @@ use parking_lot::RwLock;
 
 use crate::error::ReadError;
 use crate::event::StreamId;
-use crate::format::map::{FAN_OUT_BITS, LEVEL_MAX, Layer, MapKey, StreamMap};
+use crate::format::map::{FAN_OUT_BITS, LEVELS, Layer, MapKey, StreamMap};
 use crate::format::sidecar::{PAGE_BYTES, stream_hash};
 use crate::fs::{self, OpenMode};
 use crate::journal::Journal;
@@ -108,7 +108,7 @@ pub(super) fn covered(level: u32, first: u64) -> Range<u64> {
 /// The lowest level at which one map would cover all numbers in front of `end`.
 fn level_above(end: u64) -> u32 {
     let last = end.saturating_sub(1);
-    (0..LEVEL_MAX).find(|level| last >> (FAN_OUT_BITS * level) == 0).unwrap_or(LEVEL_MAX)
+    (0..LEVELS).find(|level| last >> (FAN_OUT_BITS * level) == 0).unwrap_or(LEVELS)
 }
 
 impl Journal {
@@ -138,7 +138,7 @@ impl Journal {
         }
     }
 
-    fn sealed_segment(&self, number: u64) -> Option<Arc<Segment>> {
+    pub(super) fn sealed_segment(&self, number: u64) -> Option<Arc<Segment>> {
         let segments = self.0.segments.read();
         let at = segments.all.binary_search_by_key(&number, |segment| segment.number()).ok()?;
         segments.all.get(at).filter(|segment| segment.sealed.is_some()).cloned()
@@ -183,7 +183,7 @@ impl Journal {
 
     /// Lays out the maps that are complete with segment `number`, which has just been sealed.
     pub(super) fn map_up_to(&self, number: u64) {
-        for level in 1..LEVEL_MAX {
+        for level in 1..LEVELS {
             let len = 1 << (FAN_OUT_BITS * level);
             let Some(first) = (number + 1).checked_sub(len).filter(|first| first % len == 0) else {
                 return;
@@ -351,6 +351,6 @@ mod tests {
             assert_eq!(level_above(end), level, "{end}");
         }
         assert_eq!(covered(2, 64), 64..128);
-        assert_eq!(level_above(u64::MAX >> 1), LEVEL_MAX);
+        assert_eq!(level_above(u64::MAX >> 1), LEVELS);
     }
 }

@@ -11,7 +11,7 @@
 //! Invariants:
 //! - Nothing at or behind the durable end is ever read by a follower; the end moves only after a sync.
 //! - Reading never mutates. Only recovery, at open, may cut anything, and only what can't have been
-//!   acknowledged.
+//!   acknowledged; only [retention](crate::retention), when it is ordered, removes whole segments.
 //! - One writer: a lock on the directory. Readers of other processes take none.
 
 use std::path::{Path, PathBuf};
@@ -860,13 +860,7 @@ impl Locked {
 }
 
 fn write_node(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<(), IoError> {
-    let (temp, path) = (layout.file(layout::NODE_TEMP), layout.file(layout::NODE));
-    drop(fs.remove(&temp));
-    let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
-    fs::write_all_at(&*file, &node.encode(), 0).context("writing", &temp)?;
-    file.sync_data().context("syncing", &temp)?;
-    fs.rename(&temp, &path).context("renaming", &temp)?;
-    fs.sync_dir(&layout.dir).context("syncing", &layout.dir)
+    layout.replace(fs, layout::NODE, &node.encode())
 }
 
 /// Reads `node`; `None` if there is none.

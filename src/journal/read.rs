@@ -80,7 +80,8 @@ impl Journal {
     /// All events from `from` on.
     ///
     /// # Errors
-    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end; others if the journal can't be read.
+    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end, [`ReadError::Truncated`] if the event
+    /// there was removed; others if the journal can't be read.
     pub fn read_all(&self, from: Position) -> Result<Events, ReadError> {
         let cursor = self.cursor(from)?;
         let held = Held::default();
@@ -168,7 +169,7 @@ impl Journal {
     /// Every event from `from` on, and then live.
     ///
     /// # Errors
-    /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end; others if the journal can't be read.
+    /// As [`read_all`](Self::read_all).
     pub fn subscribe(&self, from: Position) -> Result<Subscription, ReadError> {
         Ok(Subscription { events: self.read_all(from)?, caught_up_at: None })
     }

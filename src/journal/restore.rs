@@ -222,16 +222,10 @@ pub fn abandon_restore(fs: &Arc<dyn Fs>, dir: &Path) -> Result<(), RestoreError>
         return Err(not_begun());
     }
     let ours = |name: &String| {
+        let new = name.strip_suffix(layout::NEW);
         layout::number_of(name, "seg").is_some()
-            || [
-                layout::NODE,
-                layout::NODE_TEMP,
-                layout::MARK,
-                layout::BASE,
-                layout::BASE_TEMP,
-                layout::INCOMING_TEMP,
-            ]
-            .contains(&name.as_str())
+            || [layout::NODE, layout::MARK, layout::BASE].contains(&new.unwrap_or(name))
+            || new == Some(layout::INCOMING)
     };
     for name in names.iter().filter(|name| ours(name)) {
         let path = dir.join(name);
@@ -294,8 +288,8 @@ fn check_target(fs: &dyn Fs, layout: &Layout) -> Result<(), RestoreError> {
     if names.iter().any(|name| name == layout::INCOMING) {
         return Ok(());
     }
-    match names.iter().find(|name| ![layout::LOCK, layout::INCOMING_TEMP].contains(&name.as_str()))
-    {
+    let begun = |name: &str| name.strip_suffix(layout::NEW) == Some(layout::INCOMING);
+    match names.iter().find(|name| *name != layout::LOCK && !begun(name)) {
         Some(name) => Err(RestoreError::NotEmpty { path: layout.file(name) }),
         None => Ok(()),
     }
@@ -304,7 +298,7 @@ fn check_target(fs: &dyn Fs, layout: &Layout) -> Result<(), RestoreError> {
 /// Writes `incoming`, durably, or finds that it says the same.
 fn begin(fs: &dyn Fs, layout: &Layout, incoming: &Incoming) -> Result<(), RestoreError> {
     check_target(fs, layout)?;
-    let (temp, path) = (layout.file(layout::INCOMING_TEMP), layout.file(layout::INCOMING));
+    let path = layout.file(layout::INCOMING);
     match fs.open(&path, OpenMode::Read) {
         Ok(file) => {
             let mut bytes = [0; INCOMING_BYTES + 1];
@@ -323,13 +317,7 @@ fn begin(fs: &dyn Fs, layout: &Layout, incoming: &Incoming) -> Result<(), Restor
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(IoError::new("opening", &path, error).into()),
     }
-    drop(fs.remove(&temp));
-    let file = fs.open(&temp, OpenMode::CreateNew).context("creating", &temp)?;
-    fs::write_all_at(&*file, &incoming.encode(), 0).context("writing", &temp)?;
-    file.sync_data().context("syncing", &temp)?;
-    fs.rename(&temp, &path).context("renaming", &temp)?;
-    fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
-    Ok(())
+    Ok(layout.replace(fs, layout::INCOMING, &incoming.encode())?)
 }
 
 /// Removes `incoming`, durably: the last step.

@@ -90,11 +90,6 @@ impl Journal {
         Ok(removable)
     }
 
-    fn segment_numbered(&self, number: u64) -> Option<Arc<Segment>> {
-        let segments = self.0.segments.read();
-        segments.all.iter().find(|segment| segment.number() == number).cloned()
-    }
-
     /// Reads the segments `numbers` in the archive, every byte: they must be these very segments. What was
     /// read is durable there. How many are there, and why no more.
     pub(crate) fn check_archive(
@@ -109,7 +104,7 @@ impl Journal {
         };
         for (count, &number) in numbers.iter().enumerate() {
             let path = layout.segment(number);
-            let checked = match self.segment_numbered(number) {
+            let checked = match self.sealed_segment(number) {
                 Some(segment) if number >= begins => {
                     check_archived(&**self.0.files.fs(), &layout, &segment)
                 }

@@ -228,8 +228,8 @@ pub struct VerifyProgress {
 }
 
 /// Reads every byte of the journal in `dir`: header pages, batches, their chain from genesis, padding, what
-/// lies behind the end, sidecars, `node` and `mark`. Changes nothing and takes no lock; may run beside the
-/// writer. Calls `progress` from time to time.
+/// lies behind the end, sidecars, `base`, `gaps`, `node` and `mark`, but neither maps nor `leases`. Changes
+/// nothing and takes no lock; may run beside the writer. Calls `progress` from time to time.
 ///
 /// Blocks for reading the whole journal.
 ///

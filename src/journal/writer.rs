@@ -77,7 +77,7 @@ impl Writer {
         let written = journal.end();
         let newest = Mark { sequence: 0, end: written, closed: false, witness: None };
         let next = last.as_ref().map_or(0, |page| page.header.number + 1);
-        let background = options.background_mark_sync;
+        let background = options.background_thread;
         let keeper = Keeper::new(&locked.fs, &locked.layout, mark, newest, next, background);
         let options = options.clone();
         let mut writer = Self { journal, keeper, active: None, options, written, locked };

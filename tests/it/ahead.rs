@@ -11,23 +11,13 @@ use headwater::{
     Append, AppendError, ExpectedRevision, JournalOptions, NewEvent, Position, Store, StreamId,
 };
 
+use crate::options;
 use crate::races::Hooked;
 
 const JOURNAL: &str = "/store/journal";
 /// Of events of this size the sixth has the next segment ordered, and the tenth is its first.
 const EVENT_BYTES: usize = 100;
 const ORDERS: usize = 6;
-
-fn options() -> JournalOptions {
-    JournalOptions {
-        segment_bytes_first: 7 * 1024,
-        segment_bytes_max: 7 * 1024,
-        batch_bytes_max: 1024,
-        group_bytes_max: 2048,
-        background_mark_sync: false,
-        ..JournalOptions::default()
-    }
-}
 
 fn open(fs: impl Fs, options: JournalOptions) -> Store {
     let builder = Store::builder("/store").create_if_missing().journal_options(options);
@@ -82,7 +72,7 @@ fn no_commit_makes_a_file_or_syncs_a_directory() {
             Ok(())
         }
     };
-    let options = JournalOptions { background_mark_sync: true, ..options() };
+    let options = JournalOptions { background_thread: true, ..options() };
     let store = open(Hooked::new(&SimFs::new(1), hook), options);
     by_committer.lock().unwrap().clear();
     let mut appends = 0;

@@ -8,27 +8,17 @@ use headwater::fs::Fs;
 use headwater::fs::os::OsFs;
 use headwater::fs::sim::{Fault, Repeat, SimFs};
 use headwater::{
-    Append, BackupError, Comparison, ExpectedRevision, Journal, JournalOptions, NewEvent,
-    OpenError, Position, ReadError, RestoreError, Revision, Store, StreamId, abandon_restore,
-    restore, verify,
+    Append, BackupError, Comparison, ExpectedRevision, Journal, NewEvent, OpenError, Position,
+    ReadError, RestoreError, Revision, Store, StreamId, abandon_restore, restore, verify,
 };
+
+use crate::options;
 
 const DIR: &str = "/store";
 const JOURNAL: &str = "/store/journal";
 const BACKUP: &str = "/backup";
 const RESTORED: &str = "/restored";
 const RESTORED_JOURNAL: &str = "/restored/journal";
-
-fn options() -> JournalOptions {
-    JournalOptions {
-        segment_bytes_first: 7 * 1024,
-        segment_bytes_max: 7 * 1024,
-        batch_bytes_max: 1024,
-        group_bytes_max: 2048,
-        background_mark_sync: false,
-        ..JournalOptions::default()
-    }
-}
 
 fn open_at(fs: &SimFs, dir: &str) -> Result<Store, OpenError> {
     let builder = Store::builder(dir).journal_options(options());

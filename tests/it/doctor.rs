@@ -82,7 +82,7 @@ fn a_healthy_store_has_no_failure_and_every_check_is_there() {
 fn beside_a_writer_the_doctor_names_it_and_finds_nothing_wrong() {
     let dir = tempfile::tempdir().unwrap();
     // Without a thread that changes files meanwhile.
-    let options = JournalOptions { background_mark_sync: false, ..small() };
+    let options = JournalOptions { background_thread: false, ..small() };
     let store = fill(dir.path(), options, 20);
     let diagnosis = examine(dir.path());
     let lock = check(&diagnosis, "lock");

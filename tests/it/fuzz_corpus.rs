@@ -57,7 +57,7 @@ fn segment() -> Vec<u8> {
         segment_bytes_max: 8 * 1024,
         batch_bytes_max: 1024,
         group_bytes_max: 1024,
-        background_mark_sync: false,
+        background_thread: false,
         ..JournalOptions::default()
     };
     let store = Store::builder("/s").create_if_missing().journal_options(options);

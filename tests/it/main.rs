@@ -54,3 +54,16 @@ mod tickets;
 mod verify;
 #[cfg(feature = "views")]
 mod views;
+
+/// Segments of a few events, and nothing that is done beside the appends.
+#[cfg(feature = "test-kit")]
+fn options() -> headwater::JournalOptions {
+    headwater::JournalOptions {
+        segment_bytes_first: 7 * 1024,
+        segment_bytes_max: 7 * 1024,
+        batch_bytes_max: 1024,
+        group_bytes_max: 2048,
+        background_thread: false,
+        ..headwater::JournalOptions::default()
+    }
+}

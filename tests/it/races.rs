@@ -14,6 +14,8 @@ use headwater::{
     Position, Revision, Store, StreamId,
 };
 
+use crate::options;
+
 const DIR: &str = "/store";
 
 /// What is called in front of every operation; an error becomes the operation's.
@@ -134,17 +136,6 @@ impl File for HookedFile {
     fn drop_cache(&self) -> io::Result<()> {
         (self.hook)(Op::DropCache, &self.path)?;
         self.file.drop_cache()
-    }
-}
-
-fn options() -> JournalOptions {
-    JournalOptions {
-        segment_bytes_first: 7 * 1024,
-        segment_bytes_max: 7 * 1024,
-        batch_bytes_max: 1024,
-        group_bytes_max: 2048,
-        background_mark_sync: false,
-        ..JournalOptions::default()
     }
 }
 

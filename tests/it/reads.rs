@@ -26,7 +26,7 @@ fn options() -> JournalOptions {
         segment_bytes_max: 6 * 1024,
         batch_bytes_max: 1024,
         group_bytes_max: 1024,
-        background_mark_sync: false,
+        background_thread: false,
         ..JournalOptions::default()
     }
 }

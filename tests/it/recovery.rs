@@ -13,24 +13,15 @@ use headwater::fs::Fs;
 use headwater::fs::sim::{Fault, FaultRates, Repeat, SimFs, Snapshot};
 use headwater::{
     Append, AppendError, Checkpoint, Comparison, Corruption, CorruptionKind, EventId,
-    ExpectedRevision, Incarnation, Ingest, IngestError, Journal, JournalOptions, NewEvent,
-    OpenError, Position, Revision, Store, StreamId,
+    ExpectedRevision, Incarnation, Ingest, IngestError, Journal, NewEvent, OpenError, Position,
+    Revision, Store, StreamId,
 };
+
+use crate::options;
 
 const DIR: &str = "/store";
 const JOURNAL: &str = "/store/journal";
 const MIRROR: &str = "/mirror";
-
-fn options() -> JournalOptions {
-    JournalOptions {
-        segment_bytes_first: 7 * 1024,
-        segment_bytes_max: 7 * 1024,
-        batch_bytes_max: 1024,
-        group_bytes_max: 2048,
-        background_mark_sync: false,
-        ..JournalOptions::default()
-    }
-}
 
 fn open(fs: &SimFs) -> Result<Store, OpenError> {
     let builder = Store::builder(DIR).create_if_missing().journal_options(options());

@@ -26,7 +26,7 @@ fn open(fs: &SimFs) -> Result<Store, OpenError> {
         segment_bytes_max: 7 * 1024,
         batch_bytes_max: 1024,
         group_bytes_max: 2048,
-        background_mark_sync: false,
+        background_thread: false,
         ..JournalOptions::default()
     };
     let builder = Store::builder(DIR).create_if_missing().journal_options(options);

@@ -12,9 +12,11 @@ use headwater::retention::{
 };
 use headwater::{
     Append, AppendError, Appended, Comparison, CorruptionKind, EventId, ExpectedRevision, Journal,
-    JournalOptions, NewEvent, OpenError, Position, ReadError, Revision, Store, StreamId,
-    TokenState, restore, verify, verify_deep,
+    NewEvent, OpenError, Position, ReadError, Revision, Store, StreamId, TokenState, restore,
+    verify, verify_deep,
 };
+
+use crate::options;
 
 const DIR: &str = "/store";
 const JOURNAL: &str = "/store/journal";
@@ -29,17 +31,6 @@ const FAULTS: [(Fault, Repeat); 6] = [
     (Fault::Enospc, Repeat::Forever),
     (Fault::ShortWrite, Repeat::Once),
 ];
-
-fn options() -> JournalOptions {
-    JournalOptions {
-        segment_bytes_first: 7 * 1024,
-        segment_bytes_max: 7 * 1024,
-        batch_bytes_max: 1024,
-        group_bytes_max: 2048,
-        background_mark_sync: false,
-        ..JournalOptions::default()
-    }
-}
 
 fn open_at(fs: &SimFs, dir: &str) -> Result<Store, OpenError> {
     let builder = Store::builder(dir).journal_options(options()).create_if_missing();

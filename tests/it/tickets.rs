@@ -179,7 +179,7 @@ fn more_than_may_be_buffered_waits_for_the_disk() {
 
 #[test]
 fn what_was_buffered_and_is_lost_is_told_by_a_sticky_error_with_its_range() {
-    let (fs, store) = sim(JournalOptions { background_mark_sync: false, ..small() });
+    let (fs, store) = sim(JournalOptions { background_thread: false, ..small() });
     let durable = store.append(&one("s", 0)).unwrap().token().position;
     fs.fail_at(fs.ops() + 1, Fault::Eio, Repeat::Forever);
     let mut answered = durable;
@@ -208,7 +208,7 @@ fn what_was_buffered_and_is_lost_is_told_by_a_sticky_error_with_its_range() {
 #[test]
 fn every_ticket_is_answered_when_the_disk_fails() {
     for operation in 1..60 {
-        let (fs, store) = sim(JournalOptions { background_mark_sync: false, ..small() });
+        let (fs, store) = sim(JournalOptions { background_thread: false, ..small() });
         fs.fail_at(fs.ops() + operation, Fault::Eio, Repeat::Forever);
         let tickets: Vec<_> = (0..200).map_while(|n| store.submit(&one("s", n)).ok()).collect();
         let mut failed = false;

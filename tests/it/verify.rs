@@ -154,7 +154,7 @@ fn lost_files_and_cut_files_are_damage() {
 fn what_a_crash_leaves_behind_is_no_damage() {
     let dir = tempfile::tempdir().unwrap();
     // No thread that changes files while they are copied.
-    let options = JournalOptions { background_mark_sync: false, ..small() };
+    let options = JournalOptions { background_thread: false, ..small() };
     let store = fill(&dir.path().join("store"), options, 60);
     let crashed = dir.path().join("crashed");
     copy_dir(&dir.path().join("store/journal"), &crashed);

@@ -82,7 +82,7 @@ fn options(events: Events) -> JournalOptions {
         batch_bytes_max: batch,
         group_bytes_max: u64::from(batch) * 2,
         idempotency_window_events: 100,
-        background_mark_sync: false,
+        background_thread: false,
         // Time is not what these runs are about.
         buffered_age_ms_max: u64::MAX,
         ..JournalOptions::default()

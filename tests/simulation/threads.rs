@@ -13,7 +13,7 @@ const APPENDS: usize = 8;
 pub(crate) fn run(seed: u64) -> Check<u64> {
     seeded(seed, None, || {
         let mut world = World::new(seed);
-        world.options.background_mark_sync = world.rng.bool();
+        world.options.background_thread = world.rng.bool();
         lives(&mut world).map_err(|what| world.failure(seed, &what))?;
         Ok(world.crashes)
     })

@@ -84,7 +84,7 @@ impl World {
             group_bytes_max: u64::from(batch_bytes_max) * 2,
             group_alignment_bytes: alignment,
             idempotency_window_events: [5, 1000][rng.usize(..2)],
-            background_mark_sync: false,
+            background_thread: false,
             ..JournalOptions::default()
         };
         Self {
