@@ -36,6 +36,9 @@ pub(crate) const GAPS_TEMP: &str = "gaps.new";
 pub(crate) const QUARANTINE: &str = "quarantine";
 pub(crate) const RESERVE: &str = "reserve";
 
+/// Ending of a sidecar that is being written.
+pub(crate) const SIDECAR_TEMP: &str = "idx.new";
+
 const TORN: &str = "torn";
 
 /// Paths within one journal's directory.
@@ -59,6 +62,11 @@ impl Layout {
 
     pub(crate) fn sidecar(&self, number: u64) -> PathBuf {
         self.dir.join(format!("{number:016x}.idx"))
+    }
+
+    /// A sidecar that is being written.
+    pub(crate) fn sidecar_temp(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:016x}.{SIDECAR_TEMP}"))
     }
 
     pub(crate) fn map(&self, level: u32, first: u64) -> PathBuf {

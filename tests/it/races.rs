@@ -2,16 +2,16 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use headwater::fs::sim::{Op, SimFs};
 use headwater::fs::{File, Fs, Lock, LockHeld, OpenMode};
 use headwater::{
     Append, AppendError, Appended, EventId, ExpectedRevision, Journal, JournalOptions, NewEvent,
-    Position, Revision, Store, StreamId,
+    Position, Revision, Store, StreamId, verify,
 };
 
 const DIR: &str = "/store";
@@ -481,4 +481,40 @@ fn close_is_not_kept_waiting_by_appends_that_come_later() {
             assert!(thread.join().unwrap() < MOST);
         }
     });
+}
+
+/// What is only begun has no name that vouches for it.
+#[test]
+fn a_journal_that_is_being_written_is_found_healthy_in_front_of_every_operation() {
+    let disk = SimFs::new(41);
+    let (seen, beside) = (Arc::new(Mutex::new(Vec::new())), disk.clone());
+    let found = Arc::clone(&seen);
+    let hook = move |_: Op, path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.contains(".idx") {
+            let report = verify(&beside, &Path::new(DIR).join("journal"), &mut |_| {}).unwrap();
+            found.lock().unwrap().push((name.to_owned(), report.damage));
+        }
+        Ok(())
+    };
+    let options = JournalOptions {
+        segment_bytes_first: 6 * 1024,
+        segment_bytes_max: 6 * 1024,
+        batch_bytes_max: 1024,
+        group_bytes_max: 1024,
+        background_mark_sync: false,
+        ..JournalOptions::default()
+    };
+    let builder = Store::builder(DIR).create_if_missing().journal_options(options);
+    let store = builder.fs(Arc::new(Hooked::new(&disk, hook))).open().unwrap();
+    let stream = StreamId::new("a").unwrap();
+    while store.journal().segments().len() < 6 {
+        let event = NewEvent::raw("test.happened", [7; 300]).unwrap();
+        store.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+    }
+    store.close().unwrap();
+    let seen = seen.lock().unwrap();
+    assert!(seen.len() > 10);
+    let damaged: Vec<_> = seen.iter().filter(|(_, damage)| !damage.is_empty()).collect();
+    assert!(damaged.is_empty(), "{damaged:?}");
 }
