@@ -34,6 +34,8 @@ pub(crate) const RESERVE: &str = "reserve";
 
 /// What the name of a file ends with until it takes the place of the one that it replaces.
 pub(crate) const NEW: &str = ".new";
+/// Ending of a sidecar that is being written.
+pub(crate) const SIDECAR_TEMP: &str = "idx.new";
 
 const TORN: &str = "torn";
 
@@ -75,6 +77,11 @@ impl Layout {
 
     pub(crate) fn sidecar(&self, number: u64) -> PathBuf {
         self.dir.join(format!("{number:016x}.idx"))
+    }
+
+    /// A sidecar that is being written.
+    pub(crate) fn sidecar_temp(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:016x}.{SIDECAR_TEMP}"))
     }
 
     pub(crate) fn map(&self, level: u32, first: u64) -> PathBuf {

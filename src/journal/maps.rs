@@ -19,8 +19,8 @@
 //!
 //! Invariants:
 //! - Maps are derived. Without one, or if it is damaged or of another history, the level below is asked.
-//! - A map never lacks a segment that holds the stream. So none is laid out over a gap: what was lost there
-//!   may come back.
+//! - A map never lacks a segment that holds the stream. So none is laid out over a gap, nor over a segment
+//!   that is missing as a whole: what was lost there may come back.
 
 use std::collections::HashMap;
 use std::io;
@@ -256,7 +256,9 @@ impl Journal {
     fn hashes(&self, level: u32, first: u64) -> Result<Hashes, Failed> {
         if level == 0 {
             let Some(segment) = self.sealed_segment(first) else {
-                return Ok(Hashes::List(Vec::new().into_iter()));
+                // Removed, for ever; or lost, and then it may come back.
+                let is_removed = first < self.retained().segment;
+                return is_removed.then(|| Hashes::List(Vec::new().into_iter())).ok_or(Failed);
             };
             let sealed = segment.sealed.as_ref().ok_or(Failed)?;
             let hashes = sealed.stream_hashes(&self.0.files, &segment.page);

@@ -485,8 +485,11 @@ impl Subscription {
                     return Ok(Some(Item::Event(event)));
                 }
                 Ok(None) => {}
+                // Any other error keeps its place, though a gap may follow the batch that is held.
                 Err(error) => {
-                    let lost = self.events.cursor.skip_gap().ok_or(error)?;
+                    let gap = matches!(error, ReadError::Gap { .. });
+                    let lost = gap.then(|| self.events.cursor.skip_gap()).flatten();
+                    let lost = lost.ok_or(error)?;
                     return Ok(Some(Item::Gap { from: lost.start, to: lost.end }));
                 }
             }

@@ -1050,7 +1050,8 @@ fn remove_stale(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoE
             let covered = maps::covered(level, first);
             covered.end > active || covered.end <= oldest
         });
-        if sidecar || spare || map {
+        let unfinished = layout::number_of(name, layout::SIDECAR_TEMP).is_some();
+        if sidecar || spare || map || unfinished {
             let path = layout.file(name);
             fs.remove(&path).context("removing", &path)?;
             removed = true;

@@ -448,6 +448,8 @@ fn read_index(files: &Files, page: &SegmentPage, end: &Link) -> Result<SegmentIn
     Ok(index)
 }
 
+/// What bears a sidecar's name is whole, also beside a writer and behind a crash: whoever verifies it relies on
+/// that.
 fn write_sidecar(
     files: &Arc<Files>,
     page: &SegmentPage,
@@ -455,17 +457,19 @@ fn write_sidecar(
     index: &SegmentIndex,
 ) -> Option<Index> {
     let number = page.header.number;
-    let path = files.layout.sidecar(number);
+    let (temp, path) = (files.layout.sidecar_temp(number), files.layout.sidecar(number));
     let key = key_of(page, end);
-    files.forget(FileKey::Sidecar(number));
-    drop(files.fs.remove(&path));
-    let file = files.fs.open(&path, OpenMode::CreateNew).ok()?;
+    drop(files.fs.remove(&temp));
+    let file = files.fs.open(&temp, OpenMode::CreateNew).ok()?;
     let bytes = sidecar::encode(&key, index);
-    let written = fs::write_all_at(&*file, &bytes, 0).and_then(|()| file.sync_data());
+    let written = fs::write_all_at(&*file, &bytes, 0)
+        .and_then(|()| file.sync_data())
+        .and_then(|()| files.fs.rename(&temp, &path));
     if written.is_err() {
-        drop(files.fs.remove(&path));
+        drop(files.fs.remove(&temp));
         return None;
     }
+    files.forget(FileKey::Sidecar(number));
     let pages = IndexFile::new(files, FileKey::Sidecar(number));
     Sidecar::open(pages, &key).ok().flatten().map(Index::File)
 }

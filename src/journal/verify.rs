@@ -12,7 +12,7 @@
 //!   place is read once more.
 //! - An opening clears the mark's `closed` flag before it writes anything else; so what lies behind the end
 //!   of a journal whose mark is *still* closed afterwards was not written by anybody.
-//! - A sidecar is synced before the first batch of the next segment is written.
+//! - A sidecar gets its name when it is whole and synced.
 //!
 //! What lies behind the proven end of a journal that wasn't closed is no damage: a group that is being
 //! written, or one that a crash interrupted. It is counted, and left to recovery.
@@ -1029,7 +1029,7 @@ impl<'a> Verifier<'a> {
         end: &Link,
         index: &SegmentIndex,
     ) -> Result<bool, IoError> {
-        // Only once the next segment holds a durable batch is the sidecar certainly written.
+        // Until the next segment holds a durable batch, a crash may make this one the active one again.
         if !self.must_hold(end.offset)? {
             return Ok(false);
         }

@@ -76,7 +76,8 @@ impl Writer {
     ) -> Result<Self, IoError> {
         let written = journal.end();
         let newest = Mark { sequence: 0, end: written, closed: false, witness: None };
-        let next = last.as_ref().map_or(0, |page| page.header.number + 1);
+        let first = journal.retained().segment;
+        let next = last.as_ref().map_or(first, |page| page.header.number + 1);
         let background = options.background_thread;
         let keeper = Keeper::new(&locked.fs, &locked.layout, mark, newest, next, background);
         let options = options.clone();

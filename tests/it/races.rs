@@ -2,16 +2,16 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use headwater::fs::sim::{Op, SimFs};
 use headwater::fs::{File, Fs, Lock, LockHeld, OpenMode};
 use headwater::{
     Append, AppendError, Appended, EventId, ExpectedRevision, Journal, JournalOptions, NewEvent,
-    Position, Revision, Store, StreamId,
+    Position, Revision, Store, StreamId, verify,
 };
 
 use crate::options;
@@ -174,7 +174,7 @@ fn a_slow_reader_never_makes_the_writer_forget_a_streams_head() {
     let armed = Arc::new(AtomicBool::new(false));
     let (arrived, at_gate) = mpsc::channel();
     let (open_gate, gate) = mpsc::channel::<()>();
-    let gate = std::sync::Mutex::new(gate);
+    let gate = Mutex::new(gate);
     let hook = {
         let armed = Arc::clone(&armed);
         move |op: Op, path: &Path| {
@@ -332,7 +332,7 @@ fn repeating_an_append_whose_sync_fails_is_as_unknown_as_the_append() {
         let failing = Arc::new(AtomicBool::new(false));
         let (arrived, at_sync) = mpsc::channel();
         let (release, released) = mpsc::channel::<()>();
-        let released = std::sync::Mutex::new(released);
+        let released = Mutex::new(released);
         let hook = {
             let failing = Arc::clone(&failing);
             move |op: Op, path: &Path| {
@@ -374,7 +374,7 @@ fn repeating_an_append_whose_sync_fails_is_as_unknown_as_the_append() {
 fn an_old_repetition_is_recognised_while_its_stream_is_being_written() {
     let disk = SimFs::new(1);
     let (to_second, second_store) = mpsc::channel::<Store>();
-    let second_store = std::sync::Mutex::new(second_store);
+    let second_store = Mutex::new(second_store);
     let armed = Arc::new(AtomicBool::new(false));
     let old = Append::to(&stream("a"), ExpectedRevision::NoStream, [event().id(EventId::new())]);
     let (answered, answer) = mpsc::channel();
@@ -472,4 +472,40 @@ fn close_is_not_kept_waiting_by_appends_that_come_later() {
             assert!(thread.join().unwrap() < MOST);
         }
     });
+}
+
+/// What is only begun has no name that vouches for it.
+#[test]
+fn a_journal_that_is_being_written_is_found_healthy_in_front_of_every_operation() {
+    let disk = SimFs::new(41);
+    let (seen, beside) = (Arc::new(Mutex::new(Vec::new())), disk.clone());
+    let found = Arc::clone(&seen);
+    let hook = move |_: Op, path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.contains(".idx") {
+            let report = verify(&beside, &Path::new(DIR).join("journal"), &mut |_| {}).unwrap();
+            found.lock().unwrap().push((name.to_owned(), report.damage));
+        }
+        Ok(())
+    };
+    let options = JournalOptions {
+        segment_bytes_first: 6 * 1024,
+        segment_bytes_max: 6 * 1024,
+        batch_bytes_max: 1024,
+        group_bytes_max: 1024,
+        background_thread: false,
+        ..JournalOptions::default()
+    };
+    let builder = Store::builder(DIR).create_if_missing().journal_options(options);
+    let store = builder.fs(Arc::new(Hooked::new(&disk, hook))).open().unwrap();
+    let stream = StreamId::new("a").unwrap();
+    while store.journal().segments().len() < 6 {
+        let event = NewEvent::raw("test.happened", [7; 300]).unwrap();
+        store.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+    }
+    store.close().unwrap();
+    let seen = seen.lock().unwrap();
+    assert!(seen.len() > 10);
+    let damaged: Vec<_> = seen.iter().filter(|(_, damage)| !damage.is_empty()).collect();
+    assert!(damaged.is_empty(), "{damaged:?}");
 }

@@ -435,6 +435,45 @@ fn a_stream_that_was_lost_whole_and_comes_back_is_found_among_many_segments() {
     assert_eq!(read.map(|event| event.unwrap().into_data()).collect::<Vec<_>>(), [b"rare"]);
 }
 
+/// A segment of which nothing is left is none that a map can know nothing of.
+#[test]
+fn a_segment_that_was_lost_whole_and_comes_back_is_found_among_many() {
+    for lost in [0, 3, 8] {
+        let fs = SimFs::new(4);
+        let store = open(&fs).unwrap();
+        let rare = StreamId::new("rare").unwrap();
+        let count = || store.journal().segments().len();
+        for i in 0.. {
+            if count() == lost + 1 && store.journal().stream_head(&rare).unwrap().is_none() {
+                let event = NewEvent::raw("test.happened", *b"rare").unwrap();
+                store.append(&Append::to(&rare, ExpectedRevision::Any, [event])).unwrap();
+                assert_eq!(count(), lost + 1);
+            }
+            append(&store, i..i + 1);
+            if count() == 18 {
+                break;
+            }
+        }
+        store.close().unwrap();
+        copy_segments(&fs);
+        assert!(fs.remove_raw(&segments(&fs)[lost]));
+        for name in fs.list(Path::new(JOURNAL)).unwrap() {
+            if name.ends_with(".idx") || name.ends_with(".map") {
+                assert!(fs.remove_raw(&Path::new(JOURNAL).join(name)));
+            }
+        }
+        let accept = lost_ranges(&plan(&fs, &Options::default()));
+        let outcome = apply(&fs, &Options { accept, ..Options::default() });
+        assert_eq!(outcome.left, [], "segment {lost}");
+        open(&fs).unwrap().close().unwrap(); // lays out the maps
+        let outcome = apply(&fs, &from_copy());
+        assert_eq!((outcome.left, outcome.report.lost), (vec![], vec![]), "segment {lost}");
+        let store = open(&fs).unwrap();
+        let head = store.journal().stream_head(&rare).unwrap();
+        assert_eq!(head, Some(Revision::FIRST), "segment {lost}");
+    }
+}
+
 #[test]
 fn what_was_given_up_comes_back_when_a_copy_turns_up_also_behind_later_events() {
     let whole = store_and_copy();

@@ -11,9 +11,9 @@ use headwater::retention::{
     self, ArchiveError, History, Holder, Options, Plan, RetentionError, Until,
 };
 use headwater::{
-    Append, AppendError, Appended, Comparison, CorruptionKind, EventId, ExpectedRevision, Journal,
-    NewEvent, OpenError, Position, ReadError, Revision, Store, StreamId, TokenState, restore,
-    verify, verify_deep,
+    Append, AppendError, Appended, Comparison, CorruptionKind, EventId, ExpectedRevision, Ingest,
+    Journal, NewEvent, OpenError, Position, ReadError, Revision, Store, StreamId, TokenState,
+    restore, verify, verify_deep,
 };
 
 use crate::options;
@@ -820,4 +820,42 @@ fn a_closed_store_is_trimmed_without_a_service_and_an_open_one_is_refused() {
     let done = retention::apply(&fs_dyn, dir, &options).unwrap();
     assert_eq!(done.removals, planned.removals);
     model.check(open(&fs).journal());
+}
+
+#[test]
+fn a_trimmed_mirror_that_lost_all_its_segments_fetches_them_again() {
+    let (fs, model) = filled(29, 120);
+    let store = open(&fs);
+    let (disk, mirror) = (SimFs::new(30), Path::new("/mirror"));
+    let fetch = |mirror: &mut Ingest| {
+        let mut cursor = store.journal().cursor(mirror.end().position).unwrap();
+        while let Some(batch) = cursor.next_batch().unwrap() {
+            if let Some(page) = batch.page {
+                mirror.segment(&page.bytes()).unwrap();
+            }
+            mirror.batch(batch.batch.bytes()).unwrap();
+        }
+        mirror.sync().unwrap();
+    };
+    let id = store.journal().id();
+    let mut ingest = Ingest::create(&dynamic(&disk), mirror, id, &options()).unwrap();
+    fetch(&mut ingest);
+    ingest.close().unwrap();
+    let half = before(model.events.len() as u64 / 2);
+    let target = retention::plan(&dynamic(&disk), mirror, &half).unwrap().target;
+    assert!(target > Position::START);
+    let half = half.history(History::Forget(target));
+    retention::apply(&dynamic(&disk), mirror, &half).unwrap();
+    for path in segment_files(&disk, "/mirror") {
+        assert!(disk.remove_raw(&path));
+    }
+    let mut ingest = Ingest::open(&dynamic(&disk), mirror, &options()).unwrap().unwrap();
+    assert!(ingest.recovery_report().refetch);
+    assert_eq!(ingest.end().position, target);
+    fetch(&mut ingest);
+    model.check(ingest.journal());
+    ingest.close().unwrap();
+    let ingest = Ingest::open(&dynamic(&disk), mirror, &options()).unwrap().unwrap();
+    model.check(ingest.journal());
+    healthy(&disk, "/mirror");
 }

@@ -175,6 +175,17 @@ fn overlapping() {
     world.check();
 }
 
+/// The same, and the journal is closed meanwhile.
+fn closed_while_overlapping() {
+    let world = World::new(Events::Huge, Syncs::Fail);
+    let appenders = [world.appender("a", 2), world.appender("b", 2), world.appender("c", 1)];
+    world.close();
+    for thread in appenders {
+        thread.join().unwrap();
+    }
+    world.check();
+}
+
 // ------------------------------------------------------------------------------------------------- tests
 
 #[test]
@@ -190,6 +201,11 @@ fn a_failing_sync_ends_everybodys_waiting_in_any_order() {
 #[test]
 fn closing_beside_appends_neither_hangs_nor_loses_in_any_order() {
     explore("closing_beside_appends", closed_meanwhile);
+}
+
+#[test]
+fn closing_beside_overlapping_groups_of_which_one_fails_ends_in_any_order() {
+    explore("closing_beside_overlapping", closed_while_overlapping);
 }
 
 #[test]

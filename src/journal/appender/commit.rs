@@ -136,8 +136,9 @@ impl Shared {
             self.ready.wait(&mut state);
         }
         if state.poison().is_some() {
-            // Whoever failed answers the open group.
+            // Whoever failed answers the open group; but it may be done by now, and had found this stage.
             state.stage = Stage::Free;
+            self.room.notify_all();
             return;
         }
         let (group, slots) = state.close_group();
