@@ -906,7 +906,8 @@ fn what_an_interrupted_removal_has_left_does_not_keep_a_full_disk_from_being_ope
         let store = open(&fs);
         model.check(store.journal());
         let first = store.journal().segments()[0].number;
-        let below = segment_files(&fs, JOURNAL).iter().filter(|path| {
+        let files = segment_files(&fs, JOURNAL);
+        let below = files.iter().filter(|path| {
             let number = path.file_stem().unwrap().to_str().unwrap();
             u64::from_str_radix(number, 16).unwrap() < first
         });

@@ -157,9 +157,11 @@ fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_
     let told = matches!(&*error, StopError::Journal { source: ReadError::Truncated { first: at }, .. } if *at == first);
     assert!(told, "{error}");
     raised.close().unwrap();
+    drop(raised); // until then its folder stays locked
     let served = store.view(Counts::<1>).unwrap();
     assert_eq!(served.get("all").unwrap(), Some(200));
     served.close().unwrap();
+    drop(served);
     // What can't be built holds nothing back.
     append(&store, 200);
     catch_up::<1>(&store);
