@@ -216,7 +216,7 @@ mod tests {
             .map(|index| {
                 let mut lease = lease(0, false, 1);
                 lease.id[..8].copy_from_slice(&(index as u64).to_le_bytes());
-                lease.heard_at_us = 1000 - index as i64 % 1000;
+                lease.heard_at_us = (LEASES_MAX - index) as i64;
                 lease
             })
             .collect();
