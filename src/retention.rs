@@ -26,6 +26,8 @@ use crate::error::{IoError, OpenError, ReadError};
 use crate::format::files::Role;
 use crate::format::leases::Lease;
 use crate::fs::Fs;
+#[cfg(feature = "views")]
+use crate::journal::Comparison;
 use crate::journal::retention::{Guard, Removable};
 use crate::journal::{Appender, Ingest, Journal};
 use crate::options::JournalOptions;
@@ -367,7 +369,9 @@ pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, Re
     let defaults = JournalOptions::default();
     match journal.role() {
         Role::Origin => {
-            let appender = Appender::open(fs, dir, &defaults, false)?;
+            // As a store does it: where views remember events, an empty journal is a loss.
+            let remembered = fs.list(&views_dir(dir)).is_ok_and(|names| !names.is_empty());
+            let appender = Appender::open(fs, dir, &defaults, remembered)?;
             let outcome = apply_to(appender.journal(), options);
             let closed = appender.close();
             let plan = outcome?;
@@ -520,13 +524,17 @@ fn mirrors(journal: &Journal, options: &Options) -> Vec<Gate> {
 }
 
 /// The folder of the views of a journal.
-fn views_dir(journal: &Journal) -> PathBuf {
-    journal.dir().parent().unwrap_or(journal.dir()).join("views")
+fn views_dir(dir: &Path) -> PathBuf {
+    let beside = match dir.file_name() {
+        Some(_) => dir.parent().unwrap_or(dir).to_owned(),
+        None => dir.join(".."), // `.`, say: what is in front of its last name isn't where it lies
+    };
+    beside.join("views")
 }
 
 /// Every generation of every view, as it is on disk.
 fn views(journal: &Journal) -> Vec<Gate> {
-    let dir = views_dir(journal);
+    let dir = views_dir(journal.dir());
     let unknown = |path: PathBuf| {
         let holder = Holder::UnknownViews { path };
         Gate { holder, position: None, passed_over: false }
@@ -551,6 +559,9 @@ fn view(
     let gate = |generation: crate::view::Generation| {
         let path = generation.folder().to_owned();
         let position = match generation.checkpoint(journal.id()) {
+            Ok(Some(checkpoint)) if generation.live && is_to_be_rebuilt(journal, &checkpoint) => {
+                Position::START
+            }
             Ok(Some(checkpoint)) => checkpoint.position,
             Ok(None) => Position::START,
             Err(_) => return unknown(path),
@@ -564,6 +575,17 @@ fn view(
     generations.into_iter().map(gate).collect()
 }
 
+/// Whether a view that has come so far is of another history: then it is built anew when it is opened next.
+#[cfg(feature = "views")]
+fn is_to_be_rebuilt(journal: &Journal, checkpoint: &crate::Checkpoint) -> bool {
+    match journal.compare(checkpoint) {
+        Ok(Comparison::Differs | Comparison::Foreign) => true,
+        // A mirror may still come to where its view is.
+        Ok(Comparison::Ahead) => journal.role() == Role::Origin,
+        Ok(Comparison::Equal) | Err(_) => false,
+    }
+}
+
 #[cfg(not(feature = "views"))]
 fn view(
     _journal: &Journal,
@@ -572,4 +594,22 @@ fn view(
     unknown: &dyn Fn(PathBuf) -> Gate,
 ) -> Vec<Gate> {
     vec![unknown(dir)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_are_looked_for_beside_the_journal_whatever_its_path_is() {
+        for (dir, views) in [
+            ("/store/journal", "/store/views"),
+            ("journal", "views"),
+            ("journal/.", "views"),
+            (".", "./../views"),
+            ("store/journal/quarantine/..", "store/journal/quarantine/../../views"),
+        ] {
+            assert_eq!(views_dir(Path::new(dir)), Path::new(views), "{dir}");
+        }
+    }
 }

@@ -114,7 +114,7 @@ def read_base(directory, journal):
         if version != 1:
             raise Unsupported(f"{path}: version {version}")
         first_segment, durable = struct.unpack_from("<QQ", page, 80)
-        if owner != journal or not first_segment or durable <= offset:
+        if owner != journal or not first_segment or durable < offset:
             break
         return first_segment, position, offset, chain, durable
     raise Damage(f"{path} is damaged")

@@ -39,7 +39,8 @@ pub struct BaseHeader {
     pub start: Checkpoint,
     /// Number of the segment that begins there.
     pub first_segment: u64,
-    /// The durable end when this was written; behind the first retained batch.
+    /// The durable end when this was written, behind the first retained batch; in a copy that ends in front of
+    /// that, the end of the copy.
     pub durable_offset: u64,
     /// When it was written, in microseconds since 1970.
     pub written_at_us: i64,
@@ -134,7 +135,7 @@ impl BaseHeader {
         let whole = start.offset > 0
             && start.position > Position::START
             && start.offset.is_multiple_of(BATCH_ALIGNMENT)
-            && header.durable_offset > start.offset
+            && header.durable_offset >= start.offset
             && header.first_segment > 0
             && (1..=header.first_segment).contains(&header.boundaries)
             && header.streams <= start.position.get();
@@ -377,14 +378,24 @@ impl<P: Pages> Base<P> {
     /// # Errors
     /// Of the file, or damage.
     pub fn page(&self, number: u64) -> io::Result<[u8; PAGE_BYTES]> {
+        self.page_up_to(number, u64::MAX)
+    }
+
+    /// The same for a copy of the journal that ends at `durable_offset`: its base vouches for no more.
+    ///
+    /// # Errors
+    /// Of the file, or damage.
+    pub fn page_up_to(&self, number: u64, durable_offset: u64) -> io::Result<[u8; PAGE_BYTES]> {
         let mut page = [0; PAGE_BYTES];
         if number < HEADER_PAGES {
+            let durable_offset = self.header.durable_offset.min(durable_offset);
+            let header = BaseHeader { durable_offset, ..self.header };
             let mut take = |_, made: &[u8; PAGE_BYTES]| {
                 page = *made;
                 Ok(())
             };
-            let mut section = Section::new(self.header.key(), number, &mut take);
-            section.put(&self.header.encode())?;
+            let mut section = Section::new(header.key(), number, &mut take);
+            section.put(&header.encode())?;
             section.finish()?;
             return Ok(page);
         }

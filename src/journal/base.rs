@@ -178,13 +178,24 @@ impl Base {
         Ok((None, bytes))
     }
 
-    /// Writes these very pages into another directory, or anew into the same one; durable when this returns.
-    pub(crate) fn copy_to(&self, fs: &dyn Fs, layout: &Layout) -> Result<(), ReadError> {
+    /// Writes these very pages anew; durable when this returns.
+    pub(crate) fn renew(&self, fs: &dyn Fs, layout: &Layout) -> Result<(), ReadError> {
+        self.copy_to(fs, layout, u64::MAX)
+    }
+
+    /// Writes them into the directory of a copy of the journal that ends at `end_offset`; durable when this
+    /// returns. What lies behind that is no part of the copy, and isn't missed there.
+    pub(crate) fn copy_to(
+        &self,
+        fs: &dyn Fs,
+        layout: &Layout,
+        end_offset: u64,
+    ) -> Result<(), ReadError> {
         let path = &self.path;
         let mut damaged = None;
         replace(fs, layout, |file| {
             for number in 0..self.file.page_count() {
-                let page = self.file.page(number).map_err(|error| {
+                let page = self.file.page_up_to(number, end_offset).map_err(|error| {
                     if error.kind() == io::ErrorKind::InvalidData {
                         damaged = Some(number * PAGE_BYTES as u64);
                     }

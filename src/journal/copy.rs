@@ -110,7 +110,7 @@ pub(crate) fn copy(
     }
     // What the target has of a removed prefix stays; a target that is begun now begins with the base.
     if let Some(base) = base.filter(|_| there.is_empty()) {
-        base.copy_to(fs, target)?;
+        base.copy_to(fs, target, to.offset)?;
     }
     let mut copied = Copied { segments: wanted.len() as u64, ..Copied::default() };
     for segment in &wanted {

@@ -3,6 +3,9 @@
 //! A lease moves on with what its mirror acknowledges. It is written behind that, so after a crash it may
 //! hold back more than it must. Only retention reads it: a mirror without a lease is served all the same.
 
+#[cfg(any(test, feature = "shipping"))]
+use std::collections::HashMap;
+
 use crate::error::{IoContext, IoError};
 use crate::format::leases::{self, LEASE_BYTES, LEASES_HEADER_BYTES, LEASES_MAX, Lease};
 use crate::fs::{self, Fs, OpenMode};
@@ -12,8 +15,31 @@ use crate::position::JournalId;
 
 const FILE_BYTES_MAX: u64 = (LEASES_HEADER_BYTES + LEASES_MAX * LEASE_BYTES + 4) as u64;
 
-/// The leases of an open journal: `None` until they are asked for.
-pub(crate) type Known = parking_lot::Mutex<Option<Vec<Lease>>>;
+/// The leases of an open journal.
+pub(crate) type Known = parking_lot::Mutex<Leases>;
+
+/// What this process knows of them.
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    /// `None` until they are asked for.
+    known: Option<Vec<Lease>>,
+    #[cfg(feature = "shipping")]
+    connected: Connected,
+}
+
+/// The leases without a name whose mirrors are connected, and whether one that has got a name since may be the
+/// same mirror: then this one goes on no more, and goes when it ends.
+#[cfg(any(test, feature = "shipping"))]
+type Connected = HashMap<[u8; 16], bool>;
+
+/// Where a session stands when it notes its lease.
+#[cfg(any(test, feature = "shipping"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Begins,
+    GoesOn,
+    Ends,
+}
 
 /// Reads the file; none if there is none. The inner error: it can't be understood.
 fn read(
@@ -37,7 +63,7 @@ fn read(
 impl Journal {
     /// What mirrors still need; `None` if the file that says it can't be read, so that nobody knows.
     pub(crate) fn leases(&self) -> Option<Vec<Lease>> {
-        if let Some(known) = &*self.0.leases.lock() {
+        if let Some(known) = &self.0.leases.lock().known {
             return Some(known.clone());
         }
         let fs = self.0.files.fs();
@@ -50,16 +76,18 @@ impl Journal {
     }
 
     /// Notes what a mirror still needs, durably. A mirror that is new under its name goes on with a lease
-    /// that was given to it before it had one: the newest that isn't ahead of it. So one without a name
-    /// `begins` once, and isn't given again when it was taken over.
+    /// that was given to it before it had one: the newest that isn't ahead of it. So one without a name begins
+    /// once, and isn't given again when it was taken over. That of a session that is still connected is taken
+    /// over only if it goes on no more: it may be another mirror's.
     ///
     /// # Errors
     /// [`IoError`]; until this process ends the lease holds all the same. A file that can't be understood is
     /// left as it is, and holds back everything.
     #[cfg(feature = "shipping")]
-    pub(crate) fn note_lease(&self, lease: Lease, begins: bool) -> Result<(), IoError> {
+    pub(crate) fn note_lease(&self, lease: Lease, stage: Stage) -> Result<(), IoError> {
         let fs = self.0.files.fs();
-        let mut known = self.0.leases.lock();
+        let mut held = self.0.leases.lock();
+        let Leases { known, connected } = &mut *held;
         let path = self.leases_path();
         if known.is_none() {
             let found = read(&**fs, &self.0.layout, self.id())?;
@@ -68,28 +96,60 @@ impl Journal {
             *known = Some(found.map_err(damaged)?);
         }
         let leases = known.get_or_insert_default();
-        renew(leases, lease, begins);
+        renew(leases, connected, lease, stage);
         self.0.layout.replace(&**fs, layout::LEASES, &leases::encode(self.id(), leases))
+    }
+
+    /// The session `id` has ended. Without a name, its mirror comes back under one, and takes its lease over;
+    /// unless it has done so.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn end_lease(&self, id: &[u8; 16]) {
+        let mut held = self.0.leases.lock();
+        let taken_over = held.connected.remove(id).unwrap_or(false);
+        if let Some(leases) = held.known.as_mut().filter(|_| taken_over) {
+            leases.retain(|lease| lease.id != *id);
+            // An effort: what stays in the file holds back more than it must.
+            let bytes = leases::encode(self.id(), leases);
+            drop(self.0.layout.replace(&**self.0.files.fs(), layout::LEASES, &bytes));
+        }
     }
 }
 
 #[cfg(any(test, feature = "shipping"))]
-fn renew(leases: &mut Vec<Lease>, lease: Lease, begins: bool) {
+fn renew(leases: &mut Vec<Lease>, connected: &mut Connected, lease: Lease, stage: Stage) {
     let known = leases.iter().position(|other| other.id == lease.id);
-    if lease.nameless && known.is_none() && !begins {
-        return;
+    if lease.nameless {
+        match stage {
+            Stage::Begins => drop(connected.insert(lease.id, false)),
+            _ if known.is_none() => return,
+            Stage::GoesOn
+                if known
+                    .and_then(|at| leases.get(at))
+                    .is_some_and(|old| old.position < lease.position) =>
+            {
+                connected.insert(lease.id, false);
+            }
+            Stage::GoesOn | Stage::Ends => {}
+        }
     }
     let inherited = || {
-        let nameless = leases.iter().enumerate().filter(|(_, other)| other.nameless);
+        let free = |other: &Lease| other.nameless && connected.get(&other.id) != Some(&true);
+        let nameless = leases.iter().enumerate().filter(|(_, other)| free(other));
         let behind = nameless.filter(|(_, other)| other.position <= lease.position);
-        behind.max_by_key(|(_, other)| other.position).map(|(index, _)| index)
+        let rank = |other: &Lease| (!connected.contains_key(&other.id), other.position);
+        behind.max_by_key(|(_, other)| rank(other)).map(|(index, _)| index)
     };
     let replaced = known.or_else(|| if lease.nameless { None } else { inherited() });
     if let Some(index) = replaced {
-        leases.remove(index);
+        match leases.get(index).and_then(|old| connected.get_mut(&old.id)) {
+            Some(taken_over) if known.is_none() => *taken_over = true,
+            _ => drop(leases.remove(index)),
+        }
     }
     if leases.len() >= LEASES_MAX {
-        let oldest = leases.iter().enumerate().min_by_key(|(_, lease)| lease.heard_at_us);
+        // Whoever comes again and again without a name doesn't push out a mirror that is only away.
+        let rank = |lease: &Lease| (!lease.nameless, lease.heard_at_us);
+        let oldest = leases.iter().enumerate().min_by_key(|(_, lease)| rank(lease));
         if let Some(index) = oldest.map(|(index, _)| index) {
             leases.remove(index);
         }
@@ -109,14 +169,29 @@ mod tests {
 
     #[test]
     fn a_mirror_that_gets_a_name_goes_on_with_its_lease() {
-        let mut leases = vec![lease(1, false, 5)];
-        renew(&mut leases, lease(2, true, 7), true);
-        renew(&mut leases, lease(3, true, 9), true);
-        renew(&mut leases, lease(4, false, 8), true); // new: takes over the second
-        renew(&mut leases, lease(2, true, 8), false); // which ends only now
-        assert_eq!(leases, [lease(1, false, 5), lease(3, true, 9), lease(4, false, 8)]);
-        renew(&mut leases, lease(4, false, 20), true); // known: takes over none
+        let mut leases = vec![lease(1, false, 5), lease(2, true, 7), lease(3, true, 9)];
+        let mut connected = Connected::new();
+        let mut renew = |lease, stage| renew(&mut leases, &mut connected, lease, stage);
+        renew(lease(4, false, 8), Stage::Begins); // new: takes over the second
+        renew(lease(2, true, 8), Stage::Ends); // which ends only now
+        renew(lease(4, false, 20), Stage::Begins); // known: takes over none
         assert_eq!(leases, [lease(1, false, 5), lease(3, true, 9), lease(4, false, 20)]);
+    }
+
+    #[test]
+    fn the_lease_of_a_mirror_that_is_connected_and_goes_on_stays() {
+        let (mut leases, mut connected) = (Vec::new(), Connected::new());
+        renew(&mut leases, &mut connected, lease(1, true, 3), Stage::Begins);
+        renew(&mut leases, &mut connected, lease(2, true, 3), Stage::Begins);
+        renew(&mut leases, &mut connected, lease(8, false, 8), Stage::Begins);
+        renew(&mut leases, &mut connected, lease(9, false, 8), Stage::Begins);
+        renew(&mut leases, &mut connected, lease(7, false, 8), Stage::Begins); // finds none
+        assert_eq!(leases.len(), 5);
+        assert_eq!(connected, Connected::from([([1; 16], true), ([2; 16], true)]));
+        renew(&mut leases, &mut connected, lease(1, true, 4), Stage::GoesOn); // another mirror's
+        renew(&mut leases, &mut connected, lease(2, true, 4), Stage::Ends); // was one of those
+        assert_eq!(connected, Connected::from([([1; 16], false), ([2; 16], true)]));
+        assert!(leases.contains(&lease(1, true, 4)));
     }
 
     #[test]
@@ -125,13 +200,16 @@ mod tests {
             .map(|index| {
                 let mut lease = lease(0, false, 1);
                 lease.id[..8].copy_from_slice(&(index as u64).to_le_bytes());
-                lease.heard_at_us = 1000 - index as i64 % 1000;
+                lease.heard_at_us = (LEASES_MAX - index) as i64;
                 lease
             })
             .collect();
-        renew(&mut leases, lease(9, false, 2), true);
+        renew(&mut leases, &mut Connected::new(), lease(9, false, 2), Stage::Begins);
         assert_eq!(leases.len(), LEASES_MAX);
         assert!(leases.contains(&lease(9, false, 2)));
         assert!(!leases.iter().any(|lease| lease.heard_at_us == 1));
+        leases.push(Lease { id: [8; 16], heard_at_us: 5000, ..lease(8, true, 1) });
+        renew(&mut leases, &mut Connected::new(), lease(10, true, 2), Stage::Begins);
+        assert!(!leases.iter().any(|lease| lease.id == [8; 16]), "one without a name goes first");
     }
 }

@@ -50,7 +50,7 @@ mod gaps;
 mod ingest;
 mod keeper;
 mod layout;
-mod leases;
+pub(crate) mod leases;
 mod maps;
 mod mark;
 mod order;
@@ -374,7 +374,10 @@ impl Journal {
             time_us: 0,
         };
         match &segment.sealed {
-            Some(sealed) => sealed.seek(&self.0.files, &segment.page, position),
+            Some(sealed) => {
+                let entry = sealed.seek(&self.0.files, &segment.page, position);
+                entry.map_err(|error| self.or_truncated(segment.base_position(), error))
+            }
             None => {
                 let segments = self.0.segments.read();
                 Ok(segments::seek(&segments.active, position)
@@ -600,7 +603,10 @@ impl Journal {
 
     fn span(&self, segment: &Segment, stream: &StreamId) -> Result<Option<Span>, ReadError> {
         match &segment.sealed {
-            Some(sealed) => sealed.span(&self.0.files, &segment.page, stream.as_str()),
+            Some(sealed) => {
+                let span = sealed.span(&self.0.files, &segment.page, stream.as_str());
+                span.map_err(|error| self.or_truncated(segment.base_position(), error))
+            }
             None => Ok(segments::span(&self.0.segments.read().active, stream.as_str())),
         }
     }
@@ -627,7 +633,8 @@ impl Journal {
         };
         let found = match &segment.sealed {
             Some(sealed) => {
-                sealed.postings(&self.0.files, &segment.page, stream.as_str(), wanted)?
+                let found = sealed.postings(&self.0.files, &segment.page, stream.as_str(), wanted);
+                found.map_err(|error| self.or_truncated(segment.base_position(), error))?
             }
             None => Vec::new(),
         };

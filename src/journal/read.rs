@@ -403,6 +403,8 @@ impl StreamEvents {
             // The index goes by count. A faulty or hostile writer may have left a gap; looking again would
             // find the same batch for ever.
             if events.first().is_none_or(|event| event.revision() != next) {
+                // Or what comes next was removed while it was looked for.
+                self.batches.journal.check_stream(&self.batches.stream, next)?;
                 let gap = self.batches.journal.gaps().in_front_of(posting.position);
                 return Err(self.batches.misplaced(&segment, &posting, gap));
             }

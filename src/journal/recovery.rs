@@ -22,7 +22,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError};
+use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError, ReadError};
 use crate::format::batch::Link;
 use crate::format::files::{Mark, Node, Role, Witness};
 use crate::format::gaps::Gap;
@@ -805,8 +805,14 @@ fn finish_retention(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(),
     if survey.below.is_empty() && base.is_intact() {
         return Ok(());
     }
-    base.copy_to(fs, layout)?;
-    Ok(base::remove_segments(fs, layout, survey.below.iter().copied())?)
+    match base.renew(fs, layout) {
+        // Nothing rests on it but the removal: that is left to a later opening, or to the next retention.
+        Err(ReadError::Io(error)) if error.is_disk_full() => Ok(()),
+        renewed => {
+            renewed?;
+            Ok(base::remove_segments(fs, layout, survey.below.iter().copied())?)
+        }
+    }
 }
 
 /// Step 1: last first, so that a crash never leaves a segment behind a missing one.

@@ -132,16 +132,23 @@ impl Journal {
             OpenError::Io(error) => ArchiveError::Io(error),
             _ => ArchiveError::Differs { path: layout.file(layout::BASE) },
         })?;
-        Ok(Start::of(base.as_ref(), self.id()).segment)
+        let begins = Start::of(base.as_ref(), self.id()).segment;
+        let path = layout.segment(begins);
+        let there = names.iter().any(|name| layout::number_of(name, "seg") == Some(begins));
+        if there { Ok(begins) } else { Err(ArchiveError::Missing { path }) }
     }
 
     /// Removes what an earlier removal has left because a file couldn't be removed.
-    pub(crate) fn remove_leftovers(&self, _guard: &Guard<'_>) -> Result<(), IoError> {
+    pub(crate) fn remove_leftovers(&self, _guard: &Guard<'_>) -> Result<(), ReadError> {
         let (fs, layout) = (&**self.0.files.fs(), &self.0.layout);
         let first = self.retained().segment;
         let names = fs.list(&layout.dir).context("listing", &layout.dir)?;
         let numbers = names.iter().filter_map(|name| layout::number_of(name, "seg"));
-        base::remove_segments(fs, layout, numbers.filter(|number| *number < first))
+        let numbers: Vec<_> = numbers.filter(|number| *number < first).collect();
+        if let Some(base) = self.base().filter(|_| !numbers.is_empty()) {
+            base.renew(fs, layout)?; // there may have been no space for that when it was found
+        }
+        Ok(base::remove_segments(fs, layout, numbers.into_iter())?)
     }
 
     /// Removes all segments in front of number `first`, for ever. The caller has the guard, and has found out

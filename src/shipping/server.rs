@@ -33,6 +33,7 @@ use crate::format::batch::BatchRef;
 use crate::format::files::{Role, Witness};
 use crate::format::leases::Lease;
 use crate::format::segment::SegmentPage;
+use crate::journal::leases::Stage;
 use crate::journal::{Comparison, Cursor, Journal};
 use crate::position::{Checkpoint, NodeId, Position};
 
@@ -364,7 +365,8 @@ impl Connection {
     /// Writes what the session has to say until it has ended.
     fn send(&self, shared: &Shared) {
         let mut source = JournalSource { journal: shared.journal.clone(), cursor: None };
-        let mut lease = LeaseKeeper::default();
+        let mut lease =
+            LeaseKeeper { journal: &shared.journal, noted: None, begun: false, id: None };
         let mut out = Vec::new();
         let mut stream = &self.stream;
         loop {
@@ -380,7 +382,7 @@ impl Connection {
             if let Some(held) = held.filter(|held| lease.is_due(held, next == Next::Close)) {
                 // In front of the first byte: from then on the mirror is relied upon to go on.
                 drop(session);
-                lease.note(&shared.journal, held);
+                lease.note(held, next == Next::Close);
                 session = self.session.lock();
             }
             match next {
@@ -437,12 +439,14 @@ impl Connection {
 }
 
 /// Keeps a subscriber's lease: from its subscription on, again while it moves on, and at the end.
-#[derive(Default)]
-struct LeaseKeeper {
+struct LeaseKeeper<'a> {
+    journal: &'a Journal,
     noted: Option<(Instant, Position)>,
+    begun: bool,
+    id: Option<[u8; 16]>,
 }
 
-impl LeaseKeeper {
+impl LeaseKeeper<'_> {
     fn is_due(&self, lease: &Lease, closing: bool) -> bool {
         self.noted.is_none_or(|(at, position)| {
             at.elapsed() >= LEASE_EVERY || (closing && position != lease.position)
@@ -450,10 +454,22 @@ impl LeaseKeeper {
     }
 
     /// A failure to write it is made good next time; meanwhile this process knows it.
-    fn note(&mut self, journal: &Journal, lease: Lease) {
-        let begins = self.noted.is_none();
+    fn note(&mut self, lease: Lease, closing: bool) {
         self.noted = Some((Instant::now(), lease.position));
-        drop(journal.note_lease(Lease { heard_at_us: env::now_us(), ..lease }, begins));
+        self.id = Some(lease.id);
+        let lease = Lease { heard_at_us: env::now_us(), ..lease };
+        let stage = match (self.begun, closing) {
+            (false, _) => Stage::Begins,
+            (true, false) => Stage::GoesOn,
+            (true, true) => Stage::Ends,
+        };
+        self.begun |= self.journal.note_lease(lease, stage).is_ok();
+    }
+}
+
+impl Drop for LeaseKeeper<'_> {
+    fn drop(&mut self) {
+        self.id.iter().for_each(|id| self.journal.end_lease(id));
     }
 }
 

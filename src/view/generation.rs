@@ -73,24 +73,41 @@ impl Generation {
         &self.folder
     }
 
-    /// How far it has come with `journal`; `None` if it hasn't begun. Changes nothing, and may run beside
-    /// the process that has it open, which may be further on in memory.
+    /// How far it has come with `journal`, durably; `None` if it hasn't begun. Changes nothing, and may run
+    /// beside the process that has it open, which may be further on in memory.
     pub(crate) fn checkpoint(
         &self,
         journal: crate::JournalId,
-    ) -> Result<Option<crate::Checkpoint>, super::db::StorageError> {
-        if !self.folder.join("CURRENT").exists() {
-            return Ok(None); // a missing generation is an empty one
+    ) -> Result<Option<crate::Checkpoint>, ViewError> {
+        if matches!(self.folder.join("CURRENT").try_exists(), Ok(false)) {
+            return Ok(None); // a missing generation is an empty one; one that can't be looked into isn't
         }
-        super::db::stored_checkpoint(&self.folder, journal)
+        let stored = super::db::stored_checkpoint(&self.folder, journal)?;
+        self.sync()?;
+        Ok(stored)
+    }
+
+    /// What was read may lie in the page cache only: its process may have ended in front of its sync, or be
+    /// in it. Files that are gone by now are in none that was read, or others have taken their place.
+    fn sync(&self) -> Result<(), IoError> {
+        let fs = crate::fs::os::OsFs;
+        let names = fs.list(&self.folder).context("listing", &self.folder)?;
+        for path in names.iter().map(|name| self.folder.join(name)) {
+            match fs.open(&path, OpenMode::Read).and_then(|file| file.sync_data()) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                synced => synced.context("syncing", &path)?,
+            }
+        }
+        fs.sync_dir(&self.folder).context("syncing", &self.folder)
     }
 }
 
 /// The generations in the folder of a view, without locking it.
 pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
     let fs = crate::fs::os::OsFs;
-    let live = read_pointer(&fs, &dir.join(POINTER_FILE))?;
+    // In this order: a folder that is there was pointed to before.
     let names = fs.list(dir).context("listing the view's directory", dir)?;
+    let live = read_pointer(&fs, &dir.join(POINTER_FILE))?;
     let known = |name: &String| {
         let (version, number) = name.split_once('.')?;
         let (version, number) = (version.parse().ok()?, number.parse().ok()?);

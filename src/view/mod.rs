@@ -239,6 +239,8 @@ pub enum LostTail {
 /// Returns as soon as the stored rows can be read, however far behind they are; see
 /// [`ViewHandle::wait_for`] and [`ViewHandle::status`].
 ///
+/// [Retention](crate::retention) knows of a view only if `views_dir` is the folder `views` beside the journal's.
+///
 /// # Errors
 /// [`ViewError`]; nothing that is stored was changed then.
 pub fn open<V: View>(

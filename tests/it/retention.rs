@@ -618,6 +618,54 @@ fn a_backup_of_a_trimmed_journal_is_verified_restored_and_continued() {
     healthy(&fs, "/restored/journal");
 }
 
+#[test]
+fn an_archive_that_lacks_its_beginning_is_none() {
+    let (fs, mut model) = filled(25, 150);
+    let store = open(&fs);
+    forget(&store, model.events.len() as u64 / 2).unwrap();
+    store.journal().backup(Path::new(ARCHIVE)).unwrap();
+    model.fill(&store, &mut fastrand::Rng::with_seed(25), 60);
+    let all = model.events.len() as u64;
+    let options = before(all).history(History::Archive(ARCHIVE.into()));
+    assert!(!store.plan_retention(&options).unwrap().removals.is_empty());
+    fs.remove(&Path::new(ARCHIVE).join("base")).unwrap();
+    let planned = store.plan_retention(&options).unwrap();
+    assert!(planned.removals.is_empty());
+    let Holder::Archive { error, .. } = planned.blocker.unwrap().holder else { panic!() };
+    assert!(matches!(&*error, ArchiveError::Missing { .. }), "{error}");
+}
+
+#[test]
+fn a_backup_of_a_trimmed_journal_is_restored_up_to_any_batch() {
+    let (fs, model) = filled(16, 150);
+    let store = open(&fs);
+    forget(&store, model.events.len() as u64 / 2).unwrap();
+    let journal = store.journal();
+    journal.backup(Path::new(ARCHIVE)).unwrap();
+    let first = journal.start().position;
+    let mut cursor = journal.cursor(first).unwrap();
+    let mut ends = vec![journal.start()];
+    while let Some(batch) = cursor.next_batch().unwrap() {
+        ends.push(batch.end());
+    }
+    for (number, end) in ends.iter().enumerate().step_by(7) {
+        let dir = format!("/restored-{number}");
+        let at = Some(end.position);
+        let target = Path::new(&dir).join("journal");
+        restore(&dynamic(&fs), Path::new(ARCHIVE), &target, at).unwrap();
+        healthy(&fs, &format!("{dir}/journal"));
+        let mut restored = Model { events: model.events[..end.position.get() as usize].to_vec() };
+        let again = open_at(&fs, &dir).unwrap();
+        assert_eq!(again.journal().end(), *end);
+        let mut rng = fastrand::Rng::with_seed(number as u64);
+        restored.fill(&again, &mut rng, 20);
+        restored.check(again.journal());
+        again.close().unwrap();
+        let again = open_at(&fs, &dir).unwrap();
+        restored.check(again.journal());
+    }
+}
+
 // --------------------------------------------------------------------------------------------- damage, crashes
 
 #[test]
@@ -858,4 +906,52 @@ fn a_trimmed_mirror_that_lost_all_its_segments_fetches_them_again() {
     let ingest = Ingest::open(&dynamic(&disk), mirror, &options()).unwrap().unwrap();
     model.check(ingest.journal());
     healthy(&disk, "/mirror");
+}
+
+#[test]
+fn a_journal_that_views_remember_is_not_begun_anew_by_a_removal() {
+    let (fs, _) = filled(24, 50);
+    let names = fs.list(Path::new(JOURNAL)).unwrap();
+    let gone = names.iter().filter(|name| name.ends_with(".seg") || *name == "mark");
+    gone.for_each(|name| fs.remove(&Path::new(JOURNAL).join(name)).unwrap());
+    fs.create_dir_all(Path::new("/store/views/orders")).unwrap();
+    let options = before(50).history(History::Forget(Position::START));
+    let error = retention::apply(&dynamic(&fs), Path::new(JOURNAL), &options).unwrap_err();
+    assert!(matches!(error, RetentionError::Open(OpenError::LostJournal { .. })), "{error}");
+    assert_eq!(segment_files(&fs, JOURNAL), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn what_an_interrupted_removal_has_left_does_not_keep_a_full_disk_from_being_opened() {
+    let mut left = 0;
+    for at in 0.. {
+        let (fs, model) = filled(26, 150);
+        let half = model.events.len() as u64 / 2;
+        if interrupted(&fs, half, at, Fault::PowerCut, Repeat::Once).is_none() {
+            break;
+        }
+        fs.power_cut();
+        fs.set_capacity(Some(0));
+        let store = open(&fs);
+        model.check(store.journal());
+        let first = store.journal().segments()[0].number;
+        let files = segment_files(&fs, JOURNAL);
+        let below = files.iter().filter(|path| {
+            let number = path.file_stem().unwrap().to_str().unwrap();
+            u64::from_str_radix(number, 16).unwrap() < first
+        });
+        let below = below.count();
+        left += below;
+        if below > 0 {
+            // Removed once there is space, by the next removal or opening.
+            let error = forget(&store, half).unwrap_err();
+            assert!(matches!(error, RetentionError::Read(_)), "{error}");
+            assert_eq!(segment_files(&fs, JOURNAL).len(), store.journal().segments().len() + below);
+        }
+        fs.set_capacity(None);
+        forget(&store, half).unwrap();
+        assert_eq!(segment_files(&fs, JOURNAL).len(), store.journal().segments().len());
+        model.check(store.journal());
+    }
+    assert!(left > 0);
 }

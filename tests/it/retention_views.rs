@@ -157,9 +157,11 @@ fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_
     let told = matches!(&*error, StopError::Journal { source: ReadError::Truncated { first: at }, .. } if *at == first);
     assert!(told, "{error}");
     raised.close().unwrap();
+    drop(raised); // until then its folder stays locked
     let served = store.view(Counts::<1>).unwrap();
     assert_eq!(served.get("all").unwrap(), Some(200));
     served.close().unwrap();
+    drop(served);
     // What can't be built holds nothing back.
     append(&store, 200);
     catch_up::<1>(&store);
@@ -168,4 +170,35 @@ fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_
     let anew = store.view(Counts::<1>).unwrap();
     let error = stopped_by(&anew);
     assert!(matches!(&*error, StopError::Journal { source: ReadError::Truncated { .. }, .. }));
+}
+
+#[test]
+fn a_view_of_another_history_needs_everything_and_holds_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, backup) = (dir.path().join("first"), dir.path().join("backup"));
+    let store = open(&first);
+    append(&store, 100);
+    store.journal().backup(&backup).unwrap();
+    append(&store, 100);
+    catch_up::<1>(&store);
+    store.close().unwrap();
+    drop(store);
+    // The journal is restored to an earlier place and goes on; the view isn't opened meanwhile.
+    let fs: Arc<dyn headwater::fs::Fs> = Arc::new(headwater::fs::os::OsFs);
+    std::fs::rename(first.join("journal"), dir.path().join("lost")).unwrap();
+    headwater::restore(&fs, &backup, &first.join("journal"), None).unwrap();
+    let store = open(&first);
+    append(&store, 50);
+    for events in [0, 200] {
+        append(&store, events);
+        let planned = plan(&store);
+        assert!(planned.removals.is_empty(), "{planned:?}");
+        let blocker = planned.blocker.unwrap();
+        assert!(matches!(blocker.holder, Holder::View { generation: 1, .. }), "{}", blocker.holder);
+        assert_eq!(blocker.position, Some(Position::START));
+    }
+    // Built anew, it lets go; so does the generation that was set aside, once it is deleted.
+    catch_up::<1>(&store);
+    std::fs::remove_dir_all(first.join("views/counts/1.1")).unwrap();
+    assert!(forget(&store).target > Position::new(250));
 }

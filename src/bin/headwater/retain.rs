@@ -127,7 +127,7 @@ fn plan_json(plan: &Plan, applied: bool) -> Value {
 fn removal_json(removal: &Removal) -> Value {
     json!({
         "number": removal.number,
-        "path": removal.path,
+        "path": removal.path.display().to_string(),
         "from_position": removal.from.get(),
         "to_position": removal.to.get(),
         "file_bytes": removal.file_bytes,
