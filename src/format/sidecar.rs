@@ -39,8 +39,9 @@ const POSTING_BYTES: u64 = 16;
 /// One sparse entry for about so many bytes of batches.
 const SPARSE_EVERY_BYTES: u64 = 64 * 1024;
 
-/// The hash of an event id by which a repeated one is looked for. Whoever asks confirms a hit by reading, so
-/// ids that were made to collide cost time and nothing else.
+/// The hash of an event id by which a repeated one is looked for. Whoever asks confirms a hit by reading. Of two
+/// ids with the same hash the window remembers the newer one: chance doesn't make such, but it can be done on
+/// purpose, so ids are for the writer to give, and not for strangers.
 #[must_use]
 pub fn id_hash(id: &EventId) -> u64 {
     XxHash3_64::oneshot(id.as_bytes())

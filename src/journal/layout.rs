@@ -116,7 +116,8 @@ pub(crate) fn number_of(name: &str, extension: &str) -> Option<u64> {
     let digits = name.strip_suffix(extension)?.strip_suffix('.')?;
     let well_formed =
         digits.len() == 16 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    well_formed.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+    let number = well_formed.then(|| u64::from_str_radix(digits, 16).ok()).flatten();
+    number.filter(|number| *number < u64::MAX) // which means "none", and has no next one
 }
 
 /// Level and number of the first segment in the name of a map.
