@@ -8,7 +8,7 @@ use smol_str::SmolStr;
 use uuid::Uuid;
 
 use crate::codec::CodecError;
-use crate::env::now_us;
+use crate::env::roughly_now_ms;
 use crate::format::record::RecordRef;
 use crate::position::{JournalId, Locator, Position, uuid_id};
 
@@ -56,7 +56,7 @@ impl EventId {
     )]
     pub fn new() -> Self {
         LAST_ID.with(|last| {
-            let now_ms = now_us() / 1000;
+            let now_ms = roughly_now_ms();
             let (last_ms, id) = last.get();
             let id = if now_ms == last_ms && id & RUN_MASK < RUN_MASK {
                 id + 1
@@ -69,9 +69,9 @@ impl EventId {
     }
 }
 
-// Within a millisecond a thread counts on from its last id: that costs half of a new one. What counts are
-// the lowest 31 of the random bits, from wherever they are; the bit above is zero, so that no run of them
-// reaches the counter that the `uuid` crate shares among threads.
+// Until the clock ticks (within some milliseconds) a thread counts on from its last id: that costs a quarter
+// of a new one. What counts are the lowest 31 of the random bits, from wherever they are; the bit above is
+// zero, so that no run of them reaches the counter that the `uuid` crate shares among threads.
 const RUN_MASK: u128 = (1 << 31) - 1;
 thread_local! {
     static LAST_ID: Cell<(i64, u128)> = const { Cell::new((i64::MIN, 0)) };

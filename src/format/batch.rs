@@ -369,12 +369,12 @@ pub struct Records<'a> {
 impl<'a> Iterator for Records<'a> {
     type Item = Result<RecordRef<'a>, FormatError>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         self.left = self.left.checked_sub(1)?;
         match RecordRef::decode_behind(self.rest, self.names) {
-            Ok((record, rest)) => {
-                self.rest = rest;
-                self.names = Names { stream: record.stream, event_type: record.event_type };
+            Ok((record, names, rest)) => {
+                (self.rest, self.names) = (rest, names);
                 Some(Ok(record))
             }
             Err(error) => {

@@ -48,25 +48,30 @@ pub struct RecordRef<'a> {
     metadata: Texts<'a>,
 }
 
-/// The verified names of a record.
+/// The verified names of a record, and the bytes that they are: both, one behind the other.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Names<'a> {
-    pub(super) stream: &'a str,
-    pub(super) event_type: &'a str,
+    bytes: &'a [u8],
+    stream: &'a str,
+    event_type: &'a str,
 }
 
 impl<'a> Names<'a> {
-    fn or_verified(self, stream: &'a [u8], event_type: &'a [u8]) -> Result<Self, FormatError> {
-        let is = |known: &str, name: &[u8]| !name.is_empty() && known.as_bytes() == name;
-        let stream = match is(self.stream, stream) {
-            true => self.stream,
-            false => verified(stream, "stream name", StreamId::check)?,
-        };
-        let event_type = match is(self.event_type, event_type) {
-            true => self.event_type,
-            false => verified(event_type, "event type", EventType::check)?,
-        };
-        Ok(Self { stream, event_type })
+    /// What `bytes` holds if a stream's name of `stream_len` is in front.
+    #[inline]
+    fn or_verified(self, bytes: &'a [u8], stream_len: usize) -> Result<Self, FormatError> {
+        if stream_len == self.stream.len() && bytes == self.bytes && !bytes.is_empty() {
+            return Ok(self);
+        }
+        Self::verified(bytes, stream_len)
+    }
+
+    fn verified(bytes: &'a [u8], stream_len: usize) -> Result<Self, FormatError> {
+        let (stream, event_type) =
+            bytes.split_at_checked(stream_len).ok_or(FormatError::Truncated)?;
+        let stream = verified(stream, "stream name", StreamId::check)?;
+        let event_type = verified(event_type, "event type", EventType::check)?;
+        Ok(Self { bytes, stream, event_type })
     }
 }
 
@@ -103,15 +108,18 @@ impl<'a> RecordRef<'a> {
     /// # Errors
     /// [`FormatError`] if a field is out of bounds or impossible.
     pub fn decode(bytes: &'a [u8]) -> Result<(Self, &'a [u8]), FormatError> {
-        Self::decode_behind(bytes, Names::default())
+        Self::decode_behind(bytes, Names::default()).map(|(record, _, rest)| (record, rest))
     }
 
     /// The same, behind a record with these names: records that follow each other often have the same, which
     /// then need not be verified again.
+    ///
+    /// Inlined, with everything that it calls, so that a reader who looks at one field pays for no other.
+    #[inline]
     pub(super) fn decode_behind(
         bytes: &'a [u8],
         known: Names<'a>,
-    ) -> Result<(Self, &'a [u8]), FormatError> {
+    ) -> Result<(Self, Names<'a>, &'a [u8]), FormatError> {
         let (&len, _) = bytes.split_first_chunk::<4>().ok_or(FormatError::Truncated)?;
         let (record, rest) = bytes
             .split_at_checked(u32::from_le_bytes(len) as usize)
@@ -138,9 +146,9 @@ impl<'a> RecordRef<'a> {
         let (tag_count, metadata_count) = (u16_at(fixed, 44), u16_at(fixed, 46));
         let mut input =
             Decoder::new(header.get(RECORD_FIXED_BYTES..).ok_or(FormatError::Truncated)?);
-        let stream = input.bytes(usize::from(stream_len))?;
-        let event_type = input.bytes(usize::from(type_len))?;
-        let Names { stream, event_type } = known.or_verified(stream, event_type)?;
+        let names = input.bytes(usize::from(stream_len) + usize::from(type_len))?;
+        let names = known.or_verified(names, usize::from(stream_len))?;
+        let Names { stream, event_type, .. } = names;
         let tags = texts(&mut input, usize::from(tag_count), "tag")?;
         let record = Self {
             id,
@@ -159,7 +167,7 @@ impl<'a> RecordRef<'a> {
             tags,
             metadata: texts(&mut input, 2 * usize::from(metadata_count), "metadata")?,
         };
-        Ok((record, rest))
+        Ok((record, names, rest))
     }
 
     /// Whether there is more than payload, names and numbers.
@@ -185,16 +193,19 @@ impl<'a> RecordRef<'a> {
 }
 
 /// The places are constants, within the fixed part.
+#[inline]
 fn array_at<const N: usize>(fixed: &[u8; RECORD_FIXED_BYTES], at: usize) -> [u8; N] {
     let mut array = [0; N];
     array.copy_from_slice(&fixed[at..at + N]);
     array
 }
 
+#[inline]
 fn u16_at(fixed: &[u8; RECORD_FIXED_BYTES], at: usize) -> u16 {
     u16::from_le_bytes(array_at(fixed, at))
 }
 
+#[inline]
 const fn has(fields: u8, bit: u8) -> bool {
     fields & bit != 0
 }
@@ -206,11 +217,15 @@ fn locator(input: &mut Decoder<'_>) -> Result<Locator, FormatError> {
     })
 }
 
+#[inline]
 fn texts<'a>(
     input: &mut Decoder<'a>,
     count: usize,
     what: &'static str,
 ) -> Result<Texts<'a>, FormatError> {
+    if count == 0 {
+        return Ok(Texts { bytes: &[] }); // most often
+    }
     let all = input.rest();
     for _ in 0..count {
         input.text16(what)?;
