@@ -73,6 +73,8 @@ fn writers_held(measured: &[Measured]) -> Vec<Option<Held>> {
 }
 
 pub(crate) fn batches(scratch: &Scratch, _: &Corpus) -> Outcome<Group> {
+    /// Batches of one operation.
+    const SUBMITTED: usize = 64;
     let folder = scratch.folder("batches")?;
     let bytes = batch_bytes(&Store::create(folder.join("probe"))?, EVENTS_PER_BATCH)?;
     let device = Device::create(&folder.join("device"), scratch.scale.file_bytes)?;
@@ -80,6 +82,12 @@ pub(crate) fn batches(scratch: &Scratch, _: &Corpus) -> Outcome<Group> {
     let ways = vec![
         write_and_sync("device: write + fdatasync", device, count as u64, bytes)?,
         one_append("append, 1000 events", store, count, bytes)?,
+        Way {
+            name: "submit, 1000 events, 16 under way",
+            events: (SUBMITTED * count) as u64,
+            bytes: SUBMITTED as u64 * bytes,
+            operation: submit(Store::create(folder.join("submitted"))?, count, SUBMITTED, 16)?,
+        },
     ];
     Ok(Group::new("durable appends, batches of 1000", DURABLE, ways))
 }
@@ -93,21 +101,6 @@ pub(crate) fn tickets(scratch: &Scratch, _: &Corpus) -> Outcome<Group> {
     let under_way = UNDER_WAY.min(scratch.scale.appends_of_tickets / 2);
     let device = Device::create(&folder.join("device"), scratch.scale.file_bytes)?;
     let (many, count) = (under_way as u64, scratch.scale.appends_of_tickets);
-    let plain = Plain::new("bench")?;
-    let submit = move || {
-        let mut tickets = VecDeque::<Ticket>::with_capacity(under_way);
-        let meter = Meter::start();
-        for _ in 0..count {
-            if tickets.len() == under_way {
-                tickets.pop_front().map_or(Ok(None), |ticket| ticket.wait().map(Some))?;
-            }
-            tickets.push_back(store.submit(&plain.append(1))?);
-        }
-        for ticket in tickets {
-            ticket.wait()?;
-        }
-        Ok(meter.stop())
-    };
     let events = count as u64;
     let ways = vec![
         write_and_sync("device: write 4096 + fdatasync", device, many, many * bytes)?,
@@ -115,10 +108,34 @@ pub(crate) fn tickets(scratch: &Scratch, _: &Corpus) -> Outcome<Group> {
             name: "submit, 1 thread, 4096 under way",
             events,
             bytes: events * bytes,
-            operation: Box::new(submit),
+            operation: submit(store, 1, count, under_way)?,
         },
     ];
     Ok(Group::new("tickets", DURABLE, ways))
+}
+
+/// So many appends by one thread, the answer to each taken when `under_way` others have followed it.
+fn submit(
+    store: Store,
+    events: usize,
+    appends: usize,
+    under_way: usize,
+) -> Outcome<Box<dyn FnMut() -> Outcome<Took>>> {
+    let plain = Plain::new("bench")?;
+    Ok(Box::new(move || {
+        let mut tickets = VecDeque::<Ticket>::with_capacity(under_way);
+        let meter = Meter::start();
+        for _ in 0..appends {
+            if tickets.len() == under_way {
+                tickets.pop_front().map_or(Ok(None), |ticket| ticket.wait().map(Some))?;
+            }
+            tickets.push_back(store.submit(&plain.append(events))?);
+        }
+        for ticket in tickets {
+            ticket.wait()?;
+        }
+        Ok(meter.stop())
+    }))
 }
 
 /// Batches that are answered before they are durable. The bound on what may be unsynced is far smaller than
