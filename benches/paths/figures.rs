@@ -11,7 +11,6 @@ use crate::measure::{Effort, Measured, measure};
 use crate::shared::device::Device;
 use crate::shared::held::{self, Held};
 use crate::shared::machine::Machine;
-use crate::shared::memory;
 use crate::shared::page::{self, Part, grouped, ratio, time};
 use crate::shared::spread::Spread;
 use crate::{GROUPS, Group, Outcome, Scale, Scratch, Way, plot};
@@ -70,9 +69,6 @@ pub(crate) struct WayData {
 pub(crate) fn run(asked: Asked) -> Outcome<()> {
     let scratch = Scratch::new(asked.scale)?;
     let machine = Machine::look(scratch.dir.path());
-    if !matches!(asked.effort, Effort::Smoke) {
-        memory::use_once();
-    }
     let device = Device::under(scratch.dir.path())?;
     let show = |text: &str| if asked.json { eprintln!("{text}") } else { println!("{text}") };
     show(&machine.to_string());

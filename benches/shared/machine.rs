@@ -80,7 +80,7 @@ fn unknown() -> String {
 }
 
 /// `name : value` in a file of such lines.
-pub(crate) fn field(path: &str, name: &str) -> Option<String> {
+fn field(path: &str, name: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|line| line.starts_with(name))?;
     Some(line.split_once(':')?.1.trim().to_owned())

@@ -3,7 +3,6 @@
 pub(crate) mod device;
 pub(crate) mod held;
 pub(crate) mod machine;
-pub(crate) mod memory;
 pub(crate) mod page;
 pub(crate) mod spread;
 

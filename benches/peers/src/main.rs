@@ -175,9 +175,6 @@ fn compare(run: &Run) -> Outcome<()> {
     let scratch = scratch()?;
     let machine = shared::machine::Machine::look(scratch.path());
     eprintln!("{machine}");
-    if !run.smoke {
-        shared::memory::use_once();
-    }
     let minutes = runner::expected(peers.len(), &settings) / 60.0;
     eprintln!("{} peers, {} rounds: about {minutes:.1} minutes", peers.len(), settings.rounds);
     let results = runner::run(&peers, scratch.path(), &settings)?;
