@@ -5,11 +5,39 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::Check;
 
-/// A run that takes longer hangs.
+/// A run hangs if the process has worked for so long meanwhile. Not by the clock: on a busy machine, or stopped by a
+/// signal, nothing hangs that only waits for its turn.
 const HANGS_AFTER: Duration = Duration::from_secs(60);
+/// But if nothing works at all, because every thread hangs, the clock has to tell.
+const HANGS_BY_THE_CLOCK_AFTER: Duration = Duration::from_secs(900);
+
+/// What was on both clocks when a run began.
+#[derive(Clone, Copy)]
+struct Began {
+    seed: u64,
+    at: Instant,
+    worked: Duration,
+}
+
+impl Began {
+    fn now(seed: u64) -> Self {
+        Self { seed, at: Instant::now(), worked: worked() }
+    }
+
+    fn hangs(&self) -> bool {
+        worked().saturating_sub(self.worked) > HANGS_AFTER
+            || self.at.elapsed() > HANGS_BY_THE_CLOCK_AFTER
+    }
+}
+
+/// Processor time of the whole process.
+fn worked() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap()
+}
 
 /// When enough has been tried.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,13 +69,13 @@ pub(crate) fn over_seeds(
     let next = AtomicU64::new(first);
     let stop = AtomicBool::new(false);
     let tally = Mutex::new(Tally::default());
-    let running: Mutex<BTreeMap<usize, (u64, Instant)>> = Mutex::default();
+    let running: Mutex<BTreeMap<usize, Began>> = Mutex::default();
     let began = Instant::now();
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let worker = &|number: usize| {
         while !stop.load(Ordering::Relaxed) {
             let seed = next.fetch_add(1, Ordering::Relaxed);
-            running.lock().insert(number, (seed, Instant::now()));
+            running.lock().insert(number, Began::now(seed));
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| one(seed)));
             let outcome = outcome.unwrap_or_else(|_| Err(format!("seed {seed}: panicked")));
             running.lock().remove(&number);
@@ -68,9 +96,9 @@ pub(crate) fn over_seeds(
         let mut shown = Instant::now();
         while workers.iter().any(|worker| !worker.is_finished()) {
             std::thread::park_timeout(Duration::from_millis(20));
-            for (seed, since) in running.lock().values() {
-                if since.elapsed() > HANGS_AFTER {
-                    eprintln!("seed {seed} hangs");
+            for run in running.lock().values() {
+                if run.hangs() {
+                    eprintln!("seed {} hangs", run.seed);
                     std::process::exit(1);
                 }
             }
