@@ -18,8 +18,10 @@
 //! - The pointer is replaced by writing a new one, syncing it and renaming it: at any moment it is the old
 //!   or the new one. A flip to another generation is this and nothing else.
 //! - A pointed-to folder may be missing: then the generation is empty, and is built from the journal.
-//! - A generation that is no longer pointed to is *set aside*: it is never read and never deleted. Whoever
-//!   has looked at it may delete its folder.
+//! - A generation that is being built beside the live one is marked as begun; the mark goes before the pointer
+//!   comes. Whoever opens the folder deletes what is marked and not pointed to.
+//! - A generation that is no longer pointed to is *set aside*: nothing reads or deletes it without being
+//!   asked to.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -33,6 +35,8 @@ use crate::fs::{Fs, Lock, OpenMode, read_exact_at, write_all_at};
 
 const LOCK_FILE: &str = "lock";
 const POINTER_FILE: &str = "live";
+/// In the folder of a generation that is being built, and was never live.
+const BEGUN_FILE: &str = "begun";
 const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
@@ -71,6 +75,11 @@ impl Generation {
     /// Where its database is.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether it is being built, or was when its process died.
+    pub(crate) fn is_begun(&self) -> bool {
+        self.folder.join(BEGUN_FILE).exists()
     }
 
     /// How far it has come with `journal`, durably; `None` if it hasn't begun. Changes nothing, and may run
@@ -124,7 +133,9 @@ impl Generations {
         fs.create_dir_all(&dir).context("creating the view's directory", &dir)?;
         let lock = lock(&*fs, &dir)?;
         let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?;
-        Ok(Self { fs, dir, live, lock })
+        let opened = Self { fs, dir, live, lock };
+        opened.remove_begun()?;
+        Ok(opened)
     }
 
     /// The folder of the live generation of `version`; a new one if there is none.
@@ -143,6 +154,78 @@ impl Generations {
         self.write_pointer(&live)?;
         self.live = live;
         Ok(self.folder(version, generation)?)
+    }
+
+    /// The folder of a new generation of `version`, beside the live one: [`set_live`](Self::set_live) makes it
+    /// the live one. Until then it is *begun*, and goes away at the next opening if its process dies.
+    pub(super) fn begin(&mut self, version: u32) -> Result<(u32, PathBuf), ViewError> {
+        let number = self.last_used(version)?.saturating_add(1);
+        let folder = self.folder(version, number)?;
+        let mark = folder.join(BEGUN_FILE);
+        let file = self.fs.open(&mark, OpenMode::CreateNew);
+        file.and_then(|file| file.sync_data())
+            .and_then(|()| self.fs.sync_dir(&folder))
+            .context("marking a generation as begun", &mark)?;
+        Ok((number, folder))
+    }
+
+    /// Points to a generation that [`begin`](Self::begin) has begun, or that was live before.
+    pub(super) fn set_live(&mut self, version: u32, number: u32) -> Result<(), ViewError> {
+        let folder = self.folder(version, number)?;
+        let mark = folder.join(BEGUN_FILE);
+        match self.fs.remove(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.fs.sync_dir(&folder),
+        }
+        .context("finishing a generation", &mark)?;
+        let mut live = self.live.clone();
+        live.insert(version, number);
+        self.write_pointer(&live)?;
+        self.live = live;
+        Ok(())
+    }
+
+    /// The number of the generation that `version` reads, if there is one.
+    pub(super) fn live_number(&self, version: u32) -> Option<u32> {
+        self.live.get(&version).copied()
+    }
+
+    /// All generations that have a folder and aren't only begun.
+    pub(super) fn all(&self) -> Result<Vec<Generation>, ViewError> {
+        Ok(generations(&self.dir)?.into_iter().filter(|it| !it.is_begun()).collect())
+    }
+
+    /// The folder of a generation that was live before.
+    pub(super) fn existing(&self, version: u32, number: u32) -> Result<PathBuf, ViewError> {
+        let all = self.all()?;
+        let found = all.into_iter().find(|it| (it.version, it.number) == (version, number));
+        let folder = self.dir.join(format!("{version}.{number}"));
+        found.map(|it| it.folder).ok_or(ViewError::NoGeneration { folder })
+    }
+
+    /// Deletes a generation that isn't live; `false` if there is none.
+    pub(super) fn remove(&self, version: u32, number: u32) -> Result<bool, ViewError> {
+        let folder = self.dir.join(format!("{version}.{number}"));
+        if self.live_number(version) == Some(number) {
+            return Err(ViewError::Live { folder });
+        }
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            removed => {
+                removed.context("deleting a generation", &folder)?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Deletes what a process that died had begun.
+    fn remove_begun(&self) -> Result<(), ViewError> {
+        for begun in generations(&self.dir)?.into_iter().filter(Generation::is_begun) {
+            if !begun.live {
+                self.remove(begun.version, begun.number)?;
+            }
+        }
+        Ok(())
     }
 
     /// RocksDB syncs what is in a folder, not the folder's own name: that is done here.
