@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! views/<name>/
-//!   lock           held as long as the view is open
+//!   lock.1         held as long as version 1 is open
+//!   lock           held while the pointer is replaced
 //!   live           the pointer: which generation each version reads
 //!   1.1/           RocksDB of version 1, first generation
 //!   1.2/           the second one, built anew because the first was of another history
@@ -28,11 +29,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::error::ViewError;
 use crate::error::{IoContext, IoError};
 use crate::format::crc32;
 use crate::fs::{Fs, Lock, OpenMode, read_exact_at, write_all_at};
 
+/// Held for a moment, while the pointer is replaced.
 const LOCK_FILE: &str = "lock";
 const POINTER_FILE: &str = "live";
 /// In the folder of a generation that is being built, and was never live.
@@ -56,7 +60,9 @@ pub(super) fn is_valid_name(name: &str) -> bool {
 pub(super) struct Generations {
     fs: Arc<dyn Fs>,
     dir: PathBuf,
-    live: BTreeMap<u32, u32>,
+    /// The version that is open, and the only one that is changed here.
+    version: u32,
+    live: Option<u32>,
     #[allow(dead_code, reason = "held, never read: dropping it releases the lock")]
     lock: Box<dyn Lock>,
 }
@@ -127,40 +133,42 @@ pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
 }
 
 impl Generations {
-    /// Opens and locks the folder of the view `name`, creating it if there is none.
-    pub(super) fn open(fs: Arc<dyn Fs>, views_dir: &Path, name: &str) -> Result<Self, ViewError> {
+    /// Opens the folder of the view `name`, creating it if there is none, and locks it for `version`.
+    pub(super) fn open(
+        fs: Arc<dyn Fs>,
+        views_dir: &Path,
+        name: &str,
+        version: u32,
+    ) -> Result<Self, ViewError> {
         let dir = views_dir.join(name);
         fs.create_dir_all(&dir).context("creating the view's directory", &dir)?;
-        let lock = lock(&*fs, &dir)?;
-        let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?;
-        let opened = Self { fs, dir, live, lock };
+        let lock = lock(&*fs, &dir.join(format!("{LOCK_FILE}.{version}")))?;
+        let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?.get(&version).copied();
+        let opened = Self { fs, dir, version, live, lock };
         opened.remove_begun()?;
         Ok(opened)
     }
 
-    /// The folder of the live generation of `version`; a new one if there is none.
-    pub(super) fn live(&mut self, version: u32) -> Result<PathBuf, ViewError> {
-        match self.live.get(&version) {
-            Some(&generation) => Ok(self.folder(version, generation)?),
-            None => self.next(version),
+    /// The folder of the live generation; a new one if there is none.
+    pub(super) fn live(&mut self) -> Result<PathBuf, ViewError> {
+        match self.live {
+            Some(number) => Ok(self.folder(number)?),
+            None => self.next(),
         }
     }
 
-    /// Sets the live generation of `version` aside and points to a new one; its folder.
-    pub(super) fn next(&mut self, version: u32) -> Result<PathBuf, ViewError> {
-        let generation = self.last_used(version)?.saturating_add(1);
-        let mut live = self.live.clone();
-        live.insert(version, generation);
-        self.write_pointer(&live)?;
-        self.live = live;
-        Ok(self.folder(version, generation)?)
+    /// Sets the live generation aside and points to a new one; its folder.
+    pub(super) fn next(&mut self) -> Result<PathBuf, ViewError> {
+        let number = self.last_used()?.saturating_add(1);
+        self.point_to(number)?;
+        Ok(self.folder(number)?)
     }
 
-    /// The folder of a new generation of `version`, beside the live one: [`set_live`](Self::set_live) makes it
-    /// the live one. Until then it is *begun*, and goes away at the next opening if its process dies.
-    pub(super) fn begin(&mut self, version: u32) -> Result<(u32, PathBuf), ViewError> {
-        let number = self.last_used(version)?.saturating_add(1);
-        let folder = self.folder(version, number)?;
+    /// The folder of a new generation, beside the live one: [`set_live`](Self::set_live) makes it the live one.
+    /// Until then it is *begun*, and goes away at the next opening if its process dies.
+    pub(super) fn begin(&mut self) -> Result<(u32, PathBuf), ViewError> {
+        let number = self.last_used()?.saturating_add(1);
+        let folder = self.folder(number)?;
         let mark = folder.join(BEGUN_FILE);
         let file = self.fs.open(&mark, OpenMode::CreateNew);
         file.and_then(|file| file.sync_data())
@@ -170,80 +178,85 @@ impl Generations {
     }
 
     /// Points to a generation that [`begin`](Self::begin) has begun, or that was live before.
-    pub(super) fn set_live(&mut self, version: u32, number: u32) -> Result<(), ViewError> {
-        let folder = self.folder(version, number)?;
+    pub(super) fn set_live(&mut self, number: u32) -> Result<(), ViewError> {
+        let folder = self.folder(number)?;
         let mark = folder.join(BEGUN_FILE);
         match self.fs.remove(&mark) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => self.fs.sync_dir(&folder),
         }
         .context("finishing a generation", &mark)?;
-        let mut live = self.live.clone();
-        live.insert(version, number);
-        self.write_pointer(&live)?;
-        self.live = live;
-        Ok(())
+        self.point_to(number)
     }
 
-    /// The number of the generation that `version` reads, if there is one.
-    pub(super) fn live_number(&self, version: u32) -> Option<u32> {
-        self.live.get(&version).copied()
+    /// The number of the live generation.
+    pub(super) fn live_number(&self) -> u32 {
+        self.live.unwrap_or_default()
     }
 
-    /// All generations that have a folder and aren't only begun.
+    /// All generations of all versions that have a folder and aren't only begun.
     pub(super) fn all(&self) -> Result<Vec<Generation>, ViewError> {
         Ok(generations(&self.dir)?.into_iter().filter(|it| !it.is_begun()).collect())
     }
 
     /// The folder of a generation that was live before.
-    pub(super) fn existing(&self, version: u32, number: u32) -> Result<PathBuf, ViewError> {
+    pub(super) fn existing(&self, number: u32) -> Result<PathBuf, ViewError> {
         let all = self.all()?;
-        let found = all.into_iter().find(|it| (it.version, it.number) == (version, number));
-        let folder = self.dir.join(format!("{version}.{number}"));
+        let found = all.into_iter().find(|it| (it.version, it.number) == (self.version, number));
+        let folder = self.dir.join(format!("{}.{number}", self.version));
         found.map(|it| it.folder).ok_or(ViewError::NoGeneration { folder })
     }
 
-    /// Deletes a generation that isn't live; `false` if there is none.
+    /// Deletes a generation of any version that isn't live; `false` if there is none.
     pub(super) fn remove(&self, version: u32, number: u32) -> Result<bool, ViewError> {
-        let folder = self.dir.join(format!("{version}.{number}"));
-        if self.live_number(version) == Some(number) {
-            return Err(ViewError::Live { folder });
+        let all = self.all()?;
+        match all.into_iter().find(|it| (it.version, it.number) == (version, number)) {
+            None => Ok(false),
+            Some(Generation { live: true, folder, .. }) => Err(ViewError::Live { folder }),
+            Some(generation) => remove_folder(&generation.folder).map(|()| true),
         }
-        match std::fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            removed => {
-                removed.context("deleting a generation", &folder)?;
-                Ok(true)
-            }
-        }
+    }
+
+    /// Deletes a generation of the own version that was begun here.
+    pub(super) fn give_up(&self, number: u32) -> Result<(), ViewError> {
+        remove_folder(&self.dir.join(format!("{}.{number}", self.version)))
     }
 
     /// Deletes what a process that died had begun.
     fn remove_begun(&self) -> Result<(), ViewError> {
-        for begun in generations(&self.dir)?.into_iter().filter(Generation::is_begun) {
-            if !begun.live {
-                self.remove(begun.version, begun.number)?;
-            }
-        }
-        Ok(())
+        let all = generations(&self.dir)?.into_iter();
+        let begun = |it: &Generation| it.version == self.version && it.is_begun() && !it.live;
+        all.filter(begun).try_for_each(|it| remove_folder(&it.folder))
     }
 
     /// RocksDB syncs what is in a folder, not the folder's own name: that is done here.
-    fn folder(&self, version: u32, generation: u32) -> Result<PathBuf, IoError> {
-        let folder = self.dir.join(format!("{version}.{generation}"));
+    fn folder(&self, number: u32) -> Result<PathBuf, IoError> {
+        let folder = self.dir.join(format!("{}.{number}", self.version));
         self.fs.create_dir_all(&folder).context("creating the generation's directory", &folder)?;
         Ok(folder)
     }
 
     /// The highest generation that has a folder or is pointed to; 0 if there is none.
-    fn last_used(&self, version: u32) -> Result<u32, IoError> {
+    fn last_used(&self) -> Result<u32, IoError> {
         let names = self.fs.list(&self.dir).context("listing the view's directory", &self.dir)?;
         let generation_of = |name: &String| {
             let (of_version, generation) = name.split_once('.')?;
-            (of_version.parse() == Ok(version)).then(|| generation.parse().ok())?
+            (of_version.parse() == Ok(self.version)).then(|| generation.parse().ok())?
         };
         let with_folder = names.iter().filter_map(generation_of).max();
-        Ok(with_folder.max(self.live.get(&version).copied()).unwrap_or(0))
+        Ok(with_folder.max(self.live).unwrap_or(0))
+    }
+
+    /// Replaces the own line of the pointer. The others are their versions', which may be open as well.
+    fn point_to(&mut self, number: u32) -> Result<(), ViewError> {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _guard = ONE_AT_A_TIME.lock();
+        let _lock = lock(&*self.fs, &self.dir.join(LOCK_FILE))?; // another process is told to try again
+        let mut live = read_pointer(&*self.fs, &self.dir.join(POINTER_FILE))?;
+        live.insert(self.version, number);
+        self.write_pointer(&live)?;
+        self.live = Some(number);
+        Ok(())
     }
 
     fn write_pointer(&self, live: &BTreeMap<u32, u32>) -> Result<(), IoError> {
@@ -262,9 +275,16 @@ impl Generations {
     }
 }
 
-fn lock(fs: &dyn Fs, dir: &Path) -> Result<Box<dyn Lock>, ViewError> {
-    let path = dir.join(LOCK_FILE);
+fn remove_folder(folder: &Path) -> Result<(), ViewError> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => Ok(removed.context("deleting a generation", folder)?),
+    }
+}
+
+fn lock(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError> {
     let owner = format!("process {}", std::process::id());
+    let path = path.to_owned();
     fs.lock(&path, &owner)
         .context("locking the view", &path)?
         .map_err(|held| ViewError::InUse { path, owner: held.owner })
@@ -316,8 +336,12 @@ mod tests {
     use super::*;
     use crate::fs::os::OsFs;
 
+    fn open_version(dir: &Path, version: u32) -> Result<Generations, ViewError> {
+        Generations::open(Arc::new(OsFs), dir, "orders", version)
+    }
+
     fn open(dir: &Path) -> Result<Generations, ViewError> {
-        Generations::open(Arc::new(OsFs), dir, "orders")
+        open_version(dir, 1)
     }
 
     #[test]
@@ -334,22 +358,41 @@ mod tests {
     fn each_version_keeps_its_own_live_generation_across_openings() {
         let dir = tempfile::tempdir().unwrap();
         let folder = |name: &str| dir.path().join("orders").join(name);
-        let mut generations = open(dir.path()).unwrap();
-        assert_eq!(generations.live(1).unwrap(), folder("1.1"));
-        assert_eq!(generations.next(1).unwrap(), folder("1.2"));
-        assert_eq!(generations.live(2).unwrap(), folder("2.1"));
-        drop(generations);
-        let mut generations = open(dir.path()).unwrap();
-        assert_eq!(generations.live(1).unwrap(), folder("1.2"));
-        assert_eq!(generations.live(2).unwrap(), folder("2.1"));
+        let mut first = open(dir.path()).unwrap();
+        assert_eq!(first.live().unwrap(), folder("1.1"));
+        let mut second = open_version(dir.path(), 2).unwrap();
+        assert_eq!(second.live().unwrap(), folder("2.1"));
+        assert_eq!(first.next().unwrap(), folder("1.2"));
+        drop((first, second));
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), folder("1.2"));
+        assert_eq!(open_version(dir.path(), 2).unwrap().live().unwrap(), folder("2.1"));
     }
 
     #[test]
     fn a_folder_that_exists_is_never_taken_for_a_new_generation() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("orders/3.7")).unwrap();
+        let mut generations = open_version(dir.path(), 3).unwrap();
+        assert_eq!(generations.live().unwrap(), dir.path().join("orders/3.8"));
+    }
+
+    #[test]
+    fn what_was_begun_goes_away_at_the_next_opening_unless_it_became_live() {
+        let dir = tempfile::tempdir().unwrap();
         let mut generations = open(dir.path()).unwrap();
-        assert_eq!(generations.live(3).unwrap(), dir.path().join("orders/3.8"));
+        generations.live().unwrap();
+        let (number, begun) = generations.begin().unwrap();
+        let mut second = open_version(dir.path(), 2).unwrap();
+        let (_, of_second) = second.begin().unwrap();
+        assert!(generations.all().unwrap().iter().all(|it| it.folder != begun));
+        assert!(!generations.remove(1, number).unwrap(), "nobody else deletes it");
+        drop(generations);
+        let mut generations = open(dir.path()).unwrap();
+        assert!(!begun.exists() && of_second.exists(), "the other version's is its own affair");
+        let (number, begun) = generations.begin().unwrap();
+        generations.set_live(number).unwrap();
+        drop(generations);
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), begun);
     }
 
     #[test]
@@ -381,7 +424,7 @@ mod tests {
     #[test]
     fn a_damaged_pointer_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
-        drop(open(dir.path()).unwrap().live(1).unwrap());
+        drop(open(dir.path()).unwrap().live().unwrap());
         std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n")
             .unwrap();
         assert!(matches!(open(dir.path()), Err(ViewError::DamagedPointer { .. })));

@@ -296,11 +296,11 @@ impl<V: View> ViewHandle<V> {
     pub fn rollback(&self) -> Result<RebuildHandle, ViewError> {
         let number = {
             let folder = self.shared().folder.lock();
-            let live = folder.live_number(V::VERSION).unwrap_or_default();
+            let live = folder.live_number();
             let of_version = |it: &Generation| it.version == V::VERSION && it.number < live;
             let before = folder.all()?.into_iter().filter(of_version).map(|it| it.number).max();
             let lower = live.saturating_sub(1);
-            before.map_or_else(|| folder.existing(V::VERSION, lower).map(|_| lower), Ok)?
+            before.map_or_else(|| folder.existing(lower).map(|_| lower), Ok)?
         };
         let options = RebuildOptions::default();
         takeover::begin(&self.running, self.view.clone(), options, Source::Generation(number))

@@ -91,7 +91,7 @@ pub(super) fn start<V: View>(
     view: Arc<V>,
     options: ViewOptions,
 ) -> Result<Running, ViewError> {
-    let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME)?;
+    let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME, V::VERSION)?;
     let opened = open_live::<V>(&mut folder, &journal, &options)?;
     let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
     let state = State {
@@ -131,7 +131,7 @@ fn open_live<V: View>(
     journal: &Journal,
     options: &ViewOptions,
 ) -> Result<Opened, ViewError> {
-    let db = Db::open(&folder.live(V::VERSION)?, &options.memory)?;
+    let db = Db::open(&folder.live()?, &options.memory)?;
     if let Some(opened) = to_build(&db, journal)? {
         return Ok(opened);
     }
@@ -145,7 +145,7 @@ fn open_live<V: View>(
         Judgement::SetAside => {
             let set_aside = Some(db.path().to_owned());
             drop(db);
-            let db = Db::open(&folder.next(V::VERSION)?, &options.memory)?;
+            let db = Db::open(&folder.next()?, &options.memory)?;
             if let Some(opened) = to_build(&db, journal)? {
                 return Ok(Opened { set_aside, ..opened });
             }

@@ -128,7 +128,7 @@ impl<V: View> Takeover<V> {
 
     fn from_generation(&self, number: u32) -> Result<(Runner<V>, Rebuilt), RebuildError> {
         let shared = &self.shared;
-        let path = shared.folder.lock().existing(V::VERSION, number)?;
+        let path = shared.folder.lock().existing(number)?;
         let db = Db::open(&path, &shared.options.memory).map_err(ViewError::from)?;
         let progress = db.begin(V::NAME, V::VERSION, nothing(&shared.journal));
         let progress = progress.map_err(ViewError::from)?;
@@ -151,7 +151,7 @@ impl<V: View> Takeover<V> {
             drop(db);
             Ok(number)
         });
-        self.shared.folder.lock().remove(V::VERSION, checked?)?;
+        self.shared.folder.lock().give_up(checked?)?;
         compared.ok_or(RebuildError::Cancelled)
     }
 
@@ -160,10 +160,10 @@ impl<V: View> Takeover<V> {
         &self,
         make: impl FnOnce(u32, &Path) -> Result<T, RebuildError>,
     ) -> Result<T, RebuildError> {
-        let (number, path) = self.shared.folder.lock().begin(V::VERSION)?;
+        let (number, path) = self.shared.folder.lock().begin()?;
         make(number, &path).inspect_err(|_| {
             // An effort: the next opening deletes it, too.
-            drop(self.shared.folder.lock().remove(V::VERSION, number));
+            drop(self.shared.folder.lock().give_up(number));
         })
     }
 
@@ -242,8 +242,8 @@ impl<V: View> Takeover<V> {
         self.control.check()?;
         let previous = {
             let mut folder = shared.folder.lock();
-            let previous = folder.live_number(V::VERSION).unwrap_or_default();
-            folder.set_live(V::VERSION, number)?;
+            let previous = folder.live_number();
+            folder.set_live(number)?;
             previous
         };
         let mine = shared.flip(&mut turn, Arc::clone(&db), progress);
