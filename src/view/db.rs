@@ -29,6 +29,7 @@ use rocksdb::{
 };
 use self_cell::self_cell;
 
+use super::openings::Closing;
 use crate::format::Decoder;
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId};
@@ -289,11 +290,13 @@ pub(super) struct Db {
     db: DB,
     path: PathBuf,
     write_options: WriteOptions,
+    #[allow(dead_code, reason = "held, never read; behind the database, which is closed first")]
+    closing: Option<Closing>,
 }
 
 impl Db {
     /// Opens the database at `path`, creating it if there is none.
-    pub(super) fn open(path: &Path, memory: &ViewMemory) -> Result<Arc<Self>, StorageError> {
+    pub(super) fn open(path: &Path, memory: &ViewMemory) -> Result<Self, StorageError> {
         let db = DB::open(&options(memory), path).map_err(|error| StorageError {
             action: "opening the view's database",
             path: path.to_owned(),
@@ -301,11 +304,16 @@ impl Db {
         })?;
         let mut write_options = WriteOptions::default();
         write_options.disable_wal(true);
-        Ok(Arc::new(Self { db, path: path.to_owned(), write_options }))
+        Ok(Self { db, path: path.to_owned(), write_options, closing: None })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// `closing` is dropped when the database has been closed.
+    pub(super) fn with_closing(self, closing: Closing) -> Self {
+        Self { closing: Some(closing), ..self }
     }
 
     /// How far the generation has got; an empty one is marked as `name`'s and begins at `start`.
@@ -697,7 +705,7 @@ mod tests {
     }
 
     fn open(path: &Path) -> Arc<Db> {
-        Db::open(path, &ViewMemory::new(1 << 20, 1 << 20)).unwrap()
+        Arc::new(Db::open(path, &ViewMemory::new(1 << 20, 1 << 20)).unwrap())
     }
 
     fn begun(path: &Path) -> Arc<Db> {
@@ -873,7 +881,7 @@ mod tests {
             bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
             std::fs::write(&table, bytes).unwrap();
         }
-        let opened = Db::open(dir.path(), &ViewMemory::new(1 << 20, 1 << 20));
+        let opened = Db::open(dir.path(), &ViewMemory::new(1 << 20, 1 << 20)).map(Arc::new);
         let error = opened.and_then(|db| db.begin("orders", 1, progress(0))).unwrap_err();
         assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
     }

@@ -19,8 +19,9 @@
 //! - The pointer is replaced by writing a new one, syncing it and renaming it: at any moment it is the old
 //!   or the new one. A flip to another generation is this and nothing else.
 //! - A pointed-to folder may be missing: then the generation is empty, and is built from the journal.
-//! - A generation that is being built beside the live one is marked as begun; the mark goes before the pointer
-//!   comes. Whoever opens the folder deletes what is marked and not pointed to.
+//! - A generation that is being built beside the live one, or deleted while somebody still reads it, is marked as
+//!   one that isn't kept; the mark goes before the pointer comes. The next opening deletes what is marked and not
+//!   pointed to.
 //! - A generation that is no longer pointed to is *set aside*: nothing reads or deletes it without being
 //!   asked to.
 
@@ -39,8 +40,8 @@ use crate::fs::{Fs, Lock, OpenMode, read_exact_at, write_all_at};
 /// Held for a moment, while the pointer is replaced.
 const LOCK_FILE: &str = "lock";
 const POINTER_FILE: &str = "live";
-/// In the folder of a generation that is being built, and was never live.
-const BEGUN_FILE: &str = "begun";
+/// In the folder of a generation that is being built, or is being deleted.
+const NOT_KEPT_FILE: &str = "not-kept";
 const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
@@ -83,9 +84,9 @@ impl Generation {
         &self.folder
     }
 
-    /// Whether it is being built, or was when its process died.
-    pub(crate) fn is_begun(&self) -> bool {
-        self.folder.join(BEGUN_FILE).exists()
+    /// Whether it is being built or deleted, or was when its process died.
+    pub(crate) fn is_not_kept(&self) -> bool {
+        self.folder.join(NOT_KEPT_FILE).exists()
     }
 
     /// How far it has come with `journal`, durably; `None` if it hasn't begun. Changes nothing, and may run
@@ -145,7 +146,7 @@ impl Generations {
         let lock = lock(&*fs, &dir.join(format!("{LOCK_FILE}.{version}")))?;
         let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?.get(&version).copied();
         let opened = Self { fs, dir, version, live, lock };
-        opened.remove_begun()?;
+        opened.remove_not_kept()?;
         Ok(opened)
     }
 
@@ -165,22 +166,18 @@ impl Generations {
     }
 
     /// The folder of a new generation, beside the live one: [`set_live`](Self::set_live) makes it the live one.
-    /// Until then it is *begun*, and goes away at the next opening if its process dies.
+    /// Until then it isn't kept: it goes away at the next opening if its process dies.
     pub(super) fn begin(&mut self) -> Result<(u32, PathBuf), ViewError> {
         let number = self.last_used()?.saturating_add(1);
         let folder = self.folder(number)?;
-        let mark = folder.join(BEGUN_FILE);
-        let file = self.fs.open(&mark, OpenMode::CreateNew);
-        file.and_then(|file| file.sync_data())
-            .and_then(|()| self.fs.sync_dir(&folder))
-            .context("marking a generation as begun", &mark)?;
+        self.keep_no_longer(&folder)?;
         Ok((number, folder))
     }
 
     /// Points to a generation that [`begin`](Self::begin) has begun, or that was live before.
     pub(super) fn set_live(&mut self, number: u32) -> Result<(), ViewError> {
         let folder = self.folder(number)?;
-        let mark = folder.join(BEGUN_FILE);
+        let mark = folder.join(NOT_KEPT_FILE);
         match self.fs.remove(&mark) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => self.fs.sync_dir(&folder),
@@ -194,38 +191,58 @@ impl Generations {
         self.live.unwrap_or_default()
     }
 
-    /// All generations of all versions that have a folder and aren't only begun.
+    /// All generations of all versions that have a folder and are kept.
     pub(super) fn all(&self) -> Result<Vec<Generation>, ViewError> {
-        Ok(generations(&self.dir)?.into_iter().filter(|it| !it.is_begun()).collect())
+        Ok(generations(&self.dir)?.into_iter().filter(|it| !it.is_not_kept()).collect())
     }
 
     /// The folder of a generation that was live before.
     pub(super) fn existing(&self, number: u32) -> Result<PathBuf, ViewError> {
-        let all = self.all()?;
-        let found = all.into_iter().find(|it| (it.version, it.number) == (self.version, number));
         let folder = self.dir.join(format!("{}.{number}", self.version));
-        found.map(|it| it.folder).ok_or(ViewError::NoGeneration { folder })
+        self.find(self.version, number)?
+            .map(|it| it.folder)
+            .ok_or(ViewError::NoGeneration { folder })
     }
 
-    /// Deletes a generation of any version that isn't live; `false` if there is none.
-    pub(super) fn remove(&self, version: u32, number: u32) -> Result<bool, ViewError> {
-        let all = self.all()?;
-        match all.into_iter().find(|it| (it.version, it.number) == (version, number)) {
+    /// Forgets a generation that isn't live: its folder is to be deleted when nobody has it open any more.
+    /// `None` if there is none.
+    pub(super) fn forget(&self, number: u32) -> Result<Option<PathBuf>, ViewError> {
+        match self.find(self.version, number)? {
+            None => Ok(None),
+            Some(Generation { live: true, folder, .. }) => Err(ViewError::Live { folder }),
+            Some(Generation { folder, .. }) => {
+                self.keep_no_longer(&folder)?;
+                Ok(Some(folder))
+            }
+        }
+    }
+
+    /// Deletes a generation of another version, which isn't open. `false` if there is none.
+    pub(super) fn remove_other(&self, version: u32, number: u32) -> Result<bool, ViewError> {
+        let _lock = lock(&*self.fs, &self.dir.join(format!("{LOCK_FILE}.{version}")))?;
+        match self.find(version, number)? {
             None => Ok(false),
             Some(Generation { live: true, folder, .. }) => Err(ViewError::Live { folder }),
             Some(generation) => remove_folder(&generation.folder).map(|()| true),
         }
     }
 
-    /// Deletes a generation of the own version that was begun here.
-    pub(super) fn give_up(&self, number: u32) -> Result<(), ViewError> {
-        remove_folder(&self.dir.join(format!("{}.{number}", self.version)))
+    fn find(&self, version: u32, number: u32) -> Result<Option<Generation>, ViewError> {
+        let mut all = self.all()?.into_iter();
+        Ok(all.find(|it| (it.version, it.number) == (version, number)))
     }
 
-    /// Deletes what a process that died had begun.
-    fn remove_begun(&self) -> Result<(), ViewError> {
+    fn keep_no_longer(&self, folder: &Path) -> Result<(), ViewError> {
+        let mark = folder.join(NOT_KEPT_FILE);
+        let file = self.fs.open(&mark, OpenMode::CreateNew);
+        let marked = file.and_then(|file| file.sync_data()).and_then(|()| self.fs.sync_dir(folder));
+        Ok(marked.context("marking a generation that isn't kept", &mark)?)
+    }
+
+    /// Deletes what a process that died was building or deleting.
+    fn remove_not_kept(&self) -> Result<(), ViewError> {
         let all = generations(&self.dir)?.into_iter();
-        let begun = |it: &Generation| it.version == self.version && it.is_begun() && !it.live;
+        let begun = |it: &Generation| it.version == self.version && it.is_not_kept() && !it.live;
         all.filter(begun).try_for_each(|it| remove_folder(&it.folder))
     }
 
@@ -275,7 +292,8 @@ impl Generations {
     }
 }
 
-fn remove_folder(folder: &Path) -> Result<(), ViewError> {
+/// Deletes the folder of a generation; that there is none is fine.
+pub(super) fn remove_folder(folder: &Path) -> Result<(), ViewError> {
     match std::fs::remove_dir_all(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => Ok(removed.context("deleting a generation", folder)?),
@@ -385,14 +403,18 @@ mod tests {
         let mut second = open_version(dir.path(), 2).unwrap();
         let (_, of_second) = second.begin().unwrap();
         assert!(generations.all().unwrap().iter().all(|it| it.folder != begun));
-        assert!(!generations.remove(1, number).unwrap(), "nobody else deletes it");
+        assert_eq!(generations.forget(number).unwrap(), None, "nobody else deletes it");
         drop(generations);
         let mut generations = open(dir.path()).unwrap();
         assert!(!begun.exists() && of_second.exists(), "the other version's is its own affair");
         let (number, begun) = generations.begin().unwrap();
         generations.set_live(number).unwrap();
+        assert!(matches!(generations.forget(number), Err(ViewError::Live { .. })));
+        let first = generations.forget(1).unwrap().unwrap();
+        assert!(generations.all().unwrap().iter().all(|it| it.folder != first));
         drop(generations);
         assert_eq!(open(dir.path()).unwrap().live().unwrap(), begun);
+        assert!(!first.exists());
     }
 
     #[test]

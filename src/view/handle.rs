@@ -338,17 +338,23 @@ impl<V: View> ViewHandle<V> {
         Ok(all.into_iter().map(info).collect())
     }
 
-    /// Deletes a generation that isn't read any more, with its folder. `false` if there is none.
+    /// Deletes a generation that isn't live any more, with its folder: at once, or when the last snapshot of it is
+    /// dropped. `false` if there is none.
     ///
     /// # Errors
-    /// [`ViewError::Live`] if its version reads it, [`ViewError::Rebuilding`] while a rebuild is under way.
+    /// [`ViewError::Live`] if its version reads it, [`ViewError::Rebuilding`] while a rebuild is under way,
+    /// [`ViewError::InUse`] if it is of another version that is open.
     pub fn remove_generation(&self, version: u32, number: u32) -> Result<bool, ViewError> {
         let shared = self.shared();
         let rebuild = shared.rebuild.lock(); // none begins meanwhile
         if rebuild.as_ref().is_some_and(|control| !control.has_ended()) {
             return Err(ViewError::Rebuilding { view: V::NAME });
         }
-        shared.folder.lock().remove(version, number)
+        if version != V::VERSION {
+            return shared.folder.lock().remove_other(version, number);
+        }
+        let forgotten = shared.folder.lock().forget(number)?;
+        forgotten.map_or(Ok(false), |folder| shared.openings.delete(&folder).map(|()| true))
     }
 
     /// Stops following the journal, for all clones, and makes durable what is applied. Blocks until then.

@@ -40,6 +40,7 @@ mod error;
 mod generation;
 mod handle;
 mod key;
+mod openings;
 mod rebuild;
 mod runner;
 mod takeover;

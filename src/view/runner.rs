@@ -26,6 +26,7 @@ use super::chunk::{Chunk, Folded, panic_message};
 use super::db::{Db, Progress, StorageError};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
+use super::openings::Openings;
 use super::rebuild::{Control, RebuildOptions, RebuildStatus};
 use super::{LostTail, View, ViewOptions};
 use crate::error::ReadError;
@@ -51,6 +52,7 @@ pub(super) struct Shared {
     changed: Condvar,
     /// Whose turn it is to apply: counted on by each flip. Held while something is applied.
     turn: Mutex<u64>,
+    pub(super) openings: Arc<Openings>,
     /// The last rebuild.
     pub(super) rebuild: Mutex<Option<Arc<Control>>>,
     // Behind the database: the folder stays locked until that is closed.
@@ -92,7 +94,8 @@ pub(super) fn start<V: View>(
     options: ViewOptions,
 ) -> Result<Running, ViewError> {
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME, V::VERSION)?;
-    let opened = open_live::<V>(&mut folder, &journal, &options)?;
+    let openings = Arc::new(Openings::default());
+    let opened = open_live::<V>(&mut folder, &openings, &journal, &options)?;
     let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
     let state = State {
         judged: matches!(opened.phase, Phase::Following),
@@ -103,6 +106,7 @@ pub(super) fn start<V: View>(
         flush_failure: None,
     };
     let shared = Arc::new(Shared {
+        openings,
         served: ArcSwap::new(opened.db),
         journal,
         set_aside: opened.set_aside,
@@ -128,10 +132,11 @@ struct Opened {
 
 fn open_live<V: View>(
     folder: &mut Generations,
+    openings: &Arc<Openings>,
     journal: &Journal,
     options: &ViewOptions,
 ) -> Result<Opened, ViewError> {
-    let db = Db::open(&folder.live()?, &options.memory)?;
+    let db = openings.open(&folder.live()?, &options.memory)?;
     if let Some(opened) = to_build(&db, journal)? {
         return Ok(opened);
     }
@@ -145,7 +150,7 @@ fn open_live<V: View>(
         Judgement::SetAside => {
             let set_aside = Some(db.path().to_owned());
             drop(db);
-            let db = Db::open(&folder.next()?, &options.memory)?;
+            let db = openings.open(&folder.next()?, &options.memory)?;
             if let Some(opened) = to_build(&db, journal)? {
                 return Ok(Opened { set_aside, ..opened });
             }
@@ -293,10 +298,8 @@ impl<V: View> Runner<V> {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.enter())).unwrap_or_else(|panic| {
             Err(StopError::Panic { view: V::NAME, message: panic_message(&*panic) })
         });
-        // What it has applied is not to be folded again, should it take over once more.
-        let flushed = self.db.flush(true);
         if let Some(_turn) = self.shared.take_turn(self.turn) {
-            self.shared.end(outcome.map(drop), flushed);
+            self.shared.end(outcome.map(drop), self.db.flush(true));
         }
     }
 

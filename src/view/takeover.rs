@@ -129,7 +129,7 @@ impl<V: View> Takeover<V> {
     fn from_generation(&self, number: u32) -> Result<(Runner<V>, Rebuilt), RebuildError> {
         let shared = &self.shared;
         let path = shared.folder.lock().existing(number)?;
-        let db = Db::open(&path, &shared.options.memory).map_err(ViewError::from)?;
+        let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;
         let progress = db.begin(V::NAME, V::VERSION, nothing(&shared.journal));
         let progress = progress.map_err(ViewError::from)?;
         let checkpoint = progress.checkpoint;
@@ -145,13 +145,12 @@ impl<V: View> Takeover<V> {
     fn check(&self) -> Result<Comparison, RebuildError> {
         let reference = self.reference()?.ok_or(ViewError::NotJudged { view: V::NAME })?;
         let mut compared = None;
-        let checked = self.with_new_generation(|number, path| {
+        let checked = self.with_new_generation(|_, path| {
             let (db, _) = self.build(path, Some(reference.progress.checkpoint))?;
             compared = Some(self.compare(&reference, &db)?);
-            drop(db);
-            Ok(number)
+            Ok(path.to_owned())
         });
-        self.shared.folder.lock().give_up(checked?)?;
+        self.shared.openings.delete(&checked?)?;
         compared.ok_or(RebuildError::Cancelled)
     }
 
@@ -163,7 +162,7 @@ impl<V: View> Takeover<V> {
         let (number, path) = self.shared.folder.lock().begin()?;
         make(number, &path).inspect_err(|_| {
             // An effort: the next opening deletes it, too.
-            drop(self.shared.folder.lock().give_up(number));
+            drop(self.shared.openings.delete(&path));
         })
     }
 
@@ -191,7 +190,7 @@ impl<V: View> Takeover<V> {
     ) -> Result<(Arc<Db>, Progress), RebuildError> {
         let shared = &self.shared;
         let until = until.unwrap_or_else(|| shared.journal.end());
-        let db = Db::open(path, &shared.options.memory).map_err(ViewError::from)?;
+        let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let means = Means::of(&self.options);
         let (view, memory) = (&*self.view, &shared.options.memory);
         let built = bulk::build(view, &shared.journal, until, &db, memory, means, &self.control);

@@ -403,6 +403,10 @@ const CHILD: &str = "HEADWATER_REBUILD_CHILD";
 #[test]
 fn rebuilds_for_ever_in_a_process_that_is_killed() {
     let Some(dir) = std::env::var_os(CHILD) else { return };
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("{panic}");
+        std::process::exit(3);
+    }));
     let mut world = World::new(Path::new(&dir), 0);
     let view = world.open(Traces::<1>::default());
     let done = AtomicBool::new(false);
@@ -455,7 +459,7 @@ fn a_killed_rebuild_leaves_a_view_that_serves() {
         world.assert_shows(&view);
         assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
         let begun = std::fs::read_dir(dir.path().join("views/traces")).unwrap();
-        let begun = begun.filter(|it| it.as_ref().unwrap().path().join("begun").exists());
+        let begun = begun.filter(|it| it.as_ref().unwrap().path().join("not-kept").exists());
         assert_eq!(begun.count(), 0, "something half-built is left");
     }
     println!("{kills} kills, after {seen:?}");
