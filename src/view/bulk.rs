@@ -188,17 +188,21 @@ impl<V: View> Pass<'_, V> {
         let mut end = None;
         let mut skipped_events = 0;
         let starts = piece_starts(self.journal, self.until);
-        for round in starts.chunks(self.means.threads * PIECES_PER_THREAD) {
-            let range =
-                |key: &[u8]| key >= self.from.as_slice() && to.as_deref().is_none_or(|to| key < to);
-            let pieces: Result<Vec<Piece<V>>, Ended> = self.pool.install(|| {
-                round.par_iter().map(|(from, to)| self.piece(*from, *to, &hasher, &range)).collect()
-            });
-            let pieces = pieces?;
+        let at_once = self.means.threads * PIECES_PER_THREAD;
+        let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
+        for round in starts.chunks(at_once) {
+            let range = Range { from: &self.from, to: to.as_deref() };
+            self.pool.install(|| {
+                let pieces = pieces.par_iter_mut().zip(round);
+                pieces
+                    .map(|(piece, at)| self.fill(piece, *at, &hasher, range))
+                    .collect::<Result<(), _>>()
+            })?;
+            let pieces = pieces.get(..round.len()).unwrap_or_default();
             let failures: Vec<_> = self.pool.install(|| {
                 let folded = parts.par_iter_mut().enumerate();
                 folded
-                    .filter_map(|(n, part)| part.fold(self.view, n, &pieces, &hasher).err())
+                    .filter_map(|(n, part)| part.fold(self.view, n, pieces, &hasher).err())
                     .collect()
             });
             if let Some((_, failure)) = failures.into_iter().min_by_key(|(position, _)| *position) {
@@ -217,48 +221,59 @@ impl<V: View> Pass<'_, V> {
     }
 
     /// Decodes and routes the batches that begin at `from` or behind it, in front of `to`.
-    fn piece(
+    fn fill(
         &self,
-        from: Position,
-        to: Position,
+        piece: &mut Piece<V>,
+        (from, to): (Position, Position),
         hasher: &RandomState,
-        wanted: &impl Fn(&[u8]) -> bool,
-    ) -> Result<Piece<V>, Ended> {
+        wanted: Range<'_>,
+    ) -> Result<(), Ended> {
         let failed = |source| StopError::Journal { view: V::NAME, source };
-        let mut piece = Piece::empty();
+        piece.clear();
         let mut cursor = self.journal.cursor(from).map_err(failed)?;
         let mut names = Names::default();
+        let mut keys = Keys(Vec::new());
         while cursor.position() < to {
             let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
             let header = &batch.batch.header;
             if header.base_position < from {
                 continue; // of the piece in front
             }
-            let mut position = header.base_position;
-            for record in batch.batch.records() {
+            let (journal, recorded_at_us) = (self.journal.id(), header.time_us);
+            for (position, record) in (header.base_position.get()..).zip(batch.batch.records()) {
+                let position = Position::new(position);
                 let record = record
                     .map_err(|e| failed(invalid_record(self.journal, &batch, position, e)))?;
-                let at =
-                    Place { journal: self.journal.id(), position, recorded_at_us: header.time_us };
+                let at = Place { journal, position, recorded_at_us };
                 let wrong = |cause| {
                     stop_at::<V, _>(&at.recorded(&record, &mut Names::default(), ()), cause)
                 };
-                position = position.advance(1);
                 let Some(data) = decode::<V::Event>(&record).map_err(wrong)? else {
                     piece.skipped_events += 1;
                     continue;
                 };
                 let event = at.recorded(&record, &mut names, data);
-                let mut keys = Keys(Vec::new());
                 guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
-                piece.add(event, keys, hasher, wanted);
+                piece.add(event, &mut keys, hasher, wanted);
             }
             piece.bytes += batch.batch.bytes().len() as u64;
             piece.end = Some(batch.end());
         }
         let events = piece.events.len() as u64 + piece.skipped_events;
-        self.control.advance(events, piece.bytes)?;
-        Ok(piece)
+        Ok(self.control.advance(events, piece.bytes)?)
+    }
+}
+
+/// The keys of a pass.
+#[derive(Clone, Copy)]
+struct Range<'a> {
+    from: &'a [u8],
+    to: Option<&'a [u8]>,
+}
+
+impl Range<'_> {
+    fn holds(self, key: &[u8]) -> bool {
+        (self.from.is_empty() || key >= self.from) && self.to.is_none_or(|to| key < to)
     }
 }
 
@@ -274,22 +289,30 @@ impl<V: View> Piece<V> {
         }
     }
 
+    /// Empty again, with the memory that it has.
+    fn clear(&mut self) {
+        self.events.clear();
+        self.routes.iter_mut().for_each(Vec::clear);
+        self.keys.clear();
+        (self.skipped_events, self.bytes, self.end) = (0, 0, None);
+    }
+
     fn add(
         &mut self,
         event: Recorded<V::Event>,
-        keys: Keys<V::Key>,
+        keys: &mut Keys<V::Key>,
         hasher: &RandomState,
-        wanted: &impl Fn(&[u8]) -> bool,
+        wanted: Range<'_>,
     ) {
         let index = self.events.len() as u32;
         let own = self.keys.len();
-        for key in keys.0 {
+        for key in keys.0.drain(..) {
             let key_at = self.keys.len();
             super::key::ViewKey::encode_key(&key, &mut self.keys);
             let bytes = self.keys.get(key_at..).unwrap_or_default();
             let hash = hasher.hash_one(bytes);
             let part = self.routes.get_mut(part_of(hash));
-            let routes = part.filter(|_| wanted(bytes));
+            let routes = part.filter(|_| wanted.holds(bytes));
             let Some(routes) = routes else {
                 self.keys.truncate(key_at);
                 continue;
@@ -325,52 +348,70 @@ impl Part {
         hasher: &RandomState,
     ) -> Result<(), (Position, StopError)> {
         for piece in pieces {
-            for route in piece.routes.get(part).into_iter().flatten() {
-                let Some(event) = piece.events.get(route.event as usize) else { continue };
-                self.fold_one(view, route, piece.key(route), event, hasher)
-                    .map_err(|cause| (event.position(), stop_at::<V, _>(event, cause)))?;
+            let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
+            while let Some(first) = routes.first() {
+                let key = piece.key(first);
+                let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
+                let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
+                self.fold_run(view, piece, key, run, hasher)
+                    .map_err(|(event, cause)| (event.position(), stop_at::<V, _>(event, cause)))?;
+                routes = rest;
             }
         }
         Ok(())
     }
 
-    fn fold_one<V: View>(
+    /// Folds events of the same key that follow each other.
+    fn fold_run<'p, V: View>(
         &mut self,
         view: &V,
-        route: &Route<V::Key>,
+        piece: &'p Piece<V>,
         key: &[u8],
-        event: &Recorded<V::Event>,
+        run: &[Route<V::Key>],
         hasher: &RandomState,
-    ) -> Result<(), EventFailure> {
+    ) -> Result<(), (&'p Recorded<V::Event>, EventFailure)> {
+        let hash = run.first().map_or(0, |route| route.hash);
         let hash_of = |row: &Row| hasher.hash_one(row.key.as_slice());
-        let entry = self.rows.entry(route.hash, |row| row.key.as_slice() == key, hash_of);
-        let stored = match &entry {
+        let entry = self.rows.entry(hash, |row| row.key.as_slice() == key, hash_of);
+        let mut stored = match &entry {
             Entry::Occupied(entry) => entry.get().row.as_ref(),
             Entry::Vacant(_) => None,
         };
-        let row = stored.map(|row| Bincode::decode::<V::Row>(row)).transpose();
-        let row = row.map_err(EventFailure::StoredRow)?;
-        let folded = guard(|| view.fold(&route.key, row, event))?;
-        let row = match folded.map_err(|error| EventFailure::Fold(error.0))? {
-            Fold::Put(row) => {
-                let mut bytes = Bytes::new();
-                guard(|| Bincode::encode_with(&row, |more| bytes.extend_from_slice(more)))?
-                    .map_err(EventFailure::NewRow)?;
-                Some(bytes)
+        let mut row = None;
+        let mut changed_by = None;
+        for (n, route) in run.iter().enumerate() {
+            let Some(event) = piece.events.get(route.event as usize) else { continue };
+            if let Some(bytes) = stored.take() {
+                let decoded = Bincode::decode::<V::Row>(bytes);
+                row = Some(decoded.map_err(|error| (event, EventFailure::StoredRow(error)))?);
             }
-            Fold::Delete => None,
-            Fold::Keep => return Ok(()),
-        };
+            // The last one may have it: if it changes nothing, it is as it was stored.
+            let is_last = n + 1 == run.len() && changed_by.is_none();
+            let given = if is_last { row.take() } else { row.clone() };
+            let folded = guard(|| view.fold(&route.key, given, event)).map_err(|it| (event, it))?;
+            match folded.map_err(|error| (event, EventFailure::Fold(error.0)))? {
+                Fold::Put(new) => (row, changed_by) = (Some(new), Some(event)),
+                Fold::Delete => (row, changed_by) = (None, Some(event)),
+                Fold::Keep => {}
+            }
+        }
+        let Some(event) = changed_by else { return Ok(()) };
+        let mut bytes = row.is_some().then(Bytes::new);
+        if let (Some(row), Some(bytes)) = (&row, &mut bytes) {
+            guard(|| Bincode::encode_with(row, |more| bytes.extend_from_slice(more)))
+                .and_then(|encoded| encoded.map_err(EventFailure::NewRow))
+                .map_err(|cause| (event, cause))?;
+        }
         match entry {
             Entry::Occupied(mut entry) => {
                 let place = entry.get_mut();
                 self.spilled_bytes -= place.spilled_bytes();
-                place.row = row;
+                place.row = bytes;
                 self.spilled_bytes += place.spilled_bytes();
             }
-            Entry::Vacant(_) if row.is_none() => {}
+            Entry::Vacant(_) if bytes.is_none() => {}
             Entry::Vacant(entry) => {
-                let row = Row { key: Bytes::from_slice(key), row };
+                let row = Row { key: Bytes::from_slice(key), row: bytes };
                 self.spilled_bytes += row.spilled_bytes();
                 entry.insert(row);
             }
