@@ -37,9 +37,9 @@ use crate::position::{Checkpoint, Position};
 /// How the keys are divided, so that several threads can fold at once.
 const PARTS: usize = 64;
 /// About so much of the journal is decoded at a time by each thread.
-const PIECE_BYTES: u64 = 1 << 20;
+const PIECE_BYTES: u64 = 2 << 20;
 /// So many pieces each thread decodes before all fold.
-const PIECES_PER_THREAD: usize = 4;
+const PIECES_PER_THREAD: usize = 2;
 /// A sorted file has about so many bytes of keys and rows.
 const FILE_BYTES: usize = 64 << 20;
 /// Keys that are looked at to find the middle of all.
