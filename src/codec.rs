@@ -83,6 +83,29 @@ impl Codec for Bincode {
     }
 }
 
+impl Bincode {
+    /// Encodes a value piece by piece.
+    #[cfg(feature = "views")]
+    pub(crate) fn encode_with<T: Serialize>(
+        value: &T,
+        put: impl FnMut(&[u8]),
+    ) -> Result<(), CodecError> {
+        bincode::serde::encode_into_writer(value, Sink(put), bincode::config::standard())
+            .map_err(|error| CodecError::Encode(Box::new(error)))
+    }
+}
+
+#[cfg(feature = "views")]
+struct Sink<F>(F);
+
+#[cfg(feature = "views")]
+impl<F: FnMut(&[u8])> bincode::enc::write::Writer for Sink<F> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), bincode::error::EncodeError> {
+        (self.0)(bytes);
+        Ok(())
+    }
+}
+
 /// JSON text: larger, readable by anything.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Json;

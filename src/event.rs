@@ -589,6 +589,8 @@ impl Extras {
 /// copy. Short ones need no allocation.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
+    /// Of the event in front.
+    last: Option<(StreamId, EventType)>,
     streams: Vec<Option<StreamId>>,
     types: Vec<Option<EventType>>,
 }
@@ -600,6 +602,18 @@ const STREAMS_REMEMBERED: usize = 256;
 const TYPES_REMEMBERED: usize = 32;
 
 impl Names {
+    fn of(&mut self, stream: &str, event_type: &str) -> (StreamId, EventType) {
+        match &self.last {
+            Some(last) if last.0.as_str() == stream && last.1.as_str() == event_type => {
+                last.clone()
+            }
+            _ => {
+                let names = (self.stream(stream), self.event_type(event_type));
+                self.last.insert(names).clone()
+            }
+        }
+    }
+
     fn stream(&mut self, name: &str) -> StreamId {
         if name.len() <= INLINE_BYTES {
             return StreamId(name.into());
@@ -641,13 +655,14 @@ impl<E> Recorded<E> {
         names: &mut Names,
         data: E,
     ) -> Self {
+        let (stream, event_type) = names.of(record.stream, record.event_type);
         Self {
             locator: Locator { journal, position },
             recorded_at_us,
             id: record.id,
-            stream: names.stream(record.stream),
+            stream,
             revision: record.revision,
-            event_type: names.event_type(record.event_type),
+            event_type,
             schema_version: record.schema_version,
             codec: record.codec,
             extras: Extras::of(record),

@@ -281,7 +281,7 @@ fn fold_one<V: View>(
     Ok(())
 }
 
-fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Option<E>, EventFailure> {
+pub(super) fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Option<E>, EventFailure> {
     let kind = EventKindRef { name: record.event_type, schema_version: record.schema_version };
     let payload = Payload { codec: record.codec, bytes: record.payload };
     guard(|| E::decode(kind, payload))?.map_err(EventFailure::Payload)
@@ -289,20 +289,25 @@ fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Option<E>, EventFailure> {
 
 /// Where a record stands, apart from what it says itself.
 #[derive(Clone, Copy)]
-struct Place {
-    journal: JournalId,
-    position: Position,
-    recorded_at_us: i64,
+pub(super) struct Place {
+    pub(super) journal: JournalId,
+    pub(super) position: Position,
+    pub(super) recorded_at_us: i64,
 }
 
 impl Place {
-    fn recorded<E>(self, record: &RecordRef<'_>, names: &mut Names, data: E) -> Recorded<E> {
+    pub(super) fn recorded<E>(
+        self,
+        record: &RecordRef<'_>,
+        names: &mut Names,
+        data: E,
+    ) -> Recorded<E> {
         let Self { journal, position, recorded_at_us } = self;
         Recorded::from_record_with(record, journal, position, recorded_at_us, names, data)
     }
 }
 
-fn invalid_record(
+pub(super) fn invalid_record(
     journal: &Journal,
     batch: &CursorBatch<'_>,
     position: Position,
@@ -317,7 +322,7 @@ fn invalid_record(
     Corruption { path, file_offset, position, kind: CorruptionKind::Record(error) }.into()
 }
 
-fn stop_at<V: View, E>(event: &Recorded<E>, cause: EventFailure) -> StopError {
+pub(super) fn stop_at<V: View, E>(event: &Recorded<E>, cause: EventFailure) -> StopError {
     StopError::Event {
         view: V::NAME,
         position: event.position(),
@@ -328,7 +333,7 @@ fn stop_at<V: View, E>(event: &Recorded<E>, cause: EventFailure) -> StopError {
 }
 
 /// Runs code of the view's author, whose panics stop the view and nothing else.
-fn guard<T>(code: impl FnOnce() -> T) -> Result<T, EventFailure> {
+pub(super) fn guard<T>(code: impl FnOnce() -> T) -> Result<T, EventFailure> {
     catch_unwind(AssertUnwindSafe(code))
         .map_err(|panic| EventFailure::Panic { message: panic_message(&*panic) })
 }

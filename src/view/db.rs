@@ -20,13 +20,16 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, DBRawIterator, FlushOptions, LogLevel,
-    Options, ReadOptions, ReadTier, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, DBPinnableSlice, DBRawIterator, FlushOptions,
+    IngestExternalFileOptions, LogLevel, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter,
+    WriteBatch, WriteBufferManager, WriteOptions,
 };
+use self_cell::self_cell;
 
+use super::openings::Closing;
 use crate::format::Decoder;
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId};
@@ -35,6 +38,8 @@ use crate::position::{Checkpoint, JournalId};
 const LAYOUT: u32 = 1;
 const META: u8 = 0x00;
 const ROWS: u8 = 0x01;
+/// Where sorted files are written, in the folder of the generation that is being built.
+const BULK_FOLDER: &str = "bulk";
 const IDENTITY: &[u8] = &[META, b'i'];
 const PROGRESS: &[u8] = &[META, b'p'];
 const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 8;
@@ -103,6 +108,10 @@ enum StorageCause {
     Damaged(&'static str),
     #[error("layout {layout} is not known to this version")]
     Layout { layout: u32 },
+    #[error("no threads: {0}")]
+    Threads(Arc<rayon::ThreadPoolBuildError>),
+    #[error(transparent)]
+    Io(Arc<std::io::Error>),
 }
 
 /// What is to be done about a [`StorageError`].
@@ -135,6 +144,10 @@ impl StorageError {
             StorageCause::Damaged(_) => StorageErrorKind::Damaged,
             StorageCause::Layout { .. } => StorageErrorKind::Unsupported,
             StorageCause::RocksDb(error) => kind_of(error),
+            StorageCause::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                StorageErrorKind::DiskFull
+            }
+            StorageCause::Threads(_) | StorageCause::Io(_) => StorageErrorKind::Other,
         }
     }
 
@@ -277,6 +290,8 @@ pub(super) struct Db {
     db: DB,
     path: PathBuf,
     write_options: WriteOptions,
+    #[allow(dead_code, reason = "held, never read; behind the database, which is closed first")]
+    closing: Option<Closing>,
 }
 
 impl Db {
@@ -289,23 +304,27 @@ impl Db {
         })?;
         let mut write_options = WriteOptions::default();
         write_options.disable_wal(true);
-        Ok(Self { db, path: path.to_owned(), write_options })
+        Ok(Self { db, path: path.to_owned(), write_options, closing: None })
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
+    /// `closing` is dropped when the database has been closed.
+    pub(super) fn with_closing(self, closing: Closing) -> Self {
+        Self { closing: Some(closing), ..self }
+    }
+
     /// How far the generation has got; an empty one is marked as `name`'s and begins at `start`.
     pub(super) fn begin(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         version: u32,
         start: Progress,
     ) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's identity";
-        let identity =
-            [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat();
+        let identity = identity(name, version);
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
         match found {
             Some(found) if found == identity => self.stored_progress(),
@@ -320,12 +339,13 @@ impl Db {
         }
     }
 
-    fn is_empty(&self) -> Result<bool, StorageError> {
+    /// Whether nothing was ever written.
+    pub(super) fn is_empty(self: &Arc<Self>) -> Result<bool, StorageError> {
         let mut scan = self.latest().scan(Vec::new()..vec![0xff]);
         Ok(scan.next().transpose()?.is_none())
     }
 
-    fn stored_progress(&self) -> Result<Progress, StorageError> {
+    fn stored_progress(self: &Arc<Self>) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's checkpoint";
         let mut scan = self.latest().scan(PROGRESS.to_vec()..behind_prefix(PROGRESS));
         let Some((_, bytes)) = scan.next().transpose()? else {
@@ -385,14 +405,55 @@ impl Db {
         self.db.flush_opt(&options).map_err(|error| self.failed("flushing", error))
     }
 
+    /// Takes in sorted files, the identity and the progress that they are of: all at once, and durable when this
+    /// returns. The database was never written to.
+    pub(super) fn ingest(
+        &self,
+        mut files: Files<'_>,
+        name: &str,
+        version: u32,
+        progress: &Progress,
+    ) -> Result<(), StorageError> {
+        let head = files.next();
+        let entries = [
+            (IDENTITY.to_vec(), identity(name, version)),
+            (progress_key(progress.checkpoint.journal), progress.to_bytes().to_vec()),
+        ];
+        files.write(&head, entries.iter().map(|(key, value)| (key.clone(), value.as_slice())))?;
+        files.keep([head]);
+        let mut options = IngestExternalFileOptions::default();
+        options.set_move_files(true);
+        let paths = std::mem::take(&mut files.kept);
+        self.db
+            .ingest_external_file_opts(&options, paths)
+            .map_err(|error| self.failed("taking in sorted files", error))
+    }
+
+    pub(super) fn no_threads(&self, error: rayon::ThreadPoolBuildError) -> StorageError {
+        self.failure("rebuilding the view", StorageCause::Threads(Arc::new(error)))
+    }
+
     /// A reader of what is there at each read.
-    pub(super) fn latest(&self) -> Reader<'_> {
-        Reader { db: self, snapshot: None }
+    pub(super) fn latest(self: &Arc<Self>) -> Reader {
+        Reader::Latest(Arc::clone(self))
     }
 
     /// A reader of what is there now.
-    pub(super) fn snapshot(&self) -> Reader<'_> {
-        Reader { db: self, snapshot: Some(self.db.snapshot()) }
+    pub(super) fn snapshot(self: &Arc<Self>) -> Reader {
+        Reader::Moment(Moment::new(Arc::clone(self), |db| db.db.snapshot()))
+    }
+
+    /// What lies under `key` now.
+    pub(super) fn get(&self, key: &[u8]) -> Result<Option<DBPinnableSlice<'_>>, StorageError> {
+        self.get_with(key, &ReadOptions::default())
+    }
+
+    fn get_with(
+        &self,
+        key: &[u8],
+        options: &ReadOptions,
+    ) -> Result<Option<DBPinnableSlice<'_>>, StorageError> {
+        self.db.get_pinned_opt(key, options).map_err(|error| self.failed("reading a row", error))
     }
 
     fn failed(&self, action: &'static str, error: rocksdb::Error) -> StorageError {
@@ -405,6 +466,62 @@ impl Db {
 
     fn failure(&self, action: &'static str, cause: StorageCause) -> StorageError {
         StorageError { action, path: self.path.clone(), cause }
+    }
+}
+
+fn identity(name: &str, version: u32) -> Vec<u8> {
+    [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat()
+}
+
+/// Sorted files on their way into a database that is being built.
+pub(super) struct Files<'a> {
+    db: &'a Db,
+    dir: PathBuf,
+    options: Options,
+    count: usize,
+    kept: Vec<PathBuf>,
+}
+
+impl<'a> Files<'a> {
+    pub(super) fn new(db: &'a Db, memory: &ViewMemory) -> Result<Self, StorageError> {
+        let dir = db.path.join(BULK_FOLDER);
+        std::fs::create_dir_all(&dir).map_err(|error| {
+            db.failure("writing sorted files", StorageCause::Io(Arc::new(error)))
+        })?;
+        Ok(Self { db, dir, options: options(memory), count: 0, kept: Vec::new() })
+    }
+
+    /// A name for another file.
+    pub(super) fn next(&mut self) -> PathBuf {
+        self.count += 1;
+        self.dir.join(format!("{}.sst", self.count))
+    }
+
+    /// Writes entries, in the order of their keys.
+    pub(super) fn write<'v>(
+        &self,
+        path: &Path,
+        entries: impl Iterator<Item = (Vec<u8>, &'v [u8])>,
+    ) -> Result<(), StorageError> {
+        let failed = |error| self.db.failed("writing sorted files", error);
+        let mut writer = SstFileWriter::create(&self.options);
+        writer.open(path).map_err(failed)?;
+        for (key, value) in entries {
+            writer.put(key, value).map_err(failed)?;
+        }
+        writer.finish().map_err(failed)
+    }
+
+    /// These are complete.
+    pub(super) fn keep(&mut self, paths: impl IntoIterator<Item = PathBuf>) {
+        self.kept.extend(paths);
+    }
+}
+
+impl Drop for Files<'_> {
+    /// Those that were not taken in are of no use.
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.dir));
     }
 }
 
@@ -446,56 +563,73 @@ fn options(memory: &ViewMemory) -> Options {
     options
 }
 
-/// Reads a generation, at each read or as of one moment.
-pub(super) struct Reader<'a> {
-    db: &'a Db,
-    snapshot: Option<Snapshot<'a>>,
+self_cell!(
+    /// A moment of a database, which it keeps open.
+    pub(super) struct Moment {
+        owner: Arc<Db>,
+        #[covariant]
+        dependent: Snapshot,
+    }
+);
+
+self_cell!(
+    /// An iterator over a database, which it keeps open.
+    struct Entries {
+        owner: Arc<Db>,
+        #[covariant]
+        dependent: DBRawIterator,
+    }
+);
+
+/// Reads a generation, at each read or as of one moment. The generation stays open for as long as it is read.
+pub(super) enum Reader {
+    Latest(Arc<Db>),
+    Moment(Moment),
 }
 
-impl<'a> Reader<'a> {
+impl Reader {
+    fn db(&self) -> &Arc<Db> {
+        match self {
+            Self::Latest(db) => db,
+            Self::Moment(moment) => moment.borrow_owner(),
+        }
+    }
+
     fn options(&self) -> ReadOptions {
         let mut options = ReadOptions::default();
-        if let Some(snapshot) = &self.snapshot {
-            options.set_snapshot(snapshot);
+        if let Self::Moment(moment) = self {
+            options.set_snapshot(moment.borrow_dependent());
         }
         options
     }
 
-    fn get(&self, key: &[u8]) -> Result<Option<impl AsRef<[u8]> + use<'a>>, StorageError> {
-        let failed = |error| self.db.failed("reading a row", error);
-        self.db.db.get_pinned_opt(key, &self.options()).map_err(failed)
+    /// What lies under `key`.
+    pub(super) fn get(&self, key: &[u8]) -> Result<Option<DBPinnableSlice<'_>>, StorageError> {
+        self.db().get_with(key, &self.options())
     }
 
-    /// The row under `key`.
-    pub(super) fn row(
-        &self,
-        key: &[u8],
-    ) -> Result<Option<impl AsRef<[u8]> + use<'a>>, StorageError> {
-        self.get(key)
-    }
-
-    /// The checkpoint that the rows are of.
-    pub(super) fn checkpoint(&self, journal: JournalId) -> Result<Checkpoint, StorageError> {
-        match self.get(&progress_key(journal))? {
-            Some(bytes) => Ok(self.db.progress_from(bytes.as_ref())?.checkpoint),
-            None => Err(self.db.damaged("reading the view's checkpoint", "it is missing")),
-        }
+    /// How far the rows are; `None` while the generation is being built.
+    pub(super) fn progress(&self, journal: JournalId) -> Result<Option<Progress>, StorageError> {
+        let found = self.get(&progress_key(journal))?;
+        found.map(|bytes| self.db().progress_from(bytes.as_ref())).transpose()
     }
 
     /// The entries with keys in `range`, in order, as of now or the reader's moment.
-    pub(super) fn scan(&self, range: Range<Vec<u8>>) -> Scan<'a> {
+    pub(super) fn scan(&self, range: Range<Vec<u8>>) -> Scan {
         let mut options = self.options();
         options.set_iterate_upper_bound(range.end);
-        let mut entries = self.db.db.raw_iterator_opt(options);
-        entries.seek(range.start);
-        Scan { db: self.db, entries, state: ScanState::AtNext }
+        let entries = Entries::new(Arc::clone(self.db()), |db| {
+            let mut entries = db.db.raw_iterator_opt(options);
+            entries.seek(range.start);
+            entries
+        });
+        Scan { entries, state: ScanState::AtNext }
     }
 }
 
 /// Entries in the order of their keys; see [`Reader::scan`]. An error ends it.
-pub(super) struct Scan<'a> {
-    db: &'a Db,
-    entries: DBRawIterator<'a>,
+pub(super) struct Scan {
+    entries: Entries,
     state: ScanState,
 }
 
@@ -508,20 +642,23 @@ enum ScanState {
     Ended,
 }
 
-impl Scan<'_> {
+impl Scan {
     fn entry(&mut self) -> Result<Option<Entry>, rocksdb::Error> {
-        if matches!(self.state, ScanState::AtReturned) {
-            self.entries.next();
-        }
-        let entry = self.entries.item().map(|(key, value)| (key.into(), value.into()));
-        if entry.is_none() {
-            self.entries.status()?;
-        }
-        Ok(entry)
+        let go_on = matches!(self.state, ScanState::AtReturned);
+        self.entries.with_dependent_mut(|_, entries| {
+            if go_on {
+                entries.next();
+            }
+            let entry = entries.item().map(|(key, value)| (key.into(), value.into()));
+            if entry.is_none() {
+                entries.status()?;
+            }
+            Ok(entry)
+        })
     }
 }
 
-impl Iterator for Scan<'_> {
+impl Iterator for Scan {
     type Item = Result<Entry, StorageError>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -539,7 +676,7 @@ impl Iterator for Scan<'_> {
             }
             Err(error) => {
                 self.state = ScanState::Ended;
-                Some(Err(self.db.failed("reading rows", error)))
+                Some(Err(self.entries.borrow_owner().failed("reading rows", error)))
             }
         }
     }
@@ -567,11 +704,11 @@ mod tests {
         }
     }
 
-    fn open(path: &Path) -> Db {
-        Db::open(path, &ViewMemory::new(1 << 20, 1 << 20)).unwrap()
+    fn open(path: &Path) -> Arc<Db> {
+        Arc::new(Db::open(path, &ViewMemory::new(1 << 20, 1 << 20)).unwrap())
     }
 
-    fn begun(path: &Path) -> Db {
+    fn begun(path: &Path) -> Arc<Db> {
         let db = open(path);
         db.begin("orders", 1, progress(0)).unwrap();
         db
@@ -583,7 +720,7 @@ mod tests {
         db.write(writes, &progress(position)).unwrap();
     }
 
-    fn rows(reader: &Reader<'_>) -> Vec<(String, String)> {
+    fn rows(reader: &Reader) -> Vec<(String, String)> {
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         let entry = |entry: Result<_, StorageError>| {
             let (key, row): (Box<[u8]>, Box<[u8]>) = entry.unwrap();
@@ -625,7 +762,10 @@ mod tests {
         put(&db, "a", "2", 7);
         put(&db, "b", "2", 9);
         assert_eq!(db.durable(JOURNAL).unwrap(), Some(progress(5).checkpoint));
-        assert_eq!(db.latest().checkpoint(JOURNAL).unwrap(), progress(9).checkpoint);
+        assert_eq!(
+            db.latest().progress(JOURNAL).unwrap().unwrap().checkpoint,
+            progress(9).checkpoint
+        );
 
         let copy = copy_of_files(dir.path());
         let left = open(copy.path());
@@ -647,7 +787,7 @@ mod tests {
             let mut holds = true;
             while !writer.is_finished() {
                 let snapshot = db.snapshot();
-                let at = snapshot.checkpoint(JOURNAL).unwrap().position.get();
+                let at = snapshot.progress(JOURNAL).unwrap().unwrap().checkpoint.position.get();
                 let row = rows(&snapshot).pop().map_or(0, |(_, row)| row.parse().unwrap());
                 holds &= at == row;
             }
@@ -674,9 +814,9 @@ mod tests {
         put(&db, "a", "2", 7);
         put(&db, "b", "2", 9);
         db.flush(true).unwrap();
-        assert_eq!(snapshot.checkpoint(JOURNAL).unwrap(), progress(5).checkpoint);
+        assert_eq!(snapshot.progress(JOURNAL).unwrap().unwrap().checkpoint, progress(5).checkpoint);
         assert_eq!(rows(&snapshot), [("a".into(), "1".into())]);
-        assert_eq!(snapshot.row(&row_key(|out| out.push(b'a'))).unwrap().unwrap().as_ref(), b"1");
+        assert_eq!(snapshot.get(&row_key(|out| out.push(b'a'))).unwrap().unwrap().as_ref(), b"1");
         drop(snapshot);
         assert_eq!(scan.count(), 1, "an iterator outlives its snapshot");
         assert_eq!(rows(&db.latest()).len(), 2);
@@ -714,7 +854,7 @@ mod tests {
     fn rows_without_identity_or_checkpoint_are_damage() {
         let dir = tempfile::tempdir().unwrap();
         let db = begun(dir.path());
-        let is_damaged = |db: &Db| {
+        let is_damaged = |db: &Arc<Db>| {
             let error = db.begin("orders", 1, progress(0)).unwrap_err();
             assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
         };
@@ -741,7 +881,7 @@ mod tests {
             bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
             std::fs::write(&table, bytes).unwrap();
         }
-        let opened = Db::open(dir.path(), &ViewMemory::new(1 << 20, 1 << 20));
+        let opened = Db::open(dir.path(), &ViewMemory::new(1 << 20, 1 << 20)).map(Arc::new);
         let error = opened.and_then(|db| db.begin("orders", 1, progress(0))).unwrap_err();
         assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
     }

@@ -48,6 +48,36 @@ pub enum ViewError {
         /// The file.
         path: PathBuf,
     },
+    /// A generation can't be deleted while it is the one that is read.
+    #[error("{}: this generation is the one that is read", folder.display())]
+    Live {
+        /// Its folder.
+        folder: PathBuf,
+    },
+    /// There is no such generation.
+    #[error("{}: there is no such generation", folder.display())]
+    NoGeneration {
+        /// Where it would be.
+        folder: PathBuf,
+    },
+    /// A rebuild of the view is under way.
+    #[error("view {view}: a rebuild is under way")]
+    Rebuilding {
+        /// The view.
+        view: &'static str,
+    },
+    /// The rows that are served aren't known to be of the journal as it is, so there is nothing to compare with.
+    #[error("view {view}: its rows are not known to be of this journal")]
+    NotJudged {
+        /// The view.
+        view: &'static str,
+    },
+    /// The view was closed.
+    #[error("view {view} was closed")]
+    Closed {
+        /// The view.
+        view: &'static str,
+    },
     /// The view's database failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -73,6 +103,11 @@ impl ViewError {
             Self::InUse { .. } => "view.in_use",
             Self::LostTail { .. } => "view.lost_tail",
             Self::DamagedPointer { .. } => "view.damaged_pointer",
+            Self::Live { .. } => "view.live",
+            Self::NoGeneration { .. } => "view.no_generation",
+            Self::Rebuilding { .. } => "view.rebuilding",
+            Self::NotJudged { .. } => "view.not_judged",
+            Self::Closed { .. } => "view.closed",
             Self::Storage(error) => error.code(),
             Self::Io(_) => "view.io",
             Self::Thread { .. } => "view.thread",
@@ -93,6 +128,13 @@ impl ViewError {
             Self::DamagedPointer { .. } => {
                 "move the view's directory away and open it again: it is built anew from the journal"
             }
+            Self::Live { .. } => "roll back to another generation first",
+            Self::NoGeneration { .. } => "list the generations to see which there are",
+            Self::Rebuilding { .. } => "wait for it, or cancel it",
+            Self::NotJudged { .. } => {
+                "wait until the mirror has got as far as the view, or see why the view has stopped"
+            }
+            Self::Closed { .. } => "open it again",
             Self::Storage(error) => error.hint(),
             Self::Io(_) => "see the system's error; opening again is safe",
             Self::Thread { .. } => "raise the limit on threads",

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! views/<name>/
-//!   lock           held as long as the view is open
+//!   lock.1         held as long as version 1 is open
+//!   lock           held while the pointer is replaced
 //!   live           the pointer: which generation each version reads
 //!   1.1/           RocksDB of version 1, first generation
 //!   1.2/           the second one, built anew because the first was of another history
@@ -18,21 +19,29 @@
 //! - The pointer is replaced by writing a new one, syncing it and renaming it: at any moment it is the old
 //!   or the new one. A flip to another generation is this and nothing else.
 //! - A pointed-to folder may be missing: then the generation is empty, and is built from the journal.
-//! - A generation that is no longer pointed to is *set aside*: it is never read and never deleted. Whoever
-//!   has looked at it may delete its folder.
+//! - A generation that is being built beside the live one, or deleted while somebody still reads it, is marked as
+//!   one that isn't kept; the mark goes before the pointer comes. The next opening deletes what is marked and not
+//!   pointed to.
+//! - A generation that is no longer pointed to is *set aside*: nothing reads or deletes it without being
+//!   asked to.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::error::ViewError;
 use crate::error::{IoContext, IoError};
 use crate::format::crc32;
 use crate::fs::{Fs, Lock, OpenMode, read_exact_at, write_all_at};
 
+/// Held for a moment, while the pointer is replaced.
 const LOCK_FILE: &str = "lock";
 const POINTER_FILE: &str = "live";
+/// In the folder of a generation that is being built, or is being deleted.
+const NOT_KEPT_FILE: &str = "not-kept";
 const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
@@ -52,7 +61,9 @@ pub(super) fn is_valid_name(name: &str) -> bool {
 pub(super) struct Generations {
     fs: Arc<dyn Fs>,
     dir: PathBuf,
-    live: BTreeMap<u32, u32>,
+    /// The version that is open, and the only one that is changed here.
+    version: u32,
+    live: Option<u32>,
     #[allow(dead_code, reason = "held, never read: dropping it releases the lock")]
     lock: Box<dyn Lock>,
 }
@@ -71,6 +82,11 @@ impl Generation {
     /// Where its database is.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether it is being built or deleted, or was when its process died.
+    pub(crate) fn is_not_kept(&self) -> bool {
+        self.folder.join(NOT_KEPT_FILE).exists()
     }
 
     /// How far it has come with `journal`, durably; `None` if it hasn't begun. Changes nothing, and may run
@@ -118,49 +134,146 @@ pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
 }
 
 impl Generations {
-    /// Opens and locks the folder of the view `name`, creating it if there is none.
-    pub(super) fn open(fs: Arc<dyn Fs>, views_dir: &Path, name: &str) -> Result<Self, ViewError> {
+    /// Opens the folder of the view `name`, creating it if there is none, and locks it for `version`.
+    pub(super) fn open(
+        fs: Arc<dyn Fs>,
+        views_dir: &Path,
+        name: &str,
+        version: u32,
+    ) -> Result<Self, ViewError> {
         let dir = views_dir.join(name);
         fs.create_dir_all(&dir).context("creating the view's directory", &dir)?;
-        let lock = lock(&*fs, &dir)?;
-        let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?;
-        Ok(Self { fs, dir, live, lock })
+        let lock = lock(&*fs, &dir.join(format!("{LOCK_FILE}.{version}")))?;
+        let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?.get(&version).copied();
+        let opened = Self { fs, dir, version, live, lock };
+        opened.remove_not_kept()?;
+        Ok(opened)
     }
 
-    /// The folder of the live generation of `version`; a new one if there is none.
-    pub(super) fn live(&mut self, version: u32) -> Result<PathBuf, ViewError> {
-        match self.live.get(&version) {
-            Some(&generation) => Ok(self.folder(version, generation)?),
-            None => self.next(version),
+    /// The folder of the live generation; a new one if there is none.
+    pub(super) fn live(&mut self) -> Result<PathBuf, ViewError> {
+        match self.live {
+            Some(number) => Ok(self.folder(number)?),
+            None => self.next(),
         }
     }
 
-    /// Sets the live generation of `version` aside and points to a new one; its folder.
-    pub(super) fn next(&mut self, version: u32) -> Result<PathBuf, ViewError> {
-        let generation = self.last_used(version)?.saturating_add(1);
-        let mut live = self.live.clone();
-        live.insert(version, generation);
-        self.write_pointer(&live)?;
-        self.live = live;
-        Ok(self.folder(version, generation)?)
+    /// Sets the live generation aside and points to a new one; its folder.
+    pub(super) fn next(&mut self) -> Result<PathBuf, ViewError> {
+        let number = self.last_used()?.saturating_add(1);
+        self.point_to(number)?;
+        Ok(self.folder(number)?)
+    }
+
+    /// The folder of a new generation, beside the live one: [`set_live`](Self::set_live) makes it the live one.
+    /// Until then it isn't kept: it goes away at the next opening if its process dies.
+    pub(super) fn begin(&mut self) -> Result<(u32, PathBuf), ViewError> {
+        let number = self.last_used()?.saturating_add(1);
+        let folder = self.folder(number)?;
+        self.keep_no_longer(&folder)?;
+        Ok((number, folder))
+    }
+
+    /// Points to a generation that [`begin`](Self::begin) has begun, or that was live before.
+    pub(super) fn set_live(&mut self, number: u32) -> Result<(), ViewError> {
+        let folder = self.folder(number)?;
+        let mark = folder.join(NOT_KEPT_FILE);
+        match self.fs.remove(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.fs.sync_dir(&folder),
+        }
+        .context("finishing a generation", &mark)?;
+        self.point_to(number)
+    }
+
+    /// The number of the live generation.
+    pub(super) fn live_number(&self) -> u32 {
+        self.live.unwrap_or_default()
+    }
+
+    /// All generations of all versions that have a folder and are kept.
+    pub(super) fn all(&self) -> Result<Vec<Generation>, ViewError> {
+        Ok(generations(&self.dir)?.into_iter().filter(|it| !it.is_not_kept()).collect())
+    }
+
+    /// The folder of a generation that was live before.
+    pub(super) fn existing(&self, number: u32) -> Result<PathBuf, ViewError> {
+        let folder = self.dir.join(format!("{}.{number}", self.version));
+        self.find(self.version, number)?
+            .map(|it| it.folder)
+            .ok_or(ViewError::NoGeneration { folder })
+    }
+
+    /// Forgets a generation that isn't live: its folder is to be deleted when nobody has it open any more.
+    /// `None` if there is none.
+    pub(super) fn forget(&self, number: u32) -> Result<Option<PathBuf>, ViewError> {
+        match self.find(self.version, number)? {
+            None => Ok(None),
+            Some(Generation { live: true, folder, .. }) => Err(ViewError::Live { folder }),
+            Some(Generation { folder, .. }) => {
+                self.keep_no_longer(&folder)?;
+                Ok(Some(folder))
+            }
+        }
+    }
+
+    /// Deletes a generation of another version, which isn't open. `false` if there is none.
+    pub(super) fn remove_other(&self, version: u32, number: u32) -> Result<bool, ViewError> {
+        let _lock = lock(&*self.fs, &self.dir.join(format!("{LOCK_FILE}.{version}")))?;
+        match self.find(version, number)? {
+            None => Ok(false),
+            Some(Generation { live: true, folder, .. }) => Err(ViewError::Live { folder }),
+            Some(generation) => remove_folder(&generation.folder).map(|()| true),
+        }
+    }
+
+    fn find(&self, version: u32, number: u32) -> Result<Option<Generation>, ViewError> {
+        let mut all = self.all()?.into_iter();
+        Ok(all.find(|it| (it.version, it.number) == (version, number)))
+    }
+
+    fn keep_no_longer(&self, folder: &Path) -> Result<(), ViewError> {
+        let mark = folder.join(NOT_KEPT_FILE);
+        let file = self.fs.open(&mark, OpenMode::CreateNew);
+        let marked = file.and_then(|file| file.sync_data()).and_then(|()| self.fs.sync_dir(folder));
+        Ok(marked.context("marking a generation that isn't kept", &mark)?)
+    }
+
+    /// Deletes what a process that died was building or deleting.
+    fn remove_not_kept(&self) -> Result<(), ViewError> {
+        let all = generations(&self.dir)?.into_iter();
+        let begun = |it: &Generation| it.version == self.version && it.is_not_kept() && !it.live;
+        all.filter(begun).try_for_each(|it| remove_folder(&it.folder))
     }
 
     /// RocksDB syncs what is in a folder, not the folder's own name: that is done here.
-    fn folder(&self, version: u32, generation: u32) -> Result<PathBuf, IoError> {
-        let folder = self.dir.join(format!("{version}.{generation}"));
+    fn folder(&self, number: u32) -> Result<PathBuf, IoError> {
+        let folder = self.dir.join(format!("{}.{number}", self.version));
         self.fs.create_dir_all(&folder).context("creating the generation's directory", &folder)?;
         Ok(folder)
     }
 
     /// The highest generation that has a folder or is pointed to; 0 if there is none.
-    fn last_used(&self, version: u32) -> Result<u32, IoError> {
+    fn last_used(&self) -> Result<u32, IoError> {
         let names = self.fs.list(&self.dir).context("listing the view's directory", &self.dir)?;
         let generation_of = |name: &String| {
             let (of_version, generation) = name.split_once('.')?;
-            (of_version.parse() == Ok(version)).then(|| generation.parse().ok())?
+            (of_version.parse() == Ok(self.version)).then(|| generation.parse().ok())?
         };
         let with_folder = names.iter().filter_map(generation_of).max();
-        Ok(with_folder.max(self.live.get(&version).copied()).unwrap_or(0))
+        Ok(with_folder.max(self.live).unwrap_or(0))
+    }
+
+    /// Replaces the own line of the pointer. The others are their versions', which may be open as well.
+    fn point_to(&mut self, number: u32) -> Result<(), ViewError> {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _guard = ONE_AT_A_TIME.lock();
+        let _lock = lock(&*self.fs, &self.dir.join(LOCK_FILE))?; // another process is told to try again
+        let mut live = read_pointer(&*self.fs, &self.dir.join(POINTER_FILE))?;
+        live.insert(self.version, number);
+        self.write_pointer(&live)?;
+        self.live = Some(number);
+        Ok(())
     }
 
     fn write_pointer(&self, live: &BTreeMap<u32, u32>) -> Result<(), IoError> {
@@ -179,9 +292,17 @@ impl Generations {
     }
 }
 
-fn lock(fs: &dyn Fs, dir: &Path) -> Result<Box<dyn Lock>, ViewError> {
-    let path = dir.join(LOCK_FILE);
+/// Deletes the folder of a generation; that there is none is fine.
+pub(super) fn remove_folder(folder: &Path) -> Result<(), ViewError> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => Ok(removed.context("deleting a generation", folder)?),
+    }
+}
+
+fn lock(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError> {
     let owner = format!("process {}", std::process::id());
+    let path = path.to_owned();
     fs.lock(&path, &owner)
         .context("locking the view", &path)?
         .map_err(|held| ViewError::InUse { path, owner: held.owner })
@@ -233,8 +354,12 @@ mod tests {
     use super::*;
     use crate::fs::os::OsFs;
 
+    fn open_version(dir: &Path, version: u32) -> Result<Generations, ViewError> {
+        Generations::open(Arc::new(OsFs), dir, "orders", version)
+    }
+
     fn open(dir: &Path) -> Result<Generations, ViewError> {
-        Generations::open(Arc::new(OsFs), dir, "orders")
+        open_version(dir, 1)
     }
 
     #[test]
@@ -251,22 +376,45 @@ mod tests {
     fn each_version_keeps_its_own_live_generation_across_openings() {
         let dir = tempfile::tempdir().unwrap();
         let folder = |name: &str| dir.path().join("orders").join(name);
-        let mut generations = open(dir.path()).unwrap();
-        assert_eq!(generations.live(1).unwrap(), folder("1.1"));
-        assert_eq!(generations.next(1).unwrap(), folder("1.2"));
-        assert_eq!(generations.live(2).unwrap(), folder("2.1"));
-        drop(generations);
-        let mut generations = open(dir.path()).unwrap();
-        assert_eq!(generations.live(1).unwrap(), folder("1.2"));
-        assert_eq!(generations.live(2).unwrap(), folder("2.1"));
+        let mut first = open(dir.path()).unwrap();
+        assert_eq!(first.live().unwrap(), folder("1.1"));
+        let mut second = open_version(dir.path(), 2).unwrap();
+        assert_eq!(second.live().unwrap(), folder("2.1"));
+        assert_eq!(first.next().unwrap(), folder("1.2"));
+        drop((first, second));
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), folder("1.2"));
+        assert_eq!(open_version(dir.path(), 2).unwrap().live().unwrap(), folder("2.1"));
     }
 
     #[test]
     fn a_folder_that_exists_is_never_taken_for_a_new_generation() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("orders/3.7")).unwrap();
+        let mut generations = open_version(dir.path(), 3).unwrap();
+        assert_eq!(generations.live().unwrap(), dir.path().join("orders/3.8"));
+    }
+
+    #[test]
+    fn what_was_begun_goes_away_at_the_next_opening_unless_it_became_live() {
+        let dir = tempfile::tempdir().unwrap();
         let mut generations = open(dir.path()).unwrap();
-        assert_eq!(generations.live(3).unwrap(), dir.path().join("orders/3.8"));
+        generations.live().unwrap();
+        let (number, begun) = generations.begin().unwrap();
+        let mut second = open_version(dir.path(), 2).unwrap();
+        let (_, of_second) = second.begin().unwrap();
+        assert!(generations.all().unwrap().iter().all(|it| it.folder != begun));
+        assert_eq!(generations.forget(number).unwrap(), None, "nobody else deletes it");
+        drop(generations);
+        let mut generations = open(dir.path()).unwrap();
+        assert!(!begun.exists() && of_second.exists(), "the other version's is its own affair");
+        let (number, begun) = generations.begin().unwrap();
+        generations.set_live(number).unwrap();
+        assert!(matches!(generations.forget(number), Err(ViewError::Live { .. })));
+        let first = generations.forget(1).unwrap().unwrap();
+        assert!(generations.all().unwrap().iter().all(|it| it.folder != first));
+        drop(generations);
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), begun);
+        assert!(!first.exists());
     }
 
     #[test]
@@ -298,7 +446,7 @@ mod tests {
     #[test]
     fn a_damaged_pointer_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
-        drop(open(dir.path()).unwrap().live(1).unwrap());
+        drop(open(dir.path()).unwrap().live().unwrap());
         std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n")
             .unwrap();
         assert!(matches!(open(dir.path()), Err(ViewError::DamagedPointer { .. })));

@@ -9,8 +9,13 @@ use std::time::{Duration, Instant};
 use super::View;
 use super::db::{Reader, Scan, all_rows, behind_prefix, row_key};
 use super::error::{StopError, ViewError, ViewReadError, WaitError};
+use super::generation::Generation;
 use super::key::{EncodeKey, KeyPrefix, ViewKey, decode_all};
-use super::runner::{Phase, Running, Shared};
+use super::rebuild::{
+    Comparison, Digest, GenerationInfo, RebuildError, RebuildHandle, RebuildOptions, RebuildStatus,
+};
+use super::runner::{Phase, Running, Shared, nothing};
+use super::takeover::{self, Source, digest_of};
 use crate::codec::{Bincode, Codec};
 use crate::journal::TokenState;
 use crate::position::{Checkpoint, Token};
@@ -67,12 +72,12 @@ use crate::position::{Checkpoint, Token};
 /// ```
 pub struct ViewHandle<V: View> {
     running: Arc<Running>,
-    view: PhantomData<fn() -> V>,
+    view: Arc<V>,
 }
 
 impl<V: View> Clone for ViewHandle<V> {
     fn clone(&self) -> Self {
-        Self { running: self.running.clone(), view: PhantomData }
+        Self { running: self.running.clone(), view: self.view.clone() }
     }
 }
 
@@ -116,12 +121,16 @@ pub struct ViewStatus {
     /// The folder of the generation that was set aside at this opening, because it was of another history
     /// than the journal. Delete it when it is of no more use.
     pub set_aside: Option<PathBuf>,
+    /// The rebuild that is under way, or the building of the first generation.
+    pub rebuild: Option<RebuildStatus>,
 }
 
 /// What a view is doing.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum ViewState {
+    /// Its first generation is built in bulk: its rows appear all at once, when that is done.
+    Building,
     /// It applies events that are there already.
     CatchingUp,
     /// It has applied all there is.
@@ -135,8 +144,8 @@ pub enum ViewState {
 }
 
 impl<V: View> ViewHandle<V> {
-    pub(super) fn new(running: Running) -> Self {
-        Self { running: Arc::new(running), view: PhantomData }
+    pub(super) fn new(running: Running, view: Arc<V>) -> Self {
+        Self { running: Arc::new(running), view }
     }
 
     fn shared(&self) -> &Shared {
@@ -151,7 +160,9 @@ impl<V: View> ViewHandle<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized,
     {
-        get::<V, Q>(&self.shared().db.latest(), key)
+        let key = row_key(|out| key.encode_key_into(out));
+        self.shared()
+            .with_db(|db| db.get(&key)?.map(|row| decode_row::<V>(row.as_ref())).transpose())
     }
 
     /// The row under `key` once the view has applied what `token` stands for: read your own write, or that
@@ -176,23 +187,24 @@ impl<V: View> ViewHandle<V> {
     ///
     /// # Errors
     /// None here; each item may be a [`ViewReadError`].
-    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<'_, V> {
-        Rows::new(&self.shared().db.latest(), row_range(&range))
+    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<V> {
+        Rows::new(&self.shared().db().latest(), row_range(&range))
     }
 
     /// The rows whose keys begin with the fields `prefix`, in the order of their keys, as of now.
-    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<'_, V> {
-        Rows::new(&self.shared().db.latest(), prefix_range(prefix))
+    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<V> {
+        Rows::new(&self.shared().db().latest(), prefix_range(prefix))
     }
 
     /// The view as of now, for several reads that belong together.
     ///
     /// # Errors
     /// [`ViewReadError`] if the database fails.
-    pub fn snapshot(&self) -> Result<ViewSnapshot<'_, V>, ViewReadError> {
+    pub fn snapshot(&self) -> Result<ViewSnapshot<V>, ViewReadError> {
         let shared = self.shared();
-        let reader = shared.db.snapshot();
-        let checkpoint = reader.checkpoint(shared.journal.id())?;
+        let reader = shared.db().snapshot();
+        let progress = reader.progress(shared.journal.id())?;
+        let checkpoint = progress.unwrap_or_else(|| nothing(&shared.journal)).checkpoint;
         Ok(ViewSnapshot { reader, checkpoint, view: PhantomData })
     }
 
@@ -204,7 +216,7 @@ impl<V: View> ViewHandle<V> {
         &self,
         token: &Token,
         timeout: Duration,
-    ) -> Result<ViewSnapshot<'_, V>, ViewReadError> {
+    ) -> Result<ViewSnapshot<V>, ViewReadError> {
         self.wait_for(token, timeout)?;
         self.snapshot()
     }
@@ -241,9 +253,11 @@ impl<V: View> ViewHandle<V> {
         let journal_end = shared.journal.end();
         let applied = state.applied.checkpoint;
         let behind = journal_end.position.since(applied.position);
-        let lag_events = matches!(state.phase, Phase::Following).then_some(behind);
+        let follows = matches!(state.phase, Phase::Following | Phase::Building(_));
+        let lag_events = follows.then_some(behind);
         ViewStatus {
             state: match state.phase {
+                Phase::Building(_) => ViewState::Building,
                 Phase::Following if behind == 0 => ViewState::CaughtUp,
                 Phase::Following => ViewState::CatchingUp,
                 Phase::AwaitingMirror => ViewState::AwaitingMirror,
@@ -254,9 +268,93 @@ impl<V: View> ViewHandle<V> {
             journal_end,
             lag_events,
             skipped_events: state.applied.skipped_events,
-            generation: shared.db.path().to_owned(),
+            generation: shared.db().path().to_owned(),
             set_aside: shared.set_aside.clone(),
+            rebuild: shared.rebuild_status(),
         }
+    }
+
+    /// Builds the view's rows anew from the journal, in a generation beside the one that is served, and lets it take
+    /// over. Reads go on all the time. Returns at once; the handle tells how far it is, and can pause it, slow it
+    /// down or cancel it. The old generation is kept, for [`rollback`](Self::rollback), until it is
+    /// [removed](Self::remove_generation); it needs its disk space twice.
+    ///
+    /// An event that can't be applied ends it: a generation with holes never takes over. So do removed events
+    /// ([`ReadError::Truncated`](crate::ReadError::Truncated)).
+    ///
+    /// # Errors
+    /// [`ViewError::Rebuilding`] if a rebuild is under way, [`ViewError::Closed`]; others if there can't be a thread.
+    pub fn rebuild(&self, options: RebuildOptions) -> Result<RebuildHandle, ViewError> {
+        takeover::begin(&self.running, self.view.clone(), options, Source::Journal)
+    }
+
+    /// Goes back to the generation that was live before the present one (that with the next lower number): it
+    /// catches up with the journal and takes over, as after a rebuild. The present one is kept.
+    ///
+    /// # Errors
+    /// As [`rebuild`](Self::rebuild); [`ViewError::NoGeneration`] if none is kept.
+    pub fn rollback(&self) -> Result<RebuildHandle, ViewError> {
+        let number = {
+            let folder = self.shared().folder.lock();
+            let live = folder.live_number();
+            let of_version = |it: &Generation| it.version == V::VERSION && it.number < live;
+            let before = folder.all()?.into_iter().filter(of_version).map(|it| it.number).max();
+            let lower = live.saturating_sub(1);
+            before.map_or_else(|| folder.existing(lower).map(|_| lower), Ok)?
+        };
+        let options = RebuildOptions::default();
+        takeover::begin(&self.running, self.view.clone(), options, Source::Generation(number))
+    }
+
+    /// Proves that the rows are what the journal makes: builds them again, beside, as of this moment, and compares.
+    /// Blocks until that is done; reads and the fold go on.
+    ///
+    /// # Errors
+    /// [`RebuildError`]. Rows that differ are no error but the answer.
+    pub fn check(&self, options: RebuildOptions) -> Result<Comparison, RebuildError> {
+        takeover::check(&self.running, self.view.clone(), options)
+    }
+
+    /// What the rows come to, as of now. Reads all of them.
+    ///
+    /// # Errors
+    /// [`RebuildError::Stopped`] if the database fails.
+    pub fn digest(&self) -> Result<Digest, RebuildError> {
+        digest_of::<V>(&self.shared().db().snapshot(), None)
+    }
+
+    /// The generations of the view on disk, of all versions, but for one that is being built.
+    ///
+    /// # Errors
+    /// [`ViewError::Io`].
+    pub fn generations(&self) -> Result<Vec<GenerationInfo>, ViewError> {
+        let all = self.shared().folder.lock().all()?;
+        let info = |it: Generation| GenerationInfo {
+            version: it.version,
+            number: it.number,
+            live: it.live,
+            folder: it.folder().to_owned(),
+        };
+        Ok(all.into_iter().map(info).collect())
+    }
+
+    /// Deletes a generation that isn't live any more, with its folder: at once, or when the last snapshot of it is
+    /// dropped. `false` if there is none.
+    ///
+    /// # Errors
+    /// [`ViewError::Live`] if its version reads it, [`ViewError::Rebuilding`] while a rebuild is under way,
+    /// [`ViewError::InUse`] if it is of another version that is open.
+    pub fn remove_generation(&self, version: u32, number: u32) -> Result<bool, ViewError> {
+        let shared = self.shared();
+        let rebuild = shared.rebuild.lock(); // none begins meanwhile
+        if rebuild.as_ref().is_some_and(|control| !control.has_ended()) {
+            return Err(ViewError::Rebuilding { view: V::NAME });
+        }
+        if version != V::VERSION {
+            return shared.folder.lock().remove_other(version, number);
+        }
+        let forgotten = shared.folder.lock().forget(number)?;
+        forgotten.map_or(Ok(false), |folder| shared.openings.delete(&folder).map(|()| true))
     }
 
     /// Stops following the journal, for all clones, and makes durable what is applied. Blocks until then.
@@ -283,13 +381,13 @@ fn is_pending(shared: &Shared, token: &Token) -> Result<bool, WaitError> {
 }
 
 /// A view as of one moment: all reads are of the same checkpoint.
-pub struct ViewSnapshot<'a, V: View> {
-    reader: Reader<'a>,
+pub struct ViewSnapshot<V: View> {
+    reader: Reader,
     checkpoint: Checkpoint,
     view: PhantomData<fn() -> V>,
 }
 
-impl<V: View> std::fmt::Debug for ViewSnapshot<'_, V> {
+impl<V: View> std::fmt::Debug for ViewSnapshot<V> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ViewSnapshot")
             .field("name", &V::NAME)
@@ -298,7 +396,7 @@ impl<V: View> std::fmt::Debug for ViewSnapshot<'_, V> {
     }
 }
 
-impl<'a, V: View> ViewSnapshot<'a, V> {
+impl<V: View> ViewSnapshot<V> {
     /// The row under `key`.
     ///
     /// # Errors
@@ -311,12 +409,12 @@ impl<'a, V: View> ViewSnapshot<'a, V> {
     }
 
     /// The rows with keys in `range`, in the order of their keys. Holds one row at a time.
-    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<'a, V> {
+    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<V> {
         Rows::new(&self.reader, row_range(&range))
     }
 
     /// The rows whose keys begin with the fields `prefix`, in the order of their keys.
-    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<'a, V> {
+    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<V> {
         Rows::new(&self.reader, prefix_range(prefix))
     }
 
@@ -327,11 +425,11 @@ impl<'a, V: View> ViewSnapshot<'a, V> {
     }
 }
 
-fn get<V: View, Q>(reader: &Reader<'_>, key: &Q) -> Result<Option<V::Row>, ViewReadError>
+fn get<V: View, Q>(reader: &Reader, key: &Q) -> Result<Option<V::Row>, ViewReadError>
 where
     Q: EncodeKey<V::Key> + ?Sized,
 {
-    let row = reader.row(&row_key(|out| key.encode_key_into(out)))?;
+    let row = reader.get(&row_key(|out| key.encode_key_into(out)))?;
     row.map(|row| decode_row::<V>(row.as_ref())).transpose()
 }
 
@@ -372,24 +470,24 @@ fn behind_key<K: ViewKey>(key: &K) -> Vec<u8> {
 
 /// Rows in the order of their keys. Stable: what is applied after its creation isn't seen.
 #[must_use = "an iterator reads nothing until it is used"]
-pub struct Rows<'a, V: View> {
-    scan: Scan<'a>,
+pub struct Rows<V: View> {
+    scan: Scan,
     view: PhantomData<fn() -> V>,
 }
 
-impl<V: View> std::fmt::Debug for Rows<'_, V> {
+impl<V: View> std::fmt::Debug for Rows<V> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Rows").field("name", &V::NAME).finish_non_exhaustive()
     }
 }
 
-impl<'a, V: View> Rows<'a, V> {
-    fn new(reader: &Reader<'a>, range: Range<Vec<u8>>) -> Self {
+impl<V: View> Rows<V> {
+    fn new(reader: &Reader, range: Range<Vec<u8>>) -> Self {
         Self { scan: reader.scan(range), view: PhantomData }
     }
 }
 
-impl<V: View> Iterator for Rows<'_, V> {
+impl<V: View> Iterator for Rows<V> {
     type Item = Result<(V::Key, V::Row), ViewReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {

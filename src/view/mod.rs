@@ -33,16 +33,21 @@
 //! `applied` is what readers see, `durable` is what survives a crash. Whatever truncates or acknowledges
 //! goes by `durable`.
 
+mod bulk;
 mod chunk;
 mod db;
 mod error;
 mod generation;
 mod handle;
 mod key;
+mod openings;
+mod rebuild;
 mod runner;
+mod takeover;
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -56,6 +61,10 @@ pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
 pub use handle::{Rows, ViewCheckpoint, ViewHandle, ViewSnapshot, ViewState, ViewStatus};
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
+pub use rebuild::{
+    Comparison, Digest, GenerationInfo, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
+    RebuildPhase, RebuildStatus, Rebuilt,
+};
 
 /// Rows by key, folded from events.
 ///
@@ -114,11 +123,11 @@ pub trait View: Send + Sync + 'static {
     /// of their own.
     const VERSION: u32;
     /// What names a row.
-    type Key: ViewKey;
+    type Key: ViewKey + Send + Sync;
     /// A row.
     type Row: Clone + Serialize + DeserializeOwned;
     /// The events it is made from. Events of other types are skipped and counted.
-    type Event: Event;
+    type Event: Event + Send + Sync;
 
     /// Names the rows that the event concerns. A row named twice is folded once.
     fn route(&self, event: &Recorded<Self::Event>, keys: &mut Keys<Self::Key>);
@@ -252,5 +261,7 @@ pub fn open<V: View>(
     if !generation::is_valid_name(V::NAME) {
         return Err(ViewError::InvalidName { name: V::NAME });
     }
-    runner::start(views_dir, journal, view, options).map(ViewHandle::new)
+    let view = Arc::new(view);
+    let running = runner::start(views_dir, journal, Arc::clone(&view), options)?;
+    Ok(ViewHandle::new(running, view))
 }

@@ -1,13 +1,14 @@
 //! The thread that follows the journal for a view, and what it shares with the view's handles.
 //!
 //! ```text
-//!            ┌ of this history ─▶ Following ─────────────┐
-//! open ──────┤ ahead of a mirror ▶ AwaitingMirror ─ equal ┤─ closed ▶ Closed
-//!            └ not to be judged ─▶ Stopped ◀── fold, journal or database failed; fork
+//!            ┌ new, and much to do ▶ Building ──── done ──┐
+//!            ├ of this history ────▶ Following ───────────┤
+//! open ──────┤ ahead of a mirror ──▶ AwaitingMirror equal ┤─ closed ▶ Closed
+//!            └ not to be judged ───▶ Stopped ◀── fold, journal or database failed; fork
 //! ```
 //!
 //! Invariants:
-//! - Only this thread writes to the view's database.
+//! - Only the runner whose turn it is writes to the generation that is served.
 //! - `durable <= applied <= the journal's durable end`, each a batch end, except while awaiting a mirror.
 //! - Whatever ends the thread, what it has applied is flushed.
 
@@ -17,12 +18,16 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use arc_swap::ArcSwap;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::bulk::{self, Means};
 use super::chunk::{Chunk, Folded, panic_message};
-use super::db::{Db, Progress, StorageError, ViewMemory};
+use super::db::{Db, Progress, StorageError};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
+use super::openings::Openings;
+use super::rebuild::{Control, RebuildOptions, RebuildStatus};
 use super::{LostTail, View, ViewOptions};
 use crate::error::ReadError;
 use crate::format::batch::genesis;
@@ -33,23 +38,32 @@ use crate::position::{Checkpoint, Incarnation, JournalId, Position};
 
 /// How long the thread sleeps at most before it looks whether it is to end.
 const TICK: Duration = Duration::from_millis(50);
+/// A new generation of at least so many bytes of the journal is built in bulk.
+const BULK_BYTES_MIN: u64 = 1 << 20;
 
 /// What the view's handles share with its thread.
 pub(super) struct Shared {
-    pub(super) db: Db,
+    /// The generation that is read.
+    served: ArcSwap<Db>,
     pub(super) journal: Journal,
     pub(super) set_aside: Option<PathBuf>,
+    pub(super) options: ViewOptions,
     state: Mutex<State>,
     changed: Condvar,
+    /// Whose turn it is to apply: counted on by each flip. Held while something is applied.
+    turn: Mutex<u64>,
+    pub(super) openings: Arc<Openings>,
+    /// The last rebuild.
+    pub(super) rebuild: Mutex<Option<Arc<Control>>>,
     // Behind the database: the folder stays locked until that is closed.
-    _folder: Generations,
+    pub(super) folder: Mutex<Generations>,
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct State {
     pub(super) phase: Phase,
     /// What is applied was found in the journal: before that, the rows may be of another history.
-    judged: bool,
+    pub(super) judged: bool,
     pub(super) applied: Progress,
     pub(super) durable: Checkpoint,
     stop_requested: bool,
@@ -58,27 +72,30 @@ pub(super) struct State {
 
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
+    /// The first generation of its version is built in bulk; nothing is to be seen of it yet.
+    Building(Arc<Control>),
     Following,
     AwaitingMirror,
     Stopped(Arc<StopError>),
     Closed,
 }
 
-/// Ends the thread when the last handle is dropped.
+/// Ends the threads when the last handle is dropped.
 pub(super) struct Running {
     pub(super) shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// Opens the view's live generation, judges it, and starts the thread.
 pub(super) fn start<V: View>(
     views_dir: &Path,
     journal: Journal,
-    view: V,
+    view: Arc<V>,
     options: ViewOptions,
 ) -> Result<Running, ViewError> {
-    let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME)?;
-    let opened = open_live::<V>(&mut folder, &journal, &options)?;
+    let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME, V::VERSION)?;
+    let openings = Arc::new(Openings::default());
+    let opened = open_live::<V>(&mut folder, &openings, &journal, &options)?;
     let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
     let state = State {
         judged: matches!(opened.phase, Phase::Following),
@@ -89,24 +106,25 @@ pub(super) fn start<V: View>(
         flush_failure: None,
     };
     let shared = Arc::new(Shared {
-        db: opened.db,
+        openings,
+        served: ArcSwap::new(opened.db),
         journal,
         set_aside: opened.set_aside,
+        options,
         state: Mutex::new(state),
         changed: Condvar::new(),
-        _folder: folder,
+        turn: Mutex::new(0),
+        rebuild: Mutex::new(None),
+        folder: Mutex::new(folder),
     });
-    let runner =
-        Runner { view, shared: shared.clone(), flush: FlushClock::new(&options, durable.offset) };
-    let thread = thread::Builder::new()
-        .name(format!("view-{}", V::NAME))
-        .spawn(move || runner.run(options.chunk_bytes))
-        .map_err(|source| ViewError::Thread { view: V::NAME, source: Arc::new(source) })?;
-    Ok(Running { shared, thread: Mutex::new(Some(thread)) })
+    let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.offset);
+    let running = Running { shared, threads: Mutex::new(Vec::new()) };
+    running.spawn(V::NAME, "view", move || runner.run())?;
+    Ok(running)
 }
 
 struct Opened {
-    db: Db,
+    db: Arc<Db>,
     progress: Progress,
     phase: Phase,
     set_aside: Option<PathBuf>,
@@ -114,10 +132,15 @@ struct Opened {
 
 fn open_live<V: View>(
     folder: &mut Generations,
+    openings: &Arc<Openings>,
     journal: &Journal,
     options: &ViewOptions,
 ) -> Result<Opened, ViewError> {
-    let (db, progress) = open_db::<V>(&folder.live(V::VERSION)?, journal, &options.memory)?;
+    let db = openings.open(&folder.live()?, &options.memory)?;
+    if let Some(opened) = to_build(&db, journal)? {
+        return Ok(opened);
+    }
+    let progress = db.begin(V::NAME, V::VERSION, nothing(journal))?;
     let phase = match judge::<V>(journal, &progress.checkpoint, options.lost_tail)? {
         Judgement::GoOn => Phase::Following,
         Judgement::AwaitMirror => Phase::AwaitingMirror,
@@ -127,26 +150,35 @@ fn open_live<V: View>(
         Judgement::SetAside => {
             let set_aside = Some(db.path().to_owned());
             drop(db);
-            let (db, progress) = open_db::<V>(&folder.next(V::VERSION)?, journal, &options.memory)?;
+            let db = openings.open(&folder.next()?, &options.memory)?;
+            if let Some(opened) = to_build(&db, journal)? {
+                return Ok(Opened { set_aside, ..opened });
+            }
+            let progress = db.begin(V::NAME, V::VERSION, nothing(journal))?;
             return Ok(Opened { db, progress, phase: Phase::Following, set_aside });
         }
     };
     Ok(Opened { db, progress, phase, set_aside: None })
 }
 
-fn open_db<V: View>(
-    path: &Path,
-    journal: &Journal,
-    memory: &ViewMemory,
-) -> Result<(Db, Progress), StorageError> {
-    let db = Db::open(path, memory)?;
-    let start = Progress { checkpoint: beginning(journal.id()), skipped_events: 0 };
-    let progress = db.begin(V::NAME, V::VERSION, start)?;
-    Ok((db, progress))
+/// A generation that was never written to, if there is enough to build it in bulk. It stays empty until then.
+fn to_build(db: &Arc<Db>, journal: &Journal) -> Result<Option<Opened>, StorageError> {
+    let bytes = journal.end().offset.saturating_sub(journal.start().offset);
+    if bytes < BULK_BYTES_MIN || !db.is_empty()? {
+        return Ok(None);
+    }
+    let phase = Phase::Building(Control::new(&RebuildOptions::default()));
+    let (db, progress) = (Arc::clone(db), nothing(journal));
+    Ok(Some(Opened { db, progress, phase, set_aside: None }))
+}
+
+/// How far a view is that has applied nothing.
+pub(super) fn nothing(journal: &Journal) -> Progress {
+    Progress { checkpoint: beginning(journal.id()), skipped_events: 0 }
 }
 
 /// The checkpoint of a view that has applied nothing.
-fn beginning(journal: JournalId) -> Checkpoint {
+pub(super) fn beginning(journal: JournalId) -> Checkpoint {
     Checkpoint {
         journal,
         epoch: 0,
@@ -185,7 +217,7 @@ fn judge<V: View>(
 
 /// Compares a checkpoint with the journal. Within one history, more events are more bytes: a checkpoint that
 /// is ahead of the end in only one of the two is of another history.
-fn compare(journal: &Journal, checkpoint: &Checkpoint) -> Result<Comparison, ReadError> {
+pub(super) fn compare(journal: &Journal, checkpoint: &Checkpoint) -> Result<Comparison, ReadError> {
     let end = journal.end();
     let (has_position, has_offset) =
         (checkpoint.position <= end.position, checkpoint.offset <= end.offset);
@@ -233,27 +265,84 @@ impl FlushClock {
     }
 }
 
-struct Runner<V> {
-    view: V,
+/// Follows the journal with one generation, as long as it is its turn.
+pub(super) struct Runner<V> {
+    view: Arc<V>,
     shared: Arc<Shared>,
+    db: Arc<Db>,
+    turn: u64,
     flush: FlushClock,
 }
 
+/// Why a runner has ended.
+enum Left {
+    /// The view was closed, or its journal was.
+    Closed,
+    /// Another generation has taken over.
+    Superseded,
+}
+
 impl<V: View> Runner<V> {
-    fn run(mut self, chunk_bytes: u64) {
-        let outcome =
-            catch_unwind(AssertUnwindSafe(|| self.enter(chunk_bytes))).unwrap_or_else(|panic| {
-                Err(StopError::Panic { view: V::NAME, message: panic_message(&*panic) })
-            });
-        self.shared.end(outcome);
+    pub(super) fn new(
+        view: Arc<V>,
+        shared: Arc<Shared>,
+        db: Arc<Db>,
+        turn: u64,
+        durable_offset: u64,
+    ) -> Self {
+        let flush = FlushClock::new(&shared.options, durable_offset);
+        Self { view, shared, db, turn, flush }
     }
 
-    fn enter(&mut self, chunk_bytes: u64) -> Result<(), StopError> {
-        match self.shared.state().phase {
-            Phase::Following => self.follow(chunk_bytes),
-            Phase::AwaitingMirror if self.await_mirror()? => self.follow(chunk_bytes),
-            Phase::AwaitingMirror | Phase::Stopped(_) | Phase::Closed => Ok(()),
+    pub(super) fn run(mut self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.enter())).unwrap_or_else(|panic| {
+            Err(StopError::Panic { view: V::NAME, message: panic_message(&*panic) })
+        });
+        if let Some(_turn) = self.shared.take_turn(self.turn) {
+            self.shared.end(outcome.map(drop), self.db.flush(true));
         }
+    }
+
+    fn enter(&mut self) -> Result<Left, StopError> {
+        match self.shared.state().phase {
+            Phase::Building(control) => {
+                self.build(&control)?;
+                self.follow()
+            }
+            Phase::Following => self.follow(),
+            Phase::AwaitingMirror if self.await_mirror()? => self.follow(),
+            Phase::AwaitingMirror | Phase::Stopped(_) | Phase::Closed => Ok(Left::Closed),
+        }
+    }
+
+    /// Builds the first generation. If an event can't be applied, it is for the ordered path to say which, and
+    /// to apply what is in front of it.
+    fn build(&self, control: &Control) -> Result<(), StopError> {
+        let (shared, db) = (&*self.shared, &self.db);
+        let until = shared.journal.end();
+        let means = Means::of(&RebuildOptions::default());
+        let built = bulk::build(
+            &*self.view,
+            &shared.journal,
+            until,
+            db,
+            &shared.options.memory,
+            means,
+            control,
+        );
+        let progress = match built {
+            Ok(progress) => progress,
+            Err(bulk::Ended::Failed(StopError::Event { .. }) | bulk::Ended::Cancelled) => db
+                .begin(V::NAME, V::VERSION, nothing(&shared.journal))
+                .map_err(storage_failed::<V>)?,
+            Err(bulk::Ended::Failed(error)) => return Err(error),
+        };
+        shared.change(|state| {
+            (state.phase, state.judged) = (Phase::Following, true);
+            state.applied = progress;
+            state.durable = progress.checkpoint;
+        });
+        Ok(())
     }
 
     /// Waits until the mirror has what the view has applied; false if that won't happen any more.
@@ -282,52 +371,39 @@ impl<V: View> Runner<V> {
         Ok(false)
     }
 
-    fn follow(&mut self, chunk_bytes: u64) -> Result<(), StopError> {
-        let start = self.shared.state().applied.checkpoint.position;
-        let mut cursor = self.shared.journal.cursor(start).map_err(journal_failed::<V>)?;
-        while !self.shared.is_to_end() {
+    fn follow(&mut self) -> Result<Left, StopError> {
+        let chunk_bytes = self.shared.options.chunk_bytes;
+        let shared = Arc::clone(&self.shared);
+        let mut applied = shared.state().applied;
+        let mut cursor =
+            shared.journal.cursor(applied.checkpoint.position).map_err(journal_failed::<V>)?;
+        while !shared.is_to_end() {
             // Asked first: what was published before the closing is still to be read.
-            let closed = self.shared.journal.is_closed();
-            let (chunk, failure) = self.collect(&mut cursor, chunk_bytes);
+            let closed = shared.journal.is_closed();
+            let (chunk, failure) =
+                collect(&*self.view, &shared.journal, &mut cursor, applied, chunk_bytes);
             let idle = chunk.is_empty();
-            if !idle {
-                self.apply(chunk)?;
+            {
+                let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Left::Superseded) };
+                if !idle {
+                    let (end, stop) = apply(&*self.view, chunk, &self.db)?;
+                    applied = end;
+                    self.flush.start();
+                    shared.change(|state| state.applied = end);
+                    stop.map_or(Ok(()), Err)?;
+                }
+                self.tend().map_err(storage_failed::<V>)?;
             }
-            self.tend().map_err(storage_failed::<V>)?;
             match failure {
                 Some(failure) => return Err(failure),
-                None if idle && closed => return Ok(()),
+                None if idle && closed => return Ok(Left::Closed),
                 None if idle => {
-                    let _end = self.shared.journal.wait_past(cursor.position(), TICK);
+                    let _end = shared.journal.wait_past(cursor.position(), TICK);
                 }
                 None => {}
             }
         }
-        Ok(())
-    }
-
-    /// Batches for one write, and why there are no more.
-    fn collect(&self, cursor: &mut Cursor, chunk_bytes: u64) -> (Chunk<V>, Option<StopError>) {
-        let mut chunk = Chunk::new(self.shared.state().applied);
-        while chunk.bytes() < chunk_bytes.max(1) {
-            let added = match cursor.next_batch() {
-                Ok(Some(batch)) => chunk.add(&self.view, &self.shared.journal, &batch),
-                Ok(None) => break,
-                Err(error) => Err(journal_failed::<V>(error)),
-            };
-            if let Err(failure) = added {
-                return (chunk, Some(failure));
-            }
-        }
-        (chunk, None)
-    }
-
-    fn apply(&mut self, chunk: Chunk<V>) -> Result<(), StopError> {
-        let Folded { writes, end, stop } = chunk.fold(&self.view, &self.shared.db)?;
-        self.shared.db.write(writes, &end).map_err(storage_failed::<V>)?;
-        self.flush.start();
-        self.shared.change(|state| state.applied = end);
-        stop.map_or(Ok(()), Err)
+        Ok(Left::Closed)
     }
 
     /// Flushes when it is time, and looks how far the last flush has got.
@@ -335,7 +411,7 @@ impl<V: View> Runner<V> {
         let state = self.shared.state();
         let applied = state.applied.checkpoint;
         if self.flush.is_due(applied.offset) {
-            self.shared.db.flush(false)?;
+            self.db.flush(false)?;
             self.flush.flushed(applied.offset);
         }
         if state.durable != applied && self.flush.looked_at.elapsed() >= TICK {
@@ -348,11 +424,44 @@ impl<V: View> Runner<V> {
     }
 }
 
-fn journal_failed<V: View>(source: ReadError) -> StopError {
+/// Batches for one write behind `applied`, and why there are no more.
+pub(super) fn collect<V: View>(
+    view: &V,
+    journal: &Journal,
+    cursor: &mut Cursor,
+    applied: Progress,
+    chunk_bytes: u64,
+) -> (Chunk<V>, Option<StopError>) {
+    let mut chunk = Chunk::new(applied);
+    while chunk.bytes() < chunk_bytes.max(1) {
+        let added = match cursor.next_batch() {
+            Ok(Some(batch)) => chunk.add(view, journal, &batch),
+            Ok(None) => break,
+            Err(error) => Err(journal_failed::<V>(error)),
+        };
+        if let Err(failure) = added {
+            return (chunk, Some(failure));
+        }
+    }
+    (chunk, None)
+}
+
+/// Folds a chunk into a generation: how far it is then, and why no further.
+pub(super) fn apply<V: View>(
+    view: &V,
+    chunk: Chunk<V>,
+    db: &Db,
+) -> Result<(Progress, Option<StopError>), StopError> {
+    let Folded { writes, end, stop } = chunk.fold(view, db)?;
+    db.write(writes, &end).map_err(storage_failed::<V>)?;
+    Ok((end, stop))
+}
+
+pub(super) fn journal_failed<V: View>(source: ReadError) -> StopError {
     StopError::Journal { view: V::NAME, source }
 }
 
-fn storage_failed<V: View>(source: StorageError) -> StopError {
+pub(super) fn storage_failed<V: View>(source: StorageError) -> StopError {
     StopError::Storage { view: V::NAME, source }
 }
 
@@ -361,7 +470,17 @@ impl Shared {
         self.state.lock().clone()
     }
 
-    fn is_to_end(&self) -> bool {
+    /// The generation that is read.
+    pub(super) fn db(&self) -> Arc<Db> {
+        self.served.load_full()
+    }
+
+    /// The same, without counting a reference.
+    pub(super) fn with_db<R>(&self, read: impl FnOnce(&Db) -> R) -> R {
+        read(&self.served.load())
+    }
+
+    pub(super) fn is_to_end(&self) -> bool {
         self.state.lock().stop_requested
     }
 
@@ -370,15 +489,43 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Keeps the others from applying; `None` if it isn't this one's turn any more.
+    fn take_turn(&self, turn: u64) -> Option<MutexGuard<'_, u64>> {
+        Some(self.turn.lock()).filter(|now| **now == turn)
+    }
+
+    /// Keeps everybody from applying.
+    pub(super) fn stand_still(&self) -> MutexGuard<'_, u64> {
+        self.turn.lock()
+    }
+
+    /// From now on `db` is read, of which `progress` is durable. The turn is its runner's.
+    pub(super) fn flip(
+        &self,
+        turn: &mut MutexGuard<'_, u64>,
+        db: Arc<Db>,
+        progress: Progress,
+    ) -> u64 {
+        **turn += 1;
+        // Rows first: whoever learns how far the view is finds them.
+        self.served.store(db);
+        self.change(|state| {
+            (state.phase, state.judged) = (Phase::Following, true);
+            (state.applied, state.durable) = (progress, progress.checkpoint);
+            state.flush_failure = None;
+        });
+        **turn
+    }
+
     fn look_at_durable(&self) -> Result<(), StorageError> {
-        if let Some(durable) = self.db.durable(self.journal.id())? {
+        if let Some(durable) = self.db().durable(self.journal.id())? {
             self.change(|state| state.durable = durable);
         }
         Ok(())
     }
 
-    fn end(&self, outcome: Result<(), StopError>) {
-        let flush_failure = self.db.flush(true).and_then(|()| self.look_at_durable()).err();
+    fn end(&self, outcome: Result<(), StopError>, flushed: Result<(), StorageError>) {
+        let flush_failure = flushed.and_then(|()| self.look_at_durable()).err();
         self.change(|state| {
             state.flush_failure = flush_failure;
             match outcome {
@@ -388,6 +535,15 @@ impl Shared {
                 Ok(()) => state.phase = Phase::Closed,
             }
         });
+    }
+
+    /// How far the rebuild is that is under way.
+    pub(super) fn rebuild_status(&self) -> Option<RebuildStatus> {
+        if let Phase::Building(control) = self.state().phase {
+            return Some(control.status());
+        }
+        let rebuild = self.rebuild.lock();
+        rebuild.as_ref().filter(|control| !control.has_ended()).map(|control| control.status())
     }
 
     /// Waits until the view has applied `position` of this journal.
@@ -401,7 +557,7 @@ impl Shared {
             let reached = state.applied.checkpoint.position;
             match &state.phase {
                 _ if state.judged && reached >= wanted => return Ok(()),
-                Phase::Following | Phase::AwaitingMirror => {}
+                Phase::Building(_) | Phase::Following | Phase::AwaitingMirror => {}
                 Phase::Stopped(error) => return Err(WaitError::Stopped(error.clone())),
                 Phase::Closed => return Err(WaitError::Closed),
             }
@@ -417,14 +573,39 @@ impl Shared {
 }
 
 impl Running {
-    /// Ends the thread, and waits until it has flushed what it has applied.
+    /// Begins a thread that ends with the view.
+    pub(super) fn spawn(
+        &self,
+        view: &'static str,
+        kind: &str,
+        run: impl FnOnce() + Send + 'static,
+    ) -> Result<(), ViewError> {
+        let thread = thread::Builder::new()
+            .name(format!("{kind}-{view}"))
+            .spawn(run)
+            .map_err(|source| ViewError::Thread { view, source: Arc::new(source) })?;
+        let mut threads = self.threads.lock();
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// Ends the threads, and waits until they have flushed what they have applied.
     pub(super) fn close(&self) -> Result<(), ViewError> {
         self.shared.change(|state| state.stop_requested = true);
-        let mut thread = self.thread.lock();
-        // A view may hold a handle to itself: its own thread can't wait for its own end.
-        if let Some(handle) = thread.take_if(|it| it.thread().id() != thread::current().id()) {
-            // The thread catches every panic of the view's code; there is nothing to hand on.
-            drop(handle.join());
+        if let Phase::Building(control) = self.shared.state().phase {
+            control.cancel();
+        }
+        if let Some(control) = &*self.shared.rebuild.lock() {
+            control.cancel();
+        }
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            // A view may hold a handle to itself: its own thread can't wait for its own end.
+            if thread.thread().id() != thread::current().id() {
+                // The threads catch every panic of the view's code; there is nothing to hand on.
+                drop(thread.join());
+            }
         }
         let failure = self.shared.state().flush_failure;
         failure.map_or(Ok(()), |error| Err(ViewError::Storage(error)))

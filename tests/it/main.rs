@@ -34,6 +34,8 @@ mod processes;
 mod races;
 #[cfg(feature = "test-kit")]
 mod reads;
+#[cfg(feature = "views")]
+mod rebuild;
 #[cfg(feature = "test-kit")]
 mod recovery;
 #[cfg(feature = "test-kit")]

@@ -190,7 +190,7 @@ fn recount(journal: &Journal, end: Position) -> Recount {
     rows
 }
 
-fn rows<V: View<Key = Key, Row = Row>>(snapshot: &ViewSnapshot<'_, V>) -> Recount {
+fn rows<V: View<Key = Key, Row = Row>>(snapshot: &ViewSnapshot<V>) -> Recount {
     let rows: Vec<(Key, Row)> = snapshot.range(..).map(Result::unwrap).collect();
     assert!(rows.is_sorted_by(|a, b| a.0 < b.0), "rows come in the order of their keys");
     rows.into_iter().collect()
@@ -424,9 +424,8 @@ fn ranges_and_prefixes_are_what_they_say() {
     let view = world.view(origin.journal());
     view.wait_for(&token, PATIENCE).unwrap();
     let key = |name: &str| (ONE_ACCOUNT, name.to_owned());
-    let found = |rows: view::Rows<'_, Accounts>| -> Vec<String> {
-        rows.map(|row| row.unwrap().0.1).collect()
-    };
+    let found =
+        |rows: view::Rows<Accounts>| -> Vec<String> { rows.map(|row| row.unwrap().0.1).collect() };
     assert_eq!(found(view.prefix(&ONE_ACCOUNT)), names);
     assert_eq!(found(view.prefix(&BY_INITIAL)), ["", "a", "b"]);
     assert_eq!(found(view.range(key("a")..key("b"))), ["a", "a\0", "ab"]);

@@ -1,0 +1,482 @@
+//! Building a generation from nothing: each row is folded in memory and written once.
+//!
+//! ```text
+//!          pieces of the journal, in parallel           parts of the keys, in parallel
+//!  round:  read ─ verify ─ decode ─ route ──────────▶  part 0: fold, piece after piece ┐
+//!          read ─ verify ─ decode ─ route ──────────▶  part 1: fold, piece after piece ├─▶ next round
+//!
+//!  at the end:  sort the rows ─▶ sorted files, in parallel ─▶ ingested in one call, the checkpoint among them
+//! ```
+//! - What is made is what the ordered path makes: the events of a key are folded in their order, because the
+//!   pieces of a round are, and so are the rounds. Keys don't see each other, so their order doesn't matter.
+//! - **Memory is bounded.** When the rows need more than they may, the upper half of the keys is forgotten and left
+//!   to a further *pass* over the journal. A pass makes the rows of one range of keys, and the next one goes on
+//!   behind it; so the files of all passes are in the order of the keys and nothing has to be merged.
+//! - The database is empty until everything is in it at once: one without a checkpoint was never finished.
+
+use std::path::{Path, PathBuf};
+
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use smallvec::SmallVec;
+use std::hash::BuildHasher;
+
+use super::chunk::{Place, decode, guard, invalid_record, stop_at};
+use super::db::{Db, Files, Progress, StorageError, row_key};
+use super::error::{EventFailure, StopError};
+use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase};
+use super::{Fold, Keys, View, ViewMemory};
+use crate::codec::{Bincode, Codec};
+use crate::event::{Names, Recorded};
+use crate::journal::Journal;
+use crate::position::{Checkpoint, Position};
+
+/// How the keys are divided, so that several threads can fold at once.
+const PARTS: usize = 64;
+/// About so much of the journal is decoded at a time by each thread.
+const PIECE_BYTES: u64 = 2 << 20;
+/// So many pieces each thread decodes before all fold.
+const PIECES_PER_THREAD: usize = 2;
+/// A sorted file has about so many bytes of keys and rows.
+const FILE_BYTES: usize = 64 << 20;
+/// Keys that are looked at to find the middle of all.
+const SAMPLE: usize = 1024;
+
+/// What a bulk build may use.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Means {
+    /// For rows that aren't on disk yet.
+    pub(super) memory_bytes_max: usize,
+    pub(super) threads: usize,
+}
+
+impl Means {
+    pub(super) fn of(options: &RebuildOptions) -> Self {
+        Self { memory_bytes_max: options.memory_bytes_max, threads: options.threads.max(1) }
+    }
+}
+
+/// Why it ended early.
+pub(super) enum Ended {
+    Cancelled,
+    Failed(StopError),
+}
+
+impl From<Cancelled> for Ended {
+    fn from(_: Cancelled) -> Self {
+        Self::Cancelled
+    }
+}
+
+impl From<StopError> for Ended {
+    fn from(error: StopError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Builds the rows of everything in front of `until` into a database that was never written to.
+pub(super) fn build<V: View>(
+    view: &V,
+    journal: &Journal,
+    until: Checkpoint,
+    db: &Db,
+    memory: &ViewMemory,
+    means: Means,
+    control: &Control,
+) -> Result<Progress, Ended> {
+    let storage = |source| Ended::Failed(StopError::Storage { view: V::NAME, source });
+    let pool = ThreadPoolBuilder::new()
+        .num_threads(means.threads)
+        .thread_name(|n| format!("rebuild-{n}"))
+        .build()
+        .map_err(|error| storage(db.no_threads(error)))?;
+    let mut files = Files::new(db, memory).map_err(storage)?;
+    let mut pass = Pass { view, journal, until, means, control, pool: &pool, from: Vec::new() };
+    let mut progress = None;
+    loop {
+        control.pass_begins(RebuildPhase::Building, until.position.since(journal.start().position));
+        let folded = pass.fold()?;
+        progress = Some(folded.progress).or(progress);
+        pool.install(|| write(folded.rows, &mut files)).map_err(storage)?;
+        match folded.left_from {
+            Some(from) => pass.from = from,
+            None => break,
+        }
+    }
+    let progress = progress.unwrap_or(Progress { checkpoint: until, skipped_events: 0 });
+    control.check()?;
+    db.ingest(files, V::NAME, V::VERSION, &progress).map_err(storage)?;
+    Ok(progress)
+}
+
+/// The rows of one range of keys.
+struct Pass<'a, V: View> {
+    view: &'a V,
+    journal: &'a Journal,
+    until: Checkpoint,
+    means: Means,
+    control: &'a Control,
+    pool: &'a ThreadPool,
+    /// The first key of the range.
+    from: Vec<u8>,
+}
+
+struct Folded {
+    rows: Vec<Row>,
+    progress: Progress,
+    /// The keys from here on are still to be folded.
+    left_from: Option<Vec<u8>>,
+}
+
+type Bytes = SmallVec<[u8; 16]>;
+
+/// A row as it will be stored. Encoded, so that what it needs is known, and a fold gets it by value.
+struct Row {
+    key: Bytes,
+    row: Option<Bytes>,
+}
+
+impl Row {
+    /// What it needs beside its place in a table.
+    fn spilled_bytes(&self) -> usize {
+        let spilled = |bytes: &Bytes| if bytes.spilled() { bytes.capacity() } else { 0 };
+        spilled(&self.key) + self.row.as_ref().map_or(0, spilled)
+    }
+}
+
+/// A part of the keys.
+#[derive(Default)]
+struct Part {
+    rows: HashTable<Row>,
+    spilled_bytes: usize,
+}
+
+impl Part {
+    fn bytes(&self) -> usize {
+        // One byte of control for each place.
+        self.rows.capacity() * (size_of::<Row>() + 1) + self.spilled_bytes
+    }
+}
+
+/// A decoded piece of the journal.
+struct Piece<V: View> {
+    events: Vec<Recorded<V::Event>>,
+    routes: Vec<Vec<Route<V::Key>>>,
+    keys: Vec<u8>,
+    skipped_events: u64,
+    bytes: u64,
+    end: Option<Checkpoint>,
+}
+
+/// An event concerns the row under a key.
+struct Route<K> {
+    hash: u64,
+    event: u32,
+    key_at: u32,
+    key_len: u32,
+    key: K,
+}
+
+impl<V: View> Pass<'_, V> {
+    fn fold(&self) -> Result<Folded, Ended> {
+        let mut parts: Vec<Part> = (0..PARTS).map(|_| Part::default()).collect();
+        let hasher = RandomState::default();
+        let mut to: Option<Vec<u8>> = None;
+        let mut end = None;
+        let mut skipped_events = 0;
+        let starts = piece_starts(self.journal, self.until);
+        let at_once = self.means.threads * PIECES_PER_THREAD;
+        let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
+        for round in starts.chunks(at_once) {
+            let range = Range { from: &self.from, to: to.as_deref() };
+            self.pool.install(|| {
+                let pieces = pieces.par_iter_mut().zip(round);
+                pieces
+                    .map(|(piece, at)| self.fill(piece, *at, &hasher, range))
+                    .collect::<Result<(), _>>()
+            })?;
+            let pieces = pieces.get(..round.len()).unwrap_or_default();
+            let failures: Vec<_> = self.pool.install(|| {
+                let folded = parts.par_iter_mut().enumerate();
+                folded
+                    .filter_map(|(n, part)| part.fold(self.view, n, pieces, &hasher).err())
+                    .collect()
+            });
+            if let Some((_, failure)) = failures.into_iter().min_by_key(|(position, _)| *position) {
+                return Err(Ended::Failed(failure));
+            }
+            skipped_events += pieces.iter().map(|piece| piece.skipped_events).sum::<u64>();
+            end = pieces.iter().filter_map(|piece| piece.end).next_back().or(end);
+            let bytes: usize = parts.iter().map(Part::bytes).sum();
+            if bytes > self.means.memory_bytes_max {
+                to = self.pool.install(|| halve(&mut parts, &hasher)).or(to);
+            }
+        }
+        let rows = parts.into_iter().flat_map(|part| part.rows).filter(|row| row.row.is_some());
+        let progress = Progress { checkpoint: end.unwrap_or(self.until), skipped_events };
+        Ok(Folded { rows: rows.collect(), progress, left_from: to })
+    }
+
+    /// Decodes and routes the batches that begin at `from` or behind it, in front of `to`.
+    fn fill(
+        &self,
+        piece: &mut Piece<V>,
+        (from, to): (Position, Position),
+        hasher: &RandomState,
+        wanted: Range<'_>,
+    ) -> Result<(), Ended> {
+        let failed = |source| StopError::Journal { view: V::NAME, source };
+        piece.clear();
+        let mut cursor = self.journal.cursor(from).map_err(failed)?;
+        let mut names = Names::default();
+        let mut keys = Keys(Vec::new());
+        while cursor.position() < to {
+            let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
+            let header = &batch.batch.header;
+            if header.base_position < from {
+                continue; // of the piece in front
+            }
+            let (journal, recorded_at_us) = (self.journal.id(), header.time_us);
+            for (position, record) in (header.base_position.get()..).zip(batch.batch.records()) {
+                let position = Position::new(position);
+                let record = record
+                    .map_err(|e| failed(invalid_record(self.journal, &batch, position, e)))?;
+                let at = Place { journal, position, recorded_at_us };
+                let wrong = |cause| {
+                    stop_at::<V, _>(&at.recorded(&record, &mut Names::default(), ()), cause)
+                };
+                let Some(data) = decode::<V::Event>(&record).map_err(wrong)? else {
+                    piece.skipped_events += 1;
+                    continue;
+                };
+                let event = at.recorded(&record, &mut names, data);
+                guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
+                piece.add(event, &mut keys, hasher, wanted);
+            }
+            piece.bytes += batch.batch.bytes().len() as u64;
+            piece.end = Some(batch.end());
+        }
+        let events = piece.events.len() as u64 + piece.skipped_events;
+        Ok(self.control.advance(events, piece.bytes)?)
+    }
+}
+
+/// The keys of a pass.
+#[derive(Clone, Copy)]
+struct Range<'a> {
+    from: &'a [u8],
+    to: Option<&'a [u8]>,
+}
+
+impl Range<'_> {
+    fn holds(self, key: &[u8]) -> bool {
+        (self.from.is_empty() || key >= self.from) && self.to.is_none_or(|to| key < to)
+    }
+}
+
+impl<V: View> Piece<V> {
+    fn empty() -> Self {
+        Self {
+            events: Vec::new(),
+            routes: (0..PARTS).map(|_| Vec::new()).collect(),
+            keys: Vec::new(),
+            skipped_events: 0,
+            bytes: 0,
+            end: None,
+        }
+    }
+
+    /// Empty again, with the memory that it has.
+    fn clear(&mut self) {
+        self.events.clear();
+        self.routes.iter_mut().for_each(Vec::clear);
+        self.keys.clear();
+        (self.skipped_events, self.bytes, self.end) = (0, 0, None);
+    }
+
+    fn add(
+        &mut self,
+        event: Recorded<V::Event>,
+        keys: &mut Keys<V::Key>,
+        hasher: &RandomState,
+        wanted: Range<'_>,
+    ) {
+        let index = self.events.len() as u32;
+        let own = self.keys.len();
+        for key in keys.0.drain(..) {
+            let key_at = self.keys.len();
+            super::key::ViewKey::encode_key(&key, &mut self.keys);
+            let bytes = self.keys.get(key_at..).unwrap_or_default();
+            let hash = hasher.hash_one(bytes);
+            let part = self.routes.get_mut(part_of(hash));
+            let routes = part.filter(|_| wanted.holds(bytes));
+            let Some(routes) = routes else {
+                self.keys.truncate(key_at);
+                continue;
+            };
+            // A key named twice by one event is folded once.
+            let again = routes.iter().rev().take_while(|route| route.event == index).any(|route| {
+                let at = route.key_at as usize;
+                at >= own && self.keys.get(at..at + route.key_len as usize) == Some(bytes)
+            });
+            if again {
+                self.keys.truncate(key_at);
+                continue;
+            }
+            let key_len = bytes.len() as u32;
+            routes.push(Route { hash, event: index, key_at: key_at as u32, key_len, key });
+        }
+        self.events.push(event);
+    }
+
+    fn key(&self, route: &Route<V::Key>) -> &[u8] {
+        let at = route.key_at as usize;
+        self.keys.get(at..at + route.key_len as usize).unwrap_or_default()
+    }
+}
+
+impl Part {
+    /// Folds what the pieces have for this part. A failure comes with the position of its event.
+    fn fold<V: View>(
+        &mut self,
+        view: &V,
+        part: usize,
+        pieces: &[Piece<V>],
+        hasher: &RandomState,
+    ) -> Result<(), (Position, StopError)> {
+        for piece in pieces {
+            let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
+            while let Some(first) = routes.first() {
+                let key = piece.key(first);
+                let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
+                let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
+                self.fold_run(view, piece, key, run, hasher)
+                    .map_err(|(event, cause)| (event.position(), stop_at::<V, _>(event, cause)))?;
+                routes = rest;
+            }
+        }
+        Ok(())
+    }
+
+    /// Folds events of the same key that follow each other.
+    fn fold_run<'p, V: View>(
+        &mut self,
+        view: &V,
+        piece: &'p Piece<V>,
+        key: &[u8],
+        run: &[Route<V::Key>],
+        hasher: &RandomState,
+    ) -> Result<(), (&'p Recorded<V::Event>, EventFailure)> {
+        let hash = run.first().map_or(0, |route| route.hash);
+        let hash_of = |row: &Row| hasher.hash_one(row.key.as_slice());
+        let entry = self.rows.entry(hash, |row| row.key.as_slice() == key, hash_of);
+        let mut stored = match &entry {
+            Entry::Occupied(entry) => entry.get().row.as_ref(),
+            Entry::Vacant(_) => None,
+        };
+        let mut row = None;
+        let mut changed_by = None;
+        for (n, route) in run.iter().enumerate() {
+            let Some(event) = piece.events.get(route.event as usize) else { continue };
+            if let Some(bytes) = stored.take() {
+                let decoded = Bincode::decode::<V::Row>(bytes);
+                row = Some(decoded.map_err(|error| (event, EventFailure::StoredRow(error)))?);
+            }
+            // The last one may have it: if it changes nothing, it is as it was stored.
+            let is_last = n + 1 == run.len() && changed_by.is_none();
+            let given = if is_last { row.take() } else { row.clone() };
+            let folded = guard(|| view.fold(&route.key, given, event)).map_err(|it| (event, it))?;
+            match folded.map_err(|error| (event, EventFailure::Fold(error.0)))? {
+                Fold::Put(new) => (row, changed_by) = (Some(new), Some(event)),
+                Fold::Delete => (row, changed_by) = (None, Some(event)),
+                Fold::Keep => {}
+            }
+        }
+        let Some(event) = changed_by else { return Ok(()) };
+        let mut bytes = row.is_some().then(Bytes::new);
+        if let (Some(row), Some(bytes)) = (&row, &mut bytes) {
+            guard(|| Bincode::encode_with(row, |more| bytes.extend_from_slice(more)))
+                .and_then(|encoded| encoded.map_err(EventFailure::NewRow))
+                .map_err(|cause| (event, cause))?;
+        }
+        match entry {
+            Entry::Occupied(mut entry) => {
+                let place = entry.get_mut();
+                self.spilled_bytes -= place.spilled_bytes();
+                place.row = bytes;
+                self.spilled_bytes += place.spilled_bytes();
+            }
+            Entry::Vacant(_) if bytes.is_none() => {}
+            Entry::Vacant(entry) => {
+                let row = Row { key: Bytes::from_slice(key), row: bytes };
+                self.spilled_bytes += row.spilled_bytes();
+                entry.insert(row);
+            }
+        }
+        Ok(())
+    }
+}
+
+const fn part_of(hash: u64) -> usize {
+    // The table takes the lowest and the highest bits.
+    (hash >> 32) as usize % PARTS
+}
+
+/// Forgets the upper half of the keys; where it begins. `None` if there is only one key.
+fn halve(parts: &mut [Part], hasher: &RandomState) -> Option<Vec<u8>> {
+    let each = SAMPLE / PARTS;
+    let mut sample: Vec<&[u8]> =
+        parts.iter().flat_map(|part| part.rows.iter().take(each)).map(|row| &row.key[..]).collect();
+    sample.sort_unstable();
+    sample.dedup();
+    let middle = sample.get(sample.len() / 2).filter(|_| sample.len() > 1)?.to_vec();
+    parts.par_iter_mut().for_each(|part| {
+        part.rows.retain(|row| row.key.as_slice() < middle.as_slice());
+        part.rows.shrink_to_fit(|row| hasher.hash_one(row.key.as_slice()));
+        part.spilled_bytes = part.rows.iter().map(Row::spilled_bytes).sum();
+    });
+    Some(middle)
+}
+
+/// Positions at which the journal can be divided, with where each piece ends.
+fn piece_starts(journal: &Journal, until: Checkpoint) -> Vec<(Position, Position)> {
+    let start = journal.start();
+    let events = until.position.since(start.position);
+    let bytes = until.offset.saturating_sub(start.offset).max(1);
+    let pieces = bytes.div_ceil(PIECE_BYTES).clamp(1, events.max(1));
+    let at = |n: u64| {
+        let events = u128::from(events) * u128::from(n) / u128::from(pieces);
+        start.position.advance(events as u64)
+    };
+    let pieces = (0..pieces).map(|n| (at(n), at(n + 1)));
+    pieces.filter(|(from, to)| from < to).collect()
+}
+
+/// Sorts rows and writes them into files.
+fn write(mut rows: Vec<Row>, files: &mut Files<'_>) -> Result<(), StorageError> {
+    rows.par_sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    let len = |row: &Row| row.key.len() + row.row.as_ref().map_or(0, SmallVec::len);
+    let total: usize = rows.par_iter().map(len).sum();
+    let count = total.div_ceil(FILE_BYTES).max(rayon::current_num_threads()).min(rows.len()).max(1);
+    let paths: Vec<PathBuf> = (0..count).map(|_| files.next()).collect();
+    let size = rows.len().div_ceil(count).max(1);
+    let written: Result<Vec<()>, StorageError> = rows
+        .par_chunks(size)
+        .zip(&paths)
+        .map(|(rows, path)| write_file(rows, files, path))
+        .collect();
+    written?;
+    files.keep(paths.into_iter().take(rows.len().div_ceil(size)));
+    Ok(())
+}
+
+fn write_file(rows: &[Row], files: &Files<'_>, path: &Path) -> Result<(), StorageError> {
+    let entries = rows.iter().filter_map(|row| {
+        let bytes = row.row.as_ref()?;
+        Some((row_key(|out| out.extend_from_slice(&row.key)), bytes.as_slice()))
+    });
+    files.write(path, entries)
+}

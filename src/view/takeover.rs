@@ -1,0 +1,298 @@
+//! How another generation takes over; see [`rebuild`](super::rebuild).
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::View;
+use super::bulk::{self, Ended, Means};
+use super::chunk::panic_message;
+use super::db::{Db, Progress, Reader, all_rows};
+use super::error::{StopError, ViewError};
+use super::rebuild::{
+    Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
+    RebuildPhase, Rebuilt,
+};
+use super::runner::{
+    Phase, Runner, Running, Shared, apply, collect, compare, journal_failed, nothing,
+    storage_failed,
+};
+use crate::journal;
+use crate::position::Checkpoint;
+
+/// Rows are looked at for a digest in steps of so many, between which it can be cancelled.
+const DIGEST_STEP: u64 = 4096;
+
+/// Where the generation that is to take over comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// It is built from the journal.
+    Journal,
+    /// It was live before, under this number.
+    Generation(u32),
+}
+
+/// Begins to prepare another generation, in a thread.
+pub(super) fn begin<V: View>(
+    running: &Running,
+    view: Arc<V>,
+    options: RebuildOptions,
+    source: Source,
+) -> Result<RebuildHandle, ViewError> {
+    let shared = Arc::clone(&running.shared);
+    let control = Control::new(&options);
+    {
+        let mut rebuild = shared.rebuild.lock();
+        let under_way = rebuild.as_ref().is_some_and(|control| !control.has_ended());
+        match shared.state().phase {
+            _ if shared.is_to_end() => return Err(ViewError::Closed { view: V::NAME }),
+            Phase::Building(_) => return Err(ViewError::Rebuilding { view: V::NAME }),
+            _ if under_way => return Err(ViewError::Rebuilding { view: V::NAME }),
+            _ => *rebuild = Some(Arc::clone(&control)),
+        }
+    }
+    let handle = RebuildHandle::new(Arc::clone(&control));
+    let takeover = Takeover { view, shared, options, control: Arc::clone(&control) };
+    let spawned = running.spawn(V::NAME, "rebuild", move || takeover.run(source));
+    spawned.inspect_err(|error| control.end(Err(RebuildError::View(error.clone()))))?;
+    Ok(handle)
+}
+
+/// Builds the served rows again from the journal, beside them, and compares.
+pub(super) fn check<V: View>(
+    running: &Running,
+    view: Arc<V>,
+    options: RebuildOptions,
+) -> Result<Comparison, RebuildError> {
+    let control = Control::new(&options);
+    let shared = Arc::clone(&running.shared);
+    let checked = Takeover { view, shared, options, control };
+    checked.guarded(Takeover::check)
+}
+
+struct Takeover<V> {
+    view: Arc<V>,
+    shared: Arc<Shared>,
+    options: RebuildOptions,
+    control: Arc<Control>,
+}
+
+/// What is served, as of a moment, to be compared with.
+struct Reference {
+    reader: Reader,
+    progress: Progress,
+}
+
+impl<V: View> Takeover<V> {
+    fn run(self, source: Source) {
+        let began = Instant::now();
+        let done = self.guarded(|it| match source {
+            Source::Journal => it.from_journal(),
+            Source::Generation(number) => it.from_generation(number),
+        });
+        match done {
+            Ok((runner, rebuilt)) => {
+                self.control.end(Ok(Rebuilt { took: began.elapsed(), ..rebuilt }));
+                drop(self);
+                runner.run();
+            }
+            Err(error) => self.control.end(Err(error)),
+        }
+    }
+
+    fn guarded<T>(
+        &self,
+        run: impl FnOnce(&Self) -> Result<T, RebuildError>,
+    ) -> Result<T, RebuildError> {
+        catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
+            let message = panic_message(&*panic);
+            Err(StopError::Panic { view: V::NAME, message }.into())
+        })
+    }
+
+    fn from_journal(&self) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+        let reference = self.reference()?.filter(|it| self.is_near(&it.progress));
+        self.with_new_generation(|number, path| {
+            let until = reference.as_ref().map(|it| it.progress.checkpoint);
+            let (db, progress) = self.build(path, until)?;
+            let compared = reference.map(|reference| self.compare(&reference, &db)).transpose()?;
+            if let Some(compared) = compared.as_ref().filter(|it| !it.is_equal())
+                && self.options.on_difference == OnDifference::Refuse
+            {
+                return Err(RebuildError::Different(compared.clone()));
+            }
+            self.take_over(number, db, progress, compared)
+        })
+    }
+
+    fn from_generation(&self, number: u32) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+        let shared = &self.shared;
+        let path = shared.folder.lock().existing(number)?;
+        let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;
+        let progress = db.begin(V::NAME, V::VERSION, nothing(&shared.journal));
+        let progress = progress.map_err(ViewError::from)?;
+        let checkpoint = progress.checkpoint;
+        match compare(&shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
+            journal::Comparison::Equal => self.take_over(number, db, progress, None),
+            _ => {
+                let end = shared.journal.end().position;
+                Err(StopError::Fork { view: V::NAME, checkpoint, end }.into())
+            }
+        }
+    }
+
+    fn check(&self) -> Result<Comparison, RebuildError> {
+        let reference = self.reference()?.ok_or(ViewError::NotJudged { view: V::NAME })?;
+        let mut compared = None;
+        let checked = self.with_new_generation(|_, path| {
+            let (db, _) = self.build(path, Some(reference.progress.checkpoint))?;
+            compared = Some(self.compare(&reference, &db)?);
+            Ok(path.to_owned())
+        });
+        self.shared.openings.delete(&checked?)?;
+        compared.ok_or(RebuildError::Cancelled)
+    }
+
+    /// A failure leaves nothing of the generation.
+    fn with_new_generation<T>(
+        &self,
+        make: impl FnOnce(u32, &Path) -> Result<T, RebuildError>,
+    ) -> Result<T, RebuildError> {
+        let (number, path) = self.shared.folder.lock().begin()?;
+        make(number, &path).inspect_err(|_| {
+            // An effort: the next opening deletes it, too.
+            drop(self.shared.openings.delete(&path));
+        })
+    }
+
+    /// What is served now, if it is known to be of this journal.
+    fn reference(&self) -> Result<Option<Reference>, RebuildError> {
+        if !self.shared.state().judged {
+            return Ok(None);
+        }
+        let reader = self.shared.db().snapshot();
+        let progress = reader.progress(self.shared.journal.id()).map_err(ViewError::from)?;
+        Ok(progress.map(|progress| Reference { reader, progress }))
+    }
+
+    /// Whether what is served is so far that it is worth while to build up to there first.
+    fn is_near(&self, progress: &Progress) -> bool {
+        let position = progress.checkpoint.position;
+        let behind = self.shared.journal.end().position.since(position);
+        behind.saturating_mul(4) <= position.get()
+    }
+
+    fn build(
+        &self,
+        path: &Path,
+        until: Option<Checkpoint>,
+    ) -> Result<(Arc<Db>, Progress), RebuildError> {
+        let shared = &self.shared;
+        let until = until.unwrap_or_else(|| shared.journal.end());
+        let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
+        let means = Means::of(&self.options);
+        let (view, memory) = (&*self.view, &shared.options.memory);
+        let built = bulk::build(view, &shared.journal, until, &db, memory, means, &self.control);
+        match built {
+            Ok(progress) => Ok((db, progress)),
+            Err(Ended::Cancelled) => Err(RebuildError::Cancelled),
+            Err(Ended::Failed(error)) => Err(error.into()),
+        }
+    }
+
+    fn compare(&self, reference: &Reference, db: &Arc<Db>) -> Result<Comparison, RebuildError> {
+        self.control.pass_begins(RebuildPhase::Comparing, 0);
+        let position = reference.progress.checkpoint.position;
+        let served = digest_of::<V>(&reference.reader, Some(&self.control))?;
+        let built = digest_of::<V>(&db.latest(), Some(&self.control))?;
+        Ok(Comparison { position, served, built })
+    }
+
+    /// Catches up, and takes over when nothing is missing any more.
+    fn take_over(
+        &self,
+        number: u32,
+        db: Arc<Db>,
+        mut progress: Progress,
+        compared: Option<Comparison>,
+    ) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+        let shared = &self.shared;
+        let position = progress.checkpoint.position;
+        self.control
+            .pass_begins(RebuildPhase::CatchingUp, shared.journal.end().position.since(position));
+        let mut cursor = shared.journal.cursor(position).map_err(journal_failed::<V>)?;
+        let flush = |db: &Db| db.flush(true).map_err(storage_failed::<V>);
+        let near = shared.options.chunk_bytes.max(1);
+        while shared.journal.end().offset > progress.checkpoint.offset.saturating_add(near) {
+            self.fold_more(&mut cursor, &db, &mut progress)?;
+        }
+        flush(&db)?; // so that little is left to be flushed while the old one stands still
+        let mut turn = shared.stand_still();
+        let old = shared.state();
+        while progress.checkpoint.position < old.applied.checkpoint.position {
+            if !self.fold_more(&mut cursor, &db, &mut progress)? {
+                let (applied, end) = (old.applied.checkpoint, shared.journal.end().position);
+                let view = V::NAME;
+                return Err(StopError::Fork { view, checkpoint: applied, end }.into());
+            }
+        }
+        flush(&db)?;
+        self.control.check()?;
+        let previous = {
+            let mut folder = shared.folder.lock();
+            let previous = folder.live_number();
+            folder.set_live(number)?;
+            previous
+        };
+        let mine = shared.flip(&mut turn, Arc::clone(&db), progress);
+        drop(turn);
+        let (view, shared) = (Arc::clone(&self.view), Arc::clone(shared));
+        let runner = Runner::new(view, shared, db, mine, progress.checkpoint.offset);
+        let took = std::time::Duration::ZERO;
+        Ok((runner, Rebuilt { generation: number, previous, compared, took }))
+    }
+
+    /// Folds the next chunk; `false` if there is none.
+    fn fold_more(
+        &self,
+        cursor: &mut journal::Cursor,
+        db: &Db,
+        progress: &mut Progress,
+    ) -> Result<bool, RebuildError> {
+        let (journal, chunk_bytes) = (&self.shared.journal, self.shared.options.chunk_bytes);
+        let (chunk, failure) = collect(&*self.view, journal, cursor, *progress, chunk_bytes);
+        let (idle, bytes) = (chunk.is_empty(), chunk.bytes());
+        if !idle {
+            let (end, stop) = apply(&*self.view, chunk, db)?;
+            let events = end.checkpoint.position.since(progress.checkpoint.position);
+            *progress = end;
+            stop.map_or(Ok(()), Err)?;
+            self.control.advance(events, bytes)?;
+        }
+        failure.map_or(Ok(()), Err)?;
+        Ok(!idle)
+    }
+}
+
+/// What the rows come to.
+pub(super) fn digest_of<V: View>(
+    reader: &Reader,
+    control: Option<&Control>,
+) -> Result<Digest, RebuildError> {
+    let mut hasher = blake3::Hasher::new();
+    let mut rows = 0;
+    for entry in reader.scan(all_rows()) {
+        let (key, row) = entry.map_err(storage_failed::<V>)?;
+        for part in [&key, &row] {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+        }
+        rows += 1;
+        if rows % DIGEST_STEP == 0
+            && let Some(control) = control
+        {
+            control.check()?;
+        }
+    }
+    Ok(Digest { rows, hash: *hasher.finalize().as_bytes() })
+}

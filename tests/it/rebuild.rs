@@ -1,0 +1,466 @@
+//! Rebuilding a view while it serves: what takes over is what the journal makes, nothing else ever does, and whoever
+//! reads notices nothing.
+//!
+//! The fold depends on the order of a key's events and on how often each is folded, and deletes rows now and then. What
+//! it comes to is compared with a recount that knows nothing of views.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use fastrand::Rng;
+use headwater::view::{
+    Fold, FoldError, Keys, OnDifference, RebuildError, RebuildOptions, RebuildPhase, View,
+    ViewError, ViewHandle, ViewOptions, ViewState,
+};
+use headwater::{
+    Append, ExpectedRevision, JournalOptions, NewEvent, Position, Recorded, Store, StreamId, Token,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The first two bytes of an event are its key, the third says what it does.
+#[derive(Clone, Default)]
+struct Traces<const VERSION: u32 = 1> {
+    /// From this position on, folding fails.
+    poison: Option<u64>,
+    /// Added to every trace: a fold that was changed, or isn't pure.
+    twist: Arc<AtomicU64>,
+}
+
+type Row = (u64, u64, Vec<u8>);
+
+fn keys_of(data: &[u8]) -> [(u8, u16); 2] {
+    let key = u16::from_le_bytes([data[0], data[1]]);
+    [(0, key), (1, key % 7)]
+}
+
+fn step(row: Option<Row>, data: &[u8], position: u64, twist: u64) -> Option<Option<Row>> {
+    match data[2] {
+        0 => None,
+        1 => Some(None),
+        _ => {
+            let (count, trace, _) = row.unwrap_or_default();
+            let trace = trace.wrapping_mul(31).wrapping_add(position).wrapping_add(twist);
+            Some(Some((count + 1, trace, data[3..3 + usize::from(data[2] % 40)].to_vec())))
+        }
+    }
+}
+
+impl<const VERSION: u32> View for Traces<VERSION> {
+    const NAME: &'static str = "traces";
+    const VERSION: u32 = VERSION;
+    type Key = (u8, u16);
+    type Row = Row;
+    type Event = Vec<u8>;
+
+    fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<(u8, u16)>) {
+        keys.extend(keys_of(event.data()));
+        keys.add(keys_of(event.data())[0]); // named twice, folded once
+    }
+
+    fn fold(
+        &self,
+        _: &(u8, u16),
+        row: Option<Row>,
+        event: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<Row>, FoldError> {
+        let position = event.position().get();
+        if self.poison.is_some_and(|poison| position >= poison) {
+            return Err("poison".into());
+        }
+        let twist = self.twist.load(Ordering::Relaxed);
+        Ok(match step(row, event.data(), position, twist) {
+            None => Fold::Keep,
+            Some(None) => Fold::Delete,
+            Some(Some(row)) => Fold::Put(row),
+        })
+    }
+}
+
+/// A journal that is written at random, and what its events come to.
+struct World {
+    store: Store,
+    rng: Rng,
+    rows: BTreeMap<(u8, u16), Row>,
+    token: Option<Token>,
+}
+
+impl World {
+    fn new(dir: &Path, seed: u64) -> Self {
+        println!("seed {seed}");
+        let options = JournalOptions {
+            segment_bytes_first: 256 << 10,
+            segment_bytes_max: 1 << 20,
+            batch_bytes_max: 64 << 10,
+            group_bytes_max: 128 << 10,
+            ..JournalOptions::default()
+        };
+        let store =
+            Store::builder(dir).create_if_missing().journal_options(options).open().unwrap();
+        let mut world =
+            Self { store, rng: Rng::with_seed(seed), rows: BTreeMap::new(), token: None };
+        world.recount();
+        world
+    }
+
+    /// From what is in the journal.
+    fn recount(&mut self) {
+        for event in self.store.read_all(Position::START).unwrap() {
+            let event = event.unwrap();
+            self.count(event.data(), event.position().get());
+        }
+    }
+
+    fn count(&mut self, data: &[u8], position: u64) {
+        for key in keys_of(data) {
+            match step(self.rows.get(&key).cloned(), data, position, 0) {
+                None => {}
+                Some(None) => drop(self.rows.remove(&key)),
+                Some(Some(row)) => drop(self.rows.insert(key, row)),
+            }
+        }
+    }
+
+    fn append(&mut self, batches: usize) {
+        for _ in 0..batches {
+            let events: Vec<Vec<u8>> = (0..self.rng.usize(1..60)).map(|_| self.event()).collect();
+            let new = events.iter().map(|data| NewEvent::raw("traced", data.clone()).unwrap());
+            let append = Append::to(&stream(), ExpectedRevision::Any, new);
+            let appended = self.store.append(&append).unwrap();
+            for (data, placed) in events.iter().zip(&appended.receipt().events) {
+                self.count(data, placed.position.get());
+            }
+            self.token = Some(appended.token());
+        }
+    }
+
+    fn event(&mut self) -> Vec<u8> {
+        let mut data: Vec<u8> = (0..self.rng.usize(50..200)).map(|_| self.rng.u8(..)).collect();
+        data[1] &= 3;
+        data
+    }
+
+    fn open<const VERSION: u32>(&self, view: Traces<VERSION>) -> ViewHandle<Traces<VERSION>> {
+        let options = ViewOptions { chunk_bytes: 100 << 10, ..ViewOptions::default() };
+        self.store.view_with(view, options).unwrap()
+    }
+
+    fn assert_shows<const VERSION: u32>(&self, view: &ViewHandle<Traces<VERSION>>) {
+        let snapshot = view.snapshot_at_least(&self.token.unwrap(), PATIENCE).unwrap();
+        let rows: Result<BTreeMap<_, _>, _> = snapshot.range(..).collect();
+        assert!(rows.unwrap() == self.rows, "the view shows something else");
+    }
+}
+
+fn stream() -> StreamId {
+    StreamId::new("traces").unwrap()
+}
+
+fn live<const VERSION: u32>(view: &ViewHandle<Traces<VERSION>>) -> Vec<u32> {
+    let mut all = view.generations().unwrap();
+    all.retain(|it| it.live && it.version == VERSION);
+    all.iter().map(|it| it.number).collect()
+}
+
+fn little_memory() -> RebuildOptions {
+    RebuildOptions { memory_bytes_max: 100 << 10, threads: 3, ..RebuildOptions::default() }
+}
+
+/// The ordered path, the bulk path and the bulk path in many passes come to the same, on any history.
+#[test]
+fn a_rebuild_makes_what_folding_in_order_made() {
+    for seed in 0..4 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut world = World::new(dir.path(), seed);
+        let ordered = world.open(Traces::<1>::default());
+        world.append(300);
+        world.assert_shows(&ordered);
+        let mut rebuilt = Vec::new();
+        for options in [RebuildOptions::default(), little_memory()] {
+            let rebuild = ordered.rebuild(options).unwrap();
+            let done = rebuild.wait().unwrap();
+            let compared = done.compared.unwrap();
+            assert!(compared.is_equal() && compared.built.rows == world.rows.len() as u64);
+            rebuilt.push((done.previous, done.generation));
+            world.assert_shows(&ordered);
+            world.append(10);
+            world.assert_shows(&ordered);
+        }
+        assert_eq!(rebuilt, [(1, 2), (2, 3)]);
+        // A first generation over a history that is there already: in bulk, too.
+        let bulk = world.open(Traces::<2>::default());
+        world.assert_shows(&bulk);
+        assert_eq!(bulk.digest().unwrap(), ordered.digest().unwrap());
+    }
+}
+
+#[test]
+fn little_memory_needs_several_passes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 11);
+    world.append(200);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    let rebuild =
+        view.rebuild(RebuildOptions { bytes_per_second_max: Some(100 << 20), ..little_memory() });
+    let rebuild = rebuild.unwrap();
+    let mut passes = 1;
+    while rebuild.status().phase != RebuildPhase::Ended {
+        passes = passes.max(rebuild.status().pass);
+        std::thread::yield_now();
+    }
+    rebuild.wait().unwrap();
+    assert!(passes > 1, "{passes} pass");
+    world.assert_shows(&view);
+}
+
+/// Appends and reads go on while generation after generation takes over. A reader sees whole moments only, none
+/// older than one that it saw before.
+#[test]
+fn readers_and_writers_notice_nothing_of_a_flip() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 21);
+    world.append(150);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    let done = AtomicBool::new(false);
+    let (flips, moments) = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let (mut last, mut moments) = (Position::START, 0);
+            while !done.load(Ordering::Relaxed) {
+                let snapshot = view.snapshot().unwrap();
+                let at = snapshot.checkpoint().position;
+                assert!(at >= last, "the view went back");
+                last = at;
+                // Kind 1 counts what kind 0 counts, by another key; deletions apart, nothing is half there.
+                let newest = snapshot.range(..).map(|row| row.unwrap().1.1).count();
+                moments += usize::from(newest > 0);
+            }
+            moments
+        });
+        let rebuilder = scope.spawn(|| {
+            let mut flips = 0;
+            while !done.load(Ordering::Relaxed) {
+                let rebuild = view.rebuild(RebuildOptions::default()).unwrap();
+                let rebuilt = rebuild.wait().unwrap();
+                assert!(rebuilt.compared.is_none_or(|it| it.is_equal()));
+                assert!(view.remove_generation(1, rebuilt.previous).unwrap());
+                flips += 1;
+            }
+            flips
+        });
+        for _ in 0..60 {
+            world.append(5);
+            let _row = view.get_at_least(&(0, 1), &world.token.unwrap(), PATIENCE).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        (rebuilder.join().unwrap(), reader.join().unwrap())
+    });
+    println!("{flips} flips, {moments} moments read");
+    assert!(flips > 0 && moments > 0);
+    world.assert_shows(&view);
+}
+
+#[test]
+fn rolling_back_catches_up_before_it_takes_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 31);
+    world.append(100);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    assert!(matches!(view.rollback(), Err(ViewError::NoGeneration { .. })));
+    view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+    world.append(50);
+    world.assert_shows(&view);
+    let back = view.rollback().unwrap().wait().unwrap();
+    assert_eq!((back.generation, back.previous), (1, 2));
+    world.assert_shows(&view);
+    drop(view);
+    let view = world.open(Traces::<1>::default());
+    assert_eq!(live(&view), [1]);
+    world.assert_shows(&view);
+    assert!(matches!(view.remove_generation(1, 1), Err(ViewError::Live { .. })));
+    assert!(view.remove_generation(1, 2).unwrap());
+    assert!(!view.remove_generation(1, 2).unwrap());
+}
+
+/// A fold that doesn't give the same twice is found before its rows take over.
+#[test]
+fn other_rows_than_those_served_do_not_take_over_unless_asked_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 41);
+    world.append(100);
+    let traces = Traces::<1>::default();
+    let view = world.open(traces.clone());
+    world.assert_shows(&view);
+    assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+    traces.twist.store(1, Ordering::Relaxed);
+    assert!(!view.check(RebuildOptions::default()).unwrap().is_equal());
+    let refused = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap_err();
+    assert!(matches!(&refused, RebuildError::Different(it) if it.served != it.built), "{refused}");
+    assert_eq!((live(&view), view.generations().unwrap().len()), (vec![1], 1));
+    world.assert_shows(&view);
+    let options =
+        RebuildOptions { on_difference: OnDifference::Replace, ..RebuildOptions::default() };
+    let replaced = view.rebuild(options).unwrap().wait().unwrap();
+    assert!(!replaced.compared.unwrap().is_equal());
+    assert_eq!(live(&view), [2]);
+}
+
+#[test]
+fn an_event_that_cannot_be_applied_ends_a_rebuild_and_the_old_rows_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 51);
+    world.append(100);
+    let poison = world.token.unwrap().position.get() / 2;
+    let view = world.open(Traces::<1> { poison: Some(poison), ..Traces::default() });
+    let stopped = loop {
+        if let ViewState::Stopped(error) = view.status().state {
+            break error;
+        }
+        std::thread::yield_now();
+    };
+    let batch_end = view.checkpoint().applied.position.get();
+    assert!(stopped.position().unwrap().get() == poison && batch_end <= poison && batch_end > 0);
+    let failed = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap_err();
+    assert!(
+        matches!(&failed, RebuildError::Stopped(it) if it.position() == stopped.position()),
+        "{failed}"
+    );
+    assert_eq!(view.generations().unwrap().len(), 1);
+    drop(view);
+    // The fold was mended: a rebuild goes on where the old generation could not.
+    let view = world.open(Traces::<1>::default());
+    view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+    world.assert_shows(&view);
+}
+
+#[test]
+fn a_rebuild_can_be_paused_slowed_down_and_cancelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 61);
+    world.append(200);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    let crawl =
+        RebuildOptions { bytes_per_second_max: Some(1), threads: 1, ..RebuildOptions::default() };
+    let rebuild = view.rebuild(crawl.clone()).unwrap();
+    while rebuild.status().events == 0 {
+        std::thread::yield_now();
+    }
+    let status = view.status().rebuild.unwrap();
+    assert!(status.events < status.events_total && status.remaining.is_some(), "{status}");
+    assert!(matches!(view.rebuild(RebuildOptions::default()), Err(ViewError::Rebuilding { .. })));
+    rebuild.pause();
+    rebuild.throttle(None);
+    assert!(rebuild.status().paused);
+    world.append(1);
+    world.assert_shows(&view);
+    rebuild.resume();
+    rebuild.wait().unwrap();
+    assert!(view.status().rebuild.is_none());
+    world.assert_shows(&view);
+
+    let rebuild = view.rebuild(crawl.clone()).unwrap();
+    rebuild.cancel();
+    assert!(matches!(rebuild.wait(), Err(RebuildError::Cancelled)));
+    assert_eq!(live(&view), [2]);
+    // Closing cancels, too.
+    let rebuild = view.rebuild(crawl).unwrap();
+    view.close().unwrap();
+    assert!(matches!(rebuild.wait(), Err(RebuildError::Cancelled)));
+    assert!(matches!(view.rebuild(RebuildOptions::default()), Err(ViewError::Closed { .. })));
+    drop(view);
+    let view = world.open(Traces::<1>::default());
+    assert_eq!(view.generations().unwrap().len(), 2);
+    world.assert_shows(&view);
+}
+
+/// A higher version is built from the history while the lower one goes on serving, in the same process.
+#[test]
+fn a_higher_version_is_built_while_the_lower_one_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 71);
+    world.append(100);
+    let first = world.open(Traces::<1>::default());
+    world.assert_shows(&first);
+    let second = world.open(Traces::<2>::default());
+    world.assert_shows(&second);
+    world.append(10);
+    world.assert_shows(&first);
+    world.assert_shows(&second);
+    assert!(matches!(world.store.view(Traces::<2>::default()), Err(ViewError::InUse { .. })));
+}
+
+const CHILD: &str = "HEADWATER_REBUILD_CHILD";
+
+/// Not a test of its own: what the next one starts and kills.
+#[test]
+fn rebuilds_for_ever_in_a_process_that_is_killed() {
+    let Some(dir) = std::env::var_os(CHILD) else { return };
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("{panic}");
+        std::process::exit(3);
+    }));
+    let mut world = World::new(Path::new(&dir), 0);
+    let view = world.open(Traces::<1>::default());
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let rebuilt = view.rebuild(little_memory()).unwrap().wait().unwrap();
+                println!("rebuilt {}", rebuilt.generation);
+                let back = view.rollback().unwrap().wait().unwrap();
+                println!("back {}", back.generation);
+                drop(view.remove_generation(1, rebuilt.generation));
+                std::io::stdout().flush().unwrap();
+            }
+        });
+        loop {
+            world.append(1);
+        }
+    });
+}
+
+/// Whenever the process is killed: the view serves what the journal makes, and nothing half-built is left.
+#[test]
+fn a_killed_rebuild_leaves_a_view_that_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    World::new(dir.path(), 81).append(100);
+    let mut rng = Rng::with_seed(82);
+    let kills = std::env::var("HEADWATER_KILLS").map_or(6, |it| it.parse().unwrap());
+    let mut seen = BTreeMap::new();
+    for _ in 0..kills {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "rebuild::rebuilds_for_ever_in_a_process_that_is_killed"])
+            .args(["--nocapture", "--test-threads=1"])
+            .env(CHILD, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        for _ in 0..rng.usize(1..5) {
+            let line = lines.by_ref().map(Result::unwrap);
+            let mut line = line.filter(|it| it.starts_with("rebuilt") || it.starts_with("back"));
+            let kind = line.next().expect("the child goes on until it is killed");
+            *seen.entry(kind.split(' ').next().unwrap().to_owned()).or_insert(0) += 1;
+        }
+        std::thread::sleep(Duration::from_micros(rng.u64(0..20_000))); // anywhere in the next one
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let mut world = World::new(dir.path(), 83);
+        let view = world.open(Traces::<1>::default());
+        world.append(1);
+        world.assert_shows(&view);
+        assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+        let begun = std::fs::read_dir(dir.path().join("views/traces")).unwrap();
+        let begun = begun.filter(|it| it.as_ref().unwrap().path().join("not-kept").exists());
+        assert_eq!(begun.count(), 0, "something half-built is left");
+    }
+    println!("{kills} kills, after {seen:?}");
+}
