@@ -487,8 +487,17 @@ fn check_views(found: &mut Diagnosis, store: &Path, end: Checkpoint) {
         };
         for generation in generations {
             let name = format!("{name}, version {}.{}", generation.version, generation.number);
+            if generation.is_not_kept() {
+                let what =
+                    "being built or deleted; if not, the next opening of the view deletes it";
+                found.ok("view", format!("{name}: {what}"));
+                continue;
+            }
             if !generation.live {
-                found.ok("view", format!("{name}: set aside, may be deleted"));
+                found.ok(
+                    "view",
+                    format!("{name}: set aside, or kept to go back to; may be deleted"),
+                );
                 continue;
             }
             match generation.checkpoint(end.journal) {

@@ -566,8 +566,9 @@ fn view(
             Ok(None) => Position::START,
             Err(_) => return unknown(path),
         };
-        // One that was set aside before it had begun is never read again.
-        let passed_over = !generation.live && position == Position::START;
+        // One that was set aside before it had begun is never read again; one that is being built reads everything.
+        let passed_over =
+            !generation.live && !generation.is_not_kept() && position == Position::START;
         let (version, generation) = (generation.version, generation.number);
         let holder = Holder::View { name: name.to_owned(), version, generation, path };
         Gate { holder, position: Some(position), passed_over }

@@ -97,7 +97,7 @@ pub(super) fn build<V: View>(
     let mut pass = Pass { view, journal, until, means, control, pool: &pool, from: Vec::new() };
     let mut progress = None;
     loop {
-        control.pass_begins(RebuildPhase::Building, until.position.since(journal.start().position));
+        control.pass_begins(RebuildPhase::Building, until.position.get());
         let folded = pass.fold()?;
         progress = Some(folded.progress).or(progress);
         pool.install(|| write(folded.rows, &mut files)).map_err(storage)?;
@@ -187,10 +187,10 @@ impl<V: View> Pass<'_, V> {
         let mut to: Option<Vec<u8>> = None;
         let mut end = None;
         let mut skipped_events = 0;
-        let starts = piece_starts(self.journal, self.until);
+        let all = pieces_of(self.until);
         let at_once = self.means.threads * PIECES_PER_THREAD;
         let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
-        for round in starts.chunks(at_once) {
+        for round in all.chunks(at_once) {
             let range = Range { from: &self.from, to: to.as_deref() };
             self.pool.install(|| {
                 let pieces = pieces.par_iter_mut().zip(round);
@@ -441,15 +441,14 @@ fn halve(parts: &mut [Part], hasher: &RandomState) -> Option<Vec<u8>> {
     Some(middle)
 }
 
-/// Positions at which the journal can be divided, with where each piece ends.
-fn piece_starts(journal: &Journal, until: Checkpoint) -> Vec<(Position, Position)> {
-    let start = journal.start();
-    let events = until.position.since(start.position);
-    let bytes = until.offset.saturating_sub(start.offset).max(1);
-    let pieces = bytes.div_ceil(PIECE_BYTES).clamp(1, events.max(1));
+/// Positions at which the journal can be divided, with where each piece ends. From the very first event on: where
+/// events were removed, the first piece can't be read, and says so.
+fn pieces_of(until: Checkpoint) -> Vec<(Position, Position)> {
+    let events = until.position.get();
+    let pieces = until.offset.div_ceil(PIECE_BYTES).clamp(1, events.max(1));
     let at = |n: u64| {
         let events = u128::from(events) * u128::from(n) / u128::from(pieces);
-        start.position.advance(events as u64)
+        Position::new(events as u64)
     };
     let pieces = (0..pieces).map(|n| (at(n), at(n + 1)));
     pieces.filter(|(from, to)| from < to).collect()

@@ -86,7 +86,7 @@ impl Generation {
 
     /// Whether it is being built or deleted, or was when its process died.
     pub(crate) fn is_not_kept(&self) -> bool {
-        self.folder.join(NOT_KEPT_FILE).exists()
+        !is_kept(&self.folder)
     }
 
     /// How far it has come with `journal`, durably; `None` if it hasn't begun. Changes nothing, and may run
@@ -290,6 +290,11 @@ impl Generations {
         self.fs.rename(&new, &pointer).context(ACTION, &pointer)?;
         self.fs.sync_dir(&self.dir).context(ACTION, &self.dir)
     }
+}
+
+/// Whether the generation in this folder is neither being built nor being deleted.
+pub(super) fn is_kept(folder: &Path) -> bool {
+    !folder.join(NOT_KEPT_FILE).exists()
 }
 
 /// Deletes the folder of a generation; that there is none is fine.

@@ -163,8 +163,7 @@ fn open_live<V: View>(
 
 /// A generation that was never written to, if there is enough to build it in bulk. It stays empty until then.
 fn to_build(db: &Arc<Db>, journal: &Journal) -> Result<Option<Opened>, StorageError> {
-    let bytes = journal.end().offset.saturating_sub(journal.start().offset);
-    if bytes < BULK_BYTES_MIN || !db.is_empty()? {
+    if journal.end().offset < BULK_BYTES_MIN || !db.is_empty()? {
         return Ok(None);
     }
     let phase = Phase::Building(Control::new(&RebuildOptions::default()));
@@ -305,19 +304,18 @@ impl<V: View> Runner<V> {
 
     fn enter(&mut self) -> Result<Left, StopError> {
         match self.shared.state().phase {
-            Phase::Building(control) => {
-                self.build(&control)?;
-                self.follow()
-            }
+            Phase::Building(control) if self.build(&control)? => self.follow(),
             Phase::Following => self.follow(),
             Phase::AwaitingMirror if self.await_mirror()? => self.follow(),
-            Phase::AwaitingMirror | Phase::Stopped(_) | Phase::Closed => Ok(Left::Closed),
+            Phase::Building(_) | Phase::AwaitingMirror | Phase::Stopped(_) | Phase::Closed => {
+                Ok(Left::Closed)
+            }
         }
     }
 
-    /// Builds the first generation. If an event can't be applied, it is for the ordered path to say which, and
-    /// to apply what is in front of it.
-    fn build(&self, control: &Control) -> Result<(), StopError> {
+    /// Builds the first generation; false if it was closed meanwhile, which leaves it empty. If an event can't be
+    /// applied, it is for the ordered path to say which, and to apply what is in front of it.
+    fn build(&self, control: &Control) -> Result<bool, StopError> {
         let (shared, db) = (&*self.shared, &self.db);
         let until = shared.journal.end();
         let means = Means::of(&RebuildOptions::default());
@@ -332,7 +330,8 @@ impl<V: View> Runner<V> {
         );
         let progress = match built {
             Ok(progress) => progress,
-            Err(bulk::Ended::Failed(StopError::Event { .. }) | bulk::Ended::Cancelled) => db
+            Err(bulk::Ended::Cancelled) => return Ok(false),
+            Err(bulk::Ended::Failed(StopError::Event { .. })) => db
                 .begin(V::NAME, V::VERSION, nothing(&shared.journal))
                 .map_err(storage_failed::<V>)?,
             Err(bulk::Ended::Failed(error)) => return Err(error),
@@ -342,7 +341,7 @@ impl<V: View> Runner<V> {
             state.applied = progress;
             state.durable = progress.checkpoint;
         });
-        Ok(())
+        Ok(true)
     }
 
     /// Waits until the mirror has what the view has applied; false if that won't happen any more.

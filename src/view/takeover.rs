@@ -10,6 +10,7 @@ use super::bulk::{self, Ended, Means};
 use super::chunk::panic_message;
 use super::db::{Db, Progress, Reader, all_rows};
 use super::error::{StopError, ViewError};
+use super::generation::is_kept;
 use super::rebuild::{
     Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, Rebuilt,
@@ -154,15 +155,17 @@ impl<V: View> Takeover<V> {
         compared.ok_or(RebuildError::Cancelled)
     }
 
-    /// A failure leaves nothing of the generation.
+    /// A failure leaves nothing of the generation, unless it was in pointing to it: then the pointer may point to it.
     fn with_new_generation<T>(
         &self,
         make: impl FnOnce(u32, &Path) -> Result<T, RebuildError>,
     ) -> Result<T, RebuildError> {
         let (number, path) = self.shared.folder.lock().begin()?;
         make(number, &path).inspect_err(|_| {
-            // An effort: the next opening deletes it, too.
-            drop(self.shared.openings.delete(&path));
+            if !is_kept(&path) {
+                // An effort: the next opening deletes it, too.
+                drop(self.shared.openings.delete(&path));
+            }
         })
     }
 

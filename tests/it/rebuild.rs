@@ -13,12 +13,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fastrand::Rng;
+use headwater::retention::{History, Options, Until};
 use headwater::view::{
-    Fold, FoldError, Keys, OnDifference, RebuildError, RebuildOptions, RebuildPhase, View,
-    ViewError, ViewHandle, ViewOptions, ViewState,
+    Fold, FoldError, Keys, OnDifference, RebuildError, RebuildOptions, RebuildPhase, StopError,
+    View, ViewError, ViewHandle, ViewOptions, ViewState,
 };
 use headwater::{
-    Append, ExpectedRevision, JournalOptions, NewEvent, Position, Recorded, Store, StreamId, Token,
+    Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
+    StreamId, Token,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -338,6 +340,38 @@ fn an_event_that_cannot_be_applied_ends_a_rebuild_and_the_old_rows_stay() {
     let view = world.open(Traces::<1>::default());
     view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
     world.assert_shows(&view);
+}
+
+/// Rows built without the events in front would look whole.
+#[test]
+fn removed_history_cannot_be_rebuilt_and_the_old_rows_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 91);
+    world.append(400);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    view.close().unwrap();
+    drop(view);
+    let target = world.store.journal().segments()[1].end_position;
+    let options = Options::new(Until::Position(target)).history(History::Forget(target));
+    assert_eq!(world.store.retain(&options).unwrap().target, target);
+    let told = |error: &StopError| {
+        matches!(error, StopError::Journal { source: ReadError::Truncated { .. }, .. })
+    };
+    let view = world.open(Traces::<1>::default());
+    let failed = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap_err();
+    assert!(matches!(&failed, RebuildError::Stopped(error) if told(error)), "{failed}");
+    world.append(1);
+    world.assert_shows(&view);
+    let raised = world.open(Traces::<2>::default());
+    let error = loop {
+        if let ViewState::Stopped(error) = raised.status().state {
+            break error;
+        }
+        std::thread::yield_now();
+    };
+    assert!(told(&error), "{error}");
+    assert_eq!(raised.snapshot().unwrap().range(..).count(), 0);
 }
 
 #[test]
