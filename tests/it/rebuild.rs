@@ -378,7 +378,7 @@ fn removed_history_cannot_be_rebuilt_and_the_old_rows_stay() {
 fn a_rebuild_can_be_paused_slowed_down_and_cancelled() {
     let dir = tempfile::tempdir().unwrap();
     let mut world = World::new(dir.path(), 61);
-    world.append(200);
+    world.append(900); // several pieces
     let view = world.open(Traces::<1>::default());
     world.assert_shows(&view);
     let crawl =
