@@ -12,9 +12,13 @@
 //! - **Memory is bounded.** When the rows need more than they may, the upper half of the keys is forgotten and left
 //!   to a further *pass* over the journal. A pass makes the rows of one range of keys, and the next one goes on
 //!   behind it; so the files of all passes are in the order of the keys and nothing has to be merged.
+//! - Index entries are made from the finished rows. They come in another order than the rows, of all passes: they are
+//!   sorted in runs on disk, and merged when all rows are there.
 //! - The database is empty until everything is in it at once: one without a checkpoint was never finished.
 
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
@@ -27,8 +31,11 @@ use std::hash::BuildHasher;
 use super::chunk::{Place, decode, guard, invalid_record, stop_at};
 use super::db::{Db, Files, Progress, StorageError, row_key};
 use super::error::{EventFailure, StopError};
+use super::key::{ViewKey, decode_all};
+use super::poison::{Discarded, ParkedCounts};
 use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase};
-use super::{Fold, Keys, View, ViewMemory};
+use super::sort::{Run, Runs};
+use super::{Fold, Indexes, Keys, View, ViewMemory};
 use crate::codec::{Bincode, Codec};
 use crate::event::{Names, Recorded};
 use crate::journal::Journal;
@@ -46,16 +53,19 @@ const FILE_BYTES: usize = 64 << 20;
 const SAMPLE: usize = 1024;
 
 /// What a bulk build may use.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Means {
     /// For rows that aren't on disk yet.
     pub(super) memory_bytes_max: usize,
     pub(super) threads: usize,
+    /// What is left out, by decision.
+    pub(super) discarded: Arc<Discarded>,
 }
 
 impl Means {
-    pub(super) fn of(options: &RebuildOptions) -> Self {
-        Self { memory_bytes_max: options.memory_bytes_max, threads: options.threads.max(1) }
+    pub(super) fn of(options: &RebuildOptions, discarded: Arc<Discarded>) -> Self {
+        let RebuildOptions { memory_bytes_max, threads, .. } = *options;
+        Self { memory_bytes_max, threads: threads.max(1), discarded }
     }
 }
 
@@ -95,20 +105,25 @@ pub(super) fn build<V: View>(
         .map_err(|error| storage(db.no_threads(error)))?;
     let mut files = Files::new(db, memory).map_err(storage)?;
     let mut pass = Pass { view, journal, until, means, control, pool: &pool, from: Vec::new() };
+    let (indexes, runs) = (Indexes::of(view), Runs::new(files.dir()));
     let mut progress = None;
     loop {
         control.pass_begins(RebuildPhase::Building, until.position.get());
         let folded = pass.fold()?;
         progress = Some(folded.progress).or(progress);
-        pool.install(|| write(folded.rows, &mut files)).map_err(storage)?;
+        pool.install(|| write(folded.rows, &indexes, &mut files, &runs))?;
         match folded.left_from {
             Some(from) => pass.from = from,
             None => break,
         }
     }
-    let progress = progress.unwrap_or(Progress { checkpoint: until, skipped_events: 0 });
+    let progress = progress.unwrap_or(progress_at(until, 0));
     control.check()?;
-    db.ingest(files, V::NAME, V::VERSION, &progress).map_err(storage)?;
+    write_entries(runs, &mut files, control).map_err(|ended| match ended {
+        EntriesEnded::Cancelled(cancelled) => cancelled.into(),
+        EntriesEnded::Failed(source) => storage(source),
+    })?;
+    db.ingest(files, &indexes.identity(), &progress).map_err(storage)?;
     Ok(progress)
 }
 
@@ -216,8 +231,17 @@ impl<V: View> Pass<'_, V> {
             }
         }
         let rows = parts.into_iter().flat_map(|part| part.rows).filter(|row| row.row.is_some());
-        let progress = Progress { checkpoint: end.unwrap_or(self.until), skipped_events };
+        let progress = progress_at(end.unwrap_or(self.until), skipped_events);
         Ok(Folded { rows: rows.collect(), progress, left_from: to })
+    }
+
+    /// Forgets the rows for which the event is discarded.
+    fn leave_out(&self, position: Position, keys: &mut Keys<V::Key>) {
+        let discarded = &*self.means.discarded;
+        if !discarded.is_empty() {
+            let stored = |key: &V::Key| row_key(|out| key.encode_key(out));
+            keys.0.retain(|key| !discarded.has(self.journal.id(), position, &stored(key)));
+        }
     }
 
     /// Decodes and routes the batches that begin at `from` or behind it, in front of `to`.
@@ -248,12 +272,16 @@ impl<V: View> Pass<'_, V> {
                 let wrong = |cause| {
                     stop_at::<V, _>(&at.recorded(&record, &mut Names::default(), ()), cause)
                 };
+                if self.means.discarded.has_all_of(journal, position) {
+                    continue;
+                }
                 let Some(data) = decode::<V::Event>(&record).map_err(wrong)? else {
                     piece.skipped_events += 1;
                     continue;
                 };
                 let event = at.recorded(&record, &mut names, data);
                 guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
+                self.leave_out(position, &mut keys);
                 piece.add(event, &mut keys, hasher, wanted);
             }
             piece.bytes += batch.batch.bytes().len() as u64;
@@ -308,7 +336,7 @@ impl<V: View> Piece<V> {
         let own = self.keys.len();
         for key in keys.0.drain(..) {
             let key_at = self.keys.len();
-            super::key::ViewKey::encode_key(&key, &mut self.keys);
+            key.encode_key(&mut self.keys);
             let bytes = self.keys.get(key_at..).unwrap_or_default();
             let hash = hasher.hash_one(bytes);
             let part = self.routes.get_mut(part_of(hash));
@@ -420,6 +448,11 @@ impl Part {
     }
 }
 
+/// Nothing is parked: an event that can't be applied ends the build.
+fn progress_at(checkpoint: Checkpoint, skipped_events: u64) -> Progress {
+    Progress { checkpoint, skipped_events, parked: ParkedCounts::default() }
+}
+
 const fn part_of(hash: u64) -> usize {
     // The table takes the lowest and the highest bits.
     (hash >> 32) as usize % PARTS
@@ -454,18 +487,37 @@ fn pieces_of(until: Checkpoint) -> Vec<(Position, Position)> {
     pieces.filter(|(from, to)| from < to).collect()
 }
 
-/// Sorts rows and writes them into files.
-fn write(mut rows: Vec<Row>, files: &mut Files<'_>) -> Result<(), StorageError> {
+/// Sorts rows and writes them into files, and their index entries into runs.
+fn write<V: View>(
+    mut rows: Vec<Row>,
+    indexes: &Indexes<V>,
+    files: &mut Files<'_>,
+    runs: &Runs,
+) -> Result<(), StopError> {
     rows.par_sort_unstable_by(|a, b| a.key.cmp(&b.key));
     let len = |row: &Row| row.key.len() + row.row.as_ref().map_or(0, SmallVec::len);
     let total: usize = rows.par_iter().map(len).sum();
     let count = total.div_ceil(FILE_BYTES).max(rayon::current_num_threads()).min(rows.len()).max(1);
     let paths: Vec<PathBuf> = (0..count).map(|_| files.next()).collect();
     let size = rows.len().div_ceil(count).max(1);
-    let written: Result<Vec<()>, StorageError> = rows
+    let written: Result<Vec<()>, StopError> = rows
         .par_chunks(size)
         .zip(&paths)
-        .map(|(rows, path)| write_file(rows, files, path))
+        .map(|(rows, path)| {
+            write_file(rows, files, path)
+                .map_err(|source| StopError::Storage { view: V::NAME, source })?;
+            if indexes.is_empty() {
+                return Ok(());
+            }
+            let mut run = runs.begin();
+            let failed = |error| StopError::Storage { view: V::NAME, source: files.failed(error) };
+            for row in rows {
+                add_entries(row, indexes, &mut run)
+                    .map_err(|cause| StopError::Index { view: V::NAME, cause })?
+                    .map_err(failed)?;
+            }
+            run.end().map_err(failed)
+        })
         .collect();
     written?;
     files.keep(paths.into_iter().take(rows.len().div_ceil(size)));
@@ -478,4 +530,57 @@ fn write_file(rows: &[Row], files: &Files<'_>, path: &Path) -> Result<(), Storag
         Some((row_key(|out| out.extend_from_slice(&row.key)), bytes.as_slice()))
     });
     files.write(path, entries)
+}
+
+/// Adds a row's index entries to a run.
+fn add_entries<V: View>(
+    row: &Row,
+    indexes: &Indexes<V>,
+    run: &mut Run<'_>,
+) -> Result<io::Result<()>, EventFailure> {
+    let Some(bytes) = &row.row else { return Ok(Ok(())) };
+    let key = guard(|| decode_all::<V::Key>(&row.key))?.map_err(EventFailure::StoredKey)?;
+    let decoded = guard(|| Bincode::decode::<V::Row>(bytes))?.map_err(EventFailure::StoredRow)?;
+    let row_key = row_key(|out| out.extend_from_slice(&row.key));
+    let entries = guard(|| indexes.entries(&key, &row_key, &decoded))?;
+    Ok(entries.iter().try_for_each(|entry| run.add(entry)))
+}
+
+/// Why writing index entries ended early.
+enum EntriesEnded {
+    Cancelled(Cancelled),
+    Failed(StorageError),
+}
+
+/// Merges the runs of index entries into sorted files.
+fn write_entries(runs: Runs, files: &mut Files<'_>, control: &Control) -> Result<(), EntriesEnded> {
+    let mut failure = None;
+    let mut entries = runs.merge().map_err(|error| EntriesEnded::Failed(files.failed(error)))?;
+    let mut entry = entries.next();
+    while entry.is_some() {
+        control.check().map_err(EntriesEnded::Cancelled)?;
+        let path = files.next();
+        let mut bytes = 0;
+        let file = std::iter::from_fn(|| match entry.take() {
+            Some(Ok(found)) if bytes < FILE_BYTES => {
+                bytes += found.len();
+                entry = entries.next();
+                Some((found, &[][..]))
+            }
+            Some(Err(error)) => {
+                failure = Some(error);
+                None
+            }
+            other => {
+                entry = other; // of the next file
+                None
+            }
+        });
+        files.write(&path, file).map_err(EntriesEnded::Failed)?;
+        files.keep([path]);
+        if let Some(error) = failure {
+            return Err(EntriesEnded::Failed(files.failed(error)));
+        }
+    }
+    Ok(())
 }

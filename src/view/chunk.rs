@@ -6,21 +6,26 @@
 //!              rows ◀── one multi_get of all slots
 //!               │
 //!               └── fold along the routes, in order ──▶ one put or delete per changed slot
+//!                       └ fails, twice ─▶ the slot's events from there on are parked
 //! ```
 //!
 //! Invariants:
 //! - A chunk consists of whole batches: it is applied at batch ends only.
-//! - What lies in front of the batch with a failing event is applied; that batch and what lies behind it
-//!   is not.
+//! - No event of a slot is folded behind one that is parked.
+//! - If the view stops at an event that fails, what lies in front of that event's batch is applied; that batch
+//!   and what lies behind it is not.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::db::{Db, Progress, StorageError, Writes, row_key};
+use super::db::{
+    Db, Progress, StorageError, Writes, parked_key, parked_row_key, row_key, unrouted_key,
+};
 use super::error::{EventFailure, StopError};
 use super::key::ViewKey;
-use super::{Fold, Keys, View};
+use super::poison::{Head, OnPoison, ParkedCounts, ParkedRecord, Rules, reason_of};
+use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::error::{Corruption, CorruptionKind, ReadError};
 use crate::event::{Event, EventKindRef, Names, Payload, Recorded};
@@ -33,19 +38,23 @@ use crate::position::{JournalId, Position};
 /// Batches on their way into the view.
 pub(super) struct Chunk<V: View> {
     start: Progress,
+    journal: Journal,
+    rules: Rules,
     batches: Vec<Batch>,
     events: Vec<Recorded<V::Event>>,
     routes: Vec<Route>,
+    unrouted: Vec<Unrouted>,
     slots: Vec<Slot<V::Key>>,
     slot_of_key: HashMap<Vec<u8>, usize>,
     bytes: u64,
     names: Names,
 }
 
-/// The end of a batch: in the journal, and in the chunk's routes.
+/// The end of a batch: in the journal, and in what the chunk has.
 struct Batch {
     end: Progress,
     routes: usize,
+    unrouted: usize,
 }
 
 /// An event concerns a row.
@@ -53,6 +62,13 @@ struct Batch {
 struct Route {
     event: usize,
     slot: usize,
+}
+
+/// An event of which nobody knows which rows it concerns.
+struct Unrouted {
+    position: Position,
+    recorded_at_us: i64,
+    reason: String,
 }
 
 /// A row that events of the chunk concern.
@@ -63,36 +79,62 @@ struct Slot<K> {
 }
 
 /// What has become of a slot's row.
+#[derive(Clone)]
 struct RowState<R> {
-    was_stored: bool,
-    undecoded: Option<Vec<u8>>,
+    stored: Option<Vec<u8>>,
+    is_decoded: bool,
     row: Option<R>,
     changed_by: Option<usize>,
+}
+
+/// What is parked of a slot.
+struct Queue {
+    head: Head,
+    is_new: bool,
+    /// Those of the chunk.
+    events: Vec<usize>,
+}
+
+/// A slot's row, and what is parked of it.
+struct Folding<R> {
+    row: RowState<R>,
+    queue: Option<Queue>,
 }
 
 /// Why folding ended early.
 enum FoldFailure {
     /// At this route.
     Event(usize, EventFailure),
-    Storage(StorageError),
+    Stop(StopError),
+}
+
+impl From<StopError> for FoldFailure {
+    fn from(error: StopError) -> Self {
+        Self::Stop(error)
+    }
 }
 
 /// What a chunk comes to.
 pub(super) struct Folded {
     pub(super) writes: Writes,
     pub(super) end: Progress,
+    /// Database keys of the rows that change, in their order.
+    pub(super) changed: Vec<Vec<u8>>,
     /// Why only the batches in front of `end` could be folded.
     pub(super) stop: Option<StopError>,
 }
 
 impl<V: View> Chunk<V> {
     /// An empty chunk that begins at `start`.
-    pub(super) fn new(start: Progress) -> Self {
+    pub(super) fn new(start: Progress, journal: Journal, rules: Rules) -> Self {
         Self {
             start,
+            journal,
+            rules,
             batches: Vec::new(),
             events: Vec::new(),
             routes: Vec::new(),
+            unrouted: Vec::new(),
             slots: Vec::new(),
             slot_of_key: HashMap::new(),
             bytes: 0,
@@ -115,26 +157,23 @@ impl<V: View> Chunk<V> {
 
     /// Adds a batch. After an error the batches added before it can still be folded; no further ones may be
     /// added.
-    pub(super) fn add(
-        &mut self,
-        view: &V,
-        journal: &Journal,
-        batch: &CursorBatch<'_>,
-    ) -> Result<(), StopError> {
+    pub(super) fn add(&mut self, view: &V, batch: &CursorBatch<'_>) -> Result<(), StopError> {
         let header = &batch.batch.header;
         let mut skipped_events = self.end().skipped_events;
         let mut position = header.base_position;
         for record in batch.batch.records() {
             let record = record.map_err(|error| StopError::Journal {
                 view: V::NAME,
-                source: invalid_record(journal, batch, position, error),
+                source: invalid_record(&self.journal, batch, position, error),
             })?;
-            let at = Place { journal: journal.id(), position, recorded_at_us: header.time_us };
+            let journal = self.journal.id();
+            let at = Place { journal, position, recorded_at_us: header.time_us };
             skipped_events += u64::from(!self.add_record(view, &record, at)?);
             position = position.advance(1);
         }
-        let end = Progress { checkpoint: batch.end(), skipped_events };
-        self.batches.push(Batch { end, routes: self.routes.len() });
+        let end = Progress { checkpoint: batch.end(), skipped_events, ..self.start };
+        let (routes, unrouted) = (self.routes.len(), self.unrouted.len());
+        self.batches.push(Batch { end, routes, unrouted });
         self.bytes += batch.batch.bytes().len() as u64;
         Ok(())
     }
@@ -146,25 +185,52 @@ impl<V: View> Chunk<V> {
         record: &RecordRef<'_>,
         at: Place,
     ) -> Result<bool, StopError> {
-        let failed =
-            |cause| stop_at::<V, _>(&at.recorded(record, &mut Names::default(), ()), cause);
-        let Some(data) = decode::<V::Event>(record).map_err(failed)? else {
-            return Ok(false);
-        };
+        if self.rules.discarded.has_all_of(at.journal, at.position) {
+            return Ok(true);
+        }
+        match self.routed(view, record, at) {
+            Ok(None) => Ok(false),
+            Ok(Some((event, keys))) => {
+                for key in keys.0 {
+                    self.add_route(key, at);
+                }
+                self.events.push(event);
+                Ok(true)
+            }
+            Err(cause) if self.rules.on_undecodable == OnPoison::Park => {
+                let Place { position, recorded_at_us, .. } = at;
+                let reason = reason_of(&cause);
+                self.unrouted.push(Unrouted { position, recorded_at_us, reason });
+                Ok(true)
+            }
+            Err(cause) => {
+                Err(stop_at::<V, _>(&at.recorded(record, &mut Names::default(), ()), cause))
+            }
+        }
+    }
+
+    /// An event of a type that the view knows, and the rows that it concerns.
+    #[allow(clippy::type_complexity, reason = "it is said in one place only")]
+    fn routed(
+        &mut self,
+        view: &V,
+        record: &RecordRef<'_>,
+        at: Place,
+    ) -> Result<Option<(Recorded<V::Event>, Keys<V::Key>)>, EventFailure> {
+        let Some(data) = decode::<V::Event>(record)? else { return Ok(None) };
         let event = at.recorded(record, &mut self.names, data);
         let mut keys = Keys(Vec::new());
-        guard(|| view.route(&event, &mut keys)).map_err(failed)?;
-        for key in keys.0 {
-            self.add_route(key);
-        }
-        self.events.push(event);
-        Ok(true)
+        guard(|| view.route(&event, &mut keys))?;
+        Ok(Some((event, keys)))
     }
 
     /// The next event concerns the row under `key`. A key named twice by one event is folded once.
-    fn add_route(&mut self, key: V::Key) {
+    fn add_route(&mut self, key: V::Key, at: Place) {
         let event = self.events.len();
         let row_key = row_key(|out| key.encode_key(out));
+        if self.rules.discarded.has(at.journal, at.position, &row_key) {
+            return;
+        }
         let slot = match self.slot_of_key.get(&row_key) {
             Some(&slot) => slot,
             None => {
@@ -183,13 +249,11 @@ impl<V: View> Chunk<V> {
     /// Folds all batches, or those in front of the one with the first event that fails.
     pub(super) fn fold(mut self, view: &V, db: &Db) -> Result<Folded, StopError> {
         let mut stop = None;
-        self.cut_routes();
+        self.cut();
         loop {
             match self.fold_routes(view, db) {
-                Ok(writes) => return Ok(Folded { writes, end: self.end(), stop }),
-                Err(FoldFailure::Storage(source)) => {
-                    return Err(StopError::Storage { view: V::NAME, source });
-                }
+                Ok(folded) => return Ok(Folded { stop, ..folded }),
+                Err(FoldFailure::Stop(error)) => return Err(error),
                 Err(FoldFailure::Event(route, cause)) => {
                     stop = self.stop_at_route(route, cause);
                     self.drop_batches_from(route);
@@ -206,57 +270,321 @@ impl<V: View> Chunk<V> {
     /// Folds are pure: folding the batches in front again gives what it gave before.
     fn drop_batches_from(&mut self, route: usize) {
         self.batches.truncate(self.batches.partition_point(|batch| batch.routes <= route));
-        self.cut_routes();
+        self.cut();
     }
 
     /// Forgets what was routed of a batch that isn't a part of the chunk.
-    fn cut_routes(&mut self) {
-        self.routes.truncate(self.batches.last().map_or(0, |batch| batch.routes));
+    fn cut(&mut self) {
+        let (routes, unrouted) =
+            self.batches.last().map_or((0, 0), |batch| (batch.routes, batch.unrouted));
+        self.routes.truncate(routes);
+        self.unrouted.truncate(unrouted);
     }
 
-    fn fold_routes(&self, view: &V, db: &Db) -> Result<Writes, FoldFailure> {
-        let mut rows = self.read_rows(db).map_err(FoldFailure::Storage)?;
+    fn fold_routes(&self, view: &V, db: &Db) -> Result<Folded, FoldFailure> {
+        let indexes = Indexes::of(view);
+        let mut rows = self.read_rows(db).map_err(|source| storage_failed::<V>(source))?;
         for (index, route) in self.routes.iter().enumerate() {
             let (slot, event) = (self.slots.get(route.slot), self.events.get(route.event));
-            if let (Some(row), Some(slot), Some(event)) = (rows.get_mut(route.slot), slot, event) {
-                fold_one(view, &slot.key, row, event, index)
-                    .map_err(|cause| FoldFailure::Event(index, cause))?;
+            let (Some(it), Some(slot), Some(event)) = (rows.get_mut(route.slot), slot, event)
+            else {
+                continue;
+            };
+            if let Some(queue) = &mut it.queue {
+                queue.push(route.event);
+            } else if let Err(cause) = fold_twice(view, &slot.key, &mut it.row, event, index) {
+                it.queue = Some(self.park(index, event, route.event, cause)?);
             }
         }
-        self.writes(rows)
+        self.settle(view, &indexes, rows)
     }
 
-    fn read_rows(&self, db: &Db) -> Result<Vec<RowState<V::Row>>, StorageError> {
-        let stored = db.rows(self.slots.iter().map(|slot| slot.row_key.as_slice()))?;
-        Ok(stored.into_iter().map(RowState::stored).collect())
+    /// Parks an event that failed at a route, if that is what is to be done.
+    fn park(
+        &self,
+        route: usize,
+        event: &Recorded<V::Event>,
+        index: usize,
+        cause: EventFailure,
+    ) -> Result<Queue, FoldFailure> {
+        if cause.is_of_the_rows() || self.rules.on_poison == OnPoison::Stop {
+            return Err(FoldFailure::Event(route, cause));
+        }
+        let head = Head {
+            events: 0,
+            first: event.position(),
+            recorded_at_us: event.recorded_at_us(),
+            reason: reason_of(&cause),
+        };
+        let mut queue = Queue { head, is_new: true, events: Vec::new() };
+        queue.push(index);
+        Ok(queue)
+    }
+
+    fn read_rows(&self, db: &Db) -> Result<Vec<Folding<V::Row>>, StorageError> {
+        let stored = db.rows(self.slots.iter().map(|slot| slot.row_key.as_slice()))?.into_iter();
+        let row = |stored| Folding { row: RowState::stored(stored), queue: None };
+        let mut rows: Vec<_> = stored.map(row).collect();
+        if self.start.parked.keys > 0 {
+            let heads: Vec<Vec<u8>> =
+                self.slots.iter().map(|slot| parked_row_key(&slot.row_key)).collect();
+            let heads = db.rows(heads.iter().map(Vec::as_slice))?;
+            for (row, head) in rows.iter_mut().zip(heads) {
+                let head = head.map(|bytes| db.parked_head_from(&bytes)).transpose()?;
+                row.queue = head.map(|head| Queue { head, is_new: false, events: Vec::new() });
+            }
+        }
+        Ok(rows)
     }
 
     /// What is to be written, in the order of the keys: the memtable takes that fastest.
-    fn writes(&self, rows: Vec<RowState<V::Row>>) -> Result<Writes, FoldFailure> {
-        let mut changed: Vec<(&Slot<V::Key>, RowState<V::Row>)> =
-            self.slots.iter().zip(rows).filter(|(_, row)| row.changed_by.is_some()).collect();
-        changed.sort_unstable_by(|(a, _), (b, _)| a.row_key.cmp(&b.row_key));
-        let mut writes = Writes::new();
-        for (slot, state) in changed {
-            match (state.changed_by, state.row) {
-                (Some(route), Some(row)) => {
-                    let encoded = guard(|| Bincode::encode(&row))
-                        .and_then(|encoded| encoded.map_err(EventFailure::NewRow))
-                        .map_err(|cause| FoldFailure::Event(route, cause))?;
-                    writes.put_row(&slot.row_key, &encoded);
+    fn settle(
+        &self,
+        view: &V,
+        indexes: &Indexes<V>,
+        rows: Vec<Folding<V::Row>>,
+    ) -> Result<Folded, FoldFailure> {
+        let mut rows: Vec<_> = self.slots.iter().zip(rows).enumerate().collect();
+        rows.sort_unstable_by(|(_, (a, _)), (_, (b, _))| a.row_key.cmp(&b.row_key));
+        let (mut writes, mut changed, mut parked) = (Writes::new(), Vec::new(), Vec::new());
+        for (index, (slot, folding)) in rows {
+            let Folding { row, mut queue } = folding;
+            if let Some(route) = row.changed_by {
+                let change = match change_of(indexes, &slot.key, &slot.row_key, &row) {
+                    Ok(change) => change,
+                    Err(cause) => {
+                        let (change, parked) =
+                            self.fold_slot_again(view, indexes, (index, slot), row, route, cause)?;
+                        queue = parked.or(queue);
+                        change
+                    }
+                };
+                change.write(&slot.row_key, &mut writes);
+                changed.push(slot.row_key.clone());
+            }
+            parked.extend(queue.filter(|it| !it.events.is_empty()).map(|queue| (slot, queue)));
+        }
+        let counts = self.write_parked(&parked, &mut writes)?;
+        let end = Progress { parked: counts, ..self.end() };
+        Ok(Folded { writes, end, changed, stop: None })
+    }
+
+    /// What a row came to can't be written: looks for the first event with which it couldn't have been, and
+    /// parks from there on.
+    fn fold_slot_again(
+        &self,
+        view: &V,
+        indexes: &Indexes<V>,
+        (index, slot): (usize, &Slot<V::Key>),
+        row: RowState<V::Row>,
+        route: usize,
+        cause: EventFailure,
+    ) -> Result<(Change, Option<Queue>), FoldFailure> {
+        let routes: Vec<(usize, &Route)> =
+            self.routes.iter().enumerate().filter(|(_, route)| route.slot == index).collect();
+        let events = routes.iter().filter_map(|(_, route)| self.events.get(route.event));
+        let Careful { change, folded, failure } =
+            fold_carefully(view, indexes, &slot.key, &slot.row_key, row.stored, events);
+        let failed = routes.get(folded).and_then(|(n, it)| Some((*n, self.events.get(it.event)?)));
+        let (Some(failure), Some((failed_route, event))) = (failure, failed) else {
+            return Err(FoldFailure::Event(route, cause)); // it isn't pure
+        };
+        let (_, first) = routes.get(folded).copied().unwrap_or((0, &Route { event: 0, slot: 0 }));
+        let mut queue = self.park(failed_route, event, first.event, failure)?;
+        routes.iter().skip(folded + 1).for_each(|(_, route)| queue.push(route.event));
+        Ok((change, Some(queue)))
+    }
+
+    /// Writes what is parked; how much it is in all.
+    fn write_parked(
+        &self,
+        parked: &[(&Slot<V::Key>, Queue)],
+        writes: &mut Writes,
+    ) -> Result<ParkedCounts, FoldFailure> {
+        let mut counts = self.start.parked;
+        let event = |index: &usize| self.events.get(*index);
+        let queued = parked.iter().flat_map(|(_, queue)| queue.events.iter().filter_map(event));
+        let positions = queued.map(Recorded::position);
+        let positions = positions.chain(self.unrouted.iter().map(|it| it.position));
+        let records = self.records_at(&positions.collect())?;
+        let record = |position| records.get(&position).map(Vec::as_slice).unwrap_or_default();
+        for (slot, queue) in parked {
+            for event in queue.events.iter().filter_map(event) {
+                let (position, recorded_at_us) = (event.position(), event.recorded_at_us());
+                let it = ParkedRecord { recorded_at_us, reason: "", record: record(position) };
+                writes.put(&parked_key(&slot.row_key, position), &it.to_bytes());
+            }
+            writes.put(&parked_row_key(&slot.row_key), &queue.head.to_bytes());
+            counts.keys += u64::from(queue.is_new);
+            counts.events += queue.events.len() as u64;
+        }
+        for Unrouted { position, recorded_at_us, reason } in &self.unrouted {
+            let (recorded_at_us, record) = (*recorded_at_us, record(*position));
+            let it = ParkedRecord { recorded_at_us, reason, record };
+            writes.put(&unrouted_key(*position), &it.to_bytes());
+        }
+        counts.unrouted += self.unrouted.len() as u64;
+        Ok(counts)
+    }
+
+    /// The records at these positions, as they lie in the journal.
+    fn records_at(
+        &self,
+        positions: &BTreeSet<Position>,
+    ) -> Result<BTreeMap<Position, Vec<u8>>, StopError> {
+        let failed = |source| StopError::Journal { view: V::NAME, source };
+        let mut records = BTreeMap::new();
+        let (Some(first), Some(last)) = (positions.first(), positions.last()) else {
+            return Ok(records);
+        };
+        let mut cursor = self.journal.cursor(*first).map_err(failed)?;
+        while cursor.position() <= *last {
+            let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
+            let mut position = batch.batch.header.base_position;
+            let mut rest = batch.batch.body();
+            for _ in 0..batch.batch.header.count {
+                let wrong = |e| failed(invalid_record(&self.journal, &batch, position, e));
+                let (_, behind) = RecordRef::decode(rest).map_err(wrong)?;
+                if positions.contains(&position) {
+                    let len = rest.len() - behind.len();
+                    records.insert(position, rest.get(..len).unwrap_or_default().to_vec());
                 }
-                (Some(_), None) if state.was_stored => writes.delete_row(&slot.row_key),
-                _ => {}
+                (rest, position) = (behind, position.advance(1));
             }
         }
-        Ok(writes)
+        Ok(records)
+    }
+}
+
+fn storage_failed<V: View>(source: StorageError) -> StopError {
+    StopError::Storage { view: V::NAME, source }
+}
+
+impl Queue {
+    fn push(&mut self, event: usize) {
+        self.head.events += 1;
+        self.events.push(event);
     }
 }
 
 impl<R> RowState<R> {
-    const fn stored(bytes: Option<Vec<u8>>) -> Self {
-        Self { was_stored: bytes.is_some(), undecoded: bytes, row: None, changed_by: None }
+    const fn stored(stored: Option<Vec<u8>>) -> Self {
+        Self { stored, is_decoded: false, row: None, changed_by: None }
     }
+}
+
+/// What becomes of a row in the database.
+#[derive(Default)]
+pub(super) struct Change {
+    row: RowChange,
+    put_entries: Vec<Vec<u8>>,
+    delete_entries: Vec<Vec<u8>>,
+}
+
+#[derive(Default)]
+enum RowChange {
+    #[default]
+    None,
+    Put(Vec<u8>),
+    Delete,
+}
+
+impl Change {
+    pub(super) fn write(&self, row_key: &[u8], writes: &mut Writes) {
+        match &self.row {
+            RowChange::None => {}
+            RowChange::Put(row) => writes.put(row_key, row),
+            RowChange::Delete => writes.delete(row_key),
+        }
+        self.delete_entries.iter().for_each(|entry| writes.delete(entry));
+        self.put_entries.iter().for_each(|entry| writes.put(entry, &[]));
+    }
+}
+
+/// What a changed row comes to: the row, and the index entries in which it differs from the stored one.
+fn change_of<V: View>(
+    indexes: &Indexes<V>,
+    key: &V::Key,
+    row_key: &[u8],
+    state: &RowState<V::Row>,
+) -> Result<Change, EventFailure> {
+    let RowState { stored, row, changed_by, .. } = state;
+    let mut change = Change::default();
+    if changed_by.is_none() {
+        return Ok(change);
+    }
+    change.row = match row {
+        Some(row) => RowChange::Put(guard(|| Bincode::encode(row))?.map_err(EventFailure::NewRow)?),
+        None if stored.is_some() => RowChange::Delete,
+        None => RowChange::None,
+    };
+    if !indexes.is_empty() {
+        let entries = |row: Option<&V::Row>| {
+            guard(|| row.map(|row| indexes.entries(key, row_key, row)).unwrap_or_default())
+        };
+        let before = stored.as_deref().map(decode_row::<V>).transpose()?;
+        let (before, now) = (entries(before.as_ref())?, entries(row.as_ref())?);
+        change.delete_entries = before.difference(&now).cloned().collect();
+        change.put_entries = now.difference(&before).cloned().collect();
+    }
+    Ok(change)
+}
+
+fn decode_row<V: View>(stored: &[u8]) -> Result<V::Row, EventFailure> {
+    guard(|| Bincode::decode(stored))?.map_err(EventFailure::StoredRow)
+}
+
+/// What [`fold_carefully`] has done.
+pub(super) struct Careful {
+    /// What the row comes to with the events that could be folded.
+    pub(super) change: Change,
+    /// How many these are.
+    pub(super) folded: usize,
+    /// Why the next one couldn't be.
+    pub(super) failure: Option<EventFailure>,
+}
+
+/// Folds events of one row, each up to what would be written, until one fails.
+pub(super) fn fold_carefully<'e, V: View>(
+    view: &V,
+    indexes: &Indexes<V>,
+    key: &V::Key,
+    row_key: &[u8],
+    stored: Option<Vec<u8>>,
+    events: impl Iterator<Item = &'e Recorded<V::Event>>,
+) -> Careful
+where
+    V::Event: 'e,
+{
+    let mut state = RowState::stored(stored);
+    let mut careful = Careful { change: Change::default(), folded: 0, failure: None };
+    for event in events {
+        let mut next = state.clone();
+        let folded = fold_twice(view, key, &mut next, event, careful.folded);
+        match folded.and_then(|()| change_of(indexes, key, row_key, &next)) {
+            Ok(change) => {
+                state = next;
+                careful.change = change;
+                careful.folded += 1;
+            }
+            Err(cause) => {
+                careful.failure = Some(cause);
+                break;
+            }
+        }
+    }
+    careful
+}
+
+/// Folds an event, once more if it fails: a panic may have been of the moment. A failure changes nothing.
+fn fold_twice<V: View>(
+    view: &V,
+    key: &V::Key,
+    state: &mut RowState<V::Row>,
+    event: &Recorded<V::Event>,
+    route: usize,
+) -> Result<(), EventFailure> {
+    fold_one(view, key, state, event, route).or_else(|_| fold_one(view, key, state, event, route))
 }
 
 fn fold_one<V: View>(
@@ -266,9 +594,9 @@ fn fold_one<V: View>(
     event: &Recorded<V::Event>,
     route: usize,
 ) -> Result<(), EventFailure> {
-    if let Some(bytes) = state.undecoded.take() {
-        let row = guard(|| Bincode::decode(&bytes))?.map_err(EventFailure::StoredRow)?;
-        state.row = Some(row);
+    if !state.is_decoded {
+        state.row = state.stored.as_deref().map(decode_row::<V>).transpose()?;
+        state.is_decoded = true;
     }
     let folded = guard(|| view.fold(key, state.row.clone(), event))?;
     let row = match folded.map_err(|error| EventFailure::Fold(error.0))? {

@@ -3,10 +3,16 @@
 //! ```text
 //! key                            value
 //! 00 'i'                         identity: layout u32 │ version u32 │ name        (little-endian)
-//! 00 'p' journal id 16           progress: checkpoint 64 │ skipped events u64
+//! 00 'x'                         names of the indexes, sorted, each with a line end behind it; absent if none
+//! 00 'p' journal id 16           progress: checkpoint 64 │ skipped events u64 │ parked: keys u64 │
+//!                                events u64 │ unrouted u64     (the last three may be absent: 0)
 //! 01 key of the row              the row, encoded by the codec
-//! 02 …                           reserved: indexes
-//! 03 …                           reserved: parked events
+//! 02 number u8 │ index key │ key of the row
+//!                                nothing; the number is the index's place in 00 'x', from 0 on
+//! 03 key of the row              a parked key: events u64 │ position of the first u64 │ its time i64 │ reason
+//! 03 key of the row │ position u64, big-endian
+//!                                one of its events: time i64 │ reason u32, bytes (none) │ the record
+//! 04 position u64, big-endian    an event that can't be routed: time i64 │ reason u32, bytes │ the record
 //! ```
 //!
 //! Invariants:
@@ -16,6 +22,8 @@
 //!   they were written, and a crash leaves what a prefix of the write batches wrote, its progress included.
 //!   `unordered_write`, several column families without atomic flush, and files ingested or deleted beside
 //!   the writes would each break that; none is used.
+//! - Index entries, what is parked, and the rows that they are of go through one write batch, too. No key's bytes begin with
+//!   another's, so where the index key ends needs no mark.
 //! - A database holds an identity and a progress from its first write on, or it is empty.
 
 use std::ops::Range;
@@ -30,19 +38,24 @@ use rocksdb::{
 use self_cell::self_cell;
 
 use super::openings::Closing;
+use super::poison::{Head, ParkedCounts};
 use crate::format::Decoder;
 use crate::planted::{self, Bug};
-use crate::position::{Checkpoint, JournalId};
+use crate::position::{Checkpoint, JournalId, Position};
 
 /// Version of the layout above.
 const LAYOUT: u32 = 1;
 const META: u8 = 0x00;
 const ROWS: u8 = 0x01;
+const INDEXES: u8 = 0x02;
+const PARKED: u8 = 0x03;
+const UNROUTED: u8 = 0x04;
 /// Where sorted files are written, in the folder of the generation that is being built.
 const BULK_FOLDER: &str = "bulk";
 const IDENTITY: &[u8] = &[META, b'i'];
+const INDEX_NAMES: &[u8] = &[META, b'x'];
 const PROGRESS: &[u8] = &[META, b'p'];
-const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 8;
+const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 32;
 
 /// Rows reach the disk in files of about this size.
 const WRITE_BUFFER_BYTES: usize = 32 << 20;
@@ -108,6 +121,8 @@ enum StorageCause {
     Damaged(&'static str),
     #[error("layout {layout} is not known to this version")]
     Layout { layout: u32 },
+    #[error("it has the indexes [{stored}], not [{declared}]")]
+    OtherIndexes { stored: String, declared: String },
     #[error("no threads: {0}")]
     Threads(Arc<rayon::ThreadPoolBuildError>),
     #[error(transparent)]
@@ -126,6 +141,8 @@ pub enum StorageErrorKind {
     DiskFull,
     /// Written by a later version.
     Unsupported,
+    /// It has other indexes than the view declares.
+    OtherIndexes,
     /// A file operation failed in another way.
     Other,
 }
@@ -143,6 +160,7 @@ impl StorageError {
         match &self.cause {
             StorageCause::Damaged(_) => StorageErrorKind::Damaged,
             StorageCause::Layout { .. } => StorageErrorKind::Unsupported,
+            StorageCause::OtherIndexes { .. } => StorageErrorKind::OtherIndexes,
             StorageCause::RocksDb(error) => kind_of(error),
             StorageCause::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
                 StorageErrorKind::DiskFull
@@ -159,6 +177,7 @@ impl StorageError {
             StorageErrorKind::InUse => "view_storage.in_use",
             StorageErrorKind::DiskFull => "view_storage.disk_full",
             StorageErrorKind::Unsupported => "view_storage.unsupported",
+            StorageErrorKind::OtherIndexes => "view_storage.other_indexes",
             StorageErrorKind::Other => "view_storage.other",
         }
     }
@@ -174,6 +193,9 @@ impl StorageError {
             StorageErrorKind::DiskFull => "free disk space and open the view again",
             StorageErrorKind::Unsupported => {
                 "open it with the version that wrote it, or move its directory away to build it anew"
+            }
+            StorageErrorKind::OtherIndexes => {
+                "a generation keeps the indexes that it was built with: build a new one"
             }
             StorageErrorKind::Other => "see the cause; opening the view again is safe",
         }
@@ -200,14 +222,20 @@ pub(super) struct Progress {
     pub(super) checkpoint: Checkpoint,
     /// How many of the events in front of it were of types that the view doesn't know.
     pub(super) skipped_events: u64,
+    /// What of them is parked.
+    pub(super) parked: ParkedCounts,
 }
 
 impl Progress {
     fn to_bytes(self) -> [u8; PROGRESS_BYTES] {
         let mut out = [0; PROGRESS_BYTES];
-        let (checkpoint, skipped) = out.split_at_mut(Checkpoint::ENCODED_LEN);
+        let (checkpoint, counts) = out.split_at_mut(Checkpoint::ENCODED_LEN);
         checkpoint.copy_from_slice(&self.checkpoint.to_bytes());
-        skipped.copy_from_slice(&self.skipped_events.to_le_bytes());
+        let ParkedCounts { keys, events, unrouted } = self.parked;
+        let numbers = [self.skipped_events, keys, events, unrouted];
+        for (place, number) in counts.chunks_exact_mut(8).zip(numbers) {
+            place.copy_from_slice(&number.to_le_bytes());
+        }
         out
     }
 
@@ -215,7 +243,14 @@ impl Progress {
         let mut input = Decoder::new(bytes);
         let checkpoint = Checkpoint::from_bytes(&input.array().ok()?)?;
         let skipped_events = input.u64().ok()?;
-        input.rest().is_empty().then_some(Self { checkpoint, skipped_events })
+        let mut parked = ParkedCounts::default();
+        if !input.rest().is_empty() {
+            let ParkedCounts { keys, events, unrouted } = &mut parked;
+            for count in [keys, events, unrouted] {
+                *count = input.u64().ok()?;
+            }
+        }
+        input.rest().is_empty().then_some(Self { checkpoint, skipped_events, parked })
     }
 }
 
@@ -229,6 +264,98 @@ pub(super) fn row_key(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 /// The keys of all rows.
 pub(super) fn all_rows() -> Range<Vec<u8>> {
     vec![ROWS]..vec![ROWS + 1]
+}
+
+/// The keys of all rows and index entries.
+pub(super) fn all_rows_and_indexes() -> Range<Vec<u8>> {
+    vec![ROWS]..vec![INDEXES + 1]
+}
+
+/// Whether it is a row that lies under `key`.
+pub(super) fn is_row(key: &[u8]) -> bool {
+    key.first() == Some(&ROWS)
+}
+
+/// With what the keys of an index's entries begin.
+pub(super) fn index_prefix(number: u8) -> Vec<u8> {
+    vec![INDEXES, number]
+}
+
+/// An entry of the index under `key` for the row under `row_key`.
+pub(super) fn index_entry(number: u8, key: impl FnOnce(&mut Vec<u8>), row_key: &[u8]) -> Vec<u8> {
+    let mut entry = index_prefix(number);
+    key(&mut entry);
+    entry.extend_from_slice(row_key.get(1..).unwrap_or_default());
+    entry
+}
+
+/// Under which a parked key's head lies, in front of its events.
+pub(super) fn parked_row_key(row_key: &[u8]) -> Vec<u8> {
+    [&[PARKED], row_key.get(1..).unwrap_or_default()].concat()
+}
+
+#[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
+pub(super) fn parked_key(row_key: &[u8], position: Position) -> Vec<u8> {
+    [&parked_row_key(row_key)[..], &position.get().to_be_bytes()].concat()
+}
+
+/// The keys of a parked key's events, without its head.
+pub(super) fn parked_range(row_key: &[u8]) -> Range<Vec<u8>> {
+    let head = parked_row_key(row_key);
+    let end = behind_prefix(&head);
+    [&head[..], &[0]].concat()..end
+}
+
+/// Nothing of the parked key with this head lies behind it.
+pub(super) fn behind_parked(head: &[u8]) -> Box<[u8]> {
+    [head, &[0xff; 8]].concat().into()
+}
+
+pub(super) fn all_parked() -> Range<Vec<u8>> {
+    vec![PARKED]..vec![PARKED + 1]
+}
+
+#[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
+pub(super) fn unrouted_key(position: Position) -> Vec<u8> {
+    [&[UNROUTED][..], &position.get().to_be_bytes()].concat()
+}
+
+pub(super) fn unrouted_range() -> Range<Vec<u8>> {
+    vec![UNROUTED]..vec![UNROUTED + 1]
+}
+
+/// What is in an entry: index key and row key, one behind the other.
+pub(super) fn in_index_entry(entry: &[u8]) -> &[u8] {
+    entry.get(2..).unwrap_or_default()
+}
+
+/// What a generation is of, and how it is laid out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) name: &'static str,
+    pub(super) version: u32,
+    /// Names of the indexes, in the order of their numbers.
+    pub(super) indexes: Vec<&'static str>,
+}
+
+impl Identity {
+    fn to_bytes(&self) -> Vec<u8> {
+        let (layout, version) = (LAYOUT.to_le_bytes(), self.version.to_le_bytes());
+        [&layout[..], &version, self.name.as_bytes()].concat()
+    }
+
+    fn index_names(&self) -> String {
+        self.indexes.iter().flat_map(|name| [name, "\n"]).collect()
+    }
+
+    /// What says it in the database.
+    fn entries(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut entries = vec![(IDENTITY.to_vec(), self.to_bytes())];
+        if !self.indexes.is_empty() {
+            entries.push((INDEX_NAMES.to_vec(), self.index_names().into_bytes()));
+        }
+        entries
+    }
 }
 
 /// The first byte string behind all that begin with `prefix`.
@@ -276,11 +403,11 @@ impl Writes {
         Self(WriteBatch::default())
     }
 
-    pub(super) fn put_row(&mut self, key: &[u8], row: &[u8]) {
-        self.0.put(key, row);
+    pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
+        self.0.put(key, value);
     }
 
-    pub(super) fn delete_row(&mut self, key: &[u8]) {
+    pub(super) fn delete(&mut self, key: &[u8]) {
         self.0.delete(key);
     }
 }
@@ -316,27 +443,44 @@ impl Db {
         Self { closing: Some(closing), ..self }
     }
 
-    /// How far the generation has got; an empty one is marked as `name`'s and begins at `start`.
+    /// How far the generation has got; an empty one is marked with the identity and begins at `start`.
     pub(super) fn begin(
         self: &Arc<Self>,
-        name: &str,
-        version: u32,
+        identity: &Identity,
         start: Progress,
     ) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's identity";
-        let identity = identity(name, version);
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
         match found {
-            Some(found) if found == identity => self.stored_progress(),
+            Some(found) if found == identity.to_bytes() => {
+                self.check_indexes(identity)?;
+                self.stored_progress()
+            }
             Some(found) => Err(self.failure(ACTION, wrong_identity(&found))),
             None if self.is_empty()? => {
                 let mut writes = Writes::new();
-                writes.0.put(IDENTITY, &identity);
+                for (key, value) in identity.entries() {
+                    writes.put(&key, &value);
+                }
                 self.write(writes, &start)?;
                 Ok(start)
             }
             None => Err(self.damaged(ACTION, "rows without an identity")),
         }
+    }
+
+    fn check_indexes(&self, identity: &Identity) -> Result<(), StorageError> {
+        const ACTION: &str = "reading the names of the view's indexes";
+        let found = self.db.get(INDEX_NAMES).map_err(|error| self.failed(ACTION, error))?;
+        let stored = found.unwrap_or_default();
+        let declared = identity.index_names();
+        if stored == declared.as_bytes() {
+            return Ok(());
+        }
+        let stored = String::from_utf8_lossy(&stored);
+        let listed = |names: &str| names.lines().collect::<Vec<_>>().join(", ");
+        let (stored, declared) = (listed(&stored), listed(&declared));
+        Err(self.failure(ACTION, StorageCause::OtherIndexes { stored, declared }))
     }
 
     /// Whether nothing was ever written.
@@ -410,15 +554,14 @@ impl Db {
     pub(super) fn ingest(
         &self,
         mut files: Files<'_>,
-        name: &str,
-        version: u32,
+        identity: &Identity,
         progress: &Progress,
     ) -> Result<(), StorageError> {
         let head = files.next();
-        let entries = [
-            (IDENTITY.to_vec(), identity(name, version)),
-            (progress_key(progress.checkpoint.journal), progress.to_bytes().to_vec()),
-        ];
+        let mut entries = identity.entries();
+        let journal = progress.checkpoint.journal;
+        entries.push((progress_key(journal), progress.to_bytes().to_vec()));
+        entries.sort_unstable();
         files.write(&head, entries.iter().map(|(key, value)| (key.clone(), value.as_slice())))?;
         files.keep([head]);
         let mut options = IngestExternalFileOptions::default();
@@ -427,6 +570,26 @@ impl Db {
         self.db
             .ingest_external_file_opts(&options, paths)
             .map_err(|error| self.failed("taking in sorted files", error))
+    }
+
+    /// The head of a parked key.
+    pub(super) fn parked_head(&self, row_key: &[u8]) -> Result<Option<Head>, StorageError> {
+        let found = self.get(&parked_row_key(row_key))?;
+        found.map(|bytes| self.parked_head_from(bytes.as_ref())).transpose()
+    }
+
+    pub(super) fn parked_head_from(&self, bytes: &[u8]) -> Result<Head, StorageError> {
+        Head::from_bytes(bytes).ok_or_else(|| self.parked_damaged("a parked key"))
+    }
+
+    /// Something parked isn't what it should be.
+    pub(super) fn parked_damaged(&self, what: &'static str) -> StorageError {
+        self.damaged("reading what is parked", what)
+    }
+
+    /// An entry of an index without its row.
+    pub(super) fn entry_without_row(&self) -> StorageError {
+        self.damaged("reading an index", "an entry without its row")
     }
 
     pub(super) fn no_threads(&self, error: rayon::ThreadPoolBuildError) -> StorageError {
@@ -440,7 +603,7 @@ impl Db {
 
     /// A reader of what is there now.
     pub(super) fn snapshot(self: &Arc<Self>) -> Reader {
-        Reader::Moment(Moment::new(Arc::clone(self), |db| db.db.snapshot()))
+        Reader::Moment(Arc::new(Moment::new(Arc::clone(self), |db| db.db.snapshot())))
     }
 
     /// What lies under `key` now.
@@ -469,10 +632,6 @@ impl Db {
     }
 }
 
-fn identity(name: &str, version: u32) -> Vec<u8> {
-    [&LAYOUT.to_le_bytes()[..], &version.to_le_bytes(), name.as_bytes()].concat()
-}
-
 /// Sorted files on their way into a database that is being built.
 pub(super) struct Files<'a> {
     db: &'a Db,
@@ -485,10 +644,18 @@ pub(super) struct Files<'a> {
 impl<'a> Files<'a> {
     pub(super) fn new(db: &'a Db, memory: &ViewMemory) -> Result<Self, StorageError> {
         let dir = db.path.join(BULK_FOLDER);
-        std::fs::create_dir_all(&dir).map_err(|error| {
-            db.failure("writing sorted files", StorageCause::Io(Arc::new(error)))
-        })?;
-        Ok(Self { db, dir, options: options(memory), count: 0, kept: Vec::new() })
+        let files = Self { db, dir, options: options(memory), count: 0, kept: Vec::new() };
+        std::fs::create_dir_all(&files.dir).map_err(|error| files.failed(error))?;
+        Ok(files)
+    }
+
+    /// Where files may lie until all are taken in.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn failed(&self, error: std::io::Error) -> StorageError {
+        self.db.failure("writing sorted files", StorageCause::Io(Arc::new(error)))
     }
 
     /// A name for another file.
@@ -582,13 +749,14 @@ self_cell!(
 );
 
 /// Reads a generation, at each read or as of one moment. The generation stays open for as long as it is read.
+#[derive(Clone)]
 pub(super) enum Reader {
     Latest(Arc<Db>),
-    Moment(Moment),
+    Moment(Arc<Moment>),
 }
 
 impl Reader {
-    fn db(&self) -> &Arc<Db> {
+    pub(super) fn db(&self) -> &Arc<Db> {
         match self {
             Self::Latest(db) => db,
             Self::Moment(moment) => moment.borrow_owner(),
@@ -608,6 +776,13 @@ impl Reader {
         self.db().get_with(key, &self.options())
     }
 
+    /// What lies under each of `keys`, in their order, all as of one moment.
+    pub(super) fn multi_get(&self, keys: &[Vec<u8>]) -> Result<Vec<Option<Vec<u8>>>, StorageError> {
+        let db = self.db();
+        let found = db.db.multi_get_opt(keys, &self.options()).into_iter();
+        found.map(|row| row.map_err(|error| db.failed("reading rows", error))).collect()
+    }
+
     /// How far the rows are; `None` while the generation is being built.
     pub(super) fn progress(&self, journal: JournalId) -> Result<Option<Progress>, StorageError> {
         let found = self.get(&progress_key(journal))?;
@@ -617,44 +792,94 @@ impl Reader {
     /// The entries with keys in `range`, in order, as of now or the reader's moment.
     pub(super) fn scan(&self, range: Range<Vec<u8>>) -> Scan {
         let mut options = self.options();
+        options.set_iterate_lower_bound(range.start);
         options.set_iterate_upper_bound(range.end);
-        let entries = Entries::new(Arc::clone(self.db()), |db| {
-            let mut entries = db.db.raw_iterator_opt(options);
-            entries.seek(range.start);
-            entries
-        });
-        Scan { entries, state: ScanState::AtNext }
+        let entries = Entries::new(Arc::clone(self.db()), |db| db.db.raw_iterator_opt(options));
+        Scan { entries, state: ScanState::Begins, reversed: false, behind: None, before: None }
     }
 }
 
-/// Entries in the order of their keys; see [`Reader::scan`]. An error ends it.
+/// Entries in the order of their keys, or in the reverse; see [`Reader::scan`]. An error ends it.
 pub(super) struct Scan {
     entries: Entries,
     state: ScanState,
+    reversed: bool,
+    /// What is left lies behind this key and in front of that one.
+    behind: Option<Box<[u8]>>,
+    before: Option<Box<[u8]>>,
 }
 
 /// Key and value.
 type Entry = (Box<[u8]>, Box<[u8]>);
 
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum ScanState {
-    AtNext,
+    /// In front of the first of what is left.
+    Begins,
     AtReturned,
     Ended,
 }
 
 impl Scan {
+    /// What is left, from its other end.
+    pub(super) fn reverse(&mut self) {
+        if let Some(key) = self.key().map(Box::from) {
+            self.skip_to(key);
+        }
+        self.reversed = !self.reversed;
+    }
+
+    /// Goes on behind `key`, in the direction of the scan; never out of its range.
+    pub(super) fn skip_to(&mut self, key: Box<[u8]>) {
+        *(if self.reversed { &mut self.before } else { &mut self.behind }) = Some(key);
+        self.state = ScanState::Begins;
+    }
+
+    /// The key of what was returned last.
+    pub(super) fn key(&self) -> Option<&[u8]> {
+        match self.state {
+            ScanState::AtReturned => self.entries.borrow_dependent().key(),
+            ScanState::Begins | ScanState::Ended => None,
+        }
+    }
+
     fn entry(&mut self) -> Result<Option<Entry>, rocksdb::Error> {
-        let go_on = matches!(self.state, ScanState::AtReturned);
-        self.entries.with_dependent_mut(|_, entries| {
-            if go_on {
-                entries.next();
+        let Self { entries, state, reversed, behind, before } = self;
+        entries.with_dependent_mut(|_, entries| {
+            match (*state, *reversed) {
+                (ScanState::AtReturned, false) => entries.next(),
+                (ScanState::AtReturned, true) => entries.prev(),
+                (_, false) => first_behind(entries, behind.as_deref()),
+                (_, true) => last_before(entries, before.as_deref()),
             }
-            let entry = entries.item().map(|(key, value)| (key.into(), value.into()));
+            let entry: Option<Entry> =
+                entries.item().map(|(key, value)| (key.into(), value.into()));
             if entry.is_none() {
                 entries.status()?;
             }
-            Ok(entry)
+            let other_end = if *reversed { behind } else { before };
+            Ok(entry.filter(|(key, _)| match other_end {
+                None => true,
+                Some(end) if *reversed => key > end,
+                Some(end) => key < end,
+            }))
         })
+    }
+}
+
+fn first_behind(entries: &mut DBRawIterator<'_>, key: Option<&[u8]>) {
+    let Some(key) = key else { return entries.seek_to_first() };
+    entries.seek(key);
+    if entries.key() == Some(key) {
+        entries.next();
+    }
+}
+
+fn last_before(entries: &mut DBRawIterator<'_>, key: Option<&[u8]>) {
+    let Some(key) = key else { return entries.seek_to_last() };
+    entries.seek_for_prev(key);
+    if entries.key() == Some(key) {
+        entries.prev();
     }
 }
 
@@ -662,30 +887,22 @@ impl Iterator for Scan {
     type Item = Result<Entry, StorageError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if matches!(self.state, ScanState::Ended) {
+        if self.state == ScanState::Ended {
             return None;
         }
-        match self.entry() {
-            Ok(Some(entry)) => {
-                self.state = ScanState::AtReturned;
-                Some(Ok(entry))
-            }
-            Ok(None) => {
-                self.state = ScanState::Ended;
-                None
-            }
-            Err(error) => {
-                self.state = ScanState::Ended;
-                Some(Err(self.entries.borrow_owner().failed("reading rows", error)))
-            }
-        }
+        let entry = self.entry();
+        self.state = match &entry {
+            Ok(Some(_)) => ScanState::AtReturned,
+            Ok(None) | Err(_) => ScanState::Ended,
+        };
+        entry.map_err(|error| self.entries.borrow_owner().failed("reading rows", error)).transpose()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Chain, Incarnation, Position};
+    use crate::position::{Chain, Incarnation};
     use proptest::prelude::*;
 
     const JOURNAL: JournalId = JournalId::from_bytes([7; 16]);
@@ -701,7 +918,12 @@ mod tests {
                 chain: Chain::from_bytes([5; 16]),
             },
             skipped_events: position / 2,
+            parked: ParkedCounts { keys: position % 3, events: position, unrouted: position % 2 },
         }
+    }
+
+    fn identity(name: &'static str, version: u32) -> Identity {
+        Identity { name, version, indexes: Vec::new() }
     }
 
     fn open(path: &Path) -> Arc<Db> {
@@ -710,13 +932,13 @@ mod tests {
 
     fn begun(path: &Path) -> Arc<Db> {
         let db = open(path);
-        db.begin("orders", 1, progress(0)).unwrap();
+        db.begin(&identity("orders", 1), progress(0)).unwrap();
         db
     }
 
     fn put(db: &Db, key: &str, row: &str, position: u64) {
         let mut writes = Writes::new();
-        writes.put_row(&row_key(|out| out.extend_from_slice(key.as_bytes())), row.as_bytes());
+        writes.put(&row_key(|out| out.extend_from_slice(key.as_bytes())), row.as_bytes());
         db.write(writes, &progress(position)).unwrap();
     }
 
@@ -747,7 +969,7 @@ mod tests {
         put(&db, "b", "2", 9);
         drop(db);
         let db = open(dir.path());
-        assert_eq!(db.begin("orders", 1, progress(0)).unwrap(), progress(9));
+        assert_eq!(db.begin(&identity("orders", 1), progress(0)).unwrap(), progress(9));
         assert_eq!(rows(&db.latest()), [("a".into(), "1".into()), ("b".into(), "2".into())]);
     }
 
@@ -769,7 +991,7 @@ mod tests {
 
         let copy = copy_of_files(dir.path());
         let left = open(copy.path());
-        assert_eq!(left.begin("orders", 1, progress(0)).unwrap(), progress(5));
+        assert_eq!(left.begin(&identity("orders", 1), progress(0)).unwrap(), progress(5));
         assert_eq!(rows(&left.latest()), [("a".into(), "1".into())]);
     }
 
@@ -836,7 +1058,7 @@ mod tests {
         drop(begun(dir.path()));
         let db = open(dir.path());
         for (name, version) in [("orders", 2), ("order", 1)] {
-            let error = db.begin(name, version, progress(0)).unwrap_err();
+            let error = db.begin(&identity(name, version), progress(0)).unwrap_err();
             assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
         }
     }
@@ -846,7 +1068,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = begun(dir.path());
         db.db.put(IDENTITY, [2, 0, 0, 0, 1]).unwrap();
-        let error = db.begin("orders", 1, progress(0)).unwrap_err();
+        let error = db.begin(&identity("orders", 1), progress(0)).unwrap_err();
         assert_eq!(error.kind(), StorageErrorKind::Unsupported, "{error}");
     }
 
@@ -855,7 +1077,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = begun(dir.path());
         let is_damaged = |db: &Arc<Db>| {
-            let error = db.begin("orders", 1, progress(0)).unwrap_err();
+            let error = db.begin(&identity("orders", 1), progress(0)).unwrap_err();
             assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
         };
         db.db.put(progress_key(JOURNAL), b"short").unwrap();
@@ -882,7 +1104,8 @@ mod tests {
             std::fs::write(&table, bytes).unwrap();
         }
         let opened = Db::open(dir.path(), &ViewMemory::new(1 << 20, 1 << 20)).map(Arc::new);
-        let error = opened.and_then(|db| db.begin("orders", 1, progress(0))).unwrap_err();
+        let error =
+            opened.and_then(|db| db.begin(&identity("orders", 1), progress(0))).unwrap_err();
         assert_eq!(error.kind(), StorageErrorKind::Damaged, "{error}");
     }
 
@@ -891,7 +1114,11 @@ mod tests {
         fn progress_is_read_as_it_was_written(position: u32, bytes: Vec<u8>) {
             let written = progress(position.into());
             prop_assert_eq!(Progress::from_bytes(&written.to_bytes()), Some(written));
-            prop_assert!(bytes.len() == PROGRESS_BYTES || Progress::from_bytes(&bytes).is_none());
+            let short = written.to_bytes()[..PROGRESS_BYTES - 24].to_vec();
+            let none = Progress { parked: ParkedCounts::default(), ..written };
+            prop_assert_eq!(Progress::from_bytes(&short), Some(none));
+            let is_long = bytes.len() == PROGRESS_BYTES || bytes.len() == short.len();
+            prop_assert!(is_long || Progress::from_bytes(&bytes).is_none());
         }
 
         #[test]

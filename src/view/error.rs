@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::db::StorageError;
 use super::key::KeyError;
+use super::poison::Degraded;
 use crate::codec::CodecError;
 use crate::error::{IoError, ReadError};
 use crate::event::{EventType, StreamId};
@@ -19,6 +20,29 @@ pub enum ViewError {
     InvalidName {
         /// The name.
         name: &'static str,
+    },
+    /// An index that the view declares can't be kept.
+    #[error("index {index:?} of view {view}: {reason}")]
+    InvalidIndex {
+        /// The view.
+        view: &'static str,
+        /// The index.
+        index: &'static str,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// The view declares other indexes than its rows have, and the journal doesn't reach back to its beginning, so
+    /// that they can't be built anew. Nothing was changed.
+    #[error(
+        "view {view}: {source}; the rows can't be built anew, because the journal begins at position {start}"
+    )]
+    OtherIndexes {
+        /// The view.
+        view: &'static str,
+        /// Which indexes they are.
+        source: StorageError,
+        /// The first position that is left in the journal.
+        start: Position,
     },
     /// Another handle, here or in another process, has the view open.
     #[error("{}: the view is open already, by {owner}", path.display())]
@@ -45,6 +69,12 @@ pub enum ViewError {
     /// The file that says which generation is live is damaged.
     #[error("{}: the view's pointer is damaged", path.display())]
     DamagedPointer {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file that says which events are discarded is damaged.
+    #[error("{}: the list of discarded events is damaged", path.display())]
+    DamagedDecisions {
         /// The file.
         path: PathBuf,
     },
@@ -100,9 +130,12 @@ impl ViewError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::InvalidName { .. } => "view.invalid_name",
+            Self::InvalidIndex { .. } => "view.invalid_index",
+            Self::OtherIndexes { .. } => "view.other_indexes",
             Self::InUse { .. } => "view.in_use",
             Self::LostTail { .. } => "view.lost_tail",
             Self::DamagedPointer { .. } => "view.damaged_pointer",
+            Self::DamagedDecisions { .. } => "view.damaged_decisions",
             Self::Live { .. } => "view.live",
             Self::NoGeneration { .. } => "view.no_generation",
             Self::Rebuilding { .. } => "view.rebuilding",
@@ -119,6 +152,10 @@ impl ViewError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::InvalidName { .. } => "name the view after its folder, such as \"orders_by_day\"",
+            Self::InvalidIndex { .. } => "mend what the view's indexes() returns",
+            Self::OtherIndexes { .. } => {
+                "declare the indexes that the rows have, or put the removed events back and open the view again"
+            }
             Self::InUse { .. } => {
                 "drop the other handle with its snapshots and iterators, or stop the other process"
             }
@@ -127,6 +164,9 @@ impl ViewError {
             }
             Self::DamagedPointer { .. } => {
                 "move the view's directory away and open it again: it is built anew from the journal"
+            }
+            Self::DamagedDecisions { .. } => {
+                "put it back from a backup; without it, discarded events would come back"
             }
             Self::Live { .. } => "roll back to another generation first",
             Self::NoGeneration { .. } => "list the generations to see which there are",
@@ -192,6 +232,15 @@ pub enum StopError {
         /// What failed.
         source: StorageError,
     },
+    /// A row that was built in bulk can't be indexed.
+    #[error("view {view} stopped: a row can't be indexed: {cause}")]
+    Index {
+        /// The view.
+        view: &'static str,
+        /// What happened.
+        #[source]
+        cause: EventFailure,
+    },
     /// The view's code panicked outside of any event, such as while a value was dropped.
     #[error("view {view} stopped: panic: {message}")]
     Panic {
@@ -221,9 +270,19 @@ pub enum EventFailure {
     /// The stored row can't be decoded as the view's row type.
     #[error("the stored row can't be decoded: {0}")]
     StoredRow(#[source] CodecError),
+    /// The stored key can't be decoded as the view's key type.
+    #[error("the stored key can't be decoded: {0}")]
+    StoredKey(#[source] KeyError),
     /// The row that the fold returned can't be encoded.
     #[error("the new row can't be encoded: {0}")]
     NewRow(#[source] CodecError),
+}
+
+impl EventFailure {
+    /// It isn't the event that is wrong: the stored rows are of other types than the view's.
+    pub(super) const fn is_of_the_rows(&self) -> bool {
+        matches!(self, Self::StoredRow(_) | Self::StoredKey(_))
+    }
 }
 
 impl StopError {
@@ -245,8 +304,10 @@ impl StopError {
                 EventFailure::Fold(_) => "view_stop.fold",
                 EventFailure::Panic { .. } => "view_stop.panic",
                 EventFailure::StoredRow(_) => "view_stop.stored_row",
+                EventFailure::StoredKey(_) => "view_stop.stored_key",
                 EventFailure::NewRow(_) => "view_stop.new_row",
             },
+            Self::Index { .. } => "view_stop.index",
             Self::Fork { .. } => "view_stop.fork",
             Self::Journal { .. } => "view_stop.journal",
             Self::Storage { .. } => "view_stop.storage",
@@ -265,11 +326,12 @@ impl StopError {
                 EventFailure::Fold(_) | EventFailure::Panic { .. } => {
                     "mend the fold, raise VERSION if rows would differ, then open the view again"
                 }
-                EventFailure::StoredRow(_) => {
-                    "the row type was changed without a new VERSION: raise it, and the view is built anew"
+                EventFailure::StoredRow(_) | EventFailure::StoredKey(_) => {
+                    "the key or row type was changed without a new VERSION: raise it, and the view is built anew"
                 }
                 EventFailure::NewRow(_) => "use a row type that its codec can represent",
             },
+            Self::Index { .. } => "mend the function that makes the index keys",
             Self::Fork { .. } => {
                 "two histories of one journal exist: decide which is right; to follow the mirror, move the view's directory away"
             }
@@ -372,6 +434,30 @@ pub enum ViewReadError {
         /// Why not.
         source: KeyError,
     },
+    /// The row lacks events that the token stands for, or may lack them.
+    #[error("view {view}: the row is degraded: {degraded}")]
+    Degraded {
+        /// The view.
+        view: &'static str,
+        /// What it lacks.
+        degraded: Degraded,
+    },
+    /// The view doesn't keep this index.
+    #[error("view {view} keeps no index {index:?} with keys of this type")]
+    NoIndex {
+        /// The view.
+        view: &'static str,
+        /// The index.
+        index: &'static str,
+    },
+    /// One row was asked for, but there are several.
+    #[error("index {index:?} of view {view}: several rows have this key")]
+    NotUnique {
+        /// The view.
+        view: &'static str,
+        /// The index.
+        index: &'static str,
+    },
     /// The view hasn't applied the token that the read asked for.
     #[error(transparent)]
     Wait(#[from] WaitError),
@@ -385,6 +471,9 @@ impl ViewReadError {
             Self::Storage(error) => error.code(),
             Self::Row { .. } => "view_read.row",
             Self::Key { .. } => "view_read.key",
+            Self::Degraded { .. } => "view_read.degraded",
+            Self::NoIndex { .. } => "view_read.no_index",
+            Self::NotUnique { .. } => "view_read.not_unique",
             Self::Wait(error) => error.code(),
         }
     }
@@ -397,6 +486,9 @@ impl ViewReadError {
             Self::Row { .. } | Self::Key { .. } => {
                 "the key or row type was changed without a new VERSION: raise it, and the view is built anew"
             }
+            Self::Degraded { .. } => "see what is parked; get_checked() returns the row as it is",
+            Self::NoIndex { .. } => "name the index in the view's indexes()",
+            Self::NotUnique { .. } => "read all rows of the key with get()",
             Self::Wait(error) => error.hint(),
         }
     }

@@ -1,19 +1,21 @@
 //! Reading a view.
 
-use std::marker::PhantomData;
 use std::ops::{Bound, Range, RangeBounds};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::View;
-use super::db::{Reader, Scan, all_rows, behind_prefix, row_key};
+use super::db::{Reader, all_rows, behind_prefix, row_key};
 use super::error::{StopError, ViewError, ViewReadError, WaitError};
 use super::generation::Generation;
-use super::key::{EncodeKey, KeyPrefix, ViewKey, decode_all};
+use super::index::Indexes;
+use super::key::{EncodeKey, KeyPrefix, ViewKey};
+use super::poison::ParkedCounts;
 use super::rebuild::{
     Comparison, Digest, GenerationInfo, RebuildError, RebuildHandle, RebuildOptions, RebuildStatus,
 };
+use super::rows::Rows;
 use super::runner::{Phase, Running, Shared, nothing};
 use super::takeover::{self, Source, digest_of};
 use crate::codec::{Bincode, Codec};
@@ -73,11 +75,13 @@ use crate::position::{Checkpoint, Token};
 pub struct ViewHandle<V: View> {
     running: Arc<Running>,
     view: Arc<V>,
+    indexes: Arc<Indexes<V>>,
 }
 
 impl<V: View> Clone for ViewHandle<V> {
     fn clone(&self) -> Self {
-        Self { running: self.running.clone(), view: self.view.clone() }
+        let (running, view) = (self.running.clone(), self.view.clone());
+        Self { running, view, indexes: self.indexes.clone() }
     }
 }
 
@@ -116,10 +120,12 @@ pub struct ViewStatus {
     pub lag_events: Option<u64>,
     /// How many of the events in front of its checkpoint were of types that it doesn't know.
     pub skipped_events: u64,
+    /// How much is parked, because events can't be applied.
+    pub parked: ParkedCounts,
     /// The folder of the generation that is served.
     pub generation: PathBuf,
     /// The folder of the generation that was set aside at this opening, because it was of another history
-    /// than the journal. Delete it when it is of no more use.
+    /// than the journal, or had other indexes than the view declares. Delete it when it is of no more use.
     pub set_aside: Option<PathBuf>,
     /// The rebuild that is under way, or the building of the first generation.
     pub rebuild: Option<RebuildStatus>,
@@ -145,14 +151,20 @@ pub enum ViewState {
 
 impl<V: View> ViewHandle<V> {
     pub(super) fn new(running: Running, view: Arc<V>) -> Self {
-        Self { running: Arc::new(running), view }
+        let indexes = Arc::new(Indexes::of(&*view));
+        Self { running: Arc::new(running), view, indexes }
     }
 
-    fn shared(&self) -> &Shared {
+    pub(super) fn shared(&self) -> &Shared {
         &self.running.shared
     }
 
-    /// The row under `key`.
+    pub(super) fn indexes(&self) -> &Indexes<V> {
+        &self.indexes
+    }
+
+    /// The row under `key`; of a [parked](Self::parked) key, as it was in front of the first event that is
+    /// parked. See [`get_checked`](Self::get_checked).
     ///
     /// # Errors
     /// [`ViewReadError`] if the database fails or the row is of another type.
@@ -169,7 +181,8 @@ impl<V: View> ViewHandle<V> {
     /// of the service that handed you the token. Blocks for `timeout` at most.
     ///
     /// # Errors
-    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](Self::wait_for) says.
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](Self::wait_for) says;
+    /// [`ViewReadError::Degraded`] if an event in front of the token is parked and the row lacks it, or may.
     pub fn get_at_least<Q>(
         &self,
         key: &Q,
@@ -180,7 +193,14 @@ impl<V: View> ViewHandle<V> {
         Q: EncodeKey<V::Key> + ?Sized,
     {
         self.wait_for(token, timeout)?;
-        self.get(key)
+        if self.shared().state().applied.parked.is_empty() {
+            return self.get(key);
+        }
+        let checked = self.get_checked(key)?;
+        match checked.degraded.filter(|it| it.first() < token.position) {
+            Some(degraded) => Err(ViewReadError::Degraded { view: V::NAME, degraded }),
+            None => Ok(checked.row),
+        }
     }
 
     /// The rows with keys in `range`, in the order of their keys, as of now. Holds one row at a time.
@@ -205,7 +225,7 @@ impl<V: View> ViewHandle<V> {
         let reader = shared.db().snapshot();
         let progress = reader.progress(shared.journal.id())?;
         let checkpoint = progress.unwrap_or_else(|| nothing(&shared.journal)).checkpoint;
-        Ok(ViewSnapshot { reader, checkpoint, view: PhantomData })
+        Ok(ViewSnapshot { reader, checkpoint, indexes: Arc::clone(&self.indexes) })
     }
 
     /// A [`snapshot`](Self::snapshot) once the view has applied what `token` stands for.
@@ -268,6 +288,7 @@ impl<V: View> ViewHandle<V> {
             journal_end,
             lag_events,
             skipped_events: state.applied.skipped_events,
+            parked: state.applied.parked,
             generation: shared.db().path().to_owned(),
             set_aside: shared.set_aside.clone(),
             rebuild: shared.rebuild_status(),
@@ -384,7 +405,7 @@ fn is_pending(shared: &Shared, token: &Token) -> Result<bool, WaitError> {
 pub struct ViewSnapshot<V: View> {
     reader: Reader,
     checkpoint: Checkpoint,
-    view: PhantomData<fn() -> V>,
+    indexes: Arc<Indexes<V>>,
 }
 
 impl<V: View> std::fmt::Debug for ViewSnapshot<V> {
@@ -397,6 +418,14 @@ impl<V: View> std::fmt::Debug for ViewSnapshot<V> {
 }
 
 impl<V: View> ViewSnapshot<V> {
+    pub(super) const fn reader(&self) -> &Reader {
+        &self.reader
+    }
+
+    pub(super) fn indexes(&self) -> &Indexes<V> {
+        &self.indexes
+    }
+
     /// The row under `key`.
     ///
     /// # Errors
@@ -433,7 +462,7 @@ where
     row.map(|row| decode_row::<V>(row.as_ref())).transpose()
 }
 
-fn decode_row<V: View>(row: &[u8]) -> Result<V::Row, ViewReadError> {
+pub(super) fn decode_row<V: View>(row: &[u8]) -> Result<V::Row, ViewReadError> {
     Bincode::decode(row)
         .map_err(|source| ViewReadError::Row { view: V::NAME, source: Arc::new(source) })
 }
@@ -466,36 +495,4 @@ fn stored_key<K: ViewKey>(key: &K) -> Vec<u8> {
 /// No key's bytes begin with another's: nothing lies between a key and this.
 fn behind_key<K: ViewKey>(key: &K) -> Vec<u8> {
     behind_prefix(&stored_key(key))
-}
-
-/// Rows in the order of their keys. Stable: what is applied after its creation isn't seen.
-#[must_use = "an iterator reads nothing until it is used"]
-pub struct Rows<V: View> {
-    scan: Scan,
-    view: PhantomData<fn() -> V>,
-}
-
-impl<V: View> std::fmt::Debug for Rows<V> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Rows").field("name", &V::NAME).finish_non_exhaustive()
-    }
-}
-
-impl<V: View> Rows<V> {
-    fn new(reader: &Reader, range: Range<Vec<u8>>) -> Self {
-        Self { scan: reader.scan(range), view: PhantomData }
-    }
-}
-
-impl<V: View> Iterator for Rows<V> {
-    type Item = Result<(V::Key, V::Row), ViewReadError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        Some(self.scan.next()?.map_err(ViewReadError::from).and_then(|(key, row)| {
-            let key = key.get(1..).unwrap_or_default();
-            let key =
-                decode_all(key).map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
-            Ok((key, decode_row::<V>(&row)?))
-        }))
-    }
 }

@@ -19,6 +19,8 @@
 //!   position and chain. See the table below.
 //! - **A view is a pure fold**: no clock, no randomness, no I/O. So deleting its folder and opening it again
 //!   gives the same answers, later.
+//! - An event that can't be applied stops its row, not the view: it is parked, and so are all later events of
+//!   that row, until it is retried or discarded. Reads can tell.
 //! - A view that can't go on stops where it is, says at which event and why, and nothing else stops. Its
 //!   rows are still served.
 //! - Reads never wait for the fold, nor the fold for reads.
@@ -39,10 +41,14 @@ mod db;
 mod error;
 mod generation;
 mod handle;
+mod index;
 mod key;
 mod openings;
+mod poison;
 mod rebuild;
+mod rows;
 mod runner;
+mod sort;
 mod takeover;
 
 use std::fmt;
@@ -59,12 +65,18 @@ use crate::journal::Journal;
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
-pub use handle::{Rows, ViewCheckpoint, ViewHandle, ViewSnapshot, ViewState, ViewStatus};
+pub use handle::{ViewCheckpoint, ViewHandle, ViewSnapshot, ViewState, ViewStatus};
+pub use index::{Index, IndexReader, IndexRows, Indexes};
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
+pub use poison::{
+    Checked, Degraded, OnPoison, ParkedCounts, ParkedError, ParkedEvent, ParkedEvents, ParkedKey,
+    ParkedKeys, Retried,
+};
 pub use rebuild::{
     Comparison, Digest, GenerationInfo, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, RebuildStatus, Rebuilt,
 };
+pub use rows::{InvalidPageToken, Page, PageToken, Rows};
 
 /// Rows by key, folded from events.
 ///
@@ -135,14 +147,26 @@ pub trait View: Send + Sync + 'static {
     /// What the event makes of one of these rows; `row` is `None` if there is none yet.
     ///
     /// # Errors
-    /// [`FoldError`], from any error or text, if the event can't be applied: the view stops in front of the
-    /// event's batch. A panic does the same.
+    /// [`FoldError`], from any error or text, if the event can't be applied: it is tried once more, and then
+    /// parked with its key, together with all later events of that key; or the view stops in front of the
+    /// event's batch. [`ViewOptions::on_poison`] says which. A panic does the same.
     fn fold(
         &self,
         key: &Self::Key,
         row: Option<Self::Row>,
         event: &Recorded<Self::Event>,
     ) -> Result<Fold<Self::Row>, FoldError>;
+
+    /// The indexes by which rows are found, beside their keys; see [`Index`]. Default: none.
+    ///
+    /// Another set of indexes makes a new generation at the next opening, built from the journal, as a new
+    /// [`VERSION`](Self::VERSION) does. Give an index whose keys change another name, or raise the version.
+    fn indexes(&self) -> Indexes<Self>
+    where
+        Self: Sized,
+    {
+        Indexes::none()
+    }
 }
 
 /// The rows that an event concerns; filled by [`View::route`].
@@ -215,6 +239,11 @@ pub struct ViewOptions {
     pub flush_interval: Duration,
     /// What to do when the own journal has lost events that the view has applied. Default: refuse to open.
     pub lost_tail: LostTail,
+    /// What to do with an event that can't be folded into a row. Default: [`OnPoison::Park`] it with its key.
+    pub on_poison: OnPoison,
+    /// What to do with an event that can't be decoded or routed. Default: [`OnPoison::Park`] it. Any row may lack
+    /// it then, and all say that they are degraded, until it is discarded or the view is built anew.
+    pub on_undecodable: OnPoison,
     /// Memory, shared with other views.
     pub memory: ViewMemory,
 }
@@ -226,6 +255,8 @@ impl Default for ViewOptions {
             flush_bytes: 64 << 20,
             flush_interval: Duration::from_secs(10),
             lost_tail: LostTail::Refuse,
+            on_poison: OnPoison::Park,
+            on_undecodable: OnPoison::Park,
             memory: ViewMemory::default(),
         }
     }
@@ -261,6 +292,7 @@ pub fn open<V: View>(
     if !generation::is_valid_name(V::NAME) {
         return Err(ViewError::InvalidName { name: V::NAME });
     }
+    Indexes::of(&view).check()?;
     let view = Arc::new(view);
     let running = runner::start(views_dir, journal, Arc::clone(&view), options)?;
     Ok(ViewHandle::new(running, view))

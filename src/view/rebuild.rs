@@ -136,7 +136,7 @@ pub struct Rebuilt {
 pub struct Comparison {
     /// They were compared as of here.
     pub position: Position,
-    /// BLAKE3 over keys and rows of the one that is served.
+    /// BLAKE3 over keys, rows and index entries of the one that is served.
     pub served: Digest,
     /// The same of the one that was built from the journal.
     pub built: Digest,
@@ -150,12 +150,12 @@ impl Comparison {
     }
 }
 
-/// What rows come to: two generations with the same digest have the same rows.
+/// What rows come to: two generations with the same digest have the same rows and index entries.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest {
     /// How many rows.
     pub rows: u64,
-    /// BLAKE3 over keys and rows, in the order of the keys.
+    /// BLAKE3 over keys and rows, in the order of the keys, and then over the index entries.
     pub hash: [u8; 32],
 }
 

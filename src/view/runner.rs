@@ -23,12 +23,13 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::bulk::{self, Means};
 use super::chunk::{Chunk, Folded, panic_message};
-use super::db::{Db, Progress, StorageError};
+use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
 use super::openings::Openings;
+use super::poison::{ParkedCounts, Parking, Rules};
 use super::rebuild::{Control, RebuildOptions, RebuildStatus};
-use super::{LostTail, View, ViewOptions};
+use super::{Indexes, LostTail, View, ViewOptions};
 use crate::error::ReadError;
 use crate::format::batch::genesis;
 use crate::format::files::Role;
@@ -48,6 +49,7 @@ pub(super) struct Shared {
     pub(super) journal: Journal,
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
+    pub(super) parking: Parking,
     state: Mutex<State>,
     changed: Condvar,
     /// Whose turn it is to apply: counted on by each flip. Held while something is applied.
@@ -95,7 +97,8 @@ pub(super) fn start<V: View>(
 ) -> Result<Running, ViewError> {
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME, V::VERSION)?;
     let openings = Arc::new(Openings::default());
-    let opened = open_live::<V>(&mut folder, &openings, &journal, &options)?;
+    let parking = Parking::open(Arc::new(OsFs), &views_dir.join(V::NAME), V::VERSION)?;
+    let opened = open_live(&*view, &mut folder, &openings, &journal, &options)?;
     let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
     let state = State {
         judged: matches!(opened.phase, Phase::Following),
@@ -111,6 +114,7 @@ pub(super) fn start<V: View>(
         journal,
         set_aside: opened.set_aside,
         options,
+        parking,
         state: Mutex::new(state),
         changed: Condvar::new(),
         turn: Mutex::new(0),
@@ -131,6 +135,7 @@ struct Opened {
 }
 
 fn open_live<V: View>(
+    view: &V,
     folder: &mut Generations,
     openings: &Arc<Openings>,
     journal: &Journal,
@@ -140,8 +145,22 @@ fn open_live<V: View>(
     if let Some(opened) = to_build(&db, journal)? {
         return Ok(opened);
     }
-    let progress = db.begin(V::NAME, V::VERSION, nothing(journal))?;
-    let phase = match judge::<V>(journal, &progress.checkpoint, options.lost_tail)? {
+    let identity = Indexes::of(view).identity();
+    let (progress, judgement) = match db.begin(&identity, nothing(journal)) {
+        Ok(progress) => {
+            let judgement = judge::<V>(journal, &progress.checkpoint, options.lost_tail)?;
+            (progress, judgement)
+        }
+        Err(source) if source.kind() == StorageErrorKind::OtherIndexes => {
+            let start = journal.start().position;
+            if start > Position::START {
+                return Err(ViewError::OtherIndexes { view: V::NAME, source, start });
+            }
+            (nothing(journal), Judgement::SetAside)
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let phase = match judgement {
         Judgement::GoOn => Phase::Following,
         Judgement::AwaitMirror => Phase::AwaitingMirror,
         Judgement::Unknown(source) => {
@@ -154,7 +173,7 @@ fn open_live<V: View>(
             if let Some(opened) = to_build(&db, journal)? {
                 return Ok(Opened { set_aside, ..opened });
             }
-            let progress = db.begin(V::NAME, V::VERSION, nothing(journal))?;
+            let progress = db.begin(&identity, nothing(journal))?;
             return Ok(Opened { db, progress, phase: Phase::Following, set_aside });
         }
     };
@@ -173,7 +192,8 @@ fn to_build(db: &Arc<Db>, journal: &Journal) -> Result<Option<Opened>, StorageEr
 
 /// How far a view is that has applied nothing.
 pub(super) fn nothing(journal: &Journal) -> Progress {
-    Progress { checkpoint: beginning(journal.id()), skipped_events: 0 }
+    let checkpoint = beginning(journal.id());
+    Progress { checkpoint, skipped_events: 0, parked: ParkedCounts::default() }
 }
 
 /// The checkpoint of a view that has applied nothing.
@@ -318,7 +338,7 @@ impl<V: View> Runner<V> {
     fn build(&self, control: &Control) -> Result<bool, StopError> {
         let (shared, db) = (&*self.shared, &self.db);
         let until = shared.journal.end();
-        let means = Means::of(&RebuildOptions::default());
+        let means = Means::of(&RebuildOptions::default(), shared.parking.discarded());
         let built = bulk::build(
             &*self.view,
             &shared.journal,
@@ -331,8 +351,8 @@ impl<V: View> Runner<V> {
         let progress = match built {
             Ok(progress) => progress,
             Err(bulk::Ended::Cancelled) => return Ok(false),
-            Err(bulk::Ended::Failed(StopError::Event { .. })) => db
-                .begin(V::NAME, V::VERSION, nothing(&shared.journal))
+            Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => db
+                .begin(&Indexes::of(&*self.view).identity(), nothing(&shared.journal))
                 .map_err(storage_failed::<V>)?,
             Err(bulk::Ended::Failed(error)) => return Err(error),
         };
@@ -379,8 +399,9 @@ impl<V: View> Runner<V> {
         while !shared.is_to_end() {
             // Asked first: what was published before the closing is still to be read.
             let closed = shared.journal.is_closed();
+            let rules = shared.parking.rules(&shared.options);
             let (chunk, failure) =
-                collect(&*self.view, &shared.journal, &mut cursor, applied, chunk_bytes);
+                collect(&*self.view, &shared.journal, &mut cursor, applied, chunk_bytes, rules);
             let idle = chunk.is_empty();
             {
                 let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Left::Superseded) };
@@ -391,6 +412,11 @@ impl<V: View> Runner<V> {
                     shared.change(|state| state.applied = end);
                     stop.map_or(Ok(()), Err)?;
                 }
+                let flush = &mut self.flush;
+                shared.parking.answer(&*self.view, &self.db, &mut applied, |progress| {
+                    flush.start();
+                    shared.change(|state| state.applied = progress);
+                })?;
                 self.tend().map_err(storage_failed::<V>)?;
             }
             match failure {
@@ -430,11 +456,12 @@ pub(super) fn collect<V: View>(
     cursor: &mut Cursor,
     applied: Progress,
     chunk_bytes: u64,
+    rules: Rules,
 ) -> (Chunk<V>, Option<StopError>) {
-    let mut chunk = Chunk::new(applied);
+    let mut chunk = Chunk::new(applied, journal.clone(), rules);
     while chunk.bytes() < chunk_bytes.max(1) {
         let added = match cursor.next_batch() {
-            Ok(Some(batch)) => chunk.add(view, journal, &batch),
+            Ok(Some(batch)) => chunk.add(view, &batch),
             Ok(None) => break,
             Err(error) => Err(journal_failed::<V>(error)),
         };
@@ -451,7 +478,7 @@ pub(super) fn apply<V: View>(
     chunk: Chunk<V>,
     db: &Db,
 ) -> Result<(Progress, Option<StopError>), StopError> {
-    let Folded { writes, end, stop } = chunk.fold(view, db)?;
+    let Folded { writes, end, stop, .. } = chunk.fold(view, db)?;
     db.write(writes, &end).map_err(storage_failed::<V>)?;
     Ok((end, stop))
 }
@@ -524,6 +551,7 @@ impl Shared {
     }
 
     fn end(&self, outcome: Result<(), StopError>, flushed: Result<(), StorageError>) {
+        self.parking.end();
         let flush_failure = flushed.and_then(|()| self.look_at_durable()).err();
         self.change(|state| {
             state.flush_failure = flush_failure;

@@ -5,10 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::View;
 use super::bulk::{self, Ended, Means};
 use super::chunk::panic_message;
-use super::db::{Db, Progress, Reader, all_rows};
+use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
 use super::rebuild::{
@@ -19,6 +18,7 @@ use super::runner::{
     Phase, Runner, Running, Shared, apply, collect, compare, journal_failed, nothing,
     storage_failed,
 };
+use super::{Indexes, View};
 use crate::journal;
 use crate::position::Checkpoint;
 
@@ -113,7 +113,10 @@ impl<V: View> Takeover<V> {
     }
 
     fn from_journal(&self) -> Result<(Runner<V>, Rebuilt), RebuildError> {
-        let reference = self.reference()?.filter(|it| self.is_near(&it.progress));
+        // Rows that lag behind are no measure.
+        let is_comparable =
+            |it: &Reference| it.progress.parked.is_empty() && self.is_near(&it.progress);
+        let reference = self.reference()?.filter(is_comparable);
         self.with_new_generation(|number, path| {
             let until = reference.as_ref().map(|it| it.progress.checkpoint);
             let (db, progress) = self.build(path, until)?;
@@ -131,7 +134,8 @@ impl<V: View> Takeover<V> {
         let shared = &self.shared;
         let path = shared.folder.lock().existing(number)?;
         let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;
-        let progress = db.begin(V::NAME, V::VERSION, nothing(&shared.journal));
+        let identity = Indexes::of(&*self.view).identity();
+        let progress = db.begin(&identity, nothing(&shared.journal));
         let progress = progress.map_err(ViewError::from)?;
         let checkpoint = progress.checkpoint;
         match compare(&shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
@@ -194,7 +198,7 @@ impl<V: View> Takeover<V> {
         let shared = &self.shared;
         let until = until.unwrap_or_else(|| shared.journal.end());
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
-        let means = Means::of(&self.options);
+        let means = Means::of(&self.options, shared.parking.discarded());
         let (view, memory) = (&*self.view, &shared.options.memory);
         let built = bulk::build(view, &shared.journal, until, &db, memory, means, &self.control);
         match built {
@@ -264,7 +268,14 @@ impl<V: View> Takeover<V> {
         progress: &mut Progress,
     ) -> Result<bool, RebuildError> {
         let (journal, chunk_bytes) = (&self.shared.journal, self.shared.options.chunk_bytes);
-        let (chunk, failure) = collect(&*self.view, journal, cursor, *progress, chunk_bytes);
+        let (chunk, failure) = collect(
+            &*self.view,
+            journal,
+            cursor,
+            *progress,
+            chunk_bytes,
+            self.shared.parking.strict_rules(),
+        );
         let (idle, bytes) = (chunk.is_empty(), chunk.bytes());
         if !idle {
             let (end, stop) = apply(&*self.view, chunk, db)?;
@@ -278,20 +289,21 @@ impl<V: View> Takeover<V> {
     }
 }
 
-/// What the rows come to.
+/// What the rows and their index entries come to.
 pub(super) fn digest_of<V: View>(
     reader: &Reader,
     control: Option<&Control>,
 ) -> Result<Digest, RebuildError> {
     let mut hasher = blake3::Hasher::new();
-    let mut rows = 0;
-    for entry in reader.scan(all_rows()) {
+    let (mut rows, mut seen) = (0, 0_u64);
+    for entry in reader.scan(all_rows_and_indexes()) {
         let (key, row) = entry.map_err(storage_failed::<V>)?;
         for part in [&key, &row] {
             hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
         }
-        rows += 1;
-        if rows % DIGEST_STEP == 0
+        rows += u64::from(is_row(&key));
+        seen += 1;
+        if seen % DIGEST_STEP == 0
             && let Some(control) = control
         {
             control.check()?;

@@ -23,11 +23,15 @@ mod dump;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]
 mod fuzz_corpus;
 mod golden;
+#[cfg(feature = "views")]
+mod indexes;
 mod journal;
 #[cfg(feature = "test-kit")]
 mod operations;
 #[cfg(feature = "test-kit")]
 mod planted;
+#[cfg(feature = "views")]
+mod poison;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
 #[cfg(feature = "test-kit")]

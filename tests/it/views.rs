@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use headwater::view::{
-    self, EventFailure, Fold, FoldError, Keys, LostTail, StopError, View, ViewError, ViewHandle,
-    ViewOptions, ViewSnapshot, ViewState, WaitError,
+    self, EventFailure, Fold, FoldError, Keys, LostTail, OnPoison, StopError, View, ViewError,
+    ViewHandle, ViewOptions, ViewSnapshot, ViewState, WaitError,
 };
 use headwater::{
     Append, AppendError, ExpectedRevision, Incarnation, Ingest, Journal, JournalOptions, NewEvent,
@@ -233,6 +233,12 @@ fn small_steps(rng: &mut Rng) -> ViewOptions {
         flush_bytes: rng.u64(1..16384),
         ..ViewOptions::default()
     }
+}
+
+/// A view that stops at what it can't apply.
+fn stopping() -> ViewOptions {
+    let (on_poison, on_undecodable) = (OnPoison::Stop, OnPoison::Stop);
+    ViewOptions { on_poison, on_undecodable, ..ViewOptions::default() }
 }
 
 /// Asks again until it is so.
@@ -595,8 +601,7 @@ fn a_failing_fold_stops_its_view_in_front_of_the_batch_and_nothing_else() {
         let bad = origin.append(vec![paid("a", 3), paid(name, 4), paid("a", 5)]);
         origin.append(vec![paid("a", 6)]);
 
-        let fragile =
-            view::open(&world.views(), origin.journal().clone(), Fragile, ViewOptions::default());
+        let fragile = view::open(&world.views(), origin.journal().clone(), Fragile, stopping());
         let fragile = fragile.unwrap();
         let other = world.view(origin.journal());
         let error = stopped(&fragile);
@@ -625,14 +630,14 @@ fn an_undecodable_payload_stops_the_view_at_its_event() {
     let origin = world.origin();
     let good = origin.append(vec![paid("a", 1)]);
     origin.append(vec![paid("a", 2), NewEvent::json("account.paid", &"not a payment").unwrap()]);
-    let view = world.view(origin.journal());
+    let view = world.try_view::<1>(origin.journal(), stopping()).unwrap();
     let error = stopped(&view);
     assert_eq!(error.position(), Some(Position::new(2)));
     assert!(matches!(&*error, StopError::Event { cause: EventFailure::Payload(_), .. }), "{error}");
     assert_eq!(view.checkpoint().applied.position, good.position);
     drop(view);
     // Again after reopening: it isn't skipped.
-    let view = world.view(origin.journal());
+    let view = world.try_view::<1>(origin.journal(), stopping()).unwrap();
     assert_eq!(stopped(&view).position(), Some(Position::new(2)));
     assert_is_prefix(&view, &origin.journal().clone());
 }

@@ -1,0 +1,944 @@
+//! Events that can't be applied: parked with their key, decided upon later.
+//!
+//! ```text
+//!             folds ────────────────────────▶ row
+//! event ──┤   fails, twice ─▶ parked ◀─ all later events of the key
+//!             can't be routed ─▶ parked under no key
+//!
+//! retry(key)          fold what is parked, in order, until one fails again
+//! discard(key, at)    never fold this event into this row: written down beside the generations
+//! ```
+//!
+//! Invariants:
+//! - What is parked goes through the write batch of the rows and the checkpoint. A row is what the events in front
+//!   of the first parked one made of it; no event of a key is folded behind one that is parked.
+//! - A record is parked whole: it can be folded later even if the journal has removed it.
+//! - Only the thread that follows the journal changes what is parked.
+//! - A decision is durable before it takes effect. It is stored outside of the generations and holds for all of
+//!   them, those that are built later and those of other versions too.
+//!
+//! ```text
+//! discarded.<version>     headwater discarded 1          a text of lines: the layout of this file,
+//!                         <journal> <position> <key>     one event for one row, its key in hexadecimal; '-' if
+//!                         …                              it is discarded altogether,
+//!                         crc32 5f3c9a01                 checksum of the lines above
+//! ```
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::chunk::{decode, fold_carefully, guard};
+use super::db::{
+    Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked, parked_key,
+    parked_range, parked_row_key, row_key, unrouted_key, unrouted_range,
+};
+use super::error::{EventFailure, StopError, ViewError, ViewReadError};
+use super::handle::{ViewHandle, decode_row};
+use super::key::{EncodeKey, ViewKey, decode_all};
+use super::runner::{Phase, Shared};
+use super::{Indexes, Keys, View, ViewOptions};
+use crate::error::IoContext;
+use crate::event::{EventType, Names, Recorded, StreamId};
+use crate::format::record::RecordRef;
+use crate::format::{Decoder, crc32};
+use crate::fs::{Fs, OpenMode, read_exact_at, write_all_at};
+use crate::position::{JournalId, Position};
+
+const HEAD: &str = "headwater discarded 1";
+const NAME: &str = "discarded";
+const FILE_BYTES_MAX: u64 = 64 << 20;
+/// So many parked events are folded and written at once.
+const RETRY_STEP: usize = 256;
+/// How long a caller waits before it looks whether there is still somebody who answers.
+const TICK: Duration = Duration::from_millis(50);
+/// A reason is cut behind so many bytes.
+const REASON_BYTES_MAX: usize = 1 << 10;
+
+/// What to do with an event that can't be applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnPoison {
+    /// Set it aside with its key, and go on with all other keys: [`ViewHandle::parked`].
+    #[default]
+    Park,
+    /// Stop in front of its batch.
+    Stop,
+}
+
+/// How much is parked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ParkedCounts {
+    /// Rows that lag behind because an event couldn't be folded into them.
+    pub keys: u64,
+    /// Events that are parked with these, once for each row.
+    pub events: u64,
+    /// Events that couldn't be decoded or routed. Any row may lack them.
+    pub unrouted: u64,
+}
+
+impl ParkedCounts {
+    /// Whether nothing is parked.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.keys == 0 && self.unrouted == 0
+    }
+}
+
+/// What can't be derived from journal and code.
+#[derive(Clone, Debug)]
+pub(super) struct Rules {
+    pub(super) on_poison: OnPoison,
+    pub(super) on_undecodable: OnPoison,
+    pub(super) discarded: Arc<Discarded>,
+}
+
+/// Events that are not to be folded, by decision.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Discarded {
+    /// Those of other versions, too.
+    all: BTreeSet<Decision>,
+    own: BTreeSet<Decision>,
+}
+
+/// An event, for the row under this database key; for none at all without one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Decision {
+    journal: JournalId,
+    position: Position,
+    row_key: Option<Vec<u8>>,
+}
+
+impl Discarded {
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// Whether this event is discarded for this row.
+    pub(super) fn has(&self, journal: JournalId, position: Position, row_key: &[u8]) -> bool {
+        !self.is_empty() && {
+            let row_key = Some(row_key.to_vec());
+            self.all.contains(&Decision { journal, position, row_key })
+        }
+    }
+
+    /// Whether this event is discarded altogether.
+    pub(super) fn has_all_of(&self, journal: JournalId, position: Position) -> bool {
+        !self.is_empty() && self.all.contains(&Decision { journal, position, row_key: None })
+    }
+
+    fn text(decisions: &BTreeSet<Decision>) -> String {
+        let mut text = format!("{HEAD}\n");
+        for Decision { journal, position, row_key } in decisions {
+            let hex = |key: &Vec<u8>| key.iter().map(|byte| format!("{byte:02x}")).collect();
+            let key: String = row_key.as_ref().map_or_else(|| "-".to_owned(), hex);
+            text += &format!("{journal} {position} {key}\n");
+        }
+        text += &format!("crc32 {:08x}\n", crc32(&[text.as_bytes()]));
+        text
+    }
+
+    fn parse(text: &str) -> Option<BTreeSet<Decision>> {
+        let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
+        if u32::from_str_radix(crc, 16) != Ok(crc32(&[body.as_bytes()])) {
+            return None;
+        }
+        let mut lines = body.lines();
+        if lines.next() != Some(HEAD) {
+            return None;
+        }
+        let decision = |line: &str| {
+            let mut fields = line.split(' ');
+            let journal = fields.next()?.parse().ok()?;
+            let position = Position::new(fields.next()?.parse().ok()?);
+            let row_key = match fields.next()? {
+                "-" => None,
+                hex => Some(from_hex(hex)?),
+            };
+            fields.next().is_none().then_some(Decision { journal, position, row_key })
+        };
+        lines.map(decision).collect()
+    }
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok();
+    text.as_bytes().chunks(2).map(byte).collect()
+}
+
+/// What handles and the thread that follows share about what is parked.
+pub(super) struct Parking {
+    fs: Arc<dyn Fs>,
+    dir: PathBuf,
+    version: u32,
+    discarded: Mutex<Arc<Discarded>>,
+    asked: Mutex<VecDeque<Asked>>,
+}
+
+/// Something that the thread that follows is to do.
+struct Asked {
+    what: What,
+    answer: SyncSender<Result<Retried, ParkedError>>,
+}
+
+#[derive(Clone, Debug)]
+enum What {
+    Retry { row_key: Vec<u8> },
+    Discard { row_key: Option<Vec<u8>>, position: Position },
+}
+
+impl Parking {
+    /// Reads the decisions in the folder of a view.
+    pub(super) fn open(fs: Arc<dyn Fs>, dir: &Path, version: u32) -> Result<Self, ViewError> {
+        let mut discarded = Discarded::default();
+        let own = format!("{NAME}.{version}");
+        for name in fs.list(dir).context("listing the view's directory", dir)? {
+            let of_version = name.strip_prefix(NAME).and_then(|it| it.strip_prefix('.'));
+            if of_version.is_some_and(|it| it.parse::<u32>().is_ok()) {
+                let decisions = read(&*fs, &dir.join(&name))?;
+                discarded.all.extend(decisions.iter().cloned());
+                if name == own {
+                    discarded.own = decisions;
+                }
+            }
+        }
+        let discarded = Mutex::new(Arc::new(discarded));
+        Ok(Self { fs, dir: dir.to_owned(), version, discarded, asked: Mutex::default() })
+    }
+
+    pub(super) fn discarded(&self) -> Arc<Discarded> {
+        Arc::clone(&self.discarded.lock())
+    }
+
+    /// How to deal with poison while following the journal.
+    pub(super) fn rules(&self, options: &ViewOptions) -> Rules {
+        let ViewOptions { on_poison, on_undecodable, .. } = *options;
+        Rules { on_poison, on_undecodable, discarded: self.discarded() }
+    }
+
+    /// While a generation is being built: it never goes live with holes.
+    pub(super) fn strict_rules(&self) -> Rules {
+        let discarded = self.discarded();
+        Rules { on_poison: OnPoison::Stop, on_undecodable: OnPoison::Stop, discarded }
+    }
+
+    /// Writes a decision down; it is durable and holds when this returns.
+    fn discard(&self, decision: Decision) -> Result<(), ViewError> {
+        const ACTION: &str = "writing down a discarded event";
+        let mut discarded = Discarded::clone(&self.discarded());
+        discarded.own.insert(decision.clone());
+        discarded.all.insert(decision);
+        let path = self.dir.join(format!("{NAME}.{}", self.version));
+        let new = self.dir.join(format!("{NAME}.{}.new", self.version));
+        match self.fs.remove(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+        .context(ACTION, &new)?;
+        let file = self.fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
+        let text = Discarded::text(&discarded.own);
+        write_all_at(&*file, text.as_bytes(), 0).context(ACTION, &new)?;
+        file.sync_data().context(ACTION, &new)?;
+        self.fs.rename(&new, &path).context(ACTION, &path)?;
+        self.fs.sync_dir(&self.dir).context(ACTION, &self.dir)?;
+        *self.discarded.lock() = Arc::new(discarded);
+        Ok(())
+    }
+
+    /// Does what was asked for, as the thread that follows, whose turn it is. Tells `applied` before whoever asked
+    /// is answered.
+    pub(super) fn answer<V: View>(
+        &self,
+        view: &V,
+        db: &Arc<Db>,
+        progress: &mut Progress,
+        mut applied: impl FnMut(Progress),
+    ) -> Result<(), StopError> {
+        loop {
+            let Some(asked) = self.asked.lock().pop_front() else { return Ok(()) };
+            let place = InDatabase { view, db, parking: self };
+            let answer = match &asked.what {
+                What::Retry { row_key } => place.retry(row_key, progress),
+                What::Discard { row_key, position } => {
+                    place.discard(row_key.as_deref(), *position, progress)
+                }
+            };
+            applied(*progress);
+            let answer = match answer {
+                Ok(retried) => Ok(retried),
+                Err(Refused::Stop(error)) => return Err(error),
+                Err(Refused::Asker(error)) => Err(error),
+            };
+            // Whoever asked may have gone.
+            drop(asked.answer.send(answer));
+        }
+    }
+
+    /// Nobody answers any more.
+    pub(super) fn end(&self) {
+        self.asked.lock().clear();
+    }
+}
+
+fn read(fs: &dyn Fs, path: &Path) -> Result<BTreeSet<Decision>, ViewError> {
+    const ACTION: &str = "reading the discarded events";
+    let file = fs.open(path, OpenMode::Read).context(ACTION, path)?;
+    let damaged = || ViewError::DamagedDecisions { path: path.to_owned() };
+    let size = file.size().context(ACTION, path)?;
+    if size > FILE_BYTES_MAX {
+        return Err(damaged());
+    }
+    let mut bytes = vec![0; usize::try_from(size).map_err(|_| damaged())?];
+    read_exact_at(&*file, &mut bytes, 0).context(ACTION, path)?;
+    str::from_utf8(&bytes).ok().and_then(Discarded::parse).ok_or_else(damaged)
+}
+
+/// What stands in front of a parked key's events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Head {
+    pub(super) events: u64,
+    /// The first event that is parked, which couldn't be folded.
+    pub(super) first: Position,
+    pub(super) recorded_at_us: i64,
+    pub(super) reason: String,
+}
+
+impl Head {
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let numbers = [self.events.to_le_bytes(), self.first.get().to_le_bytes()].concat();
+        [&numbers[..], &self.recorded_at_us.to_le_bytes(), self.reason.as_bytes()].concat()
+    }
+
+    pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut input = Decoder::new(bytes);
+        let (events, first) = (input.u64().ok()?, Position::new(input.u64().ok()?));
+        let recorded_at_us = input.i64().ok()?;
+        let reason = str::from_utf8(input.rest()).ok()?.to_owned();
+        Some(Self { events, first, recorded_at_us, reason })
+    }
+}
+
+/// A reason as it is stored.
+pub(super) fn reason_of(cause: &EventFailure) -> String {
+    let mut reason = cause.to_string();
+    let end = (0..=REASON_BYTES_MAX).rev().find(|at| reason.is_char_boundary(*at));
+    reason.truncate(end.unwrap_or(0));
+    reason
+}
+
+/// An event as it is parked.
+pub(super) struct ParkedRecord<'a> {
+    pub(super) recorded_at_us: i64,
+    /// Empty with a key: the reason is the key's.
+    pub(super) reason: &'a str,
+    pub(super) record: &'a [u8],
+}
+
+impl<'a> ParkedRecord<'a> {
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let len = u32::try_from(self.reason.len()).unwrap_or(0).to_le_bytes();
+        let reason = self.reason.as_bytes();
+        [&self.recorded_at_us.to_le_bytes()[..], &len, reason, self.record].concat()
+    }
+
+    fn from_bytes(bytes: &'a [u8]) -> Option<Self> {
+        let mut input = Decoder::new(bytes);
+        let recorded_at_us = input.i64().ok()?;
+        let len = input.u32().ok()? as usize;
+        let (reason, record) = input.rest().split_at_checked(len)?;
+        Some(Self { recorded_at_us, reason: str::from_utf8(reason).ok()?, record })
+    }
+}
+
+/// Why what was asked for wasn't done.
+enum Refused {
+    /// And the view stops.
+    Stop(StopError),
+    Asker(ParkedError),
+}
+
+impl From<StopError> for Refused {
+    fn from(error: StopError) -> Self {
+        Self::Stop(error)
+    }
+}
+
+/// What is parked in a database, for the thread that writes to it.
+struct InDatabase<'a, V> {
+    view: &'a V,
+    db: &'a Arc<Db>,
+    parking: &'a Parking,
+}
+
+impl<V: View> InDatabase<'_, V> {
+    fn failed(source: StorageError) -> StopError {
+        StopError::Storage { view: V::NAME, source }
+    }
+
+    fn head(&self, row_key: &[u8]) -> Result<Option<Head>, StopError> {
+        self.db.parked_head(row_key).map_err(Self::failed)
+    }
+
+    fn retry(&self, row_key: &[u8], progress: &mut Progress) -> Result<Retried, Refused> {
+        let mut retried = Retried { applied: 0, left: 0, reason: None };
+        let Some(mut head) = self.head(row_key)? else {
+            return Err(Refused::Asker(ParkedError::NotParked));
+        };
+        loop {
+            let (done, failure) = self.retry_some(row_key, &mut head, progress)?;
+            retried.applied += done;
+            retried.left = head.events;
+            retried.reason = failure;
+            if retried.left == 0 || retried.reason.is_some() {
+                return Ok(retried);
+            }
+        }
+    }
+
+    /// Folds some of a key's events: how many, and why no more.
+    fn retry_some(
+        &self,
+        row_key: &[u8],
+        head: &mut Head,
+        progress: &mut Progress,
+    ) -> Result<(u64, Option<String>), StopError> {
+        let wrong_key =
+            |source| StopError::Storage { view: V::NAME, source: self.db.parked_damaged(source) };
+        let key: V::Key = decode_all(row_key.get(1..).unwrap_or_default())
+            .map_err(|_| wrong_key("a parked key"))?;
+        let mut parked = Vec::new();
+        for entry in self.db.latest().scan(parked_range(row_key)).take(RETRY_STEP) {
+            let (entry, value) = entry.map_err(Self::failed)?;
+            let position = parked_position(&entry);
+            parked.push((position.ok_or_else(|| wrong_key("the key of a parked event"))?, value));
+        }
+        let mut events = Vec::new();
+        let mut failure = None;
+        let mut done = Vec::new(); // of each, whether there is something to fold
+        let journal = progress.checkpoint.journal;
+        for (position, value) in &parked {
+            let discarded = self.parking.discarded().has(journal, *position, row_key);
+            let event =
+                if discarded { Ok(None) } else { self.event(journal, *position, value, row_key)? };
+            match event {
+                Ok(event) => {
+                    done.push(event.is_some());
+                    events.extend(event);
+                }
+                Err(cause) => {
+                    failure = Some(cause);
+                    break;
+                }
+            }
+        }
+        let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
+        let indexes = Indexes::of(self.view);
+        let careful = fold_carefully(self.view, &indexes, &key, row_key, stored, events.iter());
+        if let Some(cause) = careful.failure {
+            // It failed earlier than decoding did.
+            let folded = done.iter().scan(0, |folded, fold| {
+                *folded += usize::from(*fold);
+                Some(*folded)
+            });
+            done.truncate(folded.take_while(|folded| *folded <= careful.folded).count());
+            failure = Some(cause);
+        }
+        if let Some(EventFailure::StoredRow(_) | EventFailure::StoredKey(_)) = &failure
+            && let (Some(cause), Some(event)) = (failure.take(), events.get(careful.folded))
+        {
+            return Err(super::chunk::stop_at::<V, _>(event, cause));
+        }
+        let mut writes = Writes::new();
+        careful.change.write(row_key, &mut writes);
+        for (position, _) in parked.iter().take(done.len()) {
+            writes.delete(&parked_key(row_key, *position));
+        }
+        let count = done.len() as u64;
+        head.events = head.events.saturating_sub(count);
+        let mut counts = progress.parked;
+        counts.events = counts.events.saturating_sub(count);
+        let next = parked.get(done.len());
+        if let Some((position, value)) = next {
+            head.first = *position;
+            let record = ParkedRecord::from_bytes(value);
+            head.recorded_at_us = record.map_or(0, |record| record.recorded_at_us);
+        }
+        if let Some(cause) = &failure {
+            head.reason = reason_of(cause);
+        }
+        if head.events == 0 {
+            writes.delete(&parked_row_key(row_key));
+            counts.keys = counts.keys.saturating_sub(1);
+        } else {
+            writes.put(&parked_row_key(row_key), &head.to_bytes());
+        }
+        let now = Progress { parked: counts, ..*progress };
+        self.db.write(writes, &now).map_err(Self::failed)?;
+        *progress = now;
+        Ok((count, failure.as_ref().map(reason_of)))
+    }
+
+    /// A parked event as the code reads it now; `None` if it doesn't concern the key any more.
+    #[allow(clippy::type_complexity, reason = "two kinds of failure: the view's, and the event's")]
+    fn event(
+        &self,
+        journal: JournalId,
+        position: Position,
+        value: &[u8],
+        row_key: &[u8],
+    ) -> Result<Result<Option<Recorded<V::Event>>, EventFailure>, StopError> {
+        let damaged = || Self::failed(self.db.parked_damaged("a parked event"));
+        let parked = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
+        let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
+        let concerned = || {
+            let Some(data) = decode::<V::Event>(&record)? else { return Ok(None) };
+            let at =
+                super::chunk::Place { journal, position, recorded_at_us: parked.recorded_at_us };
+            let event = at.recorded(&record, &mut Names::default(), data);
+            let mut keys = Keys(Vec::new());
+            guard(|| self.view.route(&event, &mut keys))?;
+            let is_named =
+                keys.0.iter().any(|key| super::db::row_key(|out| key.encode_key(out)) == row_key);
+            Ok(is_named.then_some(event))
+        };
+        Ok(concerned())
+    }
+
+    fn discard(
+        &self,
+        row_key: Option<&[u8]>,
+        position: Position,
+        progress: &mut Progress,
+    ) -> Result<Retried, Refused> {
+        let key = row_key.map_or_else(|| unrouted_key(position), |key| parked_key(key, position));
+        if self.db.get(&key).map_err(Self::failed)?.is_none() {
+            return Err(Refused::Asker(ParkedError::NotParked));
+        }
+        let journal = progress.checkpoint.journal;
+        let decision = Decision { journal, position, row_key: row_key.map(<[u8]>::to_vec) };
+        let written = self.parking.discard(decision);
+        written.map_err(|error| Refused::Asker(ParkedError::View(error)))?;
+        if let Some(row_key) = row_key {
+            // What stood behind it may be folded now.
+            return self.retry(row_key, progress);
+        }
+        let mut writes = Writes::new();
+        writes.delete(&key);
+        let mut now = *progress;
+        now.parked.unrouted = now.parked.unrouted.saturating_sub(1);
+        self.db.write(writes, &now).map_err(Self::failed)?;
+        *progress = now;
+        Ok(Retried { applied: 0, left: 0, reason: None })
+    }
+}
+
+/// The position at the end of a parked event's key.
+#[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
+fn parked_position(key: &[u8]) -> Option<Position> {
+    key.last_chunk().map(|bytes| Position::new(u64::from_be_bytes(*bytes)))
+}
+
+/// What [`ViewHandle::retry`] has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Retried {
+    /// How many parked events were folded or, because they don't concern the row any more, left out.
+    pub applied: u64,
+    /// How many are still parked.
+    pub left: u64,
+    /// Why the first of these can't be folded.
+    pub reason: Option<String>,
+}
+
+/// Why nothing was done about what is parked.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParkedError {
+    /// Nothing is parked there.
+    #[error("nothing is parked there")]
+    NotParked,
+    /// The view doesn't follow its journal, or has ceased to meanwhile: its status says why.
+    #[error("the view doesn't follow its journal")]
+    NotFollowing,
+    /// The decision can't be written down.
+    #[error(transparent)]
+    View(ViewError),
+}
+
+impl ParkedError {
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotParked => "parked.not_parked",
+            Self::NotFollowing => "parked.not_following",
+            Self::View(error) => error.code(),
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::NotParked => "list what is parked",
+            Self::NotFollowing => "see the view's status",
+            Self::View(error) => error.hint(),
+        }
+    }
+}
+
+/// A row that lags behind, because an event can't be folded into it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ParkedKey<K> {
+    /// The row's key.
+    pub key: K,
+    /// How many events are parked: the one that failed, and those behind it.
+    pub events: u64,
+    /// The one that failed. The row is of all its events in front of this.
+    pub first: Position,
+    /// When that was recorded, in microseconds since 1970.
+    pub since_us: i64,
+    /// Why it failed.
+    pub reason: String,
+}
+
+/// An event that is parked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ParkedEvent {
+    /// Its position.
+    pub position: Position,
+    /// Its stream.
+    pub stream: StreamId,
+    /// Its type.
+    pub event_type: EventType,
+    /// The version of its payload's schema.
+    pub schema_version: u32,
+    /// When it was recorded, in microseconds since 1970.
+    pub recorded_at_us: i64,
+    /// Why it couldn't be routed; empty for events with a key, whose reason is the key's.
+    pub reason: String,
+}
+
+/// A row, and whether it is all that it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Checked<R> {
+    /// The row.
+    pub row: Option<R>,
+    /// What the row lacks, if something is parked.
+    pub degraded: Option<Degraded>,
+}
+
+/// What a row lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Degraded {
+    /// Events of the row are parked: it is as it was in front of the first of them.
+    Parked {
+        /// How many.
+        events: u64,
+        /// The first.
+        first: Position,
+        /// Why that couldn't be folded.
+        reason: String,
+    },
+    /// Events couldn't be decoded or routed: nobody knows whether they concern this row.
+    Unrouted {
+        /// How many.
+        events: u64,
+        /// The first.
+        first: Position,
+    },
+}
+
+impl Degraded {
+    /// The first event that is lacking, or may be.
+    #[must_use]
+    pub const fn first(&self) -> Position {
+        match self {
+            Self::Parked { first, .. } | Self::Unrouted { first, .. } => *first,
+        }
+    }
+}
+
+impl fmt::Display for Degraded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Parked { events, first, reason } => {
+                write!(f, "{events} events of it are parked, from position {first} on: {reason}")
+            }
+            Self::Unrouted { events, first } => {
+                write!(f, "{events} events couldn't be routed, the first at position {first}")
+            }
+        }
+    }
+}
+
+/// What a row lacks as of the reader's moment.
+pub(super) fn checked<V: View>(
+    reader: &Reader,
+    journal: JournalId,
+    row_key: &[u8],
+) -> Result<Checked<V::Row>, ViewReadError> {
+    let keys = [row_key.to_vec(), parked_row_key(row_key)];
+    let mut found = reader.multi_get(&keys)?.into_iter();
+    let row = found.next().flatten().map(|row| decode_row::<V>(&row)).transpose()?;
+    let head = found.next().flatten();
+    let damaged = || reader.db().parked_damaged("a parked key");
+    if let Some(head) = head {
+        let Head { events, first, reason, .. } = Head::from_bytes(&head).ok_or_else(damaged)?;
+        return Ok(Checked { row, degraded: Some(Degraded::Parked { events, first, reason }) });
+    }
+    let unrouted = reader.progress(journal)?.map_or(0, |progress| progress.parked.unrouted);
+    let first = match unrouted {
+        0 => None,
+        _ => reader.scan(unrouted_range()).next().transpose()?,
+    };
+    let first = first.map(|(key, _)| parked_position(&key).ok_or_else(damaged)).transpose()?;
+    let degraded = first.map(|first| Degraded::Unrouted { events: unrouted, first });
+    Ok(Checked { row, degraded })
+}
+
+impl<V: View> ViewHandle<V> {
+    /// The row under `key`, and whether it is all that it should be: [`get`](Self::get) returns the row of a
+    /// parked key as it was in front of the first parked event, and doesn't say so.
+    ///
+    /// # Errors
+    /// [`ViewReadError`] if the database fails or the row is of another type.
+    pub fn get_checked<Q>(&self, key: &Q) -> Result<Checked<V::Row>, ViewReadError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        let key = row_key(|out| key.encode_key_into(out));
+        checked::<V>(&self.shared().db().snapshot(), self.shared().journal.id(), &key)
+    }
+
+    /// The rows that lag behind because an event can't be folded into them, in the order of their keys.
+    pub fn parked(&self) -> ParkedKeys<V> {
+        let reader = self.shared().db().latest();
+        ParkedKeys { scan: reader.scan(all_parked()), reader, view: std::marker::PhantomData }
+    }
+
+    /// What is parked with this row, in the order of the journal.
+    pub fn parked_events<Q>(&self, key: &Q) -> ParkedEvents
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        let key = row_key(|out| key.encode_key_into(out));
+        ParkedEvents::new(self.shared().db().latest(), parked_range(&key))
+    }
+
+    /// The events that couldn't be decoded or routed, in the order of the journal. Any row may lack them. They
+    /// can't be folded later, behind others: mend the code and [`rebuild`](Self::rebuild), or
+    /// [discard](Self::discard_unrouted) them.
+    pub fn unrouted_events(&self) -> ParkedEvents {
+        ParkedEvents::new(self.shared().db().latest(), unrouted_range())
+    }
+
+    /// Folds what is parked with this row, in order, until an event fails again: after the fold was mended, or
+    /// what it calls. Blocks until the thread that follows the journal has done it.
+    ///
+    /// # Errors
+    /// [`ParkedError::NotParked`]; [`ParkedError::NotFollowing`]. That an event fails again is no error but the
+    /// answer.
+    pub fn retry<Q>(&self, key: &Q) -> Result<Retried, ParkedError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        let row_key = row_key(|out| key.encode_key_into(out));
+        ask(self.shared(), What::Retry { row_key })
+    }
+
+    /// Decides that a parked event is never folded into this row, now and when the view is built anew, and
+    /// folds what is parked behind it. The decision is durable when this returns, and can't be taken back.
+    ///
+    /// # Errors
+    /// As [`retry`](Self::retry); [`ParkedError::View`] if it can't be written down: nothing was changed.
+    pub fn discard<Q>(&self, key: &Q, position: Position) -> Result<Retried, ParkedError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        let row_key = Some(row_key(|out| key.encode_key_into(out)));
+        ask(self.shared(), What::Discard { row_key, position })
+    }
+
+    /// Decides that an event that can't be routed is left out, now and when the view is built anew.
+    ///
+    /// # Errors
+    /// As [`discard`](Self::discard).
+    pub fn discard_unrouted(&self, position: Position) -> Result<(), ParkedError> {
+        ask(self.shared(), What::Discard { row_key: None, position }).map(drop)
+    }
+}
+
+/// Asks the thread that follows the journal, and waits for its answer.
+fn ask(shared: &Shared, what: What) -> Result<Retried, ParkedError> {
+    let follows = || matches!(shared.state().phase, Phase::Following);
+    let (answer, answered) = mpsc::sync_channel(1);
+    shared.parking.asked.lock().push_back(Asked { what, answer });
+    loop {
+        match answered.recv_timeout(TICK) {
+            Ok(answer) => return answer,
+            Err(RecvTimeoutError::Disconnected) => return Err(ParkedError::NotFollowing),
+            Err(RecvTimeoutError::Timeout) if follows() => {}
+            // Whoever comes next is not to do it: nobody waits for the answer.
+            Err(RecvTimeoutError::Timeout) => shared.parking.end(),
+        }
+    }
+}
+
+/// Rows that lag behind; see [`ViewHandle::parked`].
+#[must_use = "an iterator reads nothing until it is used"]
+pub struct ParkedKeys<V: View> {
+    reader: Reader,
+    scan: Scan,
+    view: std::marker::PhantomData<fn() -> V>,
+}
+
+impl<V: View> fmt::Debug for ParkedKeys<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ParkedKeys").field("name", &V::NAME).finish_non_exhaustive()
+    }
+}
+
+impl<V: View> Iterator for ParkedKeys<V> {
+    type Item = Result<ParkedKey<V::Key>, ViewReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (entry, value) = match self.scan.next()? {
+            Ok(entry) => entry,
+            Err(error) => return Some(Err(error.into())),
+        };
+        // The next key's head.
+        self.scan.skip_to(behind_parked(&entry));
+        let key = decode_all(entry.get(1..).unwrap_or_default())
+            .map_err(|source| ViewReadError::Key { view: V::NAME, source });
+        let head = self.reader.db().parked_head_from(&value).map_err(ViewReadError::from);
+        Some(key.and_then(|key| {
+            let Head { events, first, recorded_at_us, reason } = head?;
+            Ok(ParkedKey { key, events, first, since_us: recorded_at_us, reason })
+        }))
+    }
+}
+
+/// Parked events in the order of the journal.
+#[must_use = "an iterator reads nothing until it is used"]
+pub struct ParkedEvents {
+    reader: Reader,
+    scan: Scan,
+}
+
+impl fmt::Debug for ParkedEvents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ParkedEvents").finish_non_exhaustive()
+    }
+}
+
+impl ParkedEvents {
+    fn new(reader: Reader, range: std::ops::Range<Vec<u8>>) -> Self {
+        Self { scan: reader.scan(range), reader }
+    }
+}
+
+impl Iterator for ParkedEvents {
+    type Item = Result<ParkedEvent, ViewReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let entry = self.scan.next()?;
+        Some(entry.map_err(ViewReadError::from).and_then(|(key, value)| {
+            parked_event(&key, &value)
+                .ok_or_else(|| self.reader.db().parked_damaged("a parked event").into())
+        }))
+    }
+}
+
+fn parked_event(key: &[u8], value: &[u8]) -> Option<ParkedEvent> {
+    let parked = ParkedRecord::from_bytes(value)?;
+    let (record, _) = RecordRef::decode(parked.record).ok()?;
+    Some(ParkedEvent {
+        position: parked_position(key)?,
+        stream: StreamId::new(record.stream).ok()?,
+        event_type: EventType::new(record.event_type).ok()?,
+        schema_version: record.schema_version,
+        recorded_at_us: parked.recorded_at_us,
+        reason: parked.reason.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::os::OsFs;
+    use proptest::prelude::*;
+
+    fn decision() -> impl Strategy<Value = Decision> {
+        (any::<[u8; 16]>(), any::<u64>(), any::<Option<Vec<u8>>>()).prop_map(
+            |(journal, position, row_key)| Decision {
+                journal: JournalId::from_bytes(journal),
+                position: Position::new(position),
+                row_key: row_key.map(|key| row_key_of(&key)),
+            },
+        )
+    }
+
+    fn row_key_of(key: &[u8]) -> Vec<u8> {
+        row_key(|out| out.extend_from_slice(key))
+    }
+
+    proptest! {
+        #[test]
+        fn decisions_are_read_as_they_were_written(
+            decisions in prop::collection::btree_set(decision(), 0..5),
+            at: prop::sample::Index,
+        ) {
+            let text = Discarded::text(&decisions);
+            prop_assert_eq!(Discarded::parse(&text), Some(decisions));
+            let mut damaged = text.clone().into_bytes();
+            damaged[at.index(text.len())] ^= 1;
+            let read = String::from_utf8(damaged).ok().and_then(|text| Discarded::parse(&text));
+            prop_assert_eq!(read, None);
+        }
+
+        #[test]
+        fn what_is_parked_is_read_as_it_was_written(
+            events: u64, first: u64, recorded_at_us: i64, reason: String, record: Vec<u8>,
+            bytes: Vec<u8>,
+        ) {
+            let first = Position::new(first);
+            let head = Head { events, first, recorded_at_us, reason: reason.clone() };
+            prop_assert_eq!(Head::from_bytes(&head.to_bytes()), Some(head));
+            let parked = ParkedRecord { recorded_at_us, reason: &reason, record: &record }.to_bytes();
+            let read = ParkedRecord::from_bytes(&parked).unwrap();
+            prop_assert_eq!((read.recorded_at_us, read.reason), (recorded_at_us, reason.as_str()));
+            prop_assert_eq!(read.record, record);
+            let _any = (Head::from_bytes(&bytes), ParkedRecord::from_bytes(&bytes).is_some());
+        }
+    }
+
+    #[test]
+    fn a_decision_holds_for_all_versions_and_a_damaged_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |version| Parking::open(Arc::new(OsFs), dir.path(), version);
+        let journal = JournalId::from_bytes([7; 16]);
+        let (at, key) = (Position::new(5), row_key_of(b"a"));
+        let decision = Decision { journal, position: at, row_key: Some(key.clone()) };
+        open(1).unwrap().discard(decision.clone()).unwrap();
+        let second = open(2).unwrap();
+        assert!(second.discarded().has(journal, at, &key));
+        second.discard(Decision { row_key: None, ..decision }).unwrap();
+        let first = open(1).unwrap().discarded();
+        assert!(first.has(journal, at, &key) && first.has_all_of(journal, at));
+        assert!(!first.has(journal, at.advance(1), &key) && !first.has(journal, at, b"b"));
+        std::fs::write(dir.path().join("discarded.2"), "headwater discarded 1\n").unwrap();
+        assert!(matches!(open(1), Err(ViewError::DamagedDecisions { .. })));
+    }
+}

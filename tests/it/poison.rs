@@ -1,0 +1,491 @@
+//! Events that can't be applied: they stop their row and no other, are there as long as the checkpoint says that
+//! they were seen, and become what they should have been once the fold is mended.
+//!
+//! Rows and what is parked are compared with a recount that knows nothing of views.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+use headwater::retention::{History, Options, Until};
+use headwater::view::{
+    Degraded, Fold, FoldError, Index, Indexes, Keys, ParkedError, ParkedKey, RebuildOptions, View,
+    ViewHandle, ViewOptions, ViewReadError, ViewState,
+};
+use headwater::{
+    Append, ExpectedRevision, JournalOptions, NewEvent, Position, Recorded, Store, StreamId, Token,
+};
+use serde::{Deserialize, Serialize};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// In which way an event is poisonous.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+enum Poison {
+    No,
+    /// The fold returns an error for the first of the event's rows.
+    Error,
+    /// The fold panics for the second of the event's rows.
+    Panic,
+    /// The first row can't be indexed.
+    Index,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Added {
+    key: u8,
+    value: u64,
+    poison: Poison,
+}
+
+headwater::events! {
+    /// What is added.
+    enum SumEvent {
+        Added(Added) = "sum.added", version 1;
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Sum {
+    count: u64,
+    trace: u64,
+    is_unindexable: bool,
+}
+
+type Key = (u8, u8);
+
+fn keys_of(added: &Added) -> [Key; 2] {
+    [(0, added.key), (1, added.key % 3)]
+}
+
+/// Whether the event can't be folded into this row.
+fn is_poison(key: Key, added: &Added) -> bool {
+    match added.poison {
+        Poison::No => false,
+        Poison::Error | Poison::Index => key.0 == 0,
+        Poison::Panic => key.0 == 1,
+    }
+}
+
+fn step(row: Option<Sum>, added: &Added, position: Position) -> Sum {
+    let row = row.unwrap_or_default();
+    let trace = row.trace.wrapping_mul(31).wrapping_add(added.value).wrapping_add(position.get());
+    Sum { count: row.count + 1, trace, is_unindexable: false }
+}
+
+/// Sums, by a fold that can be mended.
+#[derive(Clone, Debug, Default)]
+struct Sums<const VERSION: u32 = 1> {
+    is_mended: Arc<AtomicBool>,
+}
+
+impl<const VERSION: u32> Sums<VERSION> {
+    const BY_COUNT: Index<Self, u64> = Index::new("by_count", |_, sum: &Sum, keys| {
+        assert!(!sum.is_unindexable, "what a row");
+        keys.add(sum.count);
+    });
+}
+
+impl<const VERSION: u32> View for Sums<VERSION> {
+    const NAME: &'static str = "sums";
+    const VERSION: u32 = VERSION;
+    type Key = Key;
+    type Row = Sum;
+    type Event = SumEvent;
+
+    fn route(&self, event: &Recorded<SumEvent>, keys: &mut Keys<Key>) {
+        let SumEvent::Added(added) = event.data();
+        keys.extend(keys_of(added));
+    }
+
+    fn fold(
+        &self,
+        key: &Key,
+        row: Option<Sum>,
+        event: &Recorded<SumEvent>,
+    ) -> Result<Fold<Sum>, FoldError> {
+        let SumEvent::Added(added) = event.data();
+        let sum = step(row, added, event.position());
+        if is_poison(*key, added) && !self.is_mended.load(Ordering::SeqCst) {
+            return match added.poison {
+                Poison::Index => Ok(Fold::Put(Sum { is_unindexable: true, ..sum })),
+                Poison::Panic => panic!("what an event"),
+                _ => Err("no such sum".into()),
+            };
+        }
+        Ok(Fold::Put(sum))
+    }
+
+    fn indexes(&self) -> Indexes<Self> {
+        Indexes::none().with(Self::BY_COUNT)
+    }
+}
+
+/// Rows, and the positions of what is parked of each.
+#[derive(Debug, Default, PartialEq)]
+struct Model {
+    rows: BTreeMap<Key, Sum>,
+    parked: BTreeMap<Key, Vec<Position>>,
+    unrouted: Vec<Position>,
+}
+
+/// What a view makes of the events in front of `end` whose fold is mended from `mended` on, and which knows of
+/// nothing to be retried.
+fn model(store: &Store, end: Position, mended: Position) -> Model {
+    let mut model = Model::default();
+    let events = store.journal().read_all(Position::START).unwrap().map(Result::unwrap);
+    for event in events.take_while(|event| event.position() < end) {
+        let position = event.position();
+        let Ok(decoded) = event.decode::<SumEvent>() else {
+            model.unrouted.push(position);
+            continue;
+        };
+        let decoded = decoded.unwrap();
+        let SumEvent::Added(added) = decoded.data();
+        for key in keys_of(added) {
+            let fails = is_poison(key, added) && position < mended;
+            if fails || model.parked.contains_key(&key) {
+                model.parked.entry(key).or_default().push(position);
+            } else {
+                let row = step(model.rows.remove(&key), added, position);
+                model.rows.insert(key, row);
+            }
+        }
+    }
+    model
+}
+
+/// What the view holds, and where it is.
+fn contents<const VERSION: u32>(view: &ViewHandle<Sums<VERSION>>) -> (Model, Position) {
+    let snapshot = view.snapshot().unwrap();
+    let rows: BTreeMap<Key, Sum> = snapshot.range(..).map(Result::unwrap).collect();
+    let by_count = snapshot.by_index(Sums::<VERSION>::BY_COUNT).unwrap().range(..);
+    let indexed: BTreeMap<Key, Sum> = by_count
+        .map(Result::unwrap)
+        .inspect(|(count, _, row)| assert_eq!(*count, row.count))
+        .map(|(_, key, row)| (key, row))
+        .collect();
+    assert_eq!(indexed, rows);
+    let mut parked = BTreeMap::new();
+    for ParkedKey { key, events, first, reason, .. } in view.parked().map(Result::unwrap) {
+        let list: Vec<Position> =
+            view.parked_events(&key).map(|event| event.unwrap().position).collect();
+        assert_eq!((events, Some(&first)), (list.len() as u64, list.first()), "{key:?}");
+        assert!(reason.contains("what a") || reason.contains("no such sum"), "{reason}");
+        let checked = view.get_checked(&key).unwrap();
+        assert_eq!(checked.row.as_ref(), rows.get(&key));
+        assert!(matches!(checked.degraded, Some(Degraded::Parked { .. })), "{checked:?}");
+        parked.insert(key, list);
+    }
+    let unrouted: Vec<Position> =
+        view.unrouted_events().map(|event| event.unwrap().position).collect();
+    let counts = view.status().parked;
+    let events: usize = parked.values().map(Vec::len).sum();
+    let expected = (parked.len() as u64, events as u64, unrouted.len() as u64);
+    assert_eq!((counts.keys, counts.events, counts.unrouted), expected);
+    (Model { rows, parked, unrouted }, snapshot.checkpoint().position)
+}
+
+fn added(key: u8, value: u64, poison: Poison) -> NewEvent {
+    NewEvent::typed(&SumEvent::from(Added { key, value, poison })).unwrap()
+}
+
+fn undecodable() -> NewEvent {
+    NewEvent::json("sum.added", &"not a sum").unwrap()
+}
+
+fn random_batch(rng: &mut Rng) -> Vec<NewEvent> {
+    let event = |rng: &mut Rng| {
+        let poison = match rng.u8(0..60) {
+            0 => Poison::Error,
+            1 => Poison::Panic,
+            2 => Poison::Index,
+            3 => return undecodable(),
+            _ => Poison::No,
+        };
+        added(rng.u8(0..30), rng.u64(..), poison)
+    };
+    (0..rng.usize(1..8)).map(|_| event(rng)).collect()
+}
+
+fn open(dir: &Path) -> Store {
+    let options = JournalOptions {
+        segment_bytes_first: 8 << 10,
+        segment_bytes_max: 8 << 10,
+        batch_bytes_max: 2 << 10,
+        group_bytes_max: 2 << 10,
+        ..JournalOptions::default()
+    };
+    Store::builder(dir).create_if_missing().journal_options(options).open().unwrap()
+}
+
+fn append(store: &Store, events: Vec<NewEvent>) -> Token {
+    let stream = StreamId::new("sums").unwrap();
+    store.append(&Append::to(&stream, ExpectedRevision::Any, events)).unwrap().token()
+}
+
+fn catch_up<V: View>(view: &ViewHandle<V>) {
+    let deadline = Instant::now() + PATIENCE;
+    while !matches!(view.status().state, ViewState::CaughtUp) {
+        assert!(Instant::now() < deadline, "never caught up: {:?}", view.status());
+        std::thread::yield_now();
+    }
+}
+
+/// The names of all files in there.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        match entry.file_type().unwrap().is_dir() {
+            true => files.extend(self::files(&entry.path())),
+            false => files.push(entry.path()),
+        }
+    }
+    files.sort();
+    files
+}
+
+/// A copy of what is there at one moment, as a power cut would leave it.
+fn copy_at_a_moment(from: &Path) -> tempfile::TempDir {
+    loop {
+        let (to, before) = (tempfile::tempdir().unwrap(), files(from));
+        let copied = before.iter().all(|path| {
+            let to = to.path().join(path.strip_prefix(from).unwrap());
+            std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+            std::fs::copy(path, to).is_ok()
+        });
+        if copied && files(from) == before {
+            return to;
+        }
+    }
+}
+
+fn rng(round: u64) -> Rng {
+    let seed = std::env::var("HEADWATER_SEED").map_or(round, |seed| seed.parse().unwrap());
+    println!("seed {seed}: replay with HEADWATER_SEED={seed}");
+    Rng::with_seed(seed)
+}
+
+fn small_steps(rng: &mut Rng) -> ViewOptions {
+    ViewOptions {
+        chunk_bytes: rng.u64(1..4096),
+        flush_bytes: rng.u64(1..16384),
+        ..ViewOptions::default()
+    }
+}
+
+const NEVER: Position = Position::new(u64::MAX);
+
+#[test]
+fn poison_stops_its_row_and_no_other_and_a_mended_fold_makes_up_for_it() {
+    for round in 0..4 {
+        let (mut dir, mut rng) = (tempfile::tempdir().unwrap(), rng(round));
+        let mut store = open(dir.path());
+        let sums = Sums::<1>::default();
+        let mut view = store.view_with(sums.clone(), small_steps(&mut rng)).unwrap();
+        for _ in 0..60 {
+            append(&store, random_batch(&mut rng));
+            match rng.u8(0..10) {
+                0 => {
+                    drop(view);
+                    view = store.view_with(sums.clone(), small_steps(&mut rng)).unwrap();
+                }
+                1 => {
+                    // What a power cut leaves: what was flushed.
+                    drop(view);
+                    view = store.view(sums.clone()).unwrap();
+                    append(&store, random_batch(&mut rng));
+                    catch_up(&view);
+                    let left = copy_at_a_moment(dir.path());
+                    drop((view, store, dir));
+                    dir = left;
+                    store = open(dir.path());
+                    view = store.view_with(sums.clone(), small_steps(&mut rng)).unwrap();
+                }
+                _ => catch_up(&view),
+            }
+            if rng.bool() {
+                catch_up(&view);
+                let (found, position) = contents(&view);
+                assert_eq!(found, model(&store, position, NEVER));
+            }
+        }
+        catch_up(&view);
+        let (found, mended) = contents(&view);
+        assert_eq!(found, model(&store, mended, NEVER));
+        assert!(found.parked.len() > 1 && !found.unrouted.is_empty(), "{found:?}");
+
+        sums.is_mended.store(true, Ordering::SeqCst);
+        for _ in 0..10 {
+            append(&store, random_batch(&mut rng));
+        }
+        catch_up(&view);
+        let (found, position) = contents(&view);
+        assert_eq!(found, model(&store, position, mended), "what is parked queues on");
+        for (key, list) in &found.parked {
+            // Events come in meanwhile.
+            append(&store, random_batch(&mut rng));
+            let retried = view.retry(key).unwrap();
+            assert_eq!((retried.left, retried.reason), (0, None));
+            assert!(retried.applied >= list.len() as u64);
+        }
+        catch_up(&view);
+        let (found, position) = contents(&view);
+        let all = model(&store, position, Position::START);
+        assert_eq!((&found.rows, found.parked.len()), (&all.rows, 0));
+        for position in &found.unrouted {
+            view.discard_unrouted(*position).unwrap();
+        }
+        assert!(view.status().parked.is_empty());
+        let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+        assert!(rebuilt.compared.unwrap().is_equal());
+    }
+}
+
+#[test]
+fn a_discarded_event_is_left_out_now_and_by_every_later_build() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let key = (0, 7);
+    let events = [
+        (1, Poison::No),
+        (2, Poison::Error),
+        (4, Poison::No),
+        (8, Poison::Index),
+        (16, Poison::No),
+    ];
+    append(&store, events.map(|(value, poison)| added(7, value, poison)).to_vec());
+    append(&store, vec![undecodable()]);
+    let view = store.view(Sums::<1>::default()).unwrap();
+    catch_up(&view);
+    let at = Position::new;
+    let parked: Vec<_> = view.parked_events(&key).map(|it| it.unwrap().position).collect();
+    assert_eq!(parked, [1, 2, 3, 4].map(at));
+    assert!(matches!(view.discard(&key, at(0)), Err(ParkedError::NotParked)));
+    assert!(matches!(view.discard(&(0, 8), at(1)), Err(ParkedError::NotParked)));
+    assert!(matches!(view.retry(&(0, 8)), Err(ParkedError::NotParked)));
+    assert!(matches!(view.discard_unrouted(at(1)), Err(ParkedError::NotParked)));
+
+    let retried = view.retry(&key).unwrap();
+    assert_eq!((retried.applied, retried.left), (0, 4), "{retried:?}");
+    assert!(retried.reason.unwrap().contains("no such sum"));
+    let retried = view.discard(&key, at(1)).unwrap();
+    assert_eq!((retried.applied, retried.left), (2, 2), "as far as the next one");
+    assert!(retried.reason.unwrap().contains("what a row"));
+    assert_eq!(view.get(&key).unwrap().unwrap().count, 2);
+    // It can't be built anew: there is still poison.
+    let halted = view.rebuild(RebuildOptions::default()).unwrap().wait();
+    assert!(halted.is_err(), "{halted:?}");
+
+    let retried = view.discard(&key, at(3)).unwrap();
+    assert_eq!((retried.left, retried.reason), (0, None));
+    view.discard_unrouted(at(5)).unwrap();
+    assert!(view.status().parked.is_empty());
+    let row = view.get(&key).unwrap().unwrap();
+    assert_eq!(row.count, 3);
+    assert_eq!(view.get(&(1, 1)).unwrap().unwrap().count, 5, "discarded for one row only");
+    let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+    assert!(rebuilt.compared.unwrap().is_equal());
+    drop(view);
+
+    // A later version, and one whose rows were deleted: event by event.
+    let view = store.view(Sums::<2>::default()).unwrap();
+    catch_up(&view);
+    assert_eq!(view.get(&key).unwrap().unwrap(), row);
+    assert!(view.status().parked.is_empty());
+    let generation = view.status().generation;
+    drop(view);
+    std::fs::remove_dir_all(generation).unwrap();
+    let view = store.view(Sums::<2>::default()).unwrap();
+    catch_up(&view);
+    assert_eq!(view.get(&key).unwrap().unwrap(), row);
+    assert!(view.status().parked.is_empty());
+}
+
+#[test]
+fn a_read_that_names_its_write_is_told_what_the_row_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    let before = append(&store, vec![added(1, 1, Poison::No), added(2, 1, Poison::No)]);
+    let poison = append(&store, vec![added(1, 2, Poison::Error)]);
+    view.wait_for(&poison, PATIENCE).unwrap();
+    let refused = view.get_at_least(&(0, 1), &poison, PATIENCE);
+    let Err(ViewReadError::Degraded { degraded, .. }) = refused else { panic!("{refused:?}") };
+    assert!(matches!(degraded, Degraded::Parked { events: 1, .. }), "{degraded}");
+    let count = |row: Option<Sum>| row.map(|row| row.count);
+    assert_eq!(count(view.get_at_least(&(0, 1), &before, PATIENCE).unwrap()), Some(1));
+    assert_eq!(count(view.get(&(0, 1)).unwrap()), Some(1));
+    assert_eq!(count(view.get_at_least(&(0, 2), &poison, PATIENCE).unwrap()), Some(1));
+    assert_eq!(view.get_checked(&(0, 2)).unwrap().degraded, None);
+
+    let unrouted = append(&store, vec![undecodable()]);
+    let refused = view.get_at_least(&(0, 2), &unrouted, PATIENCE);
+    let Err(ViewReadError::Degraded { degraded, .. }) = refused else { panic!("{refused:?}") };
+    assert!(matches!(degraded, Degraded::Unrouted { events: 1, .. }), "{degraded}");
+    let event = view.unrouted_events().next().unwrap().unwrap();
+    assert_eq!((event.event_type.as_str(), event.stream.as_str()), ("sum.added", "sums"));
+    assert!(event.reason.contains("decoded"), "{}", event.reason);
+    view.discard_unrouted(event.position).unwrap();
+    assert_eq!(count(view.get_at_least(&(0, 2), &unrouted, PATIENCE).unwrap()), Some(1));
+    view.close().unwrap();
+    assert!(matches!(view.retry(&(0, 1)), Err(ParkedError::NotFollowing)));
+}
+
+/// More of them than are folded at once.
+#[test]
+fn what_is_parked_can_be_retried_when_the_journal_has_removed_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let sums = Sums::<1>::default();
+    let view = store.view(sums.clone()).unwrap();
+    append(&store, vec![added(1, 1, Poison::Error)]);
+    for value in 0..1000 {
+        append(&store, vec![added(1, value, Poison::No)]);
+    }
+    catch_up(&view);
+    let expected = model(&store, NEVER, Position::START).rows;
+    view.close().unwrap();
+    drop(view);
+    let to_end = Options::new(Until::Position(store.journal().end().position));
+    let target = store.plan_retention(&to_end).unwrap().target;
+    store.retain(&to_end.history(History::Forget(target))).unwrap();
+    assert!(store.journal().start().position > Position::new(500));
+
+    let view = store.view(sums.clone()).unwrap();
+    assert_eq!(view.get(&(0, 1)).unwrap(), None);
+    sums.is_mended.store(true, Ordering::SeqCst);
+    let retried = view.retry(&(0, 1)).unwrap();
+    assert_eq!((retried.applied, retried.left), (1001, 0));
+    assert_eq!(contents(&view).0.rows, expected);
+}
+
+/// What was retried or discarded before a power cut, but not flushed, is there again: parked, and complete.
+#[test]
+fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    append(&store, vec![added(1, 1, Poison::Error), added(1, 2, Poison::No)]);
+    catch_up(&view);
+    drop(view); // parked, durably
+    let view = store.view(Sums::<1>::default()).unwrap();
+    append(&store, vec![added(1, 3, Poison::No), added(2, 1, Poison::Error)]);
+    catch_up(&view);
+    view.discard(&(0, 1), Position::new(0)).unwrap();
+    view.discard(&(0, 2), Position::new(3)).unwrap();
+    let (before, _) = contents(&view);
+    assert!(before.parked.is_empty());
+
+    let left = copy_at_a_moment(dir.path());
+    let store = open(left.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    catch_up(&view);
+    assert_eq!(view.status().parked.keys, 1, "what was parked durably");
+    let retried = view.retry(&(0, 1)).unwrap();
+    assert_eq!((retried.applied, retried.left), (3, 0));
+    assert_eq!(contents(&view).0, before);
+}
