@@ -118,7 +118,7 @@ impl From<StopError> for FoldFailure {
 pub(super) struct Folded {
     pub(super) writes: Writes,
     pub(super) end: Progress,
-    /// Database keys of the rows that change, in their order.
+    /// Database keys of the rows that change, in their order, if somebody watches.
     pub(super) changed: Vec<Vec<u8>>,
     /// Why only the batches in front of `end` could be folded.
     pub(super) stop: Option<StopError>,
@@ -346,6 +346,7 @@ impl<V: View> Chunk<V> {
     ) -> Result<Folded, FoldFailure> {
         let mut rows: Vec<_> = self.slots.iter().zip(rows).enumerate().collect();
         rows.sort_unstable_by(|(_, (a, _)), (_, (b, _))| a.row_key.cmp(&b.row_key));
+        let is_watched = self.rules.watchers.as_ref().is_some_and(|watchers| watchers.are_any());
         let (mut writes, mut changed, mut parked) = (Writes::new(), Vec::new(), Vec::new());
         for (index, (slot, folding)) in rows {
             let Folding { row, mut queue } = folding;
@@ -360,7 +361,7 @@ impl<V: View> Chunk<V> {
                     }
                 };
                 change.write(&slot.row_key, &mut writes);
-                changed.push(slot.row_key.clone());
+                changed.extend(is_watched.then(|| slot.row_key.clone()));
             }
             parked.extend(queue.filter(|it| !it.events.is_empty()).map(|queue| (slot, queue)));
         }

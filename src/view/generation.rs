@@ -5,6 +5,7 @@
 //!   lock.1         held as long as version 1 is open
 //!   lock           held while the pointer is replaced
 //!   live           the pointer: which generation each version reads
+//!   discarded.2    what version 2 leaves out by decision; see `poison`
 //!   1.1/           RocksDB of version 1, first generation
 //!   1.2/           the second one, built anew because the first was of another history
 //!   2.1/           version 2

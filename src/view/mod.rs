@@ -50,6 +50,7 @@ mod rows;
 mod runner;
 mod sort;
 mod takeover;
+mod watch;
 
 use std::fmt;
 use std::path::Path;
@@ -77,6 +78,7 @@ pub use rebuild::{
     RebuildPhase, RebuildStatus, Rebuilt,
 };
 pub use rows::{InvalidPageToken, Page, PageToken, Rows};
+pub use watch::{Change, Watch};
 
 /// Rows by key, folded from events.
 ///

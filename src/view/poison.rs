@@ -43,6 +43,7 @@ use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::{ViewHandle, decode_row};
 use super::key::{EncodeKey, ViewKey, decode_all};
 use super::runner::{Phase, Shared};
+use super::watch::Watchers;
 use super::{Indexes, Keys, View, ViewOptions};
 use crate::error::IoContext;
 use crate::event::{EventType, Names, Recorded, StreamId};
@@ -98,6 +99,8 @@ pub(super) struct Rules {
     pub(super) on_poison: OnPoison,
     pub(super) on_undecodable: OnPoison,
     pub(super) discarded: Arc<Discarded>,
+    /// Who wants to know what changes; nobody if the rows aren't served.
+    pub(super) watchers: Option<Arc<Watchers>>,
 }
 
 /// Events that are not to be folded, by decision.
@@ -194,6 +197,15 @@ enum What {
     Discard { row_key: Option<Vec<u8>>, position: Position },
 }
 
+impl What {
+    fn row_key(&self) -> Option<&[u8]> {
+        match self {
+            Self::Retry { row_key } => Some(row_key),
+            Self::Discard { row_key, .. } => row_key.as_deref(),
+        }
+    }
+}
+
 impl Parking {
     /// Reads the decisions in the folder of a view.
     pub(super) fn open(fs: Arc<dyn Fs>, dir: &Path, version: u32) -> Result<Self, ViewError> {
@@ -218,15 +230,17 @@ impl Parking {
     }
 
     /// How to deal with poison while following the journal.
-    pub(super) fn rules(&self, options: &ViewOptions) -> Rules {
+    pub(super) fn rules(&self, options: &ViewOptions, watchers: &Arc<Watchers>) -> Rules {
         let ViewOptions { on_poison, on_undecodable, .. } = *options;
-        Rules { on_poison, on_undecodable, discarded: self.discarded() }
+        let watchers = Some(Arc::clone(watchers));
+        Rules { on_poison, on_undecodable, discarded: self.discarded(), watchers }
     }
 
     /// While a generation is being built: it never goes live with holes.
     pub(super) fn strict_rules(&self) -> Rules {
         let discarded = self.discarded();
-        Rules { on_poison: OnPoison::Stop, on_undecodable: OnPoison::Stop, discarded }
+        let (on_poison, on_undecodable) = (OnPoison::Stop, OnPoison::Stop);
+        Rules { on_poison, on_undecodable, discarded, watchers: None }
     }
 
     /// Writes a decision down; it is durable and holds when this returns.
@@ -252,14 +266,14 @@ impl Parking {
         Ok(())
     }
 
-    /// Does what was asked for, as the thread that follows, whose turn it is. Tells `applied` before whoever asked
-    /// is answered.
+    /// Does what was asked for, as the thread that follows, whose turn it is. Tells `applied`, with the row that may
+    /// have changed, before whoever asked is answered.
     pub(super) fn answer<V: View>(
         &self,
         view: &V,
         db: &Arc<Db>,
         progress: &mut Progress,
-        mut applied: impl FnMut(Progress),
+        mut applied: impl FnMut(Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         loop {
             let Some(asked) = self.asked.lock().pop_front() else { return Ok(()) };
@@ -270,7 +284,7 @@ impl Parking {
                     place.discard(row_key.as_deref(), *position, progress)
                 }
             };
-            applied(*progress);
+            applied(*progress, asked.what.row_key());
             let answer = match answer {
                 Ok(retried) => Ok(retried),
                 Err(Refused::Stop(error)) => return Err(error),

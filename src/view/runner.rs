@@ -29,6 +29,7 @@ use super::generation::Generations;
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::rebuild::{Control, RebuildOptions, RebuildStatus};
+use super::watch::Watchers;
 use super::{Indexes, LostTail, View, ViewOptions};
 use crate::error::ReadError;
 use crate::format::batch::genesis;
@@ -50,6 +51,7 @@ pub(super) struct Shared {
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
     pub(super) parking: Parking,
+    pub(super) watchers: Arc<Watchers>,
     state: Mutex<State>,
     changed: Condvar,
     /// Whose turn it is to apply: counted on by each flip. Held while something is applied.
@@ -115,6 +117,7 @@ pub(super) fn start<V: View>(
         set_aside: opened.set_aside,
         options,
         parking,
+        watchers: Arc::default(),
         state: Mutex::new(state),
         changed: Condvar::new(),
         turn: Mutex::new(0),
@@ -361,6 +364,7 @@ impl<V: View> Runner<V> {
             state.applied = progress;
             state.durable = progress.checkpoint;
         });
+        shared.watchers.replaced(progress.checkpoint);
         Ok(true)
     }
 
@@ -399,23 +403,26 @@ impl<V: View> Runner<V> {
         while !shared.is_to_end() {
             // Asked first: what was published before the closing is still to be read.
             let closed = shared.journal.is_closed();
-            let rules = shared.parking.rules(&shared.options);
+            let rules = shared.parking.rules(&shared.options, &shared.watchers);
             let (chunk, failure) =
                 collect(&*self.view, &shared.journal, &mut cursor, applied, chunk_bytes, rules);
             let idle = chunk.is_empty();
             {
                 let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Left::Superseded) };
                 if !idle {
-                    let (end, stop) = apply(&*self.view, chunk, &self.db)?;
+                    let (end, stop, changed) = apply(&*self.view, chunk, &self.db)?;
                     applied = end;
                     self.flush.start();
                     shared.change(|state| state.applied = end);
+                    shared.watchers.rows(changed, end.checkpoint);
                     stop.map_or(Ok(()), Err)?;
                 }
                 let flush = &mut self.flush;
-                shared.parking.answer(&*self.view, &self.db, &mut applied, |progress| {
+                shared.parking.answer(&*self.view, &self.db, &mut applied, |progress, row| {
                     flush.start();
                     shared.change(|state| state.applied = progress);
+                    let changed = row.map(<[u8]>::to_vec).into_iter().collect();
+                    shared.watchers.rows(changed, progress.checkpoint);
                 })?;
                 self.tend().map_err(storage_failed::<V>)?;
             }
@@ -472,15 +479,15 @@ pub(super) fn collect<V: View>(
     (chunk, None)
 }
 
-/// Folds a chunk into a generation: how far it is then, and why no further.
+/// Folds a chunk into a generation: how far it is then, why no further, and which rows have changed.
 pub(super) fn apply<V: View>(
     view: &V,
     chunk: Chunk<V>,
     db: &Db,
-) -> Result<(Progress, Option<StopError>), StopError> {
-    let Folded { writes, end, stop, .. } = chunk.fold(view, db)?;
+) -> Result<(Progress, Option<StopError>, Vec<Vec<u8>>), StopError> {
+    let Folded { writes, end, stop, changed } = chunk.fold(view, db)?;
     db.write(writes, &end).map_err(storage_failed::<V>)?;
-    Ok((end, stop))
+    Ok((end, stop, changed))
 }
 
 pub(super) fn journal_failed<V: View>(source: ReadError) -> StopError {
@@ -540,6 +547,7 @@ impl Shared {
             (state.applied, state.durable) = (progress, progress.checkpoint);
             state.flush_failure = None;
         });
+        self.watchers.replaced(progress.checkpoint);
         **turn
     }
 
@@ -562,6 +570,9 @@ impl Shared {
                 Ok(()) => state.phase = Phase::Closed,
             }
         });
+        if matches!(self.state().phase, Phase::Closed) {
+            self.watchers.end();
+        }
     }
 
     /// How far the rebuild is that is under way.
@@ -626,6 +637,7 @@ impl Running {
         if let Some(control) = &*self.shared.rebuild.lock() {
             control.cancel();
         }
+        self.shared.watchers.end();
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             // A view may hold a handle to itself: its own thread can't wait for its own end.

@@ -278,7 +278,7 @@ impl<V: View> Takeover<V> {
         );
         let (idle, bytes) = (chunk.is_empty(), chunk.bytes());
         if !idle {
-            let (end, stop) = apply(&*self.view, chunk, db)?;
+            let (end, stop, _) = apply(&*self.view, chunk, db)?;
             let events = end.checkpoint.position.since(progress.checkpoint.position);
             *progress = end;
             stop.map_or(Ok(()), Err)?;

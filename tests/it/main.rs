@@ -60,6 +60,8 @@ mod tickets;
 mod verify;
 #[cfg(feature = "views")]
 mod views;
+#[cfg(feature = "views")]
+mod watch;
 
 /// Segments of a few events, and nothing that is done beside the appends.
 #[cfg(feature = "test-kit")]
