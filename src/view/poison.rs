@@ -34,9 +34,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::chunk::{decode, fold_carefully, guard};
+use super::chunk::{Careful, Place, decode, fold_carefully, guard, stop_at};
 use super::db::{
-    Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked, parked_key,
+    self, Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked, parked_key,
     parked_range, parked_row_key, row_key, unrouted_key, unrouted_range,
 };
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
@@ -391,7 +391,36 @@ struct InDatabase<'a, V> {
     parking: &'a Parking,
 }
 
+/// Some of a key's parked events.
+struct Slice<E> {
+    entries: Vec<(Position, Box<[u8]>)>,
+    /// Of the first entries, whether there is something to fold.
+    done: Vec<bool>,
+    /// That.
+    events: Vec<Recorded<E>>,
+    /// Why the entry behind those that are done isn't.
+    failure: Option<EventFailure>,
+}
+
+impl<E> Slice<E> {
+    /// Only so many events could be folded.
+    fn cut(&mut self, folded: usize, cause: EventFailure) {
+        let mut left = folded;
+        let failed = self.done.iter().position(|fold| {
+            let is_it = *fold && left == 0;
+            left -= usize::from(*fold && !is_it);
+            is_it
+        });
+        self.done.truncate(failed.unwrap_or(self.done.len()));
+        self.failure = Some(cause);
+    }
+}
+
 impl<V: View> InDatabase<'_, V> {
+    fn damaged(&self, what: &'static str) -> StopError {
+        Self::failed(self.db.parked_damaged(what))
+    }
+
     fn failed(source: StorageError) -> StopError {
         StopError::Storage { view: V::NAME, source }
     }
@@ -423,80 +452,83 @@ impl<V: View> InDatabase<'_, V> {
         head: &mut Head,
         progress: &mut Progress,
     ) -> Result<(u64, Option<String>), StopError> {
-        let wrong_key =
-            |source| StopError::Storage { view: V::NAME, source: self.db.parked_damaged(source) };
+        let mut some = self.some_events(progress.checkpoint.journal, row_key)?;
         let key: V::Key = decode_all(row_key.get(1..).unwrap_or_default())
-            .map_err(|_| wrong_key("a parked key"))?;
-        let mut parked = Vec::new();
+            .map_err(|_| self.damaged("a parked key"))?;
+        let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
+        let (indexes, events) = (Indexes::of(self.view), some.events.iter());
+        let Careful { change, folded, failure } =
+            fold_carefully(self.view, &indexes, &key, row_key, stored, events);
+        if let Some(cause) = failure {
+            if let Some(event) = some.events.get(folded).filter(|_| cause.is_of_the_rows()) {
+                return Err(stop_at::<V, _>(event, cause));
+            }
+            some.cut(folded, cause);
+        }
+        let mut writes = Writes::new();
+        change.write(row_key, &mut writes);
+        for (position, _) in some.entries.iter().take(some.done.len()) {
+            writes.delete(&parked_key(row_key, *position));
+        }
+        let count = some.done.len() as u64;
+        let mut now = *progress;
+        head.events = head.events.saturating_sub(count);
+        now.parked.events = now.parked.events.saturating_sub(count);
+        if let Some((position, value)) = some.entries.get(some.done.len()) {
+            let record = ParkedRecord::from_bytes(value);
+            head.recorded_at_us = record.map_or(0, |record| record.recorded_at_us);
+            head.first = *position;
+        }
+        let reason = some.failure.as_ref().map(reason_of);
+        if let Some(reason) = &reason {
+            head.reason.clone_from(reason);
+        }
+        if head.events == 0 {
+            writes.delete(&parked_row_key(row_key));
+            now.parked.keys = now.parked.keys.saturating_sub(1);
+        } else {
+            writes.put(&parked_row_key(row_key), &head.to_bytes());
+        }
+        self.db.write(writes, &now).map_err(Self::failed)?;
+        *progress = now;
+        Ok((count, reason))
+    }
+
+    /// The first of a key's events, up to one that can't be decoded or routed.
+    fn some_events(
+        &self,
+        journal: JournalId,
+        row_key: &[u8],
+    ) -> Result<Slice<V::Event>, StopError> {
+        let discarded = self.parking.discarded();
+        let (entries, done, events) = (Vec::new(), Vec::new(), Vec::new());
+        let mut some = Slice { entries, done, events, failure: None };
         for entry in self.db.latest().scan(parked_range(row_key)).take(RETRY_STEP) {
             let (entry, value) = entry.map_err(Self::failed)?;
             let position = parked_position(&entry);
-            parked.push((position.ok_or_else(|| wrong_key("the key of a parked event"))?, value));
+            let position = position.ok_or_else(|| self.damaged("the key of a parked event"))?;
+            some.entries.push((position, value));
         }
-        let mut events = Vec::new();
-        let mut failure = None;
-        let mut done = Vec::new(); // of each, whether there is something to fold
-        let journal = progress.checkpoint.journal;
-        for (position, value) in &parked {
-            let discarded = self.parking.discarded().has(journal, *position, row_key);
-            let event =
-                if discarded { Ok(None) } else { self.event(journal, *position, value, row_key)? };
+        if some.entries.is_empty() {
+            return Err(self.damaged("a parked key without its events"));
+        }
+        for (position, value) in &some.entries {
+            let event = match discarded.has(journal, *position, row_key) {
+                true => Ok(None),
+                false => self.event(journal, *position, value, row_key)?,
+            };
             match event {
                 Ok(event) => {
-                    done.push(event.is_some());
-                    events.extend(event);
+                    some.done.push(event.is_some());
+                    some.events.extend(event);
                 }
                 Err(cause) => {
-                    failure = Some(cause);
+                    some.failure = Some(cause);
                     break;
                 }
             }
         }
-        let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
-        let indexes = Indexes::of(self.view);
-        let careful = fold_carefully(self.view, &indexes, &key, row_key, stored, events.iter());
-        if let Some(cause) = careful.failure {
-            // It failed earlier than decoding did.
-            let folded = done.iter().scan(0, |folded, fold| {
-                *folded += usize::from(*fold);
-                Some(*folded)
-            });
-            done.truncate(folded.take_while(|folded| *folded <= careful.folded).count());
-            failure = Some(cause);
-        }
-        if let Some(EventFailure::StoredRow(_) | EventFailure::StoredKey(_)) = &failure
-            && let (Some(cause), Some(event)) = (failure.take(), events.get(careful.folded))
-        {
-            return Err(super::chunk::stop_at::<V, _>(event, cause));
-        }
-        let mut writes = Writes::new();
-        careful.change.write(row_key, &mut writes);
-        for (position, _) in parked.iter().take(done.len()) {
-            writes.delete(&parked_key(row_key, *position));
-        }
-        let count = done.len() as u64;
-        head.events = head.events.saturating_sub(count);
-        let mut counts = progress.parked;
-        counts.events = counts.events.saturating_sub(count);
-        let next = parked.get(done.len());
-        if let Some((position, value)) = next {
-            head.first = *position;
-            let record = ParkedRecord::from_bytes(value);
-            head.recorded_at_us = record.map_or(0, |record| record.recorded_at_us);
-        }
-        if let Some(cause) = &failure {
-            head.reason = reason_of(cause);
-        }
-        if head.events == 0 {
-            writes.delete(&parked_row_key(row_key));
-            counts.keys = counts.keys.saturating_sub(1);
-        } else {
-            writes.put(&parked_row_key(row_key), &head.to_bytes());
-        }
-        let now = Progress { parked: counts, ..*progress };
-        self.db.write(writes, &now).map_err(Self::failed)?;
-        *progress = now;
-        Ok((count, failure.as_ref().map(reason_of)))
+        Ok(some)
     }
 
     /// A parked event as the code reads it now; `None` if it doesn't concern the key any more.
@@ -508,18 +540,17 @@ impl<V: View> InDatabase<'_, V> {
         value: &[u8],
         row_key: &[u8],
     ) -> Result<Result<Option<Recorded<V::Event>>, EventFailure>, StopError> {
-        let damaged = || Self::failed(self.db.parked_damaged("a parked event"));
+        let damaged = || self.damaged("a parked event");
         let parked = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
         let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
         let concerned = || {
             let Some(data) = decode::<V::Event>(&record)? else { return Ok(None) };
-            let at =
-                super::chunk::Place { journal, position, recorded_at_us: parked.recorded_at_us };
+            let at = Place { journal, position, recorded_at_us: parked.recorded_at_us };
             let event = at.recorded(&record, &mut Names::default(), data);
             let mut keys = Keys(Vec::new());
             guard(|| self.view.route(&event, &mut keys))?;
             let is_named =
-                keys.0.iter().any(|key| super::db::row_key(|out| key.encode_key(out)) == row_key);
+                keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key);
             Ok(is_named.then_some(event))
         };
         Ok(concerned())

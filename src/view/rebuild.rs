@@ -28,7 +28,7 @@ use crate::position::Position;
 #[derive(Clone, Debug)]
 pub struct RebuildOptions {
     /// Memory for rows that aren't on disk yet; more of them need further passes over the journal. What is being
-    /// decoded comes on top: some megabytes per thread. Default 512 MiB.
+    /// decoded comes on top: some megabytes per thread, and 32 MiB per thread for index entries. Default 512 MiB.
     pub memory_bytes_max: usize,
     /// How many threads read, decode and fold. Default: one per core.
     pub threads: usize,

@@ -122,7 +122,7 @@ impl<V: View> ViewHandle<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized + 'q,
     {
-        multi_get::<V, Q>(&self.shared().db().latest(), keys)
+        multi_get::<V, Q>(&self.shared().db().snapshot(), keys)
     }
 }
 

@@ -140,6 +140,11 @@ fn a_cache_that_reads_again_what_it_is_told_is_right() {
             assert_eq!(slow.rows, rows(&view));
         }
     }
+    catch_up(&view);
+    for cache in [&mut quick, &mut slow] {
+        cache.take_all(&view);
+        assert_eq!(cache.rows, rows(&view));
+    }
     assert_eq!((quick.told[1], quick.told[2]), (0, 4), "{:?}", quick.told);
     assert!(slow.told.iter().all(|count| *count > 0), "{:?}", slow.told);
 }
