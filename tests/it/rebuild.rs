@@ -15,8 +15,8 @@ use std::time::Duration;
 use fastrand::Rng;
 use headwater::retention::{History, Options, Until};
 use headwater::view::{
-    Fold, FoldError, Keys, OnDifference, RebuildError, RebuildOptions, RebuildPhase, StopError,
-    View, ViewError, ViewHandle, ViewOptions, ViewState,
+    Fold, FoldError, Keys, OnDifference, OnPoison, RebuildError, RebuildOptions, RebuildPhase,
+    StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
 };
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
@@ -148,7 +148,8 @@ impl World {
     }
 
     fn open<const VERSION: u32>(&self, view: Traces<VERSION>) -> ViewHandle<Traces<VERSION>> {
-        let options = ViewOptions { chunk_bytes: 100 << 10, ..ViewOptions::default() };
+        let (chunk_bytes, on_poison) = (100 << 10, OnPoison::Stop);
+        let options = ViewOptions { chunk_bytes, on_poison, ..ViewOptions::default() };
         self.store.view_with(view, options).unwrap()
     }
 
