@@ -33,6 +33,7 @@ use crate::codec::{Bincode, Codec};
 use crate::event::{Names, Recorded};
 use crate::journal::Journal;
 use crate::position::{Checkpoint, Position};
+use crate::upcast::Decoded;
 
 /// How the keys are divided, so that several threads can fold at once.
 const PARTS: usize = 64;
@@ -233,6 +234,7 @@ impl<V: View> Pass<'_, V> {
         let mut cursor = self.journal.cursor(from).map_err(failed)?;
         let mut names = Names::default();
         let mut keys = Keys(Vec::new());
+        let mut stored_events = 0;
         while cursor.position() < to {
             let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
             let header = &batch.batch.header;
@@ -248,19 +250,23 @@ impl<V: View> Pass<'_, V> {
                 let wrong = |cause| {
                     stop_at::<V, _>(&at.recorded(&record, &mut Names::default(), ()), cause)
                 };
-                let Some(data) = decode::<V::Event>(&record).map_err(wrong)? else {
-                    piece.skipped_events += 1;
-                    continue;
+                let mut add = |data| {
+                    let event = at.recorded(&record, &mut names, data);
+                    guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
+                    piece.add(event, &mut keys, hasher, wanted);
+                    Ok::<(), StopError>(())
                 };
-                let event = at.recorded(&record, &mut names, data);
-                guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
-                piece.add(event, &mut keys, hasher, wanted);
+                match decode::<V::Event>(&record).map_err(wrong)? {
+                    Decoded::Foreign => piece.skipped_events += 1,
+                    Decoded::One(data) => add(data)?,
+                    Decoded::Many(all) => all.into_iter().try_for_each(add)?,
+                }
+                stored_events += 1;
             }
             piece.bytes += batch.batch.bytes().len() as u64;
             piece.end = Some(batch.end());
         }
-        let events = piece.events.len() as u64 + piece.skipped_events;
-        Ok(self.control.advance(events, piece.bytes)?)
+        Ok(self.control.advance(stored_events, piece.bytes)?)
     }
 }
 

@@ -29,6 +29,7 @@ use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::journal::{CursorBatch, Journal};
 use crate::position::{JournalId, Position};
+use crate::upcast::Decoded;
 
 /// Batches on their way into the view.
 pub(super) struct Chunk<V: View> {
@@ -148,17 +149,34 @@ impl<V: View> Chunk<V> {
     ) -> Result<bool, StopError> {
         let failed =
             |cause| stop_at::<V, _>(&at.recorded(record, &mut Names::default(), ()), cause);
-        let Some(data) = decode::<V::Event>(record).map_err(failed)? else {
-            return Ok(false);
-        };
+        match decode::<V::Event>(record).map_err(failed)? {
+            Decoded::Foreign => return Ok(false),
+            Decoded::One(data) => self.add_event(view, record, at, data).map_err(failed)?,
+            Decoded::Many(all) => {
+                for data in all {
+                    self.add_event(view, record, at, data).map_err(failed)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Routes an event: a stored one, or one of those that upcasters made of it.
+    fn add_event(
+        &mut self,
+        view: &V,
+        record: &RecordRef<'_>,
+        at: Place,
+        data: V::Event,
+    ) -> Result<(), EventFailure> {
         let event = at.recorded(record, &mut self.names, data);
         let mut keys = Keys(Vec::new());
-        guard(|| view.route(&event, &mut keys)).map_err(failed)?;
+        guard(|| view.route(&event, &mut keys))?;
         for key in keys.0 {
             self.add_route(key);
         }
         self.events.push(event);
-        Ok(true)
+        Ok(())
     }
 
     /// The next event concerns the row under `key`. A key named twice by one event is folded once.
@@ -281,7 +299,7 @@ fn fold_one<V: View>(
     Ok(())
 }
 
-pub(super) fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Option<E>, EventFailure> {
+pub(super) fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Decoded<E>, EventFailure> {
     let kind = EventKindRef { name: record.event_type, schema_version: record.schema_version };
     let payload = Payload { codec: record.codec, bytes: record.payload };
     guard(|| E::decode(kind, payload))?.map_err(EventFailure::Payload)
