@@ -40,6 +40,32 @@ pub enum CodecError {
         /// The stored version.
         version: u32,
     },
+    /// An upcaster could make nothing of an event of an older form.
+    #[error("the upcaster of {name:?}, version {version}, failed: {source}")]
+    Upcast {
+        /// The old type's name.
+        name: String,
+        /// The old version.
+        version: u32,
+        /// What it said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// An upcaster returned an event that the event type doesn't know.
+    #[error("an upcaster returned {name:?}, version {version}, which its event type doesn't know")]
+    UpcastToUnknown {
+        /// The name that it gave.
+        name: String,
+        /// The version that it gave.
+        version: u32,
+    },
+    /// The upcasters of an event go round in a circle.
+    #[error("the upcasters of {name:?}, version {version}, come to no end")]
+    UpcastWithoutEnd {
+        /// The stored type's name.
+        name: String,
+        /// The stored version.
+        version: u32,
+    },
 }
 
 /// A codec for serde values.

@@ -11,6 +11,7 @@ use crate::codec::CodecError;
 use crate::env::roughly_now_ms;
 use crate::format::record::RecordRef;
 use crate::position::{JournalId, Locator, Position, uuid_id};
+use crate::upcast::{self, Decoded, Step};
 
 /// Longest stream name in bytes.
 pub const STREAM_NAME_BYTES_MAX: usize = 255;
@@ -337,6 +338,18 @@ impl PayloadCodec {
             Self::Bincode => 1,
             Self::Json => 2,
             Self::Other(byte) => byte,
+        }
+    }
+}
+
+/// `raw`, `bincode`, `json`, or `codec-N` for one that this version doesn't know.
+impl fmt::Display for PayloadCodec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Raw => f.write_str("raw"),
+            Self::Bincode => f.write_str("bincode"),
+            Self::Json => f.write_str("json"),
+            Self::Other(byte) => write!(f, "codec-{byte}"),
         }
     }
 }
@@ -683,11 +696,26 @@ impl Recorded {
         Self::from_record_with(record, journal, position, recorded_at_us, names, data)
     }
 
-    /// Decodes the payload as `E`; `None` if the event is of none of its types.
+    /// Decodes the payload as `E`. That is one event, or none if this one is of another type; upcasters of
+    /// `E` may make several or none of an event of an older form. They all have this one's position, id,
+    /// stream, type and version, as stored.
+    ///
+    /// ```
+    /// # use headwater::{Recorded, codec::CodecError};
+    /// # headwater::events! {
+    /// #     enum OrderEvent { Placed(u64) = "order.placed", version 1; }
+    /// # }
+    /// # fn print(recorded: &Recorded) -> Result<(), CodecError> {
+    /// for event in recorded.decode::<OrderEvent>()? {
+    ///     println!("{}: {:?}", event.position(), event.data());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`CodecError`] if the type is one of `E`'s but the payload can't be decoded.
-    pub fn decode<E: Event>(&self) -> Result<Option<Recorded<E>>, CodecError> {
+    /// [`CodecError`] if the type is one of `E`'s but the payload can't be decoded or upcast.
+    pub fn decode<E: Event>(&self) -> Result<Decoded<Recorded<E>>, CodecError> {
         let payload = Payload { codec: self.codec, bytes: &self.data };
         let kind =
             EventKindRef { name: self.event_type.as_str(), schema_version: self.schema_version };
@@ -856,11 +884,38 @@ impl Payload<'_> {
     }
 }
 
-/// The typed events of an application; usually implemented by [`events!`](crate::events).
+/// A kind of events that an event type knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownKind {
+    /// Name and schema version.
+    pub kind: EventKind,
+    /// Whether it is only read, by an upcaster, and no longer written.
+    pub is_past: bool,
+}
+
+impl KnownKind {
+    /// A kind of which events are written.
+    #[must_use]
+    pub const fn present(name: &'static str, schema_version: u32) -> Self {
+        Self { kind: EventKind { name, schema_version }, is_past: false }
+    }
+
+    /// A kind that only an upcaster reads.
+    #[must_use]
+    pub const fn past(name: &'static str, schema_version: u32) -> Self {
+        Self { kind: EventKind { name, schema_version }, is_past: true }
+    }
+}
+
+/// The typed events of an application; usually derived, or declared by [`events!`](crate::events).
 ///
 /// A type says under which stable name and schema version each of its values is stored, and decodes what it
 /// knows. Names and versions are part of the stored data: renaming a Rust type changes nothing on disk.
 pub trait Event: Sized {
+    /// All kinds that can be decoded: those that are written, and older ones that are upcast.
+    /// [`schema::check`](crate::schema::check) proves that they are.
+    const KINDS: &'static [KnownKind];
+
     /// Name and schema version of this event.
     fn kind(&self) -> EventKind;
 
@@ -870,15 +925,31 @@ pub trait Event: Sized {
     /// [`CodecError`] if the value can't be represented.
     fn encode(&self) -> Result<(PayloadCodec, Vec<u8>), CodecError>;
 
-    /// Decodes a payload; `None` if the event is of none of this type's kinds.
+    /// Decodes an event of a present kind, or names the upcaster of an older one.
     ///
     /// # Errors
     /// [`CodecError`] if the kind is known but the payload can't be decoded.
-    fn decode(kind: EventKindRef<'_>, payload: Payload<'_>) -> Result<Option<Self>, CodecError>;
+    fn step(kind: EventKindRef<'_>, payload: Payload<'_>) -> Result<Step<Self>, CodecError>;
+
+    /// Decodes a stored event, through upcasters if it is of an older form. Everything that reads typed
+    /// events does it by this function; it isn't meant to be written anew.
+    ///
+    /// # Errors
+    /// [`CodecError`] if the kind is known but the payload can't be decoded or upcast.
+    #[inline]
+    fn decode(kind: EventKindRef<'_>, payload: Payload<'_>) -> Result<Decoded<Self>, CodecError> {
+        match Self::step(kind, payload)? {
+            Step::Value(event) => Ok(Decoded::One(event)),
+            Step::Foreign => Ok(Decoded::Foreign),
+            Step::Upcast(upcaster) => upcast::run(kind, payload, upcaster),
+        }
+    }
 }
 
 /// The payload's bytes as they are: the event type of a follower that wants every event undecoded.
 impl Event for Vec<u8> {
+    const KINDS: &'static [KnownKind] = &[];
+
     fn kind(&self) -> EventKind {
         EventKind { name: "bytes", schema_version: 1 }
     }
@@ -887,12 +958,88 @@ impl Event for Vec<u8> {
         Ok((PayloadCodec::Raw, self.clone()))
     }
 
-    fn decode(_: EventKindRef<'_>, payload: Payload<'_>) -> Result<Option<Self>, CodecError> {
-        Ok(Some(payload.bytes.to_vec()))
+    fn step(_: EventKindRef<'_>, payload: Payload<'_>) -> Result<Step<Self>, CodecError> {
+        Ok(Step::Value(payload.bytes.to_vec()))
     }
 }
 
+/// Makes an enum the typed events of an application: each variant a type of events, under a stable name and
+/// schema version. Feature `derive`.
+///
+/// ```
+/// use headwater::upcast::{RawEvent, Upcast, discard};
+/// use headwater::Event;
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Debug, PartialEq, Serialize, Deserialize)]
+/// struct Placed {
+///     total_cents: u64,
+///     currency: String,
+/// }
+///
+/// #[derive(Debug, PartialEq, Event)]
+/// #[event(upcast("order.viewed", 1 = discard))] // nobody needs them any more
+/// enum OrderEvent {
+///     #[event(name = "order.placed", version = 2, upcast(1 = placed_1_to_2))]
+///     Placed(Placed),
+///     #[event(name = "order.cancelled", version = 1, codec = json)]
+///     Cancelled { by: u32, reason: String },
+///     #[event(name = "order.closed", version = 1, upcast("order.finished", 1 = finished))]
+///     Closed,
+/// }
+///
+/// /// Version 1 was the cents alone.
+/// fn placed_1_to_2(event: RawEvent<'_>) -> Upcast<'_> {
+///     event.map(|total_cents: u64| Placed { total_cents, currency: "EUR".into() })
+/// }
+///
+/// fn finished(event: RawEvent<'_>) -> Upcast<'_> {
+///     event.renamed("order.closed", 1)
+/// }
+///
+/// let old = RawEvent::encode("order.placed", 1, headwater::PayloadCodec::Bincode, &1250_u64)?;
+/// let events: Vec<OrderEvent> =
+///     OrderEvent::decode(old.kind(), old.payload())?.into_iter().collect();
+/// assert_eq!(events, [OrderEvent::Placed(Placed { total_cents: 1250, currency: "EUR".into() })]);
+/// # Ok::<(), headwater::codec::CodecError>(())
+/// ```
+///
+/// A variant holds one value, which is the payload; or named fields, which are stored as a struct of them is; or
+/// nothing.
+///
+/// | of a variant | |
+/// |---|---|
+/// | `name = "…"` | under which its events are stored, for ever |
+/// | `version = N` | of the payload's schema: raise it whenever the payload's layout changes |
+/// | `codec = bincode` or `json` | how it is written, bincode unless told otherwise. Any of the two is read |
+/// | `upcast(1 = f, 2 = g)` | the [upcasters](crate::upcast) of its older versions |
+/// | `upcast("other", 1 = f)` | the upcasters of another type, such as the name it once had |
+/// | `since = N` | the first version that was ever stored, if that isn't 1 |
+///
+/// | of the enum | |
+/// |---|---|
+/// | `codec = …` | of all variants that don't say |
+/// | `upcast("name", 1 = f)` | the upcasters of a type that no variant stands for any more |
+/// | `crate = path` | where this library is, if not at `::headwater` |
+///
+/// A version that nothing reads doesn't compile, so none is forgotten when one is raised:
+///
+/// ```compile_fail
+/// #[derive(headwater::Event)]
+/// enum OrderEvent {
+///     #[event(name = "order.placed", version = 2)] // nothing reads version 1 of "order.placed"
+///     Placed(u64),
+/// }
+/// ```
+///
+/// What the compiler can't see is found by [`schema::check`](crate::schema::check).
+#[cfg(feature = "derive")]
+pub use headwater_derive::Event;
+
 /// Declares an enum of events, each variant a serde type stored under a stable name and schema version.
+///
+/// A short form that needs no procedural macro, for events that have only one version of each type so far.
+/// What older versions become is told by `#[derive(Event)]` (feature `derive`); the two store the same bytes.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
@@ -930,6 +1077,9 @@ macro_rules! events {
         })+
 
         impl $crate::Event for $name {
+            const KINDS: &'static [$crate::KnownKind] =
+                &[$($crate::KnownKind::present($type_name, $version)),+];
+
             fn kind(&self) -> $crate::EventKind {
                 match self {
                     $(Self::$variant(_) => $crate::EventKind { name: $type_name, schema_version: $version },)+
@@ -945,17 +1095,20 @@ macro_rules! events {
                 }
             }
 
-            fn decode(
+            #[inline]
+            fn step(
                 kind: $crate::EventKindRef<'_>,
                 payload: $crate::Payload<'_>,
-            ) -> Result<Option<Self>, $crate::codec::CodecError> {
+            ) -> Result<$crate::upcast::Step<Self>, $crate::codec::CodecError> {
                 #[allow(unreachable_patterns, reason = "a type may be listed in several versions")]
                 match (kind.name, kind.schema_version) {
-                    $(($type_name, $version) => payload.decode().map(Self::$variant).map(Some),)+
+                    $(($type_name, $version) => {
+                        payload.decode().map(Self::$variant).map($crate::upcast::Step::Value)
+                    })+
                     $(($type_name, version) => {
                         Err($crate::codec::CodecError::SchemaVersion { name: $type_name, version })
                     })+
-                    _ => Ok(None),
+                    _ => Ok($crate::upcast::Step::Foreign),
                 }
             }
         }

@@ -34,6 +34,7 @@
 //! # Features
 //! | feature | default | what it adds | what it needs |
 //! |---|---|---|---|
+//! | `derive` | yes | `#[derive(Event)]` | a procedural macro |
 //! | `views` | yes | views | a C++ compiler and libclang, for RocksDB |
 //! | `shipping` | yes | serving and mirroring | sockets |
 //! | `cli` | no | the program `headwater` | |
@@ -52,6 +53,7 @@
 //! | [`format`](mod@format) | the bytes, as specified in `docs/format.md` |
 //! | [`fs`] | the disk seam |
 //! | [`event`], [`position`], [`codec`] | the words that all others use |
+//! | [`upcast`], [`schema`] | what becomes of events in older forms, and the proof that all of them can be read |
 
 pub mod codec;
 pub mod doctor;
@@ -76,10 +78,12 @@ pub mod planted;
 mod planted;
 pub mod position;
 pub mod retention;
+pub mod schema;
 #[cfg(feature = "shipping")]
 pub mod shipping;
 pub mod store;
 mod sync;
+pub mod upcast;
 #[cfg(feature = "views")]
 pub mod view;
 
@@ -89,7 +93,7 @@ pub use error::{
 };
 pub use event::{
     EncodeError, Event, EventId, EventKind, EventKindRef, EventType, ExpectedRevision,
-    InvalidEvent, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
+    InvalidEvent, KnownKind, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
 };
 pub use journal::repair;
 pub use journal::{
@@ -105,6 +109,14 @@ pub use position::{
     NodeId, Position, Token,
 };
 pub use store::{Store, StoreBuilder};
+pub use upcast::Decoded;
+
+/// What `#[derive(Event)]` writes into the code of others.
+#[cfg(feature = "derive")]
+#[doc(hidden)]
+pub mod __private {
+    pub use serde;
+}
 
 /// The specifications, executed.
 #[cfg(doctest)]
@@ -112,6 +124,9 @@ mod specifications {
     #[cfg(all(feature = "views", feature = "shipping"))]
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[cfg(feature = "derive")]
+    #[doc = include_str!("../docs/evolution.md")]
+    struct Evolution;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[cfg(feature = "shipping")]

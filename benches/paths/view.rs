@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use headwater::view::{Fold, FoldError, Keys, View, ViewOptions};
-use headwater::{Event as _, EventKindRef, Payload, Position, Recorded};
+use headwater::{Decoded, Event as _, EventKindRef, Payload, Position, Recorded};
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{Corpus, Sale, ShopEvent};
@@ -62,7 +62,7 @@ pub(crate) fn catch_up(scratch: &Scratch, corpus: &Corpus) -> Outcome<Group> {
                 let (name, schema_version) = (record.event_type, record.schema_version);
                 let payload = Payload { codec: record.codec, bytes: record.payload };
                 let event = ShopEvent::decode(EventKindRef { name, schema_version }, payload)?;
-                if let Some(ShopEvent::Sold(sale)) = event {
+                if let Decoded::One(ShopEvent::Sold(sale)) = event {
                     let total = totals.entry(sale.customer).or_default();
                     *total = std::mem::take(total).with(&sale);
                 }

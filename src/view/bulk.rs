@@ -257,6 +257,7 @@ impl<V: View> Pass<'_, V> {
         let mut cursor = self.journal.cursor(from).map_err(failed)?;
         let mut names = Names::default();
         let mut keys = Keys(Vec::new());
+        let mut stored_events = 0;
         while cursor.position() < to {
             let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
             let header = &batch.batch.header;
@@ -275,20 +276,20 @@ impl<V: View> Pass<'_, V> {
                 if self.means.discarded.has_all_of(journal, position) {
                     continue;
                 }
-                let Some(data) = decode::<V::Event>(&record).map_err(wrong)? else {
-                    piece.skipped_events += 1;
-                    continue;
-                };
-                let event = at.recorded(&record, &mut names, data);
-                guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
-                self.leave_out(position, &mut keys);
-                piece.add(event, &mut keys, hasher, wanted);
+                let decoded = decode::<V::Event>(&record).map_err(wrong)?;
+                piece.skipped_events += u64::from(decoded.is_foreign());
+                for data in decoded {
+                    let event = at.recorded(&record, &mut names, data);
+                    guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
+                    self.leave_out(position, &mut keys);
+                    piece.add(event, &mut keys, hasher, wanted);
+                }
+                stored_events += 1;
             }
             piece.bytes += batch.batch.bytes().len() as u64;
             piece.end = Some(batch.end());
         }
-        let events = piece.events.len() as u64 + piece.skipped_events;
-        Ok(self.control.advance(events, piece.bytes)?)
+        Ok(self.control.advance(stored_events, piece.bytes)?)
     }
 }
 

@@ -34,6 +34,8 @@ use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::journal::{CursorBatch, Journal};
 use crate::position::{JournalId, Position};
+use crate::upcast::Decoded;
+use smallvec::SmallVec;
 
 /// Batches on their way into the view.
 pub(super) struct Chunk<V: View> {
@@ -99,6 +101,8 @@ struct Queue {
 struct Folding<R> {
     row: RowState<R>,
     queue: Option<Queue>,
+    /// The route at which an event failed, and why.
+    failed: Option<(usize, EventFailure)>,
 }
 
 /// Why folding ended early.
@@ -190,11 +194,13 @@ impl<V: View> Chunk<V> {
         }
         match self.routed(view, record, at) {
             Ok(None) => Ok(false),
-            Ok(Some((event, keys))) => {
-                for key in keys.0 {
-                    self.add_route(key, at);
+            Ok(Some(all)) => {
+                for (event, keys) in all {
+                    for key in keys.0 {
+                        self.add_route(key, at);
+                    }
+                    self.events.push(event);
                 }
-                self.events.push(event);
                 Ok(true)
             }
             Err(cause) if self.rules.on_undecodable == OnPoison::Park => {
@@ -209,19 +215,26 @@ impl<V: View> Chunk<V> {
         }
     }
 
-    /// An event of a type that the view knows, and the rows that it concerns.
+    /// The events that a stored one stands for, if the view knows its type, each with the rows that it concerns.
     #[allow(clippy::type_complexity, reason = "it is said in one place only")]
     fn routed(
         &mut self,
         view: &V,
         record: &RecordRef<'_>,
         at: Place,
-    ) -> Result<Option<(Recorded<V::Event>, Keys<V::Key>)>, EventFailure> {
-        let Some(data) = decode::<V::Event>(record)? else { return Ok(None) };
-        let event = at.recorded(record, &mut self.names, data);
-        let mut keys = Keys(Vec::new());
-        guard(|| view.route(&event, &mut keys))?;
-        Ok(Some((event, keys)))
+    ) -> Result<Option<SmallVec<[(Recorded<V::Event>, Keys<V::Key>); 1]>>, EventFailure> {
+        let decoded = decode::<V::Event>(record)?;
+        if decoded.is_foreign() {
+            return Ok(None);
+        }
+        let mut all = SmallVec::new();
+        for data in decoded {
+            let event = at.recorded(record, &mut self.names, data);
+            let mut keys = Keys(Vec::new());
+            guard(|| view.route(&event, &mut keys))?;
+            all.push((event, keys));
+        }
+        Ok(Some(all))
     }
 
     /// The next event concerns the row under `key`. A key named twice by one event is folded once.
@@ -291,9 +304,10 @@ impl<V: View> Chunk<V> {
                 continue;
             };
             if let Some(queue) = &mut it.queue {
-                queue.push(route.event);
-            } else if let Err(cause) = fold_twice(view, &slot.key, &mut it.row, event, index) {
-                it.queue = Some(self.park(index, event, route.event, cause)?);
+                self.push(queue, route.event);
+            } else if it.failed.is_none() {
+                let folded = fold_twice(view, &slot.key, &mut it.row, event, index);
+                it.failed = folded.err().map(|cause| (index, cause));
             }
         }
         self.settle(view, &indexes, rows)
@@ -317,13 +331,22 @@ impl<V: View> Chunk<V> {
             reason: reason_of(&cause),
         };
         let mut queue = Queue { head, is_new: true, events: Vec::new() };
-        queue.push(index);
+        self.push(&mut queue, index);
         Ok(queue)
+    }
+
+    /// Parks an event behind others; those that one stored event stands for are parked as that one.
+    fn push(&self, queue: &mut Queue, index: usize) {
+        let position = |index: usize| self.events.get(index).map(Recorded::position);
+        if queue.events.last().is_none_or(|last| position(*last) != position(index)) {
+            queue.head.events += 1;
+            queue.events.push(index);
+        }
     }
 
     fn read_rows(&self, db: &Db) -> Result<Vec<Folding<V::Row>>, StorageError> {
         let stored = db.rows(self.slots.iter().map(|slot| slot.row_key.as_slice()))?.into_iter();
-        let row = |stored| Folding { row: RowState::stored(stored), queue: None };
+        let row = |stored| Folding { row: RowState::stored(stored), queue: None, failed: None };
         let mut rows: Vec<_> = stored.map(row).collect();
         if self.start.parked.keys > 0 {
             let heads: Vec<Vec<u8>> =
@@ -349,9 +372,13 @@ impl<V: View> Chunk<V> {
         let is_watched = self.rules.watchers.as_ref().is_some_and(|watchers| watchers.are_any());
         let (mut writes, mut changed, mut parked) = (Writes::new(), Vec::new(), Vec::new());
         for (index, (slot, folding)) in rows {
-            let Folding { row, mut queue } = folding;
-            if let Some(route) = row.changed_by {
-                let change = match change_of(indexes, &slot.key, &slot.row_key, &row) {
+            let Folding { row, mut queue, failed } = folding;
+            if let Some(route) = failed.as_ref().map(|(route, _)| *route).or(row.changed_by) {
+                let change = match failed {
+                    Some((_, cause)) => Err(cause),
+                    None => change_of(indexes, &slot.key, &slot.row_key, &row),
+                };
+                let change = match change {
                     Ok(change) => change,
                     Err(cause) => {
                         let (change, parked) =
@@ -370,8 +397,8 @@ impl<V: View> Chunk<V> {
         Ok(Folded { writes, end, changed, stop: None })
     }
 
-    /// What a row came to can't be written: looks for the first event with which it couldn't have been, and
-    /// parks from there on.
+    /// An event failed, or what the row came to can't be written: folds the row's events again, one after the other,
+    /// and parks from the first on with which it couldn't be written.
     fn fold_slot_again(
         &self,
         view: &V,
@@ -392,7 +419,7 @@ impl<V: View> Chunk<V> {
         };
         let (_, first) = routes.get(folded).copied().unwrap_or((0, &Route { event: 0, slot: 0 }));
         let mut queue = self.park(failed_route, event, first.event, failure)?;
-        routes.iter().skip(folded + 1).for_each(|(_, route)| queue.push(route.event));
+        routes.iter().skip(folded + 1).for_each(|(_, route)| self.push(&mut queue, route.event));
         Ok((change, Some(queue)))
     }
 
@@ -459,13 +486,6 @@ impl<V: View> Chunk<V> {
 
 fn storage_failed<V: View>(source: StorageError) -> StopError {
     StopError::Storage { view: V::NAME, source }
-}
-
-impl Queue {
-    fn push(&mut self, event: usize) {
-        self.head.events += 1;
-        self.events.push(event);
-    }
 }
 
 impl<R> RowState<R> {
@@ -559,14 +579,20 @@ where
 {
     let mut state = RowState::stored(stored);
     let mut careful = Careful { change: Change::default(), folded: 0, failure: None };
-    for event in events {
-        let mut next = state.clone();
-        let folded = fold_twice(view, key, &mut next, event, careful.folded);
+    let mut events = events.peekable();
+    while let Some(first) = events.next() {
+        // Those that one stored event stands for are folded all or not at all.
+        let (mut next, mut count) = (state.clone(), 1);
+        let mut folded = fold_twice(view, key, &mut next, first, careful.folded);
+        while let Some(event) = events.next_if(|it| it.position() == first.position()) {
+            folded = folded.and_then(|()| fold_twice(view, key, &mut next, event, careful.folded));
+            count += 1;
+        }
         match folded.and_then(|()| change_of(indexes, key, row_key, &next)) {
             Ok(change) => {
                 state = next;
                 careful.change = change;
-                careful.folded += 1;
+                careful.folded += count;
             }
             Err(cause) => {
                 careful.failure = Some(cause);
@@ -610,7 +636,7 @@ fn fold_one<V: View>(
     Ok(())
 }
 
-pub(super) fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Option<E>, EventFailure> {
+pub(super) fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Decoded<E>, EventFailure> {
     let kind = EventKindRef { name: record.event_type, schema_version: record.schema_version };
     let payload = Payload { codec: record.codec, bytes: record.payload };
     guard(|| E::decode(kind, payload))?.map_err(EventFailure::Payload)

@@ -394,9 +394,9 @@ struct InDatabase<'a, V> {
 /// Some of a key's parked events.
 struct Slice<E> {
     entries: Vec<(Position, Box<[u8]>)>,
-    /// Of the first entries, whether there is something to fold.
-    done: Vec<bool>,
-    /// That.
+    /// Of the first entries, how many events there are to fold.
+    done: Vec<usize>,
+    /// These.
     events: Vec<Recorded<E>>,
     /// Why the entry behind those that are done isn't.
     failure: Option<EventFailure>,
@@ -405,11 +405,10 @@ struct Slice<E> {
 impl<E> Slice<E> {
     /// Only so many events could be folded.
     fn cut(&mut self, folded: usize, cause: EventFailure) {
-        let mut left = folded;
-        let failed = self.done.iter().position(|fold| {
-            let is_it = *fold && left == 0;
-            left -= usize::from(*fold && !is_it);
-            is_it
+        let mut ends = 0;
+        let failed = self.done.iter().position(|count| {
+            ends += count;
+            ends > folded
         });
         self.done.truncate(failed.unwrap_or(self.done.len()));
         self.failure = Some(cause);
@@ -513,14 +512,14 @@ impl<V: View> InDatabase<'_, V> {
             return Err(self.damaged("a parked key without its events"));
         }
         for (position, value) in &some.entries {
-            let event = match discarded.has(journal, *position, row_key) {
-                true => Ok(None),
-                false => self.event(journal, *position, value, row_key)?,
+            let events = match discarded.has(journal, *position, row_key) {
+                true => Ok(Vec::new()),
+                false => self.events(journal, *position, value, row_key)?,
             };
-            match event {
-                Ok(event) => {
-                    some.done.push(event.is_some());
-                    some.events.extend(event);
+            match events {
+                Ok(events) => {
+                    some.done.push(events.len());
+                    some.events.extend(events);
                 }
                 Err(cause) => {
                     some.failure = Some(cause);
@@ -531,27 +530,30 @@ impl<V: View> InDatabase<'_, V> {
         Ok(some)
     }
 
-    /// A parked event as the code reads it now; `None` if it doesn't concern the key any more.
+    /// What a parked event stands for, as the code reads it now; nothing if it doesn't concern the key any more.
     #[allow(clippy::type_complexity, reason = "two kinds of failure: the view's, and the event's")]
-    fn event(
+    fn events(
         &self,
         journal: JournalId,
         position: Position,
         value: &[u8],
         row_key: &[u8],
-    ) -> Result<Result<Option<Recorded<V::Event>>, EventFailure>, StopError> {
+    ) -> Result<Result<Vec<Recorded<V::Event>>, EventFailure>, StopError> {
         let damaged = || self.damaged("a parked event");
         let parked = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
         let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
         let concerned = || {
-            let Some(data) = decode::<V::Event>(&record)? else { return Ok(None) };
             let at = Place { journal, position, recorded_at_us: parked.recorded_at_us };
-            let event = at.recorded(&record, &mut Names::default(), data);
-            let mut keys = Keys(Vec::new());
-            guard(|| self.view.route(&event, &mut keys))?;
-            let is_named =
-                keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key);
-            Ok(is_named.then_some(event))
+            let mut events = Vec::new();
+            for data in decode::<V::Event>(&record)? {
+                let event = at.recorded(&record, &mut Names::default(), data);
+                let mut keys = Keys(Vec::new());
+                guard(|| self.view.route(&event, &mut keys))?;
+                let is_named =
+                    keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key);
+                events.extend(is_named.then_some(event));
+            }
+            Ok(events)
         };
         Ok(concerned())
     }

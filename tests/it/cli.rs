@@ -4,7 +4,11 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use headwater::{Append, ExpectedRevision, NewEvent, Store, StreamId};
+use headwater::upcast::RawEvent;
+use headwater::{
+    Append, EventKindRef, ExpectedRevision, NewEvent, Payload, PayloadCodec, Store, StreamId,
+    schema,
+};
 use serde_json::{Value, json};
 
 use crate::golden::{golden, golden_json};
@@ -313,6 +317,7 @@ fn every_command_that_the_documentation_shows_works() {
     }
     let copy = dir.path().join("copy");
     copy_segments(&store.join("journal"), &copy);
+    sample(&dir.path().join("SCHEMA"), "test.happened");
     let text = include_str!("../../docs/cli.md");
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
@@ -324,7 +329,7 @@ fn every_command_that_the_documentation_shows_works() {
             None => (command, None),
         };
         let mut command = command.replace("DIR", store.to_str().unwrap());
-        for name in ["BACKUP", "STORE", "EARLIER", "ARCHIVE"] {
+        for name in ["BACKUP", "STORE", "EARLIER", "ARCHIVE", "SCHEMA"] {
             command = command.replace(name, dir.path().join(name).to_str().unwrap());
         }
         command = command.replace("COPY", copy.to_str().unwrap());
@@ -376,6 +381,9 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     fill(&dir.path().join("doctored"), small(), 3).close().unwrap();
     let doctored = path("doctored");
     assert_eq!(documented("doctor"), keys(&lines(&ok(&["doctor", "--json", &doctored]))));
+    std::fs::create_dir(path("schema")).unwrap();
+    let checked = run(&["schema", "check", "--json", &path("schema"), &doctored]);
+    assert_eq!(documented("schema check"), keys(&lines(&out(&checked))));
 }
 
 fn copy_segments(journal: &Path, copy: &Path) {
@@ -575,4 +583,64 @@ fn backup_and_restore_make_a_store_that_goes_on() {
     assert!(matches!(Store::open(&other), Err(headwater::OpenError::Incomplete { .. })));
     assert!(ok(&["restore", &backup, &other, "--abandon"]).starts_with("abandoned"));
     assert!(matches!(Store::open(&other), Err(headwater::OpenError::NotFound { .. })));
+}
+
+/// Records a sample of events of plain bytes.
+fn sample(dir: &Path, name: &str) {
+    let kind = EventKindRef { name, schema_version: 1 };
+    let payload = Payload { codec: PayloadCodec::Raw, bytes: b"x" };
+    schema::record_raw(dir, &RawEvent::new(kind, payload)).unwrap();
+}
+
+#[test]
+fn schema_check_names_the_kinds_of_events_without_a_sample() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (samples, store) = (path("schema"), path("store"));
+    let open = Store::create(&store).unwrap();
+    append(&open, "one");
+    append(&open, "two");
+    let placed = NewEvent::json("order.placed", &1250).unwrap().schema_version(2);
+    open.append(&Append::to(&stream("order"), ExpectedRevision::Any, [placed])).unwrap();
+
+    let missing = run(&["schema", "check", &samples, &store]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(err(&missing).starts_with("error[schema.io]: "), "{}", err(&missing));
+    sample(Path::new(&samples), "noted");
+    // Another version and another codec are other kinds.
+    let encode = |version, codec| RawEvent::encode("order.placed", version, codec, &1250).unwrap();
+    schema::record_raw(&samples, &encode(1, PayloadCodec::Json)).unwrap();
+    schema::record_raw(&samples, &encode(2, PayloadCodec::Bincode)).unwrap();
+    let missing = run(&["schema", "check", &samples, &store]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(err(&missing).starts_with("error[schema.unrecorded]: 1 kinds"), "{}", err(&missing));
+    let text = out(&missing);
+    assert_eq!(text.matches("MISSING").count(), 1, "{text}");
+    assert!(text.lines().any(|it| it.contains("order.placed") && it.contains("MISSING")), "{text}");
+    let missing = run(&["schema", "check", "--json", &samples, &store]);
+    assert_eq!(missing.status.code(), Some(1));
+    let value: Value = serde_json::from_str(&out(&missing)).unwrap();
+    assert_eq!((&value["complete"], &value["samples"]), (&json!(false), &json!(3)));
+    let kind = json!({
+        "type": "order.placed", "schema_version": 2, "codec": "json", "events": 1,
+        "first_position": 2, "recorded": false,
+    });
+    assert_eq!(value["kinds"][1], kind);
+    assert_eq!(
+        (&value["kinds"][0]["events"], &value["kinds"][0]["recorded"]),
+        (&json!(2), &json!(true))
+    );
+
+    schema::record_raw(&samples, &encode(2, PayloadCodec::Json)).unwrap();
+    ok(&["schema", "check", &samples, &store]);
+    assert_eq!(
+        json_of(&["schema", "check", "--json", &samples, &store], 0)["complete"],
+        json!(true)
+    );
+    open.close().unwrap();
+    std::fs::write(dir.path().join("schema/broken.hex"), "?").unwrap();
+    let broken = run(&["schema", "check", &samples, &store]);
+    assert_eq!(broken.status.code(), Some(1));
+    assert!(err(&broken).starts_with("error[schema.unreadable]: "), "{}", err(&broken));
+    assert_eq!(run(&["schema", "check", &samples]).status.code(), Some(2));
 }

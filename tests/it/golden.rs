@@ -16,9 +16,11 @@ use headwater::format::segment::{PageState, SegmentHeader, SegmentPage};
 use headwater::format::sidecar::{self, SegmentIndex, SidecarKey};
 use headwater::format::{Flags, crc32, record};
 use headwater::fs::{Fs, os::OsFs};
+use headwater::upcast::Step;
 use headwater::{
     Chain, Checkpoint, Event, EventId, EventKind, EventKindRef, Incarnation, Journal, JournalId,
-    Locator, NewEvent, NodeId, Payload, PayloadCodec, Position, Recorded, Revision, StreamId,
+    KnownKind, Locator, NewEvent, NodeId, Payload, PayloadCodec, Position, Recorded, Revision,
+    StreamId,
 };
 use serde_json::{Value, json};
 
@@ -45,6 +47,8 @@ struct Spec {
 struct Stored(Spec);
 
 impl Event for Stored {
+    const KINDS: &'static [KnownKind] = &[];
+
     fn kind(&self) -> EventKind {
         EventKind { name: self.0.kind, schema_version: self.0.schema_version }
     }
@@ -53,8 +57,8 @@ impl Event for Stored {
         Ok((PayloadCodec::from_byte(self.0.codec), self.0.payload.to_vec()))
     }
 
-    fn decode(_: EventKindRef<'_>, _: Payload<'_>) -> Result<Option<Self>, CodecError> {
-        Ok(None)
+    fn step(_: EventKindRef<'_>, _: Payload<'_>) -> Result<Step<Self>, CodecError> {
+        Ok(Step::Foreign)
     }
 }
 

@@ -20,6 +20,8 @@ mod cli;
 mod crash;
 mod doctor;
 mod dump;
+#[cfg(feature = "derive")]
+mod evolution;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]
 mod fuzz_corpus;
 mod golden;

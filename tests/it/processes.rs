@@ -118,7 +118,7 @@ impl View for Counts {
 
 fn events(journal: &Journal) -> impl Iterator<Item = Recorded<WriterEvent>> {
     let events = journal.read_all(Position::START).unwrap();
-    events.map(|event| event.unwrap().decode::<WriterEvent>().unwrap().unwrap())
+    events.flat_map(|event| event.unwrap().decode::<WriterEvent>().unwrap())
 }
 
 /// The rows of the first events, counted without any view.

@@ -176,14 +176,15 @@ fn recount(journal: &Journal, end: Position) -> Recount {
     let mut rows = Recount::new();
     let events = journal.read_all(Position::START).unwrap().map(Result::unwrap);
     for event in events.take_while(|event| event.position() < end) {
-        let Some(event) = event.decode::<AccountEvent>().unwrap() else { continue };
-        let mut keys = keys_of(event.data());
-        keys.truncate(2);
-        for key in keys {
-            match step(&key, rows.get(&key).cloned(), &event) {
-                Fold::Put(row) => drop(rows.insert(key, row)),
-                Fold::Delete => drop(rows.remove(&key)),
-                Fold::Keep => {}
+        for event in event.decode::<AccountEvent>().unwrap() {
+            let mut keys = keys_of(event.data());
+            keys.truncate(2);
+            for key in keys {
+                match step(&key, rows.get(&key).cloned(), &event) {
+                    Fold::Put(row) => drop(rows.insert(key, row)),
+                    Fold::Delete => drop(rows.remove(&key)),
+                    Fold::Keep => {}
+                }
             }
         }
     }

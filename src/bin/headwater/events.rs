@@ -71,7 +71,7 @@ fn print_json(out: &mut impl Write, event: &Recorded) -> Result<(), Failure> {
         revision: event.revision().get(),
         event_type: event.event_type().as_str(),
         schema_version: event.schema_version(),
-        codec: codec_name(event.codec()),
+        codec: event.codec().to_string(),
         tags: event.tags(),
         metadata: event.metadata(),
         subject: event.subject(),
@@ -99,15 +99,6 @@ fn print_json(out: &mut impl Write, event: &Recorded) -> Result<(), Failure> {
     }
     line.extend_from_slice(b"}\n");
     Ok(out.write_all(&line)?)
-}
-
-fn codec_name(codec: PayloadCodec) -> String {
-    match codec {
-        PayloadCodec::Raw => "raw".to_owned(),
-        PayloadCodec::Bincode => "bincode".to_owned(),
-        PayloadCodec::Json => "json".to_owned(),
-        other => format!("codec-{}", other.to_byte()),
-    }
 }
 
 /// A payload in the most readable form that loses nothing.

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use headwater::repair::RepairError;
 use headwater::retention::RetentionError;
+use headwater::schema::SchemaError;
 use headwater::{BackupError, Corruption, IoError, OpenError, ReadError, RestoreError};
 
 #[derive(Debug)]
@@ -15,6 +16,9 @@ pub(crate) enum Failure {
     Backup(BackupError),
     Restore(RestoreError),
     Retention(RetentionError),
+    Schema(SchemaError),
+    /// So many kinds of events have no sample; they have been printed.
+    Unrecorded(usize),
     /// What lies in front was printed.
     Damaged(Corruption),
     /// Damage was found and has been printed.
@@ -69,6 +73,12 @@ impl From<RestoreError> for Failure {
     }
 }
 
+impl From<SchemaError> for Failure {
+    fn from(error: SchemaError) -> Self {
+        Self::Schema(error)
+    }
+}
+
 impl From<IoError> for Failure {
     fn from(error: IoError) -> Self {
         Self::Open(error.into())
@@ -99,6 +109,12 @@ impl Failure {
             Self::Backup(error) => (error.code(), error.to_string(), error.hint()),
             Self::Restore(error) => (error.code(), error.to_string(), error.hint()),
             Self::Retention(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Schema(error) => (error.code(), error.to_string(), error.hint()),
+            Self::Unrecorded(kinds) => (
+                "schema.unrecorded",
+                format!("{kinds} kinds of events in the journal have no sample"),
+                "record them with headwater::schema, and let schema::check prove that they are read",
+            ),
             Self::Damaged(corruption) => {
                 let error = ReadError::from(corruption.clone());
                 (error.code(), error.to_string(), error.hint())
@@ -138,6 +154,8 @@ impl Failure {
             Self::Backup(_) | Self::Restore(_) => false,
             Self::Damaged(_) | Self::Reported => true,
             Self::Retention(_)
+            | Self::Schema(_)
+            | Self::Unrecorded(_)
             | Self::Repair(_)
             | Self::Replaced
             | Self::Output(_)

@@ -7,6 +7,7 @@ mod events;
 mod failure;
 mod repair;
 mod retain;
+mod schema;
 mod stat;
 mod tail;
 mod target;
@@ -55,6 +56,8 @@ enum Command {
     Retain(retain::Args),
     /// Makes a store of a backup
     Restore(backup::RestoreArgs),
+    /// Compares the kinds of events in a journal with recorded samples
+    Schema(schema::Args),
 }
 
 /// What every command is told.
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Command::Archive(args) => backup::backup(&args),
         Command::Retain(args) => retain::run(&args),
         Command::Restore(args) => backup::restore_or_abandon(&args),
+        Command::Schema(args) => schema::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::PipeClosed) => ExitCode::SUCCESS,

@@ -284,7 +284,8 @@ fn portions(
 ) -> Outcome<()> {
     let mut portion = Vec::with_capacity(TRANSACTION);
     for event in journal.read_all(Position::START)?.take(usize::try_from(events)?) {
-        if let Some(SaleEvent::Sale(sale)) = event?.decode::<SaleEvent>()?.map(Recorded::into_data) {
+        for event in event?.decode::<SaleEvent>()? {
+            let SaleEvent::Sale(sale) = event.into_data();
             portion.push(sale);
         }
         if portion.len() == TRANSACTION {
