@@ -45,6 +45,7 @@
 //! |---|---|
 //! | [`store`] | what a service opens; wires the parts |
 //! | [`journal`] | appending, reading, recovery |
+//! | [`command`] | aggregates that decide on commands |
 //! | `view` | rows folded from events |
 //! | `shipping` | origins and mirrors |
 //! | [`doctor`], [`repair`] | what is wrong with a store, and what can be done about it |
@@ -54,6 +55,7 @@
 //! | [`event`], [`position`], [`codec`] | the words that all others use |
 
 pub mod codec;
+pub mod command;
 pub mod doctor;
 #[cfg(feature = "test-kit")]
 #[doc(hidden)]

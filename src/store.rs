@@ -3,14 +3,16 @@
 //! ```text
 //! DIR/journal/          the journal: all there is to lose
 //! DIR/views/            views of the own journal: delete them, they come back
+//! DIR/snapshots/        snapshots of aggregates: delete them, they come back
 //! DIR/mirrors/NAME/     a mirror of a peer's journal in `journal/`, and its views in `views/`
 //! ```
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::command::{self, Aggregate, Commands, ExecuteError, Executed};
 use crate::error::{AppendError, IoError, OpenError, ReadError};
-use crate::event::{Revision, StreamId};
+use crate::event::{EventId, Recorded, Revision, StreamId};
 use crate::fs::Fs;
 use crate::fs::os::OsFs;
 use crate::journal::{
@@ -18,12 +20,15 @@ use crate::journal::{
     StreamEvents, StreamEventsBackward, Subscription, Ticket,
 };
 use crate::options::JournalOptions;
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, Position, Token};
 use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
 use crate::view::{View, ViewError, ViewHandle, ViewOptions};
+
+/// How many aggregates are kept in memory, unless said otherwise.
+const AGGREGATES_CACHED_MAX: usize = 1024;
 
 /// The folder of a journal's views, beside the journal.
 const VIEWS: &str = "views";
@@ -55,9 +60,11 @@ struct Inner {
     dir: PathBuf,
     #[cfg(feature = "shipping")]
     options: JournalOptions,
-    #[cfg(feature = "shipping")]
     fs: Arc<dyn Fs>,
     appender: Appender,
+    /// The aggregates that were used last.
+    aggregates: command::Cache,
+    turns: command::Turns,
     /// Views, by name, that remember events which the journal has lost: nothing is appended until that is
     /// settled for all of them.
     #[cfg(feature = "views")]
@@ -71,6 +78,7 @@ pub struct StoreBuilder {
     options: JournalOptions,
     create: Create,
     fs: Arc<dyn Fs>,
+    aggregates_cached_max: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +123,7 @@ impl Store {
             options: JournalOptions::default(),
             create: Create::Never,
             fs: Arc::new(OsFs),
+            aggregates_cached_max: AGGREGATES_CACHED_MAX,
         }
     }
 
@@ -141,6 +150,46 @@ impl Store {
     pub fn submit(&self, append: &Append) -> Result<Ticket, AppendError> {
         self.refuse_lost_tail()?;
         self.inner.appender.submit(append)
+    }
+
+    /// Executes a command on the aggregate of a stream: folds its events, lets it decide, and appends what it
+    /// has decided, or begins again if other events came between. The events are durable when this returns `Ok`.
+    ///
+    /// [`commands`](Self::commands) does the same with options, and for commands that may be sent twice.
+    ///
+    /// Blocks for reading what isn't in memory and for the disk. See [`Aggregate`] for an example.
+    ///
+    /// # Errors
+    /// [`ExecuteError`].
+    pub fn execute<A: Aggregate>(
+        &self,
+        stream: &StreamId,
+        command: &A::Command,
+    ) -> Result<Executed, ExecuteError<A::Error>> {
+        self.commands::<A>().execute(stream, command)
+    }
+
+    /// What executes commands of one kind of aggregate, with options.
+    #[must_use]
+    pub fn commands<A: Aggregate>(&self) -> Commands<A> {
+        Commands::new(self)
+    }
+
+    /// The batch of the event with this id, and its token, if it is among the last events; once it is durable.
+    pub(crate) fn find(&self, id: EventId) -> Result<Option<(Token, Vec<Recorded>)>, AppendError> {
+        self.inner.appender.find(id)
+    }
+
+    pub(crate) fn aggregates(&self) -> &command::Cache {
+        &self.inner.aggregates
+    }
+
+    pub(crate) fn turns(&self) -> &command::Turns {
+        &self.inner.turns
+    }
+
+    pub(crate) fn fs(&self) -> &Arc<dyn Fs> {
+        &self.inner.fs
     }
 
     /// The last failure beside the commit path: recording the durable end, preparing the next segment or
@@ -423,6 +472,14 @@ impl StoreBuilder {
         self
     }
 
+    /// Sets how many aggregates, those that were used last, stay in memory for the next command
+    /// ([`Store::execute`]). Default 1024; 0 keeps none.
+    #[must_use]
+    pub fn aggregates_cached_max(mut self, aggregates: usize) -> Self {
+        self.aggregates_cached_max = aggregates;
+        self
+    }
+
     /// Uses another file system for the journal.
     #[cfg(feature = "test-kit")]
     #[must_use]
@@ -436,7 +493,7 @@ impl StoreBuilder {
     /// # Errors
     /// [`OpenError`].
     pub fn open(self) -> Result<Store, OpenError> {
-        let Self { dir, options, create, fs } = self;
+        let Self { dir, options, create, fs, aggregates_cached_max } = self;
         let journal = dir.join("journal");
         let appender = match create {
             Create::Always => Appender::create(&fs, &journal, &options)?,
@@ -455,9 +512,10 @@ impl StoreBuilder {
                 dir,
                 #[cfg(feature = "shipping")]
                 options,
-                #[cfg(feature = "shipping")]
                 fs,
                 appender,
+                aggregates: command::Cache::new(aggregates_cached_max),
+                turns: command::Turns::default(),
                 #[cfg(feature = "views")]
                 lost_tail: parking_lot::RwLock::default(),
             }),

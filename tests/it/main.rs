@@ -17,6 +17,8 @@ mod benchmarks;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "test-kit")]
+mod commands;
+#[cfg(feature = "test-kit")]
 mod crash;
 mod doctor;
 mod dump;

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{AppendError, ReadError};
-use crate::event::{ExpectedRevision, Recorded, Revision};
+use crate::event::{EventId, ExpectedRevision, Recorded, Revision};
+use crate::format::sidecar::id_hash;
 use crate::journal::Journal;
 use crate::journal::appender::group::{Group, Outcome};
 use crate::journal::appender::window::IdWindow;
@@ -97,6 +98,29 @@ impl Shared {
         Ok(Decision::Write(firsts))
     }
 
+    /// The batch of an event that is among the last ones, and its token; once it is durable.
+    pub(super) fn find(&self, id: EventId) -> Result<Option<(Token, Vec<Recorded>)>, AppendError> {
+        loop {
+            let state = self.state.lock();
+            let Some(position) = state.window.get(id_hash(&id)) else { return Ok(None) };
+            if position >= self.journal.end().position {
+                let group = Arc::clone(state.group_of(position));
+                drop(state);
+                Rests::OnDuplicate.check(self.see_through(&group))?;
+                continue;
+            }
+            drop(state);
+            let batch = match self.journal.events_around(position) {
+                Err(ReadError::Truncated { .. }) => return Ok(None),
+                batch => batch?,
+            };
+            if batch.iter().all(|event| event.id() != id) {
+                return Ok(None); // another id with the same hash
+            }
+            return Ok(Some((self.token_behind(&batch)?, batch)));
+        }
+    }
+
     /// The event at `position` has the hash of one of the append's ids; `None` if it isn't one of them.
     pub(super) fn judge_known(
         &self,
@@ -156,11 +180,15 @@ impl Shared {
         if found.len() < total {
             return Err(AppendError::PartialDuplicate { known: found.len(), total });
         }
+        let token = self.token_behind(batch)?;
+        Ok(Appended::Duplicate(Receipt { token, events: found }))
+    }
+
+    fn token_behind(&self, batch: &[Recorded]) -> Result<Token, ReadError> {
         let position = batch.last().map_or(Position::START, |event| event.position().advance(1));
         let incarnation = self.journal.incarnation_before(position)?;
         let (journal, durability) = (self.journal.id(), Durability::Durable);
-        let token = Token { journal, incarnation, position, durability };
-        Ok(Appended::Duplicate(Receipt { token, events: found }))
+        Ok(Token { journal, incarnation, position, durability })
     }
 }
 

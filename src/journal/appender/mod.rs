@@ -29,7 +29,7 @@ use foldhash::fast::RandomState;
 
 use crate::env::now_us;
 use crate::error::{AppendError, IoError, OpenError, Poison};
-use crate::event::{Revision, StreamId};
+use crate::event::{EventId, Recorded, Revision, StreamId};
 use crate::format::Flags;
 use crate::format::batch::{BATCH_HEADER_BYTES, BatchHeader, padded_len};
 use crate::format::files::{Node, Role};
@@ -377,6 +377,11 @@ impl Appender {
             Durability::Buffered => Ticket::answered(Appended::New(receipt)),
             Durability::Durable => Ticket::pending(group, receipt),
         })
+    }
+
+    /// The batch of the event with this id, and its token, if it is among the last events; once it is durable.
+    pub(crate) fn find(&self, id: EventId) -> Result<Option<(Token, Vec<Recorded>)>, AppendError> {
+        self.shared.find(id)
     }
 
     /// Waits until everything that was appended before is durable. Returns the durable end.
