@@ -428,15 +428,15 @@ pub enum AppendError {
     /// An earlier write or sync failed. Certainly not written.
     #[error(transparent)]
     Poisoned(Poison),
-    /// A view remembers events that the journal has lost. Certainly not written.
+    /// A view or a reactor remembers events that the journal has lost. Certainly not written.
     #[error(
-        "view {view} has applied the journal up to position {applied}, but the journal ends at {end}: its \
-         tail is lost"
+        "{view} has applied the journal up to position {applied}, but the journal ends at {end}: its tail is \
+         lost"
     )]
     LostTail {
-        /// The view.
+        /// The view or reactor.
         view: &'static str,
-        /// How far the view has got.
+        /// How far it has got.
         applied: Position,
         /// Where the journal ends.
         end: Position,
@@ -514,7 +514,7 @@ impl AppendError {
             }
             Self::Poisoned(_) => "check the device, then open the store again",
             Self::LostTail { .. } => {
-                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"
+                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside, or the reactor with ReactorOptions::restart"
             }
             Self::Closed => "open the store again",
             Self::Read(_) => "see the cause; nothing was written",

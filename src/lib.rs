@@ -46,6 +46,7 @@
 //! | [`store`] | what a service opens; wires the parts |
 //! | [`journal`] | appending, reading, recovery |
 //! | [`command`] | aggregates that decide on commands |
+//! | [`reactor`] | side effects of events |
 //! | `view` | rows folded from events |
 //! | `shipping` | origins and mirrors |
 //! | [`doctor`], [`repair`] | what is wrong with a store, and what can be done about it |
@@ -77,6 +78,7 @@ pub mod planted;
 #[cfg(not(feature = "test-kit"))]
 mod planted;
 pub mod position;
+pub mod reactor;
 pub mod retention;
 #[cfg(feature = "shipping")]
 pub mod shipping;

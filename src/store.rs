@@ -3,10 +3,13 @@
 //! ```text
 //! DIR/journal/          the journal: all there is to lose
 //! DIR/views/            views of the own journal: delete them, they come back
+//! DIR/reactors/         how far reactors of the own journal are
 //! DIR/snapshots/        snapshots of aggregates: delete them, they come back
-//! DIR/mirrors/NAME/     a mirror of a peer's journal in `journal/`, and its views in `views/`
+//! DIR/mirrors/NAME/     a mirror of a peer's journal in `journal/`, its views in `views/`, its reactors
+//!                       in `reactors/`
 //! ```
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,6 +24,7 @@ use crate::journal::{
 };
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, Position, Token};
+use crate::reactor::{self, OpenReactorError, REACTORS, Reactor, ReactorHandle, ReactorOptions};
 use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
@@ -31,6 +35,7 @@ use crate::view::{View, ViewError, ViewHandle, ViewOptions};
 const AGGREGATES_CACHED_MAX: usize = 1024;
 
 /// The folder of a journal's views, beside the journal.
+#[cfg(feature = "views")]
 const VIEWS: &str = "views";
 
 /// A service's database: its event journal, and what follows it. Cheap to clone; all clones are one store.
@@ -65,10 +70,9 @@ struct Inner {
     /// The aggregates that were used last.
     aggregates: command::Cache,
     turns: command::Turns,
-    /// Views, by name, that remember events which the journal has lost: nothing is appended until that is
-    /// settled for all of them.
-    #[cfg(feature = "views")]
-    lost_tail: parking_lot::RwLock<std::collections::BTreeMap<&'static str, AppendError>>,
+    /// Views and reactors, by kind and name, that remember events which the journal has lost: nothing is
+    /// appended until that is settled for all of them.
+    lost_tail: parking_lot::RwLock<BTreeMap<(&'static str, &'static str), AppendError>>,
 }
 
 /// How to open a store; see [`Store::builder`].
@@ -209,12 +213,7 @@ impl Store {
         self.inner.appender.flush()
     }
 
-    #[cfg_attr(
-        not(feature = "views"),
-        allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "only views remember")
-    )]
     fn refuse_lost_tail(&self) -> Result<(), AppendError> {
-        #[cfg(feature = "views")]
         if let Some(error) = self.inner.lost_tail.read().values().next() {
             return Err(error.clone());
         }
@@ -304,9 +303,9 @@ impl Store {
             Err(ViewError::LostTail { checkpoint, end, .. }) => {
                 let (view, applied, end) = (V::NAME, checkpoint.position, *end);
                 let error = AppendError::LostTail { view, applied, end };
-                self.inner.lost_tail.write().insert(view, error);
+                self.inner.lost_tail.write().insert((VIEWS, view), error);
             }
-            Ok(_) => drop(self.inner.lost_tail.write().remove(V::NAME)),
+            Ok(_) => drop(self.inner.lost_tail.write().remove(&(VIEWS, V::NAME))),
             Err(_) => {}
         }
         opened
@@ -338,6 +337,52 @@ impl Store {
         }
         let beside = journal.dir().parent().unwrap_or(&self.inner.dir);
         crate::view::open(&beside.join(VIEWS), journal.clone(), view, options)
+    }
+
+    /// Opens a reactor to the store's own journal, which begins where its options say if it is new and otherwise
+    /// goes on where it was, in a thread of its own.
+    ///
+    /// # Errors
+    /// [`OpenReactorError`]. After [`OpenReactorError::LostTail`] (it has reacted to events that the journal has
+    /// lost) the store refuses appends, until the journal was restored or the reactor is opened with
+    /// [`ReactorOptions::restart`].
+    pub fn react<R: Reactor>(
+        &self,
+        reactor: R,
+        options: ReactorOptions,
+    ) -> Result<ReactorHandle, OpenReactorError> {
+        let (dir, journal) = (self.inner.dir.join(REACTORS), self.journal().clone());
+        let opened = reactor::open(&self.inner.fs, &dir, journal, reactor, options);
+        match &opened {
+            Err(OpenReactorError::LostTail { checkpoint, end, .. }) => {
+                let (view, applied, end) = (R::NAME, checkpoint.position, *end);
+                let error = AppendError::LostTail { view, applied, end };
+                self.inner.lost_tail.write().insert((REACTORS, view), error);
+            }
+            Ok(_) => drop(self.inner.lost_tail.write().remove(&(REACTORS, R::NAME))),
+            Err(_) => {}
+        }
+        opened
+    }
+
+    /// Opens a reactor to a mirrored journal: get it from
+    #[cfg_attr(feature = "shipping", doc = "[`Mirror::wait_ready`].")]
+    #[cfg_attr(not(feature = "shipping"), doc = "a mirror (feature `shipping`).")]
+    /// What is stored of it lies beside the mirror.
+    ///
+    /// # Errors
+    /// [`OpenReactorError`].
+    pub fn react_to<R: Reactor>(
+        &self,
+        journal: &Journal,
+        reactor: R,
+        options: ReactorOptions,
+    ) -> Result<ReactorHandle, OpenReactorError> {
+        if journal.node() == self.journal().node() {
+            return self.react(reactor, options);
+        }
+        let dir = journal.dir().parent().unwrap_or(&self.inner.dir).join(REACTORS);
+        reactor::open(&self.inner.fs, &dir, journal.clone(), reactor, options)
     }
 
     /// Serves the journal to mirrors in other services, at an address of the loopback (the connection is
@@ -516,14 +561,13 @@ impl StoreBuilder {
                 appender,
                 aggregates: command::Cache::new(aggregates_cached_max),
                 turns: command::Turns::default(),
-                #[cfg(feature = "views")]
                 lost_tail: parking_lot::RwLock::default(),
             }),
         })
     }
 }
 
-/// Whether views of the own journal exist: then there were events, and an empty journal is a loss.
+/// Whether views or reactors of the own journal exist: then there were events, and an empty journal is a loss.
 fn remembered(fs: &Arc<dyn Fs>, dir: &Path) -> bool {
-    fs.list(&dir.join(VIEWS)).is_ok_and(|names| !names.is_empty())
+    retention::is_remembered(&**fs, dir)
 }

@@ -417,14 +417,13 @@ impl<A: Aggregate> Commands<A> {
         command: &A::Command,
     ) -> Result<Executed, ExecuteError<A::Error>> {
         let _turn = self.store.turns().take(stream);
-        if let Some(first) = self.first_result(id, stream)? {
-            return Ok(first);
-        }
-        let mut loaded = self.begin(stream)?;
-        let outcome = self.try_often(id, stream, command, &mut loaded);
-        drop(self.keep(stream, loaded));
+        let outcome = self.begin(stream).and_then(|mut loaded| {
+            let outcome = self.try_often(id, stream, command, &mut loaded);
+            drop(self.keep(stream, loaded));
+            outcome
+        });
         match outcome {
-            // Perhaps because of its own events: another thread may have executed it meanwhile.
+            // Perhaps because of its own events: it was executed before, or another thread does it, too.
             Ok(Executed::Nothing { .. }) | Err(_) => {
                 let first = match &outcome {
                     Err(ExecuteError::Append(error)) if !is_of_ids(error) => None,
@@ -538,7 +537,7 @@ fn append_of<A: Aggregate>(
 }
 
 /// The name of a folder.
-const fn is_valid_name(name: &str) -> bool {
+pub(crate) const fn is_valid_name(name: &str) -> bool {
     let name = name.as_bytes();
     let mut at = 0;
     while at < name.len() {

@@ -84,7 +84,7 @@ impl CursorBatch<'_> {
     }
 
     /// One of its records doesn't parse.
-    pub(super) fn unreadable(&self, journal: &Journal, error: FormatError) -> ReadError {
+    pub(crate) fn unreadable(&self, journal: &Journal, error: FormatError) -> ReadError {
         ReadError::Corruption(Corruption {
             path: journal.0.layout.segment(self.segment),
             file_offset: self.file_offset(),

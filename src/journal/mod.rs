@@ -49,7 +49,7 @@ mod cursor;
 mod gaps;
 mod ingest;
 mod keeper;
-mod layout;
+pub(crate) mod layout;
 pub(crate) mod leases;
 mod maps;
 mod mark;

@@ -35,6 +35,8 @@ mod processes;
 #[cfg(feature = "test-kit")]
 mod races;
 #[cfg(feature = "test-kit")]
+mod reactors;
+#[cfg(feature = "test-kit")]
 mod reads;
 #[cfg(feature = "views")]
 mod rebuild;
