@@ -397,6 +397,12 @@ pub enum AppendError {
         /// Revision of its last event; `None` if it has none.
         actual: Option<Revision>,
     },
+    /// There is an event that a condition on a query excludes. Certainly not written.
+    #[error("the event at position {position} is one that the append expects not to be there")]
+    QueryConflict {
+        /// Position of the first such event.
+        position: Position,
+    },
     /// Some of the events exist already, but not all of them as one batch. Certainly not written.
     #[error("{known} of {total} events exist already")]
     PartialDuplicate {
@@ -484,6 +490,7 @@ impl AppendError {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::Conflict { .. } => "append.conflict",
+            Self::QueryConflict { .. } => "append.query_conflict",
             Self::PartialDuplicate { .. } => "append.partial_duplicate",
             Self::TooLarge { .. } => "append.too_large",
             Self::Invalid(_) => "append.invalid",
@@ -502,6 +509,9 @@ impl AppendError {
         match self {
             Self::Conflict { .. } => {
                 "read the stream again, decide again, and append with its new revision"
+            }
+            Self::QueryConflict { .. } => {
+                "read the query again, decide again, and append with the position up to which it was read"
             }
             Self::PartialDuplicate { .. } => {
                 "give new events new ids, and retries exactly the events of the first try"

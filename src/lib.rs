@@ -98,10 +98,10 @@ pub use event::{
 pub use journal::repair;
 pub use journal::{
     Append, Appended, BackupError, BackupReport, CloseError, Comparison, Cursor, CursorBatch,
-    Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Receipt,
-    RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo, SegmentState,
-    StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenState, VerifyProgress,
-    VerifyReport, abandon_restore, restore, verify, verify_deep,
+    Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Query, QueryEvents,
+    QueryItem, Receipt, RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo,
+    SegmentState, StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenState,
+    VerifyProgress, VerifyReport, abandon_restore, restore, verify, verify_deep,
 };
 pub use options::JournalOptions;
 pub use position::{

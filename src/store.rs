@@ -19,8 +19,8 @@ use crate::event::{EventId, Recorded, Revision, StreamId};
 use crate::fs::Fs;
 use crate::fs::os::OsFs;
 use crate::journal::{
-    Append, Appended, Appender, CloseError, Events, EventsBackward, Journal, RecoveryReport,
-    StreamEvents, StreamEventsBackward, Subscription, Ticket,
+    Append, Appended, Appender, CloseError, Events, EventsBackward, Journal, Query, QueryEvents,
+    RecoveryReport, StreamEvents, StreamEventsBackward, Subscription, Ticket,
 };
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, Position, Token};
@@ -244,6 +244,14 @@ impl Store {
         from: Revision,
     ) -> Result<StreamEvents, ReadError> {
         self.journal().read_stream(stream, from)
+    }
+
+    /// The durable events from `from` on that a query means; see [`Journal::read_query`].
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_query(&self, query: &Query, from: Position) -> Result<QueryEvents, ReadError> {
+        self.journal().read_query(query, from)
     }
 
     /// The durable events in front of `before`, the newest first; see [`Journal::read_all_backward`].

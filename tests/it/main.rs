@@ -33,6 +33,8 @@ mod planted;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
 #[cfg(feature = "test-kit")]
+mod queries;
+#[cfg(feature = "test-kit")]
 mod races;
 #[cfg(feature = "test-kit")]
 mod reactors;
