@@ -49,6 +49,7 @@ mod cursor;
 mod gaps;
 mod ingest;
 mod keeper;
+mod labels;
 pub(crate) mod layout;
 pub(crate) mod leases;
 mod maps;
@@ -103,6 +104,9 @@ struct Shared {
     watch: Watch,
     segments: RwLock<Segments>,
     maps: Maps,
+    access: Access,
+    /// Held while the labels of a segment are laid out.
+    labelling: Mutex<()>,
     /// Position of the first event that is retained.
     first: AtomicU64,
     /// Held while segments are removed; the writer isn't closed meanwhile.
@@ -212,6 +216,8 @@ impl Journal {
             leases: leases::Known::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
+            access,
+            labelling: Mutex::new(()),
             heads: quick_cache::sync::Cache::new(HEADS_MAX),
         }));
         if access == Access::Writer {

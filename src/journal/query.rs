@@ -8,10 +8,12 @@
 //!  append ── and_expect_none(query, position): nobody has appended another one meanwhile
 //! ```
 
-use twox_hash::XxHash3_64;
+use std::collections::VecDeque;
+use std::io;
 
 use crate::error::ReadError;
 use crate::event::{Names, Recorded};
+use crate::format::labels::{tag_label, type_label};
 use crate::format::record::RecordRef;
 use crate::journal::{Cursor, Journal};
 use crate::position::Position;
@@ -110,20 +112,53 @@ impl QueryItem {
     }
 }
 
-/// What an event is looked up by: its type, and each of its tags, as a hash. Two may have the same; whoever asks
-/// confirms a hit by reading.
-pub(crate) fn labels_of(record: &RecordRef<'_>) -> Vec<u64> {
-    let tags = record.tags().map(tag_label);
-    std::iter::once(type_label(record.event_type)).chain(tags).collect()
+impl QueryItem {
+    /// The places of events that have its labels, when each label has these; `None` if it asks for no label.
+    fn places(
+        &self,
+        places_of: &dyn Fn(u64) -> io::Result<Vec<u32>>,
+    ) -> io::Result<Option<Vec<u32>>> {
+        let (types, tags) = self.labels();
+        let mut found: Option<Vec<u32>> = None;
+        if !types.is_empty() {
+            let mut any = Vec::new();
+            for label in types {
+                any.extend(places_of(label)?);
+            }
+            any.sort_unstable();
+            any.dedup();
+            found = Some(any);
+        }
+        for label in tags {
+            let mut places = places_of(label)?;
+            if let Some(others) = &found {
+                places.retain(|place| others.binary_search(place).is_ok());
+            }
+            found = Some(places);
+        }
+        Ok(found)
+    }
 }
 
-fn type_label(name: &str) -> u64 {
-    XxHash3_64::oneshot_with_seed(0, name.as_bytes())
+impl Query {
+    /// The places of events that may be meant, ascending; `None` if that can be any.
+    pub(super) fn places(
+        &self,
+        places_of: &dyn Fn(u64) -> io::Result<Vec<u32>>,
+    ) -> io::Result<Option<Vec<u32>>> {
+        let mut all = Vec::new();
+        for item in &self.items {
+            let Some(places) = item.places(places_of)? else { return Ok(None) };
+            all.extend(places);
+        }
+        all.sort_unstable();
+        all.dedup();
+        Ok(Some(all))
+    }
 }
 
-fn tag_label(tag: &str) -> u64 {
-    XxHash3_64::oneshot_with_seed(1, tag.as_bytes())
-}
+/// The next place lies so few events ahead that reading on is quicker than looking it up.
+const NEAR_EVENTS: u64 = 256;
 
 /// The events that a query means, in journal order, up to the durable end. At the end it answers `None`, and goes
 /// on when there is more. An error ends it.
@@ -132,14 +167,29 @@ pub struct QueryEvents {
     cursor: Cursor,
     query: Query,
     from: Position,
+    /// What is known of the segment that is read.
+    part: Option<Part>,
     /// What is ready of the batch that was read last, the next one last.
     ready: Vec<Recorded>,
     names: Names,
     failed: bool,
 }
 
+/// A part of the journal, and where in it events may be that are meant.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) end: Position,
+    /// `None`: anywhere.
+    pub(super) places: Option<VecDeque<Position>>,
+}
+
 impl Journal {
-    /// The events from `from` on that a query means. Reads every batch from there on.
+    /// The events from `from` on that a query means.
+    ///
+    /// The active segment is read from there on. For sealed ones, files of labels (`*.lbl`, derived) say where
+    /// events with a type or tag are: they are laid out when a query first comes through a segment, which
+    /// reads it once; then a segment without such events costs a look-up of each type and tag, some pages of 4
+    /// KiB.
     ///
     /// # Errors
     /// [`ReadError::BeyondEnd`] if `from` lies behind the durable end, [`ReadError::Truncated`] if the event
@@ -149,6 +199,7 @@ impl Journal {
             cursor: self.cursor(from)?,
             query: query.clone(),
             from,
+            part: None,
             ready: Vec::new(),
             names: Names::default(),
             failed: false,
@@ -170,21 +221,54 @@ impl QueryEvents {
             if let Some(event) = self.ready.pop() {
                 return Ok(Some(event));
             }
-            let journal = self.cursor.journal().clone();
-            let Some(batch) = self.cursor.next_batch()? else { return Ok(None) };
-            let header = &batch.batch.header;
-            let mut position = header.base_position;
-            for record in batch.batch.records() {
-                let record = record.map_err(|error| batch.unreadable(&journal, error))?;
-                if position >= self.from && self.query.matches_record(&record) {
-                    let (id, time_us, names) = (journal.id(), header.time_us, &mut self.names);
-                    let event = Recorded::from_record(&record, id, position, time_us, names);
-                    self.ready.push(event);
-                }
-                position = position.advance(1);
+            self.go_ahead()?;
+            if !self.read_batch()? {
+                return Ok(None);
             }
-            self.ready.reverse();
         }
+    }
+
+    /// Passes over what can't hold an event that is meant.
+    fn go_ahead(&mut self) -> Result<(), ReadError> {
+        let journal = self.cursor.journal().clone();
+        loop {
+            let at = self.cursor.position();
+            if self.part.as_ref().is_none_or(|part| part.end <= at) {
+                self.part = journal.part_of(&self.query, at.max(self.from), self.cursor.offset());
+            }
+            let Some(Part { end, places: Some(places) }) = &mut self.part else { return Ok(()) };
+            while places.front().is_some_and(|place| *place < at) {
+                places.pop_front();
+            }
+            let next = places.front().copied();
+            let wanted = next.unwrap_or(*end);
+            if wanted.since(at) > NEAR_EVENTS || next.is_none() {
+                self.cursor = journal.cursor(wanted)?;
+            }
+            if next.is_some() {
+                return Ok(());
+            }
+            self.part = None;
+        }
+    }
+
+    /// Reads the next batch; `false` if there is none.
+    fn read_batch(&mut self) -> Result<bool, ReadError> {
+        let journal = self.cursor.journal().clone();
+        let Some(batch) = self.cursor.next_batch()? else { return Ok(false) };
+        let header = &batch.batch.header;
+        let mut position = header.base_position;
+        for record in batch.batch.records() {
+            let record = record.map_err(|error| batch.unreadable(&journal, error))?;
+            if position >= self.from && self.query.matches_record(&record) {
+                let (id, time_us, names) = (journal.id(), header.time_us, &mut self.names);
+                let event = Recorded::from_record(&record, id, position, time_us, names);
+                self.ready.push(event);
+            }
+            position = position.advance(1);
+        }
+        self.ready.reverse();
+        Ok(true)
     }
 }
 

@@ -1,14 +1,16 @@
 //! Queries by type and tags, and appends that expect none of what a query means.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use headwater::fs::sim::{Down, Fault, Repeat, SimFs};
+use headwater::fs::Fs;
+use headwater::fs::sim::{Down, Fault, Op, Repeat, SimFs};
 use headwater::planted::{Bug, plant};
 use headwater::retention::{History, Options, Until};
 use headwater::{
-    Append, AppendError, Appended, EventId, ExpectedRevision, JournalOptions, NewEvent, OpenError,
-    Position, Query, QueryItem, ReadError, Recorded, Store, StreamId, Ticket,
+    Append, AppendError, Appended, EventId, ExpectedRevision, Journal, JournalOptions, NewEvent,
+    OpenError, Position, Query, QueryItem, ReadError, Recorded, Store, StreamId, Ticket,
 };
 
 use crate::options;
@@ -49,7 +51,7 @@ fn random_query(rng: &mut fastrand::Rng) -> Query {
 }
 
 fn all(store: &Store) -> Vec<Recorded> {
-    store.read_all(Position::START).unwrap().map(Result::unwrap).collect()
+    store.read_all(store.journal().start().position).unwrap().map(Result::unwrap).collect()
 }
 
 #[test]
@@ -349,4 +351,108 @@ fn a_condition_reaches_back_behind_what_is_remembered() {
     }
     store.append(&rare(2)).unwrap();
     store.append(&rare(90_000)).unwrap();
+}
+
+/// Read with labels and without, whatever has become of them, a query means what a look at every event means.
+#[test]
+fn a_query_finds_what_a_look_at_every_event_finds() {
+    let mut laid_out = 0;
+    for seed in 0..60 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let fs = SimFs::new(seed);
+        for _ in 0..4 {
+            let store = open(&fs);
+            for _ in 0..rng.usize(..60) {
+                let events: Vec<_> = (0..rng.usize(1..4)).map(|_| random_event(&mut rng)).collect();
+                let rare = (rng.u8(..30) == 0).then(|| event("rare", &["rare"]));
+                store.append(&to_stream("s", events.into_iter().chain(rare))).unwrap();
+            }
+            let history = all(&store);
+            let first = store.journal().start().position.get();
+            let dynamic: Arc<dyn Fs> = Arc::new(fs.clone());
+            let (beside, _) =
+                Journal::open_read_only(&dynamic, &Path::new(DIR).join("journal")).unwrap();
+            for _ in 0..25 {
+                let query = match rng.u8(..4) {
+                    0 => QueryItem::tags(["rare"]).into(),
+                    _ => random_query(&mut rng),
+                };
+                let from = rng.u64(first..=first + history.len() as u64);
+                let expected: Vec<_> = history
+                    .iter()
+                    .filter(|event| event.position().get() >= from && query.matches(event))
+                    .collect();
+                let journal = if rng.bool() { store.journal() } else { &beside };
+                let mut events = journal.read_query(&query, Position::new(from)).unwrap();
+                let mut found = Vec::new();
+                while let Some(event) = events.next() {
+                    found.push(event.unwrap());
+                    let next = expected.get(found.len()).map(|event| event.position());
+                    assert!(next.is_none_or(|next| events.position() <= next), "seed {seed}");
+                }
+                assert!(
+                    found.iter().eq(expected.iter().copied()),
+                    "seed {seed}: {query:?} from {from}"
+                );
+                assert_eq!(events.position(), journal.end().position);
+            }
+            let files = fs.files();
+            let labels: Vec<_> =
+                files.iter().filter(|p| p.extension().is_some_and(|e| e == "lbl")).collect();
+            laid_out += labels.len();
+            if let Some(path) = rng.choice(labels) {
+                let len = fs.raw(path).unwrap().len() as u64;
+                match rng.u8(..3) {
+                    0 => drop(fs.flip_bit(path, rng.u64(..len), rng.u8(..8))),
+                    1 => fs.write_raw(path, &[0; 4096]),
+                    _ => {}
+                }
+            }
+            if rng.u8(..3) == 0 {
+                let all = Options::new(Until::Keeping { bytes: rng.u64(..30_000) });
+                let target = store.plan_retention(&all).unwrap().target;
+                store.retain(&all.history(History::Forget(target))).unwrap();
+            }
+            drop(store);
+            if rng.bool() {
+                fs.power_cut();
+            } else {
+                fs.kill();
+            }
+        }
+    }
+    println!("{laid_out} files of labels");
+    assert!(laid_out > 300, "{laid_out}");
+}
+
+/// Neither does a condition on recent events read anything, nor does a rare tag cost what the journal holds.
+#[test]
+fn what_a_condition_and_a_query_cost_does_not_grow_with_the_journal() {
+    let fs = SimFs::new(1);
+    let store = open(&fs);
+    let none = || Query::from(QueryItem::tags(["never"]));
+    let mut costs = Vec::new();
+    let expecting = |from| to_stream("s", [event("t", &[])]).and_expect_none(none(), from);
+    store.append(&expecting(Position::START)).unwrap(); // from now on the last events are remembered
+    for segments in [5, 20, 80] {
+        while store.journal().segments().len() < segments {
+            store.append(&to_stream("s", [event("t", &["often"])])).unwrap();
+        }
+        let from = store.journal().end().position;
+        store.append(&to_stream("s", [event("t", &[])])).unwrap();
+        let before = fs.ops_of(Op::Read);
+        store.append(&expecting(from)).unwrap();
+        let condition = fs.ops_of(Op::Read) - before;
+        // The first query lays out the labels of the segments that have none.
+        let count = || store.read_query(&none(), Position::START).unwrap().count();
+        assert_eq!(count(), 0);
+        let before = fs.ops_of(Op::Read);
+        assert_eq!(count(), 0);
+        costs.push((segments as u64, condition, fs.ops_of(Op::Read) - before));
+    }
+    println!("segments, reads of a condition, reads of a query: {costs:?}");
+    for (segments, condition, query) in costs {
+        assert_eq!(condition, 0);
+        assert!(query <= 4 * segments, "{query} for {segments}");
+    }
 }

@@ -8,11 +8,11 @@ use std::time::Instant;
 use crate::error::Poison;
 use crate::event::{Revision, StreamId};
 use crate::format::batch::{BATCH_ALIGNMENT, BATCH_HEADER_BYTES, BatchHeader, body_digest};
+use crate::format::labels::labels_of;
 use crate::format::record::RecordRef;
 use crate::format::sidecar::SegmentIndex;
 use crate::format::{crc32, record};
 use crate::journal::appender::append::Append;
-use crate::journal::query::labels_of;
 use crate::sync::{Gate, Mutex, Signal};
 
 /// What became of a group.

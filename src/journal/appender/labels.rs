@@ -42,10 +42,8 @@ impl RecentLabels {
         self.floor
     }
 
-    /// Takes in the labels of the next event.
-    pub(super) fn push(&mut self, mut labels: Vec<u64>) {
-        labels.sort_unstable();
-        labels.dedup();
+    /// Takes in the labels of the next event, ascending.
+    pub(super) fn push(&mut self, labels: Vec<u64>) {
         let position = self.floor.advance(self.entries.len() as u64);
         for label in &labels {
             self.places.entry(*label).or_default().push_back(position);
@@ -127,8 +125,8 @@ fn behind(places: &VecDeque<Position>, from: Position) -> impl Iterator<Item = P
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::labels::labels_of;
     use crate::format::record;
-    use crate::journal::query::labels_of;
     use crate::{NewEvent, Revision, StreamId};
 
     /// A list that is looked through from end to end answers the same, however much was forgotten.
