@@ -194,11 +194,9 @@ impl CommandId {
         hasher.update(&self.0);
         hasher.update(&index.to_le_bytes());
         hasher.update(stream.as_str().as_bytes());
-        let id = u128::from_be_bytes(first_16(&hasher));
         // A UUID of version 8: its maker says what it means.
-        let (version, variant) = (0xF_u128 << 76, 0b11_u128 << 62);
-        let id = id & !version & !variant | 8 << 76 | 0b10 << 62;
-        EventId::from_bytes(id.to_be_bytes())
+        let id = uuid::Builder::from_custom_bytes(first_16(&hasher)).into_uuid();
+        EventId::from_bytes(id.into_bytes())
     }
 }
 

@@ -100,13 +100,13 @@ impl QueryItem {
         self
     }
 
-    fn matches(&self, event_type: &str, has_tag: impl Fn(&String) -> bool) -> bool {
+    pub(super) fn matches(&self, event_type: &str, has_tag: impl Fn(&String) -> bool) -> bool {
         let of_type = self.types.is_empty() || self.types.iter().any(|name| name == event_type);
         of_type && self.tags.iter().all(has_tag)
     }
 
     /// The hashes of its types and of its tags.
-    pub(crate) fn labels(&self) -> (Vec<u64>, Vec<u64>) {
+    pub(super) fn labels(&self) -> (Vec<u64>, Vec<u64>) {
         let types = self.types.iter().map(|name| type_label(name));
         (types.collect(), self.tags.iter().map(|tag| tag_label(tag)).collect())
     }

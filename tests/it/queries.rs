@@ -171,13 +171,13 @@ impl Tried {
     fn judge(&self, history: &[Recorded]) -> Result<(), String> {
         let meant = |range: std::ops::Range<u64>| {
             let events = history.get(range.start as usize..range.end as usize).unwrap_or_default();
-            events.iter().find(|event| self.query.matches(event)).map(|event| event.position())
+            events.iter().find(|event| self.query.matches(event)).map(Recorded::position)
         };
         let at = |id: &EventId| history.iter().find(|event| event.id() == *id);
         match &self.outcome {
             Ok(appended) => {
                 let place = appended.receipt().events[0].position;
-                if at(&self.ids[0]).map(|event| event.position()) != Some(place) {
+                if at(&self.ids[0]).map(Recorded::position) != Some(place) {
                     return Err(format!("what was appended at {place} isn't there"));
                 }
                 match meant(self.from.get()..place.get()) {
@@ -196,7 +196,7 @@ impl Tried {
                 }
             }
             // Nobody knows; but if it is there, its condition was met.
-            Err(_) => match at(&self.ids[0]).map(|event| event.position()) {
+            Err(_) => match at(&self.ids[0]).map(Recorded::position) {
                 Some(place) => match meant(self.from.get()..place.get()) {
                     Some(there) => Err(format!("appended at {place} in spite of {there}")),
                     None => Ok(()),
