@@ -116,6 +116,8 @@ mod specifications {
     #[cfg(all(feature = "views", feature = "shipping"))]
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../docs/commands.md")]
+    struct Commands;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[cfg(feature = "shipping")]
