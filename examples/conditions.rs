@@ -17,11 +17,14 @@ const ROUNDS: u64 = 20_000;
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
-    let mut sizes = std::env::args().skip(1).map(|arg| arg.parse()).collect::<Result<Vec<_>, _>>()?;
+    let mut sizes =
+        std::env::args().skip(1).map(|arg| arg.parse()).collect::<Result<Vec<_>, _>>()?;
     if sizes.is_empty() {
         sizes = vec![100_000, 1_000_000, 3_000_000];
     }
-    println!("    events segments | append ns  on condition ns  same, old position ns | query, first ms  again ms");
+    println!(
+        "    events segments | append ns  on condition ns  same, old position ns | query, first ms  again ms"
+    );
     sizes.into_iter().try_for_each(measure)
 }
 

@@ -28,11 +28,23 @@ impl Journal {
         let rest = end.offset.saturating_sub(offset);
         let worth = rest >= end.offset.saturating_sub(segment.base_offset()) / 2;
         let places = self.label_file(&segment, worth).and_then(|file| {
-            let places = query.places(&|label| file.places(label)).ok()??;
-            let places = places.into_iter().map(|place| base.advance(u64::from(place)));
+            let Ok(places) = query.places(&|label| file.places(label)) else {
+                self.remove_labels(segment.number());
+                return None;
+            };
+            let places = places?.into_iter().map(|place| base.advance(u64::from(place)));
             Some(places.filter(|place| (from..end.position).contains(place)).collect())
         });
         Some(Part { end: end.position, places })
+    }
+
+    /// They are damaged: the next query lays them out anew. An effort.
+    fn remove_labels(&self, number: u64) {
+        if self.0.access == Access::Writer {
+            let files = &self.0.files;
+            drop(files.fs().remove(&files.layout().labels(number)));
+            files.forget(FileKey::Labels(number));
+        }
     }
 
     /// The labels of a sealed segment, if there are valid ones, or they can be laid out and that is worth it.

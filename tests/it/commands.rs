@@ -328,6 +328,26 @@ fn an_event_that_cant_be_understood_stops_commands_and_is_named() {
         }
     }
     assert_eq!(store.journal().end().position, Position::new(3));
+    // Who says that they don't matter passes over them.
+    store.execute::<Lenient>(&a, &()).unwrap();
+    assert_eq!(store.commands::<Lenient>().load(&a).unwrap().revision(), Some(Revision::new(2)));
+}
+
+#[derive(Clone, Default)]
+struct Lenient;
+
+impl Aggregate for Lenient {
+    const NAME: &'static str = "lenient";
+    const PASSES_UNKNOWN_EVENTS: bool = true;
+    type Event = SumEvent;
+    type Command = ();
+    type Error = String;
+
+    fn apply(&mut self, _: &Recorded<SumEvent>) {}
+
+    fn decide(&self, (): &()) -> Result<Vec<SumEvent>, String> {
+        Ok(vec![Added(1).into()])
+    }
 }
 
 /// Else a command would work until the store is opened again.
