@@ -397,6 +397,12 @@ pub enum AppendError {
         /// Revision of its last event; `None` if it has none.
         actual: Option<Revision>,
     },
+    /// There is an event that a condition on a query excludes. Certainly not written.
+    #[error("the event at position {position} is one that the append expects not to be there")]
+    QueryConflict {
+        /// Position of the first such event.
+        position: Position,
+    },
     /// Some of the events exist already, but not all of them as one batch. Certainly not written.
     #[error("{known} of {total} events exist already")]
     PartialDuplicate {
@@ -428,15 +434,15 @@ pub enum AppendError {
     /// An earlier write or sync failed. Certainly not written.
     #[error(transparent)]
     Poisoned(Poison),
-    /// A view remembers events that the journal has lost. Certainly not written.
+    /// A view or a reactor remembers events that the journal has lost. Certainly not written.
     #[error(
-        "view {view} has applied the journal up to position {applied}, but the journal ends at {end}: its \
-         tail is lost"
+        "{view} has applied the journal up to position {applied}, but the journal ends at {end}: its tail is \
+         lost"
     )]
     LostTail {
-        /// The view.
+        /// The view or reactor.
         view: &'static str,
-        /// How far the view has got.
+        /// How far it has got.
         applied: Position,
         /// Where the journal ends.
         end: Position,
@@ -484,6 +490,7 @@ impl AppendError {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::Conflict { .. } => "append.conflict",
+            Self::QueryConflict { .. } => "append.query_conflict",
             Self::PartialDuplicate { .. } => "append.partial_duplicate",
             Self::TooLarge { .. } => "append.too_large",
             Self::Invalid(_) => "append.invalid",
@@ -503,6 +510,9 @@ impl AppendError {
             Self::Conflict { .. } => {
                 "read the stream again, decide again, and append with its new revision"
             }
+            Self::QueryConflict { .. } => {
+                "read the query again, decide again, and append with the position up to which it was read"
+            }
             Self::PartialDuplicate { .. } => {
                 "give new events new ids, and retries exactly the events of the first try"
             }
@@ -514,7 +524,7 @@ impl AppendError {
             }
             Self::Poisoned(_) => "check the device, then open the store again",
             Self::LostTail { .. } => {
-                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"
+                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside, or the reactor with ReactorOptions::restart"
             }
             Self::Closed => "open the store again",
             Self::Read(_) => "see the cause; nothing was written",

@@ -46,6 +46,8 @@
 //! |---|---|
 //! | [`store`] | what a service opens; wires the parts |
 //! | [`journal`] | appending, reading, recovery |
+//! | [`command`] | aggregates that decide on commands |
+//! | [`reactor`] | side effects of events |
 //! | `view` | rows folded from events |
 //! | `shipping` | origins and mirrors |
 //! | [`doctor`], [`repair`] | what is wrong with a store, and what can be done about it |
@@ -56,6 +58,7 @@
 //! | [`upcast`], [`schema`] | what becomes of events in older forms, and the proof that all of them can be read |
 
 pub mod codec;
+pub mod command;
 pub mod doctor;
 #[cfg(feature = "test-kit")]
 #[doc(hidden)]
@@ -77,6 +80,7 @@ pub mod planted;
 #[cfg(not(feature = "test-kit"))]
 mod planted;
 pub mod position;
+pub mod reactor;
 pub mod retention;
 pub mod schema;
 #[cfg(feature = "shipping")]
@@ -98,10 +102,10 @@ pub use event::{
 pub use journal::repair;
 pub use journal::{
     Append, Appended, BackupError, BackupReport, CloseError, Comparison, Cursor, CursorBatch,
-    Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Receipt,
-    RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo, SegmentState,
-    StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenState, VerifyProgress,
-    VerifyReport, abandon_restore, restore, verify, verify_deep,
+    Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Query, QueryEvents,
+    QueryItem, Receipt, RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo,
+    SegmentState, StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenState,
+    VerifyProgress, VerifyReport, abandon_restore, restore, verify, verify_deep,
 };
 pub use options::JournalOptions;
 pub use position::{
@@ -127,6 +131,8 @@ mod specifications {
     #[cfg(feature = "derive")]
     #[doc = include_str!("../docs/evolution.md")]
     struct Evolution;
+    #[doc = include_str!("../docs/commands.md")]
+    struct Commands;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[cfg(feature = "shipping")]

@@ -4,8 +4,8 @@
 //!   0 ········ first ── sealed ── sealed ── target ── sealed ── active
 //!   removed before      └──── would be removed ───┘      └ never
 //!                                                 ▲
-//!         the lowest of: what was asked for · every view's durable checkpoint · every mirror's lease ·
-//!                        what the archive has
+//!         the lowest of: what was asked for · every view's and reactor's durable checkpoint ·
+//!                        every mirror's lease · what the archive has
 //! ```
 //! - Whole sealed segments, from the front, and only if a verified archive has every byte of them, or the
 //!   loss of the history is ordered by naming the position at which the journal is to begin.
@@ -26,12 +26,12 @@ use crate::error::{IoError, OpenError, ReadError};
 use crate::format::files::Role;
 use crate::format::leases::Lease;
 use crate::fs::Fs;
-#[cfg(feature = "views")]
 use crate::journal::Comparison;
 use crate::journal::retention::{Guard, Removable};
 use crate::journal::{Appender, Ingest, Journal};
 use crate::options::JournalOptions;
 use crate::position::{JournalId, NodeId, Position};
+use crate::reactor::{REACTORS, checkpoint};
 
 pub use crate::journal::retention::ArchiveError;
 
@@ -115,6 +115,18 @@ pub enum Holder {
         /// The folder.
         path: PathBuf,
     },
+    /// A reactor: how far what it has done is recorded.
+    Reactor {
+        /// Its name.
+        name: String,
+        /// Its folder.
+        path: PathBuf,
+    },
+    /// Reactors of which nothing can be found out: their folder or checkpoint can't be read.
+    UnknownReactors {
+        /// The folder or file.
+        path: PathBuf,
+    },
     /// A mirror: how far it has said that it is durable.
     Mirror {
         /// Its node id; `None` if it had no mirror yet when it subscribed.
@@ -149,6 +161,10 @@ impl std::fmt::Display for Holder {
             Self::UnknownViews { path } => {
                 write!(f, "views that can't be read: {}", path.display())
             }
+            Self::Reactor { name, .. } => write!(f, "reactor {name}"),
+            Self::UnknownReactors { path } => {
+                write!(f, "reactors that can't be read: {}", path.display())
+            }
             Self::Mirror { node: Some(node), .. } => write!(f, "mirror {node}"),
             Self::Mirror { node: None, .. } => f.write_str("a mirror that had no id yet"),
             Self::UnknownMirrors { path } => {
@@ -168,6 +184,8 @@ impl Holder {
         match self {
             Self::View { .. } => "view",
             Self::UnknownViews { .. } => "unknown_views",
+            Self::Reactor { .. } => "reactor",
+            Self::UnknownReactors { .. } => "unknown_reactors",
             Self::Mirror { .. } => "mirror",
             Self::UnknownMirrors { .. } => "unknown_mirrors",
             Self::Archive { .. } => "archive",
@@ -186,6 +204,10 @@ impl Holder {
             Self::UnknownViews { .. } => {
                 "run it with a build that has views, or mend or delete the folder"
             }
+            Self::Reactor { .. } => {
+                "let the reactor catch up, or skip what it has halted at; one that nobody needs any more is deleted with its folder"
+            }
+            Self::UnknownReactors { .. } => "mend or delete the folder",
             Self::Mirror { .. } => {
                 "let the mirror catch up; one that is gone for good lets go after lease_age_max"
             }
@@ -369,8 +391,8 @@ pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, Re
     let defaults = JournalOptions::default();
     match journal.role() {
         Role::Origin => {
-            // As a store does it: where views remember events, an empty journal is a loss.
-            let remembered = fs.list(&views_dir(dir)).is_ok_and(|names| !names.is_empty());
+            // As a store does it: where views or reactors remember events, an empty journal is a loss.
+            let remembered = is_remembered(&**fs, &beside(dir));
             let appender = Appender::open(fs, dir, &defaults, remembered)?;
             let outcome = apply_to(appender.journal(), options);
             let closed = appender.close();
@@ -417,6 +439,7 @@ pub(crate) fn plan_of(journal: &Journal, options: &Options) -> Result<Plan, Rete
     let (wanted, past_active) = wanted(journal, &removable, options.until);
     let asked = removable.get(..wanted).and_then(<[_]>::last).map_or(first, end_of);
     let mut gates = views(journal);
+    gates.extend(reactors(journal));
     gates.extend(mirrors(journal, options));
     for gate in &mut gates {
         // It can't go on any more in any case.
@@ -523,13 +546,51 @@ fn mirrors(journal: &Journal, options: &Options) -> Vec<Gate> {
     leases.iter().map(gate).collect()
 }
 
-/// The folder of the views of a journal.
-fn views_dir(dir: &Path) -> PathBuf {
-    let beside = match dir.file_name() {
+/// The folder in which a journal's lies, and what follows it.
+fn beside(dir: &Path) -> PathBuf {
+    match dir.file_name() {
         Some(_) => dir.parent().unwrap_or(dir).to_owned(),
         None => dir.join(".."), // `.`, say: what is in front of its last name isn't where it lies
+    }
+}
+
+/// The folder of the views of a journal.
+fn views_dir(dir: &Path) -> PathBuf {
+    beside(dir).join("views")
+}
+
+/// Whether something in the store's directory `dir` remembers events of its journal.
+pub(crate) fn is_remembered(fs: &dyn Fs, dir: &Path) -> bool {
+    let has_any = |name| fs.list(&dir.join(name)).is_ok_and(|names| !names.is_empty());
+    has_any("views") || has_any(REACTORS)
+}
+
+/// Every reactor, as it is on disk.
+fn reactors(journal: &Journal) -> Vec<Gate> {
+    let dir = beside(journal.dir()).join(REACTORS);
+    let unknown = |path: PathBuf| {
+        let holder = Holder::UnknownReactors { path };
+        Gate { holder, position: None, passed_over: false }
     };
-    beside.join("views")
+    let gate = |name: String| {
+        let path = dir.join(&name);
+        match checkpoint::read_durable(&**journal.fs(), &path) {
+            // It hasn't begun: when it does, it begins with what is left.
+            Ok(None) => None,
+            Ok(Some(Ok(place))) => {
+                let differs = is_of_another_history(journal, &place.checkpoint);
+                let position = Some(if differs { Position::START } else { place.next });
+                let holder = Holder::Reactor { name, path };
+                Some(Gate { holder, position, passed_over: false })
+            }
+            Ok(Some(Err(_))) | Err(_) => Some(unknown(checkpoint::path(&path))),
+        }
+    };
+    match journal.list(&dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(_) => vec![unknown(dir.clone())],
+        Ok(names) => names.into_iter().filter_map(gate).collect(),
+    }
 }
 
 /// Every generation of every view, as it is on disk.
@@ -559,7 +620,9 @@ fn view(
     let gate = |generation: crate::view::Generation| {
         let path = generation.folder().to_owned();
         let position = match generation.checkpoint(journal.id()) {
-            Ok(Some(checkpoint)) if generation.live && is_to_be_rebuilt(journal, &checkpoint) => {
+            Ok(Some(checkpoint))
+                if generation.live && is_of_another_history(journal, &checkpoint) =>
+            {
                 Position::START
             }
             Ok(Some(checkpoint)) => checkpoint.position,
@@ -576,9 +639,9 @@ fn view(
     generations.into_iter().map(gate).collect()
 }
 
-/// Whether a view that has come so far is of another history: then it is built anew when it is opened next.
-#[cfg(feature = "views")]
-fn is_to_be_rebuilt(journal: &Journal, checkpoint: &crate::Checkpoint) -> bool {
+/// Whether what has come so far is of another history: then a view is built anew when it is opened next, and of
+/// a reactor somebody has to say where it begins.
+fn is_of_another_history(journal: &Journal, checkpoint: &crate::Checkpoint) -> bool {
     match journal.compare(checkpoint) {
         Ok(Comparison::Differs | Comparison::Foreign) => true,
         // A mirror may still come to where its view is.

@@ -3,29 +3,39 @@
 //! ```text
 //! DIR/journal/          the journal: all there is to lose
 //! DIR/views/            views of the own journal: delete them, they come back
-//! DIR/mirrors/NAME/     a mirror of a peer's journal in `journal/`, and its views in `views/`
+//! DIR/reactors/         how far reactors of the own journal are
+//! DIR/snapshots/        snapshots of aggregates: delete them, they come back
+//! DIR/mirrors/NAME/     a mirror of a peer's journal in `journal/`, its views in `views/`, its reactors
+//!                       in `reactors/`
 //! ```
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::command::{self, Aggregate, Commands, ExecuteError, Executed};
 use crate::error::{AppendError, IoError, OpenError, ReadError};
-use crate::event::{Revision, StreamId};
+use crate::event::{EventId, Recorded, Revision, StreamId};
 use crate::fs::Fs;
 use crate::fs::os::OsFs;
 use crate::journal::{
-    Append, Appended, Appender, CloseError, Events, EventsBackward, Journal, RecoveryReport,
-    StreamEvents, StreamEventsBackward, Subscription, Ticket,
+    Append, Appended, Appender, CloseError, Events, EventsBackward, Journal, Query, QueryEvents,
+    RecoveryReport, StreamEvents, StreamEventsBackward, Subscription, Ticket,
 };
 use crate::options::JournalOptions;
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, Position, Token};
+use crate::reactor::{self, OpenReactorError, REACTORS, Reactor, ReactorHandle, ReactorOptions};
 use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
 use crate::view::{View, ViewError, ViewHandle, ViewOptions};
 
+/// How many aggregates are kept in memory, unless said otherwise.
+const AGGREGATES_CACHED_MAX: usize = 1024;
+
 /// The folder of a journal's views, beside the journal.
+#[cfg(feature = "views")]
 const VIEWS: &str = "views";
 
 /// A service's database: its event journal, and what follows it. Cheap to clone; all clones are one store.
@@ -55,13 +65,14 @@ struct Inner {
     dir: PathBuf,
     #[cfg(feature = "shipping")]
     options: JournalOptions,
-    #[cfg(feature = "shipping")]
     fs: Arc<dyn Fs>,
     appender: Appender,
-    /// Views, by name, that remember events which the journal has lost: nothing is appended until that is
-    /// settled for all of them.
-    #[cfg(feature = "views")]
-    lost_tail: parking_lot::RwLock<std::collections::BTreeMap<&'static str, AppendError>>,
+    /// The aggregates that were used last.
+    aggregates: command::Cache,
+    turns: command::Turns,
+    /// Views and reactors, by kind and name, that remember events which the journal has lost: nothing is
+    /// appended until that is settled for all of them.
+    lost_tail: parking_lot::RwLock<BTreeMap<(&'static str, &'static str), AppendError>>,
 }
 
 /// How to open a store; see [`Store::builder`].
@@ -71,6 +82,7 @@ pub struct StoreBuilder {
     options: JournalOptions,
     create: Create,
     fs: Arc<dyn Fs>,
+    aggregates_cached_max: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +127,7 @@ impl Store {
             options: JournalOptions::default(),
             create: Create::Never,
             fs: Arc::new(OsFs),
+            aggregates_cached_max: AGGREGATES_CACHED_MAX,
         }
     }
 
@@ -143,6 +156,46 @@ impl Store {
         self.inner.appender.submit(append)
     }
 
+    /// Executes a command on the aggregate of a stream: folds its events, lets it decide, and appends what it
+    /// has decided, or begins again if other events came between. The events are durable when this returns `Ok`.
+    ///
+    /// [`commands`](Self::commands) does the same with options, and for commands that may be sent twice.
+    ///
+    /// Blocks for reading what isn't in memory and for the disk. See [`Aggregate`] for an example.
+    ///
+    /// # Errors
+    /// [`ExecuteError`].
+    pub fn execute<A: Aggregate>(
+        &self,
+        stream: &StreamId,
+        command: &A::Command,
+    ) -> Result<Executed, ExecuteError<A::Error>> {
+        self.commands::<A>().execute(stream, command)
+    }
+
+    /// What executes commands of one kind of aggregate, with options.
+    #[must_use]
+    pub fn commands<A: Aggregate>(&self) -> Commands<A> {
+        Commands::new(self)
+    }
+
+    /// The batch of the event with this id, and its token, if it is among the last events; once it is durable.
+    pub(crate) fn find(&self, id: EventId) -> Result<Option<(Token, Vec<Recorded>)>, AppendError> {
+        self.inner.appender.find(id)
+    }
+
+    pub(crate) fn aggregates(&self) -> &command::Cache {
+        &self.inner.aggregates
+    }
+
+    pub(crate) fn turns(&self) -> &command::Turns {
+        &self.inner.turns
+    }
+
+    pub(crate) fn fs(&self) -> &Arc<dyn Fs> {
+        &self.inner.fs
+    }
+
     /// The last failure beside the commit path: recording the durable end, preparing the next segment or
     /// cutting a full one; `None` if the last attempt worked. It makes no append fail; it weakens what recovery
     /// can prove, or makes the next roll slower. Worth an alert.
@@ -160,12 +213,7 @@ impl Store {
         self.inner.appender.flush()
     }
 
-    #[cfg_attr(
-        not(feature = "views"),
-        allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "only views remember")
-    )]
     fn refuse_lost_tail(&self) -> Result<(), AppendError> {
-        #[cfg(feature = "views")]
         if let Some(error) = self.inner.lost_tail.read().values().next() {
             return Err(error.clone());
         }
@@ -196,6 +244,14 @@ impl Store {
         from: Revision,
     ) -> Result<StreamEvents, ReadError> {
         self.journal().read_stream(stream, from)
+    }
+
+    /// The durable events from `from` on that a query means; see [`Journal::read_query`].
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_query(&self, query: &Query, from: Position) -> Result<QueryEvents, ReadError> {
+        self.journal().read_query(query, from)
     }
 
     /// The durable events in front of `before`, the newest first; see [`Journal::read_all_backward`].
@@ -255,9 +311,9 @@ impl Store {
             Err(ViewError::LostTail { checkpoint, end, .. }) => {
                 let (view, applied, end) = (V::NAME, checkpoint.position, *end);
                 let error = AppendError::LostTail { view, applied, end };
-                self.inner.lost_tail.write().insert(view, error);
+                self.inner.lost_tail.write().insert((VIEWS, view), error);
             }
-            Ok(_) => drop(self.inner.lost_tail.write().remove(V::NAME)),
+            Ok(_) => drop(self.inner.lost_tail.write().remove(&(VIEWS, V::NAME))),
             Err(_) => {}
         }
         opened
@@ -289,6 +345,52 @@ impl Store {
         }
         let beside = journal.dir().parent().unwrap_or(&self.inner.dir);
         crate::view::open(&beside.join(VIEWS), journal.clone(), view, options)
+    }
+
+    /// Opens a reactor to the store's own journal, which begins where its options say if it is new and otherwise
+    /// goes on where it was, in a thread of its own.
+    ///
+    /// # Errors
+    /// [`OpenReactorError`]. After [`OpenReactorError::LostTail`] (it has reacted to events that the journal has
+    /// lost) the store refuses appends, until the journal was restored or the reactor is opened with
+    /// [`ReactorOptions::restart`].
+    pub fn react<R: Reactor>(
+        &self,
+        reactor: R,
+        options: ReactorOptions,
+    ) -> Result<ReactorHandle, OpenReactorError> {
+        let (dir, journal) = (self.inner.dir.join(REACTORS), self.journal().clone());
+        let opened = reactor::open(&self.inner.fs, &dir, journal, reactor, options);
+        match &opened {
+            Err(OpenReactorError::LostTail { checkpoint, end, .. }) => {
+                let (view, applied, end) = (R::NAME, checkpoint.position, *end);
+                let error = AppendError::LostTail { view, applied, end };
+                self.inner.lost_tail.write().insert((REACTORS, view), error);
+            }
+            Ok(_) => drop(self.inner.lost_tail.write().remove(&(REACTORS, R::NAME))),
+            Err(_) => {}
+        }
+        opened
+    }
+
+    /// Opens a reactor to a mirrored journal: get it from
+    #[cfg_attr(feature = "shipping", doc = "[`Mirror::wait_ready`].")]
+    #[cfg_attr(not(feature = "shipping"), doc = "a mirror (feature `shipping`).")]
+    /// What is stored of it lies beside the mirror.
+    ///
+    /// # Errors
+    /// [`OpenReactorError`].
+    pub fn react_to<R: Reactor>(
+        &self,
+        journal: &Journal,
+        reactor: R,
+        options: ReactorOptions,
+    ) -> Result<ReactorHandle, OpenReactorError> {
+        if journal.node() == self.journal().node() {
+            return self.react(reactor, options);
+        }
+        let dir = journal.dir().parent().unwrap_or(&self.inner.dir).join(REACTORS);
+        reactor::open(&self.inner.fs, &dir, journal.clone(), reactor, options)
     }
 
     /// Serves the journal to mirrors in other services, at an address of the loopback (the connection is
@@ -423,6 +525,14 @@ impl StoreBuilder {
         self
     }
 
+    /// Sets how many aggregates, those that were used last, stay in memory for the next command
+    /// ([`Store::execute`]). Default 1024; 0 keeps none.
+    #[must_use]
+    pub fn aggregates_cached_max(mut self, aggregates: usize) -> Self {
+        self.aggregates_cached_max = aggregates;
+        self
+    }
+
     /// Uses another file system for the journal.
     #[cfg(feature = "test-kit")]
     #[must_use]
@@ -436,7 +546,7 @@ impl StoreBuilder {
     /// # Errors
     /// [`OpenError`].
     pub fn open(self) -> Result<Store, OpenError> {
-        let Self { dir, options, create, fs } = self;
+        let Self { dir, options, create, fs, aggregates_cached_max } = self;
         let journal = dir.join("journal");
         let appender = match create {
             Create::Always => Appender::create(&fs, &journal, &options)?,
@@ -455,17 +565,17 @@ impl StoreBuilder {
                 dir,
                 #[cfg(feature = "shipping")]
                 options,
-                #[cfg(feature = "shipping")]
                 fs,
                 appender,
-                #[cfg(feature = "views")]
+                aggregates: command::Cache::new(aggregates_cached_max),
+                turns: command::Turns::default(),
                 lost_tail: parking_lot::RwLock::default(),
             }),
         })
     }
 }
 
-/// Whether views of the own journal exist: then there were events, and an empty journal is a loss.
+/// Whether views or reactors of the own journal exist: then there were events, and an empty journal is a loss.
 fn remembered(fs: &Arc<dyn Fs>, dir: &Path) -> bool {
-    fs.list(&dir.join(VIEWS)).is_ok_and(|names| !names.is_empty())
+    retention::is_remembered(&**fs, dir)
 }

@@ -334,7 +334,7 @@ pub(crate) fn remove_segments(
 ) -> Result<(), IoError> {
     let mut removed = false;
     for number in numbers {
-        for path in [layout.segment(number), layout.sidecar(number)] {
+        for path in [layout.segment(number), layout.sidecar(number), layout.labels(number)] {
             match fs.remove(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 outcome => outcome.context("removing", &path)?,

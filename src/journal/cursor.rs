@@ -145,6 +145,11 @@ impl Cursor {
         self.position
     }
 
+    /// The offset of the next batch.
+    pub(super) const fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// The journal that is read.
     #[must_use]
     pub const fn journal(&self) -> &Journal {

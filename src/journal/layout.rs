@@ -7,6 +7,7 @@
 //!   0000000000000000.seg    segments, by number in hexadecimal
 //!   0000000000000000.idx    sidecars of sealed segments (derived)
 //!   0000000000000000-1.map  maps of streams to segments, by level (derived)
+//!   0000000000000000.lbl    types and tags of sealed segments (derived)
 //!   base                    what is known of a prefix that retention has removed, if it has
 //!   gaps                    losses that were accepted, if there are any
 //!   leases                  up to where mirrors have said to be durable, if there are any
@@ -36,6 +37,9 @@ pub(crate) const RESERVE: &str = "reserve";
 pub(crate) const NEW: &str = ".new";
 /// Ending of a sidecar that is being written.
 pub(crate) const SIDECAR_TEMP: &str = "idx.new";
+/// Ending of a file of labels, and of one that is being written.
+pub(crate) const LABELS: &str = "lbl";
+pub(crate) const LABELS_TEMP: &str = "lbl.new";
 
 const TORN: &str = "torn";
 
@@ -82,6 +86,15 @@ impl Layout {
     /// A sidecar that is being written.
     pub(crate) fn sidecar_temp(&self, number: u64) -> PathBuf {
         self.dir.join(format!("{number:016x}.{SIDECAR_TEMP}"))
+    }
+
+    pub(crate) fn labels(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:016x}.{LABELS}"))
+    }
+
+    /// A file of labels that is being written.
+    pub(crate) fn labels_temp(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{number:016x}.{LABELS_TEMP}"))
     }
 
     pub(crate) fn map(&self, level: u32, first: u64) -> PathBuf {

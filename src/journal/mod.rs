@@ -49,11 +49,13 @@ mod cursor;
 mod gaps;
 mod ingest;
 mod keeper;
-mod layout;
+mod labels;
+pub(crate) mod layout;
 pub(crate) mod leases;
 mod maps;
 mod mark;
 mod order;
+pub(crate) mod query;
 mod read;
 mod recent;
 mod recovery;
@@ -72,6 +74,7 @@ pub use backup::{BackupError, BackupReport};
 pub use backward::{EventsBackward, StreamEventsBackward};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
+pub use query::{Query, QueryEvents, QueryItem};
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
 pub use restore::{RestoreError, RestoreReport, abandon_restore, restore};
@@ -101,6 +104,9 @@ struct Shared {
     watch: Watch,
     segments: RwLock<Segments>,
     maps: Maps,
+    access: Access,
+    /// Held while the labels of a segment are laid out.
+    labelling: Mutex<()>,
     /// Position of the first event that is retained.
     first: AtomicU64,
     /// Held while segments are removed; the writer isn't closed meanwhile.
@@ -210,6 +216,8 @@ impl Journal {
             leases: leases::Known::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
+            access,
+            labelling: Mutex::new(()),
             heads: quick_cache::sync::Cache::new(HEADS_MAX),
         }));
         if access == Access::Writer {

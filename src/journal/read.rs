@@ -109,7 +109,7 @@ impl Journal {
     }
 
     /// Refuses a revision whose event was removed.
-    pub(super) fn check_stream(&self, stream: &StreamId, from: Revision) -> Result<(), ReadError> {
+    pub(crate) fn check_stream(&self, stream: &StreamId, from: Revision) -> Result<(), ReadError> {
         let Some(base) = self.base() else { return Ok(()) };
         match base.head(stream)? {
             Some(head) if from <= head => {

@@ -1048,7 +1048,9 @@ fn remove_stale(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoE
     let oldest = survey.kept.first().map_or(0, Kept::number);
     let mut removed = false;
     for name in &names {
-        let sidecar = layout::number_of(name, "idx")
+        let number = layout::number_of(name, "idx");
+        let sidecar = number
+            .or_else(|| layout::number_of(name, layout::LABELS))
             .is_some_and(|number| sealed.binary_search_by_key(&number, Kept::number).is_err());
         let spare =
             layout::number_of(name, "seg").is_some_and(|number| survey.spares.contains(&number));
@@ -1056,7 +1058,9 @@ fn remove_stale(fs: &dyn Fs, layout: &Layout, survey: &Survey) -> Result<(), IoE
             let covered = maps::covered(level, first);
             covered.end > active || covered.end <= oldest
         });
-        let unfinished = layout::number_of(name, layout::SIDECAR_TEMP).is_some();
+        let unfinished = [layout::SIDECAR_TEMP, layout::LABELS_TEMP]
+            .iter()
+            .any(|ending| layout::number_of(name, ending).is_some());
         if sidecar || spare || map || unfinished {
             let path = layout.file(name);
             fs.remove(&path).context("removing", &path)?;

@@ -61,6 +61,10 @@ pub(crate) struct Removable {
 pub(crate) type Guard<'a> = parking_lot::MutexGuard<'a, ()>;
 
 impl Journal {
+    pub(crate) fn fs(&self) -> &Arc<dyn Fs> {
+        self.0.files.fs()
+    }
+
     pub(crate) fn list(&self, dir: &Path) -> std::io::Result<Vec<String>> {
         self.0.files.fs().list(dir)
     }

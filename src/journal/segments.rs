@@ -114,6 +114,7 @@ pub(crate) struct Files {
 pub(crate) enum FileKey {
     Segment(u64),
     Sidecar(u64),
+    Labels(u64),
     /// Level, and number of the first segment.
     Map(u32, u64),
 }
@@ -151,6 +152,7 @@ impl Files {
         match key {
             FileKey::Segment(number) => self.layout.segment(number),
             FileKey::Sidecar(number) => self.layout.sidecar(number),
+            FileKey::Labels(number) => self.layout.labels(number),
             FileKey::Map(level, first) => self.layout.map(level, first),
         }
     }
@@ -159,6 +161,7 @@ impl Files {
     pub(crate) fn let_go(&self, number: u64) {
         self.forget(FileKey::Segment(number));
         self.forget(FileKey::Sidecar(number));
+        self.forget(FileKey::Labels(number));
     }
 
     /// The file is about to be made anew.
@@ -206,7 +209,7 @@ impl Pages for IndexFile {
     }
 }
 
-fn key_of(page: &SegmentPage, end: &Link) -> SidecarKey {
+pub(crate) fn key_of(page: &SegmentPage, end: &Link) -> SidecarKey {
     SidecarKey {
         segment: page.header.number,
         salt: page.header.salt,

@@ -17,6 +17,8 @@ mod benchmarks;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "test-kit")]
+mod commands;
+#[cfg(feature = "test-kit")]
 mod crash;
 mod doctor;
 mod dump;
@@ -37,7 +39,11 @@ mod poison;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
 #[cfg(feature = "test-kit")]
+mod queries;
+#[cfg(feature = "test-kit")]
 mod races;
+#[cfg(feature = "test-kit")]
+mod reactors;
 #[cfg(feature = "test-kit")]
 mod reads;
 #[cfg(feature = "views")]

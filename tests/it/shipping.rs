@@ -1029,3 +1029,72 @@ fn a_closed_mirror_is_trimmed_and_goes_on_following() {
     mirror.stop().unwrap();
     assert!(headwater::verify_deep(&OsFs, &path, &mut |_| {}).unwrap().is_healthy());
 }
+
+/// Writes down at which positions it has reacted.
+#[derive(Clone, Default)]
+struct Positions(Arc<std::sync::Mutex<Vec<u64>>>);
+
+impl headwater::reactor::Reactor for Positions {
+    const NAME: &'static str = "positions";
+    type Event = Vec<u8>;
+
+    fn react(
+        &self,
+        event: &headwater::Recorded<Vec<u8>>,
+        _: &headwater::reactor::IdempotencyKey,
+    ) -> Result<(), headwater::reactor::ReactError> {
+        self.0.lock().unwrap().push(event.position().get());
+        Ok(())
+    }
+}
+
+/// A mirror that had to be fetched again is behind what was reacted to, for a while: nothing is done twice.
+#[test]
+fn a_reactor_of_a_mirror_waits_until_the_mirror_is_where_it_was() {
+    use headwater::reactor::{ReactorOptions, ReactorState, Start};
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let here = dir.path().join("here");
+    let mirrored = here.join("mirrors/peer/journal");
+    let recorder = Positions::default();
+    let older = dir.path().join("older");
+    let follow_peer = |origin: &Origin| {
+        let store = Store::builder(&here).create_if_missing().open().unwrap();
+        let mirror = store.mirror_with("peer", origin.address.to_string(), options()).unwrap();
+        (store, mirror)
+    };
+    let react = |store: &Store, journal: &Journal| {
+        store.react_to(journal, recorder.clone(), ReactorOptions::new(Start::Beginning)).unwrap()
+    };
+    {
+        let (store, mirror) = follow_peer(&origin);
+        drop(converged(&mirror, &origin));
+        mirror.stop().unwrap();
+        drop(store);
+        copy_dir(&mirrored, &older);
+        let (store, mirror) = follow_peer(&origin);
+        origin.append(10..20);
+        let journal = converged(&mirror, &origin);
+        let reactor = react(&store, &journal);
+        assert!(reactor.wait_reacted(origin.end(), SOON));
+        reactor.close().unwrap();
+        mirror.stop().unwrap();
+    }
+    fs::remove_dir_all(&mirrored).unwrap();
+    copy_dir(&older, &mirrored);
+    origin.close();
+    let (store, mirror) = follow_peer(&origin);
+    let journal = mirror.wait_ready(SOON).unwrap();
+    assert_eq!(journal.end().position, Position::new(10));
+    let reactor = react(&store, &journal);
+    assert!(!reactor.wait_stopped(Duration::from_millis(100)));
+    assert!(matches!(reactor.status().state, ReactorState::AwaitingMirror));
+    origin.open();
+    origin.append(20..25);
+    converged(&mirror, &origin);
+    assert!(reactor.wait_reacted(origin.end(), SOON));
+    assert_eq!(*recorder.0.lock().unwrap(), (0..25).collect::<Vec<_>>());
+    assert!(matches!(reactor.status().state, ReactorState::Running));
+}

@@ -9,6 +9,7 @@ use crate::event::{EventId, ExpectedRevision, InvalidEvent, NewEvent, Revision, 
 use crate::format::batch::{BATCH_BYTES_LIMIT, BATCH_HEADER_BYTES};
 use crate::format::record;
 use crate::format::sidecar::id_hash;
+use crate::journal::query::Query;
 use crate::position::{Durability, Position, Token};
 
 /// What is to be appended, atomically: events to one or several streams, each with its condition.
@@ -24,6 +25,7 @@ use crate::position::{Durability, Position, Token};
 #[derive(Clone, Default)]
 pub struct Append {
     pub(super) parts: Vec<Part>,
+    pub(super) conditions: Vec<Condition>,
     pub(super) durability: Durability,
     /// Room for the batch's header, and the records of all parts, encoded when they were given; only their
     /// revisions are missing. So events are never kept as values, and a retry needs no second encoding.
@@ -33,6 +35,13 @@ pub struct Append {
     ids: Vec<EventId>,
     /// What is wrong with the first event that can't be written.
     invalid: Option<InvalidEvent>,
+}
+
+/// No event from a position on may be one that a query means.
+#[derive(Clone, Debug)]
+pub(super) struct Condition {
+    pub(super) query: Query,
+    pub(super) from: Position,
 }
 
 #[derive(Clone, Debug)]
@@ -81,6 +90,38 @@ impl Append {
     pub fn and_expect(mut self, stream: &StreamId, expected: ExpectedRevision) -> Self {
         let events = self.starts.len()..self.starts.len();
         self.parts.push(Part { stream: stream.clone(), expected, events });
+        self
+    }
+
+    /// A condition on events of any stream: it is only appended if no event at `from` or behind it is one that
+    /// the query means. So a decision that was made from [`read_query`](crate::Store::read_query) is appended
+    /// only if it would be made again.
+    ///
+    /// What such an event is looked for in costs what lies between `from` and the end, and among the last
+    /// events (some 100,000) only what the query itself costs: give the position up to which you have read.
+    ///
+    /// ```
+    /// use headwater::{Append, ExpectedRevision, NewEvent, Position, Query, QueryItem, Store, StreamId};
+    /// # let dir = tempfile::tempdir()?;
+    /// let store = Store::create(dir.path().join("users"))?;
+    /// // An address is given once, whatever the users' streams are.
+    /// let taken = Query::from(QueryItem::tags(["email:ada@example.org"]));
+    /// let mut found = store.read_query(&taken, Position::START)?;
+    /// assert!(found.next().is_none());
+    /// let registered = NewEvent::raw("user.registered", *b"Ada")?.tag("email:ada@example.org");
+    /// let append = Append::to(&StreamId::new("user-1")?, ExpectedRevision::NoStream, [registered])
+    ///     .and_expect_none(taken.clone(), found.position());
+    /// store.append(&append)?;
+    ///
+    /// let again = NewEvent::raw("user.registered", *b"Eve")?.tag("email:ada@example.org");
+    /// let append = Append::to(&StreamId::new("user-2")?, ExpectedRevision::NoStream, [again])
+    ///     .and_expect_none(taken, Position::START);
+    /// assert_eq!(store.append(&append).unwrap_err().code(), "append.query_conflict");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn and_expect_none(mut self, query: impl Into<Query>, from: Position) -> Self {
+        self.conditions.push(Condition { query: query.into(), from });
         self
     }
 
@@ -187,9 +228,13 @@ impl Append {
 
 impl fmt::Debug for Append {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { parts, durability, bytes, starts: _, ids, invalid } = self;
+        let Self { parts, conditions, durability, bytes, starts: _, ids, invalid } = self;
         let mut shown = f.debug_struct("Append");
-        shown.field("parts", parts).field("durability", durability).field("ids", ids);
+        shown
+            .field("parts", parts)
+            .field("conditions", conditions)
+            .field("durability", durability)
+            .field("ids", ids);
         shown.field("len_bytes", &bytes.len()).field("invalid", invalid).finish()
     }
 }

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{AppendError, ReadError};
-use crate::event::{ExpectedRevision, Recorded, Revision};
+use crate::event::{EventId, ExpectedRevision, Recorded, Revision};
+use crate::format::sidecar::id_hash;
 use crate::journal::Journal;
 use crate::journal::appender::group::{Group, Outcome};
 use crate::journal::appender::window::IdWindow;
@@ -21,6 +22,26 @@ pub(super) enum Decision {
     Conflict(AppendError),
     /// An event whose id has this hash is at a durable position.
     Known { hash: u64, position: Position },
+    /// Durable events that aren't in memory are to be looked at, for the conditions on queries.
+    Look,
+    /// The durable event at `position` may be one that this condition's query means.
+    Matches { condition: usize, position: Position },
+}
+
+/// What is known of an append's conditions on queries.
+#[derive(Debug)]
+pub(super) struct Looked {
+    /// For each condition: no event in front of this is meant.
+    up_to: Vec<Position>,
+    /// Events that only seemed to be meant, by their hashes.
+    others: Vec<Position>,
+}
+
+impl Looked {
+    pub(super) fn of(append: &Append) -> Self {
+        let up_to = append.conditions.iter().map(|condition| condition.from);
+        Self { up_to: up_to.collect(), others: Vec::new() }
+    }
 }
 
 /// Why the answer rests on a group.
@@ -52,6 +73,7 @@ impl Shared {
         append: &Append,
         hashes: &[u64],
         unknown: &[u64],
+        looked: &Looked,
     ) -> Result<Decision, AppendError> {
         for hash in hashes {
             let Some(position) = state.window.get(*hash) else { continue };
@@ -94,7 +116,118 @@ impl Shared {
                 firsts.push(head.map_or(Revision::FIRST, Revision::next));
             }
         }
-        Ok(Decision::Write(firsts))
+        let refused = self.decide_queries(state, append, looked)?;
+        Ok(refused.unwrap_or(Decision::Write(firsts)))
+    }
+
+    /// Decides the conditions on queries; `None` if all are met, by what is durable and by what is pending.
+    fn decide_queries(
+        &self,
+        state: &State,
+        append: &Append,
+        looked: &Looked,
+    ) -> Result<Option<Decision>, AppendError> {
+        let Some(labels) = &state.labels else { return Ok(None) };
+        let end = self.journal.end().position;
+        for (number, (condition, up_to)) in append.conditions.iter().zip(&looked.up_to).enumerate()
+        {
+            if *up_to > state.next.position {
+                // Of a history that this journal doesn't have: nobody knows what it was decided from.
+                return Err(ReadError::BeyondEnd { position: *up_to, end }.into());
+            }
+            if *up_to < labels.floor() {
+                if *up_to < end {
+                    return Ok(Some(Decision::Look));
+                }
+                let last = Position::new(labels.floor().get().saturating_sub(1));
+                let group = Arc::clone(state.group_of(last));
+                return Ok(Some(Decision::After(group, Rests::OnConflict)));
+            }
+            match labels.first_match(&condition.query, *up_to, &looked.others) {
+                Some(position) if position >= end => {
+                    let group = Arc::clone(state.group_of(position));
+                    return Ok(Some(Decision::After(group, Rests::OnConflict)));
+                }
+                Some(position) => {
+                    return Ok(Some(Decision::Matches { condition: number, position }));
+                }
+                None => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Looks for events that the conditions' queries mean among what is durable now. The answer, if there is one.
+    pub(super) fn look(
+        &self,
+        append: &Append,
+        looked: &mut Looked,
+    ) -> Result<Option<Result<Appended, AppendError>>, AppendError> {
+        for (condition, up_to) in append.conditions.iter().zip(&mut looked.up_to) {
+            if *up_to >= self.journal.end().position {
+                continue;
+            }
+            let mut events = self.journal.read_query(&condition.query, *up_to)?;
+            if let Some(event) = events.next().transpose()? {
+                return self.judge_conflict(append, event.position()).map(Some);
+            }
+            *up_to = events.position();
+        }
+        Ok(None)
+    }
+
+    /// A durable event has the labels that a query means: the answer, if it is meant indeed.
+    pub(super) fn judge_match(
+        &self,
+        append: &Append,
+        condition: usize,
+        position: Position,
+        looked: &mut Looked,
+    ) -> Result<Option<Result<Appended, AppendError>>, AppendError> {
+        let event = self.journal.read_all(position)?.next().transpose()?;
+        let query = append.conditions.get(condition).map(|condition| &condition.query);
+        if query.zip(event.as_ref()).is_some_and(|(query, event)| query.matches(event)) {
+            return self.judge_conflict(append, position).map(Some);
+        }
+        looked.others.push(position);
+        Ok(None)
+    }
+
+    /// The durable event at `position` is one that there must not be; unless it is the append's own, which comes
+    /// again.
+    fn judge_conflict(
+        &self,
+        append: &Append,
+        position: Position,
+    ) -> Result<Result<Appended, AppendError>, AppendError> {
+        let repeated = match self.judge_known(append, position)? {
+            Some(duplicate) => Some(duplicate),
+            None => self.repeated_beyond_window(append)?,
+        };
+        Ok(repeated.unwrap_or(Err(AppendError::QueryConflict { position })))
+    }
+
+    /// The batch of an event that is among the last ones, and its token; once it is durable.
+    pub(super) fn find(&self, id: EventId) -> Result<Option<(Token, Vec<Recorded>)>, AppendError> {
+        loop {
+            let state = self.state.lock();
+            let Some(position) = state.window.get(id_hash(&id)) else { return Ok(None) };
+            if position >= self.journal.end().position {
+                let group = Arc::clone(state.group_of(position));
+                drop(state);
+                Rests::OnDuplicate.check(self.see_through(&group))?;
+                continue;
+            }
+            drop(state);
+            let batch = match self.journal.events_around(position) {
+                Err(ReadError::Truncated { .. }) => return Ok(None),
+                batch => batch?,
+            };
+            if batch.iter().all(|event| event.id() != id) {
+                return Ok(None); // another id with the same hash
+            }
+            return Ok(Some((self.token_behind(&batch)?, batch)));
+        }
     }
 
     /// The event at `position` has the hash of one of the append's ids; `None` if it isn't one of them.
@@ -156,11 +289,15 @@ impl Shared {
         if found.len() < total {
             return Err(AppendError::PartialDuplicate { known: found.len(), total });
         }
+        let token = self.token_behind(batch)?;
+        Ok(Appended::Duplicate(Receipt { token, events: found }))
+    }
+
+    fn token_behind(&self, batch: &[Recorded]) -> Result<Token, ReadError> {
         let position = batch.last().map_or(Position::START, |event| event.position().advance(1));
         let incarnation = self.journal.incarnation_before(position)?;
         let (journal, durability) = (self.journal.id(), Durability::Durable);
-        let token = Token { journal, incarnation, position, durability };
-        Ok(Appended::Duplicate(Receipt { token, events: found }))
+        Ok(Token { journal, incarnation, position, durability })
     }
 }
 

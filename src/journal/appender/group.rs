@@ -8,6 +8,8 @@ use std::time::Instant;
 use crate::error::Poison;
 use crate::event::{Revision, StreamId};
 use crate::format::batch::{BATCH_ALIGNMENT, BATCH_HEADER_BYTES, BatchHeader, body_digest};
+use crate::format::labels::labels_of;
+use crate::format::record::RecordRef;
 use crate::format::sidecar::SegmentIndex;
 use crate::format::{crc32, record};
 use crate::journal::appender::append::Append;
@@ -135,6 +137,8 @@ pub(super) struct Draft {
     starts: Vec<usize>,
     pub(super) runs: Vec<Run>,
     pub(super) ids: Vec<u64>,
+    /// The labels of each event, once they are asked for.
+    labels: Option<Vec<Vec<u64>>>,
 }
 
 impl Draft {
@@ -148,7 +152,23 @@ impl Draft {
             first: Revision::FIRST,
             events: part.events.clone(),
         });
-        Self { bytes, starts: append.starts.clone(), runs: runs.collect(), ids }
+        Self { bytes, starts: append.starts.clone(), runs: runs.collect(), ids, labels: None }
+    }
+
+    /// Finds out by what its events are looked up.
+    pub(super) fn label(&mut self) {
+        let bytes = &self.bytes;
+        let labels = |at: &usize| {
+            let record = RecordRef::decode(bytes.get(*at..).unwrap_or_default());
+            // The own encoding can be read.
+            record.map(|(record, _)| labels_of(&record)).unwrap_or_default()
+        };
+        self.labels.get_or_insert_with(|| self.starts.iter().map(labels).collect());
+    }
+
+    pub(super) fn take_labels(&mut self) -> Vec<Vec<u64>> {
+        self.label();
+        self.labels.take().unwrap_or_default()
     }
 
     pub(super) fn body_len(&self) -> u64 {

@@ -23,13 +23,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 
 use crate::env::now_us;
 use crate::error::{AppendError, IoError, OpenError, Poison};
-use crate::event::{Revision, StreamId};
+use crate::event::{EventId, Recorded, Revision, StreamId};
 use crate::format::Flags;
 use crate::format::batch::{BATCH_HEADER_BYTES, BatchHeader, padded_len};
 use crate::format::files::{Node, Role};
@@ -54,6 +55,7 @@ mod append;
 mod commit;
 mod decide;
 mod group;
+mod labels;
 mod ticket;
 mod window;
 
@@ -61,8 +63,9 @@ pub use append::{Append, Appended, Placed, Receipt};
 pub use ticket::Ticket;
 
 use commit::Stage;
-use decide::Decision;
+use decide::{Decision, Looked};
 use group::{Draft, Group, OpenGroup, Outcome, Slot};
+use labels::RecentLabels;
 use window::IdWindow;
 
 /// Accepts appends to a journal. `append` may be called from many threads at once; they share syncs.
@@ -91,6 +94,8 @@ struct Shared {
     room: Condvar,
     /// The committer waits here.
     work: Condvar,
+    /// Whether `labels` are kept, for those who prepare theirs in front of the lock.
+    labels_kept: AtomicBool,
     /// Used by the leader only; the stages keep others away. Gone after `close`.
     writer: Mutex<Option<Writer>>,
 }
@@ -113,6 +118,8 @@ struct State {
     /// Last revisions of streams, of batches that aren't durable, and where these end.
     heads: HashMap<StreamId, (Revision, Position), RandomState>,
     window: IdWindow,
+    /// The last events by type and tags, once somebody has made a condition on them.
+    labels: Option<RecentLabels>,
     /// The end of the last append that was answered before it was durable.
     buffered: Position,
     committer: CommitterState,
@@ -290,6 +297,7 @@ impl Appender {
             end: None,
             heads: HashMap::default(),
             window,
+            labels: None,
             buffered: Position::START,
             committer: CommitterState::None,
         };
@@ -306,6 +314,7 @@ impl Appender {
             turn: Condvar::new(),
             room: Condvar::new(),
             work: Condvar::new(),
+            labels_kept: AtomicBool::new(false),
             writer: Mutex::new(Some(writer)),
         });
         Ok(Self { shared, committer: Mutex::new(None) })
@@ -377,6 +386,11 @@ impl Appender {
             Durability::Buffered => Ticket::answered(Appended::New(receipt)),
             Durability::Durable => Ticket::pending(group, receipt),
         })
+    }
+
+    /// The batch of the event with this id, and its token, if it is among the last events; once it is durable.
+    pub(crate) fn find(&self, id: EventId) -> Result<Option<(Token, Vec<Recorded>)>, AppendError> {
+        self.shared.find(id)
     }
 
     /// Waits until everything that was appended before is durable. Returns the durable end.
@@ -453,7 +467,10 @@ impl Shared {
     fn enter(&self, append: &Append, waits: Waits) -> Result<Entered, AppendError> {
         let hashes = append.id_hashes();
         append.check(&hashes)?;
-        let draft = Draft::of(append, hashes);
+        let mut draft = Draft::of(append, hashes);
+        if self.labels_kept.load(Ordering::Relaxed) {
+            draft.label();
+        }
         let len_bytes = padded_len(draft.body_len());
         let max_bytes = u64::from(self.options.batch_bytes_max);
         if len_bytes > max_bytes {
@@ -461,10 +478,12 @@ impl Shared {
         }
         // Ids whose hash is known but which themselves are not.
         let mut unknown = Vec::new();
+        let mut looked = Looked::of(append);
         let mut state = self.state.lock();
+        self.keep_labels(&mut state, append);
         loop {
             state.check_open()?;
-            match self.decide(&state, append, &draft.ids, &unknown)? {
+            match self.decide(&state, append, &draft.ids, &unknown, &looked)? {
                 Decision::Write(firsts) => {
                     // If the lock was given up, everything must be decided again.
                     if self.make_room(&mut state, append.durability, len_bytes)? == Room::Here {
@@ -475,6 +494,20 @@ impl Shared {
                 Decision::After(group, rests) => {
                     drop(state);
                     rests.check(self.see_through(&group))?;
+                }
+                Decision::Look => {
+                    drop(state);
+                    if let Some(answer) = self.look(append, &mut looked)? {
+                        return answer.map(Entered::Answered);
+                    }
+                }
+                Decision::Matches { condition, position } => {
+                    drop(state);
+                    if let Some(answer) =
+                        self.judge_match(append, condition, position, &mut looked)?
+                    {
+                        return answer.map(Entered::Answered);
+                    }
                 }
                 Decision::Conflict(conflict) => {
                     drop(state);
@@ -495,6 +528,14 @@ impl Shared {
         }
     }
 
+    /// From the first condition on.
+    fn keep_labels(&self, state: &mut State, append: &Append) {
+        if state.labels.is_none() && !append.conditions.is_empty() {
+            state.labels = Some(RecentLabels::from(state.next.position));
+            self.labels_kept.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Takes a place in the open group.
     fn join(
         &self,
@@ -508,6 +549,9 @@ impl Shared {
             run.first = first;
         }
         let header = state.assign(&draft, self);
+        if let Some(labels) = &mut state.labels {
+            draft.take_labels().into_iter().for_each(|event| labels.push(event));
+        }
         let (group, slot) = state.take_slot(header);
         if append.durability == Durability::Buffered {
             state.buffered = header.end_position();
