@@ -3,6 +3,7 @@
 use super::{Aggregate, ExecuteError};
 use crate::event::{ExpectedRevision, Revision, StreamId};
 use crate::journal::Journal;
+use crate::upcast::Decoded;
 
 /// The fold of the first `count` events of a stream.
 #[derive(Clone, Debug, Default)]
@@ -33,15 +34,14 @@ impl<A: Aggregate> Loaded<A> {
         for event in journal.read_stream(stream, Revision::new(self.count))? {
             let event = event?;
             match event.decode::<A::Event>() {
-                Ok(Some(event)) => self.state.apply(&event),
-                Ok(None) if A::PASSES_UNKNOWN_EVENTS => {}
-                Ok(None) => {
+                Ok(Decoded::Foreign) if !A::PASSES_UNKNOWN_EVENTS => {
                     return Err(ExecuteError::UnknownEvent {
                         stream: stream.clone(),
                         position: event.position(),
                         event_type: event.event_type().clone(),
                     });
                 }
+                Ok(decoded) => decoded.into_iter().for_each(|event| self.state.apply(&event)),
                 Err(source) => {
                     return Err(ExecuteError::Undecodable {
                         stream: stream.clone(),

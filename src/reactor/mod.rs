@@ -96,11 +96,15 @@ pub struct IdempotencyKey {
     pub locator: Locator,
     /// What wrote it.
     pub incarnation: Incarnation,
+    /// Which of the events it is that upcasters have made of the stored one; 0 for nearly all.
+    pub part: u32,
 }
 
 impl fmt::Display for IdempotencyKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}/{}", self.reactor, self.locator, self.incarnation)
+        let Self { reactor, locator, incarnation, part } = self;
+        write!(f, "{reactor}/{locator}/{incarnation}")?;
+        if *part > 0 { write!(f, "/{part}") } else { Ok(()) }
     }
 }
 

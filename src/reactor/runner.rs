@@ -32,6 +32,7 @@ use crate::format::record::RecordRef;
 use crate::fs::{Fs, Lock};
 use crate::journal::{Comparison, Cursor, CursorBatch, Journal};
 use crate::position::{Checkpoint, Locator, Position};
+use crate::upcast::Decoded;
 
 /// How long the thread sleeps at most before it looks whether something is asked of it.
 const TICK: Duration = Duration::from_millis(50);
@@ -355,17 +356,18 @@ impl<R: Reactor> Runner<R> {
             Recorded::from_record_with(record, journal, position, header.time_us, names, data)
         };
         match R::Event::decode(kind, payload) {
-            Ok(None) => {
+            Ok(Decoded::Foreign) => {
                 self.done(behind, |counts| counts.unknown += 1);
                 return Ok(true);
             }
-            Ok(Some(data)) => {
-                let event = recorded(data, &mut self.names);
-                let locator = Locator { journal, position };
-                let incarnation = header.incarnation;
-                let key = IdempotencyKey { reactor: R::NAME, locator, incarnation };
-                if !self.react(&event, &key)? {
-                    return Ok(false);
+            Ok(decoded) => {
+                let (locator, incarnation) = (Locator { journal, position }, header.incarnation);
+                for (part, data) in (0..).zip(decoded) {
+                    let event = recorded(data, &mut self.names);
+                    let key = IdempotencyKey { reactor: R::NAME, locator, incarnation, part };
+                    if !self.react(&event, &key)? {
+                        return Ok(false);
+                    }
                 }
             }
             Err(source) => {

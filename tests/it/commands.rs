@@ -111,7 +111,7 @@ fn refold(store: &Store, name: &str) -> Sum {
     for event in store.read_all(Position::START).unwrap() {
         let event = event.unwrap();
         if event.stream().as_str() == name {
-            sum.apply(&event.decode().unwrap().unwrap());
+            sum.apply(&event.decode().unwrap().into_iter().next().unwrap());
         }
     }
     sum
@@ -228,7 +228,7 @@ fn a_conflict_is_tried_again_with_the_new_events_and_given_up_after_so_many_atte
     let last = store.read_all_backward(store.journal().end().position).unwrap().next().unwrap();
     // Decided from the three that came between.
     assert_eq!(
-        last.unwrap().decode::<SumEvent>().unwrap().unwrap().data(),
+        last.unwrap().decode::<SumEvent>().unwrap().into_iter().next().unwrap().data(),
         &SumEvent::from(Added(3))
     );
 

@@ -132,7 +132,7 @@ fn recount(store: &Store, end: Position) -> BTreeMap<u16, Person> {
     let mut rows = BTreeMap::new();
     let events = store.journal().read_all(Position::START).unwrap().map(Result::unwrap);
     for event in events.take_while(|event| event.position() < end) {
-        let event = event.decode::<PersonEvent>().unwrap().unwrap();
+        let event = event.decode::<PersonEvent>().unwrap().into_iter().next().unwrap();
         let id = id_of(event.data());
         match step(rows.get(&id).cloned(), event.data()) {
             Fold::Put(row) => drop(rows.insert(id, row)),

@@ -143,7 +143,7 @@ fn model(store: &Store, end: Position, mended: Position) -> Model {
             model.unrouted.push(position);
             continue;
         };
-        let decoded = decoded.unwrap();
+        let decoded = decoded.into_iter().next().unwrap();
         let SumEvent::Added(added) = decoded.data();
         for key in keys_of(added) {
             let fails = is_poison(key, added) && position < mended;
