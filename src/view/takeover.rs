@@ -89,8 +89,8 @@ impl<V: View> Takeover<V> {
     fn run(self, source: Source) {
         let began = Instant::now();
         let done = self.guarded(|it| match source {
-            Source::Journal => it.from_journal(),
-            Source::Generation(number) => it.from_generation(number),
+            Source::Journal => it.build_and_take_over(),
+            Source::Generation(number) => it.take_over_again(number),
         });
         match done {
             Ok((runner, rebuilt)) => {
@@ -112,7 +112,7 @@ impl<V: View> Takeover<V> {
         })
     }
 
-    fn from_journal(&self) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+    fn build_and_take_over(&self) -> Result<(Runner<V>, Rebuilt), RebuildError> {
         // Rows that lag behind are no measure.
         let is_comparable =
             |it: &Reference| it.progress.parked.is_empty() && self.is_near(&it.progress);
@@ -130,7 +130,7 @@ impl<V: View> Takeover<V> {
         })
     }
 
-    fn from_generation(&self, number: u32) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+    fn take_over_again(&self, number: u32) -> Result<(Runner<V>, Rebuilt), RebuildError> {
         let shared = &self.shared;
         let path = shared.folder.lock().existing(number)?;
         let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;

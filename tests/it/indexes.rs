@@ -213,7 +213,7 @@ fn append(store: &Store, events: Vec<NewEvent>) -> Token {
         let append = Append::to(&stream, ExpectedRevision::Any, events.to_vec());
         store.append(&append).unwrap().token()
     };
-    events.chunks(10).map(append).last().unwrap()
+    events.chunks(10).fold(None, |_, some| Some(append(some))).unwrap()
 }
 
 fn catch_up<V: View>(view: &ViewHandle<V>) {
