@@ -249,7 +249,9 @@ mod view {
     use std::collections::BTreeMap;
     use std::time::Duration;
 
-    use headwater::view::{Fold, FoldError, Keys, View, ViewHandle, ViewOptions, ViewState};
+    use headwater::view::{
+        Fold, FoldError, Keys, RebuildOptions, View, ViewHandle, ViewOptions, ViewState,
+    };
 
     use super::*;
 
@@ -336,6 +338,9 @@ mod view {
             drop(view);
             std::fs::remove_dir_all(dir.path().join("views")).unwrap();
             let view = store.view_with(Orders, options(&mut rng)).unwrap();
+            assert_holds(&view, end, &history);
+            // In bulk, too; what it makes is compared with what is served before it takes over.
+            view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
             assert_holds(&view, end, &history);
             view.close().unwrap();
             store.close().unwrap();
