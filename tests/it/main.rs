@@ -36,6 +36,8 @@ mod operations;
 mod planted;
 #[cfg(feature = "views")]
 mod poison;
+#[cfg(all(feature = "views", feature = "derive"))]
+mod poison_parts;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
 #[cfg(feature = "test-kit")]
