@@ -57,7 +57,7 @@ const NAME_BYTES_MAX: usize = 64;
 ///
 /// /// Customers by city.
 /// const BY_CITY: Index<Homes, String> =
-///     Index::new("by_city", |_customer, city, keys| keys.add(city.clone()));
+///     Index::new("by_city", |_customer, city: &String, keys| keys.add(city.clone()));
 ///
 /// impl View for Homes {
 ///     const NAME: &'static str = "homes";

@@ -250,7 +250,7 @@ mod view {
     use std::time::Duration;
 
     use headwater::view::{
-        Fold, FoldError, Keys, RebuildOptions, View, ViewHandle, ViewOptions, ViewState,
+        Fold, FoldError, Keys, OnPoison, RebuildOptions, View, ViewHandle, ViewOptions, ViewState,
     };
 
     use super::*;
@@ -365,7 +365,8 @@ mod view {
     fn an_event_of_a_newer_version_stops_the_view_in_front_of_it() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::create(dir.path()).unwrap();
-        let view = store.view_with(Orders, ViewOptions::default()).unwrap();
+        let options = ViewOptions { on_undecodable: OnPoison::Stop, ..ViewOptions::default() };
+        let view = store.view_with(Orders, options).unwrap();
         let history = [Written::First(FirstEra::PlacedAndPaid(7))];
         append(&store, &mut rng(1), &history);
         let newer = NewEvent::typed(&OrderEvent::Closed).unwrap().schema_version(5);

@@ -213,7 +213,8 @@ fn append(store: &Store, events: Vec<NewEvent>) -> Token {
         let append = Append::to(&stream, ExpectedRevision::Any, events.to_vec());
         store.append(&append).unwrap().token()
     };
-    events.chunks(10).fold(None, |_, some| Some(append(some))).unwrap()
+    // Each fits into a batch. What the last one gives stands for all.
+    events.chunks(10).fold(None, |_, events| Some(append(events))).unwrap()
 }
 
 fn catch_up<V: View>(view: &ViewHandle<V>) {
