@@ -307,10 +307,19 @@ impl<V: View> Chunk<V> {
                 self.push(queue, route.event);
             } else if it.failed.is_none() {
                 let folded = fold_twice(view, &slot.key, &mut it.row, event, index);
-                it.failed = folded.err().map(|cause| (index, cause));
+                if let Err(cause) = folded {
+                    if self.stops_at(&cause) {
+                        return Err(FoldFailure::Event(index, cause)); // the first one in the journal
+                    }
+                    it.failed = Some((index, cause));
+                }
             }
         }
         self.settle(view, &indexes, rows)
+    }
+
+    fn stops_at(&self, cause: &EventFailure) -> bool {
+        cause.is_of_the_rows() || self.rules.on_poison == OnPoison::Stop
     }
 
     /// Parks an event that failed at a route, if that is what is to be done.
@@ -321,7 +330,7 @@ impl<V: View> Chunk<V> {
         index: usize,
         cause: EventFailure,
     ) -> Result<Queue, FoldFailure> {
-        if cause.is_of_the_rows() || self.rules.on_poison == OnPoison::Stop {
+        if self.stops_at(&cause) {
             return Err(FoldFailure::Event(route, cause));
         }
         let head = Head {
