@@ -180,6 +180,9 @@ fn judge(
     let checkpoint = place.checkpoint;
     let refused = match compare(journal, &checkpoint) {
         Ok(Comparison::Equal) => return Ok(Judgement::GoOn(place)),
+        Err(ReadError::Gap { .. } | ReadError::Truncated { .. }) if options.restart.is_some() => {
+            return options.restart.map_or(Ok(Judgement::GoOn(place)), begin);
+        }
         Err(error) => return Ok(Judgement::Unknown(place, error)),
         Ok(Comparison::Ahead) if journal.role() == Role::Mirror => {
             return Ok(Judgement::AwaitMirror(place));
@@ -257,7 +260,7 @@ impl<R: Reactor> Runner<R> {
     }
 
     fn follow(&mut self) -> Result<Ended, HaltError> {
-        if !self.judged && !self.await_mirror()? {
+        if !self.judged && !self.is_told_to_go_on() && !self.await_mirror()? {
             return Ok(Ended::Asked);
         }
         self.judged = true;
@@ -275,10 +278,9 @@ impl<R: Reactor> Runner<R> {
             // Asked first: what was published before the closing is still to be read.
             let closed = journal.is_closed();
             let idle = match cursor.next_batch() {
-                Ok(Some(batch)) => {
-                    self.batch(&batch)?;
-                    false
-                }
+                Ok(Some(batch)) if self.batch(&batch)? => false,
+                // The rest of the batch is still to be done: whoever goes on begins at it.
+                Ok(Some(_)) => return Ok(Ended::Asked),
                 Ok(None) => true,
                 Err(error) => {
                     self.gap(&mut cursor, error)?;
@@ -294,6 +296,14 @@ impl<R: Reactor> Runner<R> {
             }
         }
         Ok(Ended::Asked)
+    }
+
+    /// What was done can't be compared any more, because it lies where events were lost or removed, and whoever is asked
+    /// has said to go on behind them.
+    fn is_told_to_go_on(&self) -> bool {
+        let compared = compare(&self.shared.journal, &self.place.checkpoint);
+        let is_gone = matches!(compared, Err(ReadError::Gap { .. } | ReadError::Truncated { .. }));
+        is_gone && self.shared.state().skip == Some(self.place.next)
     }
 
     /// Waits until the mirror has what was done; false if something else is asked for.
@@ -317,8 +327,8 @@ impl<R: Reactor> Runner<R> {
         Ok(false)
     }
 
-    /// Reacts to the events of a batch that aren't done; stops in between if something else is asked for.
-    fn batch(&mut self, batch: &CursorBatch<'_>) -> Result<(), HaltError> {
+    /// Reacts to the events of a batch that aren't done; false if something else was asked for in between.
+    fn batch(&mut self, batch: &CursorBatch<'_>) -> Result<bool, HaltError> {
         let mut position = batch.batch.header.base_position;
         for record in batch.batch.records() {
             let journal = self.shared.journal.clone();
@@ -326,13 +336,13 @@ impl<R: Reactor> Runner<R> {
                 record.map_err(|error| self.journal_failed(batch.unreadable(&journal, error)))?;
             if position >= self.place.next {
                 if !self.shared.is_to_run() || !self.event(batch, &record, position)? {
-                    return Ok(());
+                    return Ok(false);
                 }
                 self.tend()?;
             }
             position = position.advance(1);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Does what is to be done about an event; false if something else is asked for before that.
@@ -355,7 +365,10 @@ impl<R: Reactor> Runner<R> {
         let recorded = |data, names: &mut Names| {
             Recorded::from_record_with(record, journal, position, header.time_us, names, data)
         };
-        match R::Event::decode(kind, payload) {
+        let decoded = catch_unwind(AssertUnwindSafe(|| R::Event::decode(kind, payload)))
+            .map_err(|panic| EventFailure::Panicked(message_of(&*panic)))
+            .and_then(|decoded| decoded.map_err(EventFailure::Undecodable));
+        match decoded {
             Ok(Decoded::Foreign) => {
                 self.done(behind, |counts| counts.unknown += 1);
                 return Ok(true);
@@ -370,7 +383,7 @@ impl<R: Reactor> Runner<R> {
                     }
                 }
             }
-            Err(source) => {
+            Err(cause) => {
                 let event = Recorded::from_record_with(
                     record,
                     journal,
@@ -379,7 +392,7 @@ impl<R: Reactor> Runner<R> {
                     &mut self.names,
                     (),
                 );
-                return Err(halted_at(&event, R::NAME, 1, EventFailure::Undecodable(source)));
+                return Err(halted_at(&event, R::NAME, 1, cause));
             }
         }
         self.done(behind, |counts| counts.reacted += 1);
@@ -395,8 +408,12 @@ impl<R: Reactor> Runner<R> {
             .without_max_times()
             .build();
         for attempts in 1.. {
-            let tried = catch_unwind(AssertUnwindSafe(|| self.reactor.react(event, key)));
-            let ReactError { cause, is_permanent } = match tried {
+            let tried = catch_unwind(AssertUnwindSafe(|| {
+                let tried = self.reactor.react(event, key);
+                tried
+                    .map_err(|ReactError { cause, is_permanent }| (cause.to_string(), is_permanent))
+            }));
+            let (cause, is_permanent) = match tried {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error,
                 Err(panic) => {
@@ -404,7 +421,6 @@ impl<R: Reactor> Runner<R> {
                     return Err(halted_at(event, R::NAME, attempts, cause));
                 }
             };
-            let cause = cause.to_string();
             if is_permanent || attempts >= self.options.attempts_max.max(1) {
                 return Err(halted_at(event, R::NAME, attempts, EventFailure::Refused(cause)));
             }

@@ -33,8 +33,8 @@ pub(super) enum Decision {
 pub(super) struct Looked {
     /// For each condition: no event in front of this is meant.
     up_to: Vec<Position>,
-    /// Events that only seemed to be meant, by their hashes.
-    others: Vec<Position>,
+    /// Events that a condition only seemed to mean, by their hashes. Another condition may mean them indeed.
+    others: Vec<(usize, Position)>,
 }
 
 impl Looked {
@@ -143,7 +143,9 @@ impl Shared {
                 let group = Arc::clone(state.group_of(last));
                 return Ok(Some(Decision::After(group, Rests::OnConflict)));
             }
-            match labels.first_match(&condition.query, *up_to, &looked.others) {
+            let others = looked.others.iter().filter(|(of, _)| *of == number);
+            let others: Vec<Position> = others.map(|(_, position)| *position).collect();
+            match labels.first_match(&condition.query, *up_to, &others) {
                 Some(position) if position >= end => {
                     let group = Arc::clone(state.group_of(position));
                     return Ok(Some(Decision::After(group, Rests::OnConflict)));
@@ -189,7 +191,7 @@ impl Shared {
         if query.zip(event.as_ref()).is_some_and(|(query, event)| query.matches(event)) {
             return self.judge_conflict(append, position).map(Some);
         }
-        looked.others.push(position);
+        looked.others.push((condition, position));
         Ok(None)
     }
 
@@ -213,6 +215,9 @@ impl Shared {
             let state = self.state.lock();
             let Some(position) = state.window.get(id_hash(&id)) else { return Ok(None) };
             if position >= self.journal.end().position {
+                if let Some(poison) = state.poison() {
+                    return Err(AppendError::Unknown(poison.clone())); // nothing becomes durable any more
+                }
                 let group = Arc::clone(state.group_of(position));
                 drop(state);
                 Rests::OnDuplicate.check(self.see_through(&group))?;
