@@ -423,8 +423,10 @@ impl<V: View> Chunk<V> {
         let Careful { change, folded, failure } =
             fold_carefully(view, indexes, &slot.key, &slot.row_key, row.stored, events);
         let failed = routes.get(folded).and_then(|(n, it)| Some((*n, self.events.get(it.event)?)));
-        let (Some(failure), Some((failed_route, event))) = (failure, failed) else {
-            return Err(FoldFailure::Event(route, cause)); // it isn't pure
+        let (failure, failed_route, event) = match (failure, failed) {
+            (Some(failure), Some((route, event))) => (failure, route, event),
+            (None, _) => return Ok((change, None)), // it was of the moment
+            (Some(_), None) => return Err(FoldFailure::Event(route, cause)),
         };
         let (_, first) = routes.get(folded).copied().unwrap_or((0, &Route { event: 0, slot: 0 }));
         let mut queue = self.park(failed_route, event, first.event, failure)?;

@@ -309,19 +309,23 @@ impl<V: View> ViewHandle<V> {
         takeover::begin(&self.running, self.view.clone(), options, Source::Journal)
     }
 
-    /// Goes back to the generation that was live before the present one (that with the next lower number): it
-    /// catches up with the journal and takes over, as after a rebuild. The present one is kept.
+    /// Goes back to the generation that was live before the present one: it catches up with the journal and takes over, as
+    /// after a rebuild. The present one is kept. After another opening, "before" is the one with the next lower number.
     ///
     /// # Errors
     /// As [`rebuild`](Self::rebuild); [`ViewError::NoGeneration`] if none is kept.
     pub fn rollback(&self) -> Result<RebuildHandle, ViewError> {
+        let shared = self.shared();
         let number = {
-            let folder = self.shared().folder.lock();
+            let folder = shared.folder.lock();
             let live = folder.live_number();
-            let of_version = |it: &Generation| it.version == V::VERSION && it.number < live;
-            let before = folder.all()?.into_iter().filter(of_version).map(|it| it.number).max();
-            let lower = live.saturating_sub(1);
-            before.map_or_else(|| folder.existing(lower).map(|_| lower), Ok)?
+            let kept = folder.all()?.into_iter().filter(|it| it.version == V::VERSION && !it.live);
+            let kept: Vec<u32> = kept.map(|it| it.number).collect();
+            let previous = shared.previous.lock().filter(|number| kept.contains(number));
+            let lower = || kept.iter().copied().filter(|number| *number < live).max();
+            let lowest = live.saturating_sub(1);
+            let before = previous.or_else(lower);
+            before.map_or_else(|| folder.existing(lowest).map(|_| lowest), Ok)?
         };
         let options = RebuildOptions::default();
         takeover::begin(&self.running, self.view.clone(), options, Source::Generation(number))

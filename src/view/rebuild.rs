@@ -188,6 +188,11 @@ pub enum RebuildError {
         .0.position, .0.built, .0.served
     )]
     Different(Comparison),
+    /// Somebody decided meanwhile that a parked event is left out, and what was built has it. Begin again.
+    #[error(
+        "it was decided meanwhile that an event is left out, which what was built has: begin again"
+    )]
+    Overtaken,
     /// Its folder can't be prepared, or the pointer not be replaced.
     #[error(transparent)]
     View(ViewError),
@@ -201,6 +206,7 @@ impl RebuildError {
             Self::Cancelled => "rebuild.cancelled",
             Self::Stopped(error) => error.code(),
             Self::Different(_) => "rebuild.different",
+            Self::Overtaken => "rebuild.overtaken",
             Self::View(error) => error.code(),
         }
     }
@@ -210,6 +216,7 @@ impl RebuildError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Cancelled => "begin again when it suits",
+            Self::Overtaken => "begin again; decide about parked events before or after",
             Self::Stopped(error) => error.hint(),
             Self::Different(_) => {
                 "if the fold was changed, raise the view's version, or rebuild with OnDifference::Replace; if not, check whether the fold is pure (no clock, no randomness, no order of a hash map)"
@@ -390,6 +397,11 @@ impl Control {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether it was asked to end. Never waits: for where others wait for it.
+    pub(super) fn check_at_once(&self) -> Result<(), Cancelled> {
+        if self.state.lock().cancelled { Err(Cancelled) } else { Ok(()) }
     }
 
     /// Waits while it is paused.

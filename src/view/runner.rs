@@ -57,6 +57,8 @@ pub(super) struct Shared {
     /// Whose turn it is to apply: counted on by each flip. Held while something is applied.
     turn: Mutex<u64>,
     pub(super) openings: Arc<Openings>,
+    /// The generation that was live before the present one, if that took over since the opening.
+    pub(super) previous: Mutex<Option<u32>>,
     /// The last rebuild.
     pub(super) rebuild: Mutex<Option<Arc<Control>>>,
     // Behind the database: the folder stays locked until that is closed.
@@ -121,6 +123,7 @@ pub(super) fn start<V: View>(
         state: Mutex::new(state),
         changed: Condvar::new(),
         turn: Mutex::new(0),
+        previous: Mutex::new(None),
         rebuild: Mutex::new(None),
         folder: Mutex::new(folder),
     });
@@ -167,6 +170,11 @@ fn open_live<V: View>(
         Judgement::GoOn => Phase::Following,
         Judgement::AwaitMirror => Phase::AwaitingMirror,
         Judgement::Unknown(source) => {
+            Phase::Stopped(Arc::new(StopError::Journal { view: V::NAME, source }))
+        }
+        // What can't be built again is served as it is, and says so.
+        Judgement::SetAside if journal.start().position > Position::START => {
+            let source = ReadError::Truncated { first: journal.start().position };
             Phase::Stopped(Arc::new(StopError::Journal { view: V::NAME, source }))
         }
         Judgement::SetAside => {
@@ -363,8 +371,8 @@ impl<V: View> Runner<V> {
             (state.phase, state.judged) = (Phase::Following, true);
             state.applied = progress;
             state.durable = progress.checkpoint;
+            shared.watchers.replaced(progress.checkpoint);
         });
-        shared.watchers.replaced(progress.checkpoint);
         Ok(true)
     }
 
@@ -377,6 +385,7 @@ impl<V: View> Runner<V> {
             let end = self.shared.journal.wait_past(before, TICK);
             match compare(&self.shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
                 Comparison::Equal => {
+                    let Some(_turn) = self.shared.take_turn(self.turn) else { return Ok(false) };
                     self.shared.change(|state| {
                         state.phase = Phase::Following;
                         state.judged = true;
@@ -413,16 +422,13 @@ impl<V: View> Runner<V> {
                     let (end, stop, changed) = apply(&*self.view, chunk, &self.db)?;
                     applied = end;
                     self.flush.start();
-                    shared.change(|state| state.applied = end);
-                    shared.watchers.rows(changed, end.checkpoint);
+                    shared.applied(end, changed);
                     stop.map_or(Ok(()), Err)?;
                 }
                 let flush = &mut self.flush;
                 shared.parking.answer(&*self.view, &self.db, &mut applied, |progress, row| {
                     flush.start();
-                    shared.change(|state| state.applied = progress);
-                    let changed = row.map(<[u8]>::to_vec).into_iter().collect();
-                    shared.watchers.rows(changed, progress.checkpoint);
+                    shared.applied(progress, row.map(<[u8]>::to_vec).into_iter().collect());
                 })?;
                 self.tend().map_err(storage_failed::<V>)?;
             }
@@ -546,9 +552,17 @@ impl Shared {
             (state.phase, state.judged) = (Phase::Following, true);
             (state.applied, state.durable) = (progress, progress.checkpoint);
             state.flush_failure = None;
+            self.watchers.replaced(progress.checkpoint);
         });
-        self.watchers.replaced(progress.checkpoint);
         **turn
+    }
+
+    /// So much is applied, and these rows were written. Whoever learns the one from the state has been told the other.
+    fn applied(&self, progress: Progress, changed: Vec<Vec<u8>>) {
+        self.change(|state| {
+            state.applied = progress;
+            self.watchers.rows(changed, progress.checkpoint);
+        });
     }
 
     fn look_at_durable(&self) -> Result<(), StorageError> {

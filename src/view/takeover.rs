@@ -10,6 +10,7 @@ use super::chunk::panic_message;
 use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
+use super::poison::Discarded;
 use super::rebuild::{
     Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, Rebuilt,
@@ -85,6 +86,14 @@ struct Reference {
     progress: Progress,
 }
 
+/// What is known of a generation that was built.
+#[derive(Default)]
+struct Built {
+    compared: Option<Comparison>,
+    /// The decisions about parked events that it honours.
+    discarded: Option<Arc<Discarded>>,
+}
+
 impl<V: View> Takeover<V> {
     fn run(self, source: Source) {
         let began = Instant::now();
@@ -118,15 +127,16 @@ impl<V: View> Takeover<V> {
             |it: &Reference| it.progress.parked.is_empty() && self.is_near(&it.progress);
         let reference = self.reference()?.filter(is_comparable);
         self.with_new_generation(|number, path| {
+            let discarded = self.shared.parking.discarded();
             let until = reference.as_ref().map(|it| it.progress.checkpoint);
-            let (db, progress) = self.build(path, until)?;
+            let (db, progress) = self.build(path, until, &discarded)?;
             let compared = reference.map(|reference| self.compare(&reference, &db)).transpose()?;
             if let Some(compared) = compared.as_ref().filter(|it| !it.is_equal())
                 && self.options.on_difference == OnDifference::Refuse
             {
                 return Err(RebuildError::Different(compared.clone()));
             }
-            self.take_over(number, db, progress, compared)
+            self.take_over(number, db, progress, Built { compared, discarded: Some(discarded) })
         })
     }
 
@@ -139,7 +149,7 @@ impl<V: View> Takeover<V> {
         let progress = progress.map_err(ViewError::from)?;
         let checkpoint = progress.checkpoint;
         match compare(&shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
-            journal::Comparison::Equal => self.take_over(number, db, progress, None),
+            journal::Comparison::Equal => self.take_over(number, db, progress, Built::default()),
             _ => {
                 let end = shared.journal.end().position;
                 Err(StopError::Fork { view: V::NAME, checkpoint, end }.into())
@@ -151,7 +161,8 @@ impl<V: View> Takeover<V> {
         let reference = self.reference()?.ok_or(ViewError::NotJudged { view: V::NAME })?;
         let mut compared = None;
         let checked = self.with_new_generation(|_, path| {
-            let (db, _) = self.build(path, Some(reference.progress.checkpoint))?;
+            let discarded = self.shared.parking.discarded();
+            let (db, _) = self.build(path, Some(reference.progress.checkpoint), &discarded)?;
             compared = Some(self.compare(&reference, &db)?);
             Ok(path.to_owned())
         });
@@ -194,11 +205,12 @@ impl<V: View> Takeover<V> {
         &self,
         path: &Path,
         until: Option<Checkpoint>,
+        discarded: &Arc<Discarded>,
     ) -> Result<(Arc<Db>, Progress), RebuildError> {
         let shared = &self.shared;
         let until = until.unwrap_or_else(|| shared.journal.end());
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
-        let means = Means::of(&self.options, shared.parking.discarded());
+        let means = Means::of(&self.options, Arc::clone(discarded));
         let (view, memory) = (&*self.view, &shared.options.memory);
         let built = bulk::build(view, &shared.journal, until, &db, memory, means, &self.control);
         match built {
@@ -222,8 +234,9 @@ impl<V: View> Takeover<V> {
         number: u32,
         db: Arc<Db>,
         mut progress: Progress,
-        compared: Option<Comparison>,
+        built: Built,
     ) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+        let Built { compared, discarded } = built;
         let shared = &self.shared;
         let position = progress.checkpoint.position;
         self.control
@@ -232,26 +245,34 @@ impl<V: View> Takeover<V> {
         let flush = |db: &Db| db.flush(true).map_err(storage_failed::<V>);
         let near = shared.options.chunk_bytes.max(1);
         while shared.journal.end().offset > progress.checkpoint.offset.saturating_add(near) {
-            self.fold_more(&mut cursor, &db, &mut progress)?;
+            let (events, bytes) = self.fold_more(&mut cursor, &db, &mut progress)?;
+            self.control.advance(events, bytes)?;
         }
         flush(&db)?; // so that little is left to be flushed while the old one stands still
+        self.control.check()?;
+        // From here on nothing may wait for the one who asked for this: the old one stands still.
         let mut turn = shared.stand_still();
         let old = shared.state();
         while progress.checkpoint.position < old.applied.checkpoint.position {
-            if !self.fold_more(&mut cursor, &db, &mut progress)? {
+            let (events, _) = self.fold_more(&mut cursor, &db, &mut progress)?;
+            if events == 0 {
                 let (applied, end) = (old.applied.checkpoint, shared.journal.end().position);
                 let view = V::NAME;
                 return Err(StopError::Fork { view, checkpoint: applied, end }.into());
             }
         }
         flush(&db)?;
-        self.control.check()?;
+        self.control.check_at_once()?;
+        if discarded.is_some_and(|it| !Arc::ptr_eq(&it, &shared.parking.discarded())) {
+            return Err(RebuildError::Overtaken); // decisions are made by whose turn it is: none comes any more
+        }
         let previous = {
             let mut folder = shared.folder.lock();
             let previous = folder.live_number();
             folder.set_live(number)?;
             previous
         };
+        *shared.previous.lock() = Some(previous);
         let mine = shared.flip(&mut turn, Arc::clone(&db), progress);
         drop(turn);
         let (view, shared) = (Arc::clone(&self.view), Arc::clone(shared));
@@ -260,13 +281,13 @@ impl<V: View> Takeover<V> {
         Ok((runner, Rebuilt { generation: number, previous, compared, took }))
     }
 
-    /// Folds the next chunk; `false` if there is none.
+    /// Folds the next chunk: how many events and bytes; none if there is none.
     fn fold_more(
         &self,
         cursor: &mut journal::Cursor,
         db: &Db,
         progress: &mut Progress,
-    ) -> Result<bool, RebuildError> {
+    ) -> Result<(u64, u64), RebuildError> {
         let (journal, chunk_bytes) = (&self.shared.journal, self.shared.options.chunk_bytes);
         let (chunk, failure) = collect(
             &*self.view,
@@ -276,16 +297,15 @@ impl<V: View> Takeover<V> {
             chunk_bytes,
             self.shared.parking.strict_rules(),
         );
-        let (idle, bytes) = (chunk.is_empty(), chunk.bytes());
-        if !idle {
+        let (mut events, bytes) = (0, chunk.bytes());
+        if !chunk.is_empty() {
             let (end, stop, _) = apply(&*self.view, chunk, db)?;
-            let events = end.checkpoint.position.since(progress.checkpoint.position);
+            events = end.checkpoint.position.since(progress.checkpoint.position);
             *progress = end;
             stop.map_or(Ok(()), Err)?;
-            self.control.advance(events, bytes)?;
         }
         failure.map_or(Ok(()), Err)?;
-        Ok(!idle)
+        Ok((events, bytes))
     }
 }
 

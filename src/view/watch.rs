@@ -23,6 +23,7 @@ use super::View;
 use super::error::ViewReadError;
 use super::handle::ViewHandle;
 use super::key::decode_all;
+use super::runner::Phase;
 use crate::position::Checkpoint;
 
 /// What is kept for a watcher by default.
@@ -197,7 +198,7 @@ impl<V: View> ViewHandle<V> {
         // Between two writes: of a write, either all is told or nothing.
         let _still = shared.stand_still();
         let queue = shared.watchers.add(kept_bytes_max);
-        if shared.is_to_end() {
+        if shared.is_to_end() || matches!(shared.state().phase, Phase::Closed) {
             queue.change(|kept| kept.has_ended = true);
         }
         Watch { queue, view: PhantomData }
