@@ -48,7 +48,8 @@ pub enum Allocate {
 /// A file system: names, directories and locks.
 pub trait Fs: Debug + Send + Sync + 'static {
     /// Creates `dir` and its missing parents, and syncs the names of all of them, also of those that were
-    /// there. Succeeds if it is there. A directory whose name can't be synced is removed again.
+    /// there. Succeeds if it is there. A directory whose name can't be synced is removed again, also one that was
+    /// there, if it is empty.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()>;
     /// The names of the entries in `dir`, sorted; [`io::ErrorKind::NotFound`] if there is no such directory.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;

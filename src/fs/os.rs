@@ -44,10 +44,11 @@ impl Fs for OsFs {
             match self.sync_dir(above) {
                 Err(error) if !missing && error.kind() == io::ErrorKind::PermissionDenied => {}
                 Err(error) => {
-                    if missing {
-                        // A failed sync can't be repeated: the next attempt has to make a new name.
-                        drop(fs::remove_dir(dir));
-                    }
+                    // A failed sync can't be repeated: the next attempt has to make a new name. Also of directories that
+                    // were there, if they are empty: an earlier attempt may have died in front of its sync. What lies in
+                    // others came after all these names were durable.
+                    let inner = parents.iter().rev().take_while(|inner| inner.starts_with(dir));
+                    inner.for_each(|inner| drop(fs::remove_dir(inner)));
                     return Err(error);
                 }
                 Ok(()) => {}

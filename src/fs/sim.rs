@@ -1197,8 +1197,8 @@ impl State {
 impl Fs for SimFs {
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
-        let dir = key(dir);
-        for dir in ancestors(&dir) {
+        let target = key(dir);
+        for dir in ancestors(&target) {
             let above = parent(&dir);
             let missing = state.names.dir(&dir).is_err();
             if missing {
@@ -1207,8 +1207,12 @@ impl Fs for SimFs {
             }
             let args = [digest(&above), 0, 0];
             let synced = state.call(Op::SyncDir, args, |state, how| state.sync_dir(&above, how));
-            if synced.is_err() && missing && state.down.is_none() {
-                state.names.remove_raw(&dir);
+            if synced.is_err() && state.down.is_none() {
+                // As on a real disk: made anew by the next attempt, if nothing is in it.
+                let is_empty = state.names.below(&dir).all(|(path, _)| target.starts_with(path));
+                if is_empty {
+                    state.names.remove_raw(&dir);
+                }
             }
             synced?;
         }
