@@ -222,30 +222,6 @@ fn a_paused_reactor_does_nothing_until_it_is_resumed() {
     assert_eq!(recorder.positions(), [0, 1, 1]);
 }
 
-/// A pause that is taken back before the thread has noticed that it interrupted a batch must not leave out the rest of it.
-#[test]
-fn pausing_and_resuming_at_once_leaves_nothing_out() {
-    const BATCHES: u64 = 300;
-    let fs = SimFs::new(1);
-    let store = open(&fs);
-    let recorder = Recorder::default();
-    let options = ReactorOptions { checkpoint_events: 1, ..quick(Start::Beginning) };
-    let handle = store.react(recorder.clone(), options).unwrap();
-    let stream = StreamId::new("a").unwrap();
-    let mut end = Position::START;
-    for _ in 0..BATCHES {
-        let events = (0..4).map(|n| NewEvent::typed(&SumEvent::from(Added(n))).unwrap());
-        let append = Append::to(&stream, ExpectedRevision::Any, events);
-        end = store.append(&append).unwrap().token().position;
-        handle.pause();
-        handle.resume();
-    }
-    assert!(handle.wait_reacted(end, LONG));
-    let mut positions = recorder.positions();
-    positions.dedup(); // an effect that was interrupted may have been had already
-    assert_eq!(positions, (0..4 * BATCHES).collect::<Vec<_>>());
-}
-
 #[test]
 fn a_journal_of_another_history_is_refused_until_somebody_says_where_to_go_on() {
     let fs = SimFs::new(1);
