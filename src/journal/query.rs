@@ -74,7 +74,7 @@ impl From<QueryItem> for Query {
 }
 
 impl QueryItem {
-    /// Events of any of these types.
+    /// Events of any of these types, as they are stored: upcasters aren't asked, so old names have to be named, too.
     #[must_use]
     pub fn types<T: Into<String>>(types: impl IntoIterator<Item = T>) -> Self {
         Self::default().and_types(types)
