@@ -29,13 +29,14 @@ use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
 use super::chunk::{Place, decode, guard, invalid_record, stop_at};
-use super::db::{Db, Files, Progress, StorageError, row_key};
+use super::db::{Files, Progress, StorageError, row_key};
 use super::error::{EventFailure, StopError};
 use super::key::{ViewKey, decode_all};
 use super::poison::{Discarded, ParkedCounts};
+use super::program::Build;
 use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase};
 use super::sort::{Run, Runs};
-use super::{Fold, Indexes, Keys, View, ViewMemory};
+use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::event::{Names, Recorded};
 use crate::journal::Journal;
@@ -88,15 +89,8 @@ impl From<StopError> for Ended {
 }
 
 /// Builds the rows of everything in front of `until` into a database that was never written to.
-pub(super) fn build<V: View>(
-    view: &V,
-    journal: &Journal,
-    until: Checkpoint,
-    db: &Db,
-    memory: &ViewMemory,
-    means: Means,
-    control: &Control,
-) -> Result<Progress, Ended> {
+pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ended> {
+    let Build { journal, until, db, memory, means, control } = what;
     let storage = |source| Ended::Failed(StopError::Storage { view: V::NAME, source });
     let pool = ThreadPoolBuilder::new()
         .num_threads(means.threads)

@@ -1,25 +1,18 @@
 //! Reading a view.
 
-use std::ops::{Bound, Range, RangeBounds};
-use std::path::PathBuf;
+use std::ops::{Bound, Deref, Range, RangeBounds};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::View;
+use super::control::ViewControl;
 use super::db::{Reader, all_rows, behind_prefix, row_key};
-use super::error::{StopError, ViewError, ViewReadError, WaitError};
-use super::generation::Generation;
+use super::error::ViewReadError;
 use super::index::Indexes;
 use super::key::{EncodeKey, KeyPrefix, ViewKey};
-use super::poison::ParkedCounts;
-use super::rebuild::{
-    Comparison, Digest, GenerationInfo, RebuildError, RebuildHandle, RebuildOptions, RebuildStatus,
-};
 use super::rows::Rows;
-use super::runner::{Phase, Running, Shared, nothing};
-use super::takeover::{self, Source, digest_of};
+use super::runner::nothing;
 use crate::codec::{Bincode, Codec};
-use crate::journal::TokenState;
 use crate::position::{Checkpoint, Token};
 
 /// An open view. Cheap to clone; the view is closed when the last clone is dropped.
@@ -73,15 +66,22 @@ use crate::position::{Checkpoint, Token};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct ViewHandle<V: View> {
-    running: Arc<Running>,
-    view: Arc<V>,
+    control: ViewControl,
     indexes: Arc<Indexes<V>>,
 }
 
 impl<V: View> Clone for ViewHandle<V> {
     fn clone(&self) -> Self {
-        let (running, view) = (self.running.clone(), self.view.clone());
-        Self { running, view, indexes: self.indexes.clone() }
+        Self { control: self.control.clone(), indexes: self.indexes.clone() }
+    }
+}
+
+/// What all kinds of views have in common.
+impl<V: View> Deref for ViewHandle<V> {
+    type Target = ViewControl;
+
+    fn deref(&self) -> &ViewControl {
+        &self.control
     }
 }
 
@@ -95,68 +95,9 @@ impl<V: View> std::fmt::Debug for ViewHandle<V> {
     }
 }
 
-/// How far a view has got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ViewCheckpoint {
-    /// What readers see: the next event to be applied.
-    pub applied: Checkpoint,
-    /// What survives a crash, when it was last looked at: never more than really does.
-    pub durable: Checkpoint,
-}
-
-/// How a view is doing.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct ViewStatus {
-    /// What it is doing.
-    pub state: ViewState,
-    /// How far it has got.
-    pub checkpoint: ViewCheckpoint,
-    /// Where the journal ends.
-    pub journal_end: Checkpoint,
-    /// How many durable events of the journal, as it is on this machine, the view hasn't applied; `None`
-    /// when that says nothing, because the view doesn't follow it any more. How far a mirrored journal is
-    /// behind its origin is told by the mirror's status.
-    pub lag_events: Option<u64>,
-    /// How many of the events in front of its checkpoint were of types that it doesn't know.
-    pub skipped_events: u64,
-    /// How much is parked, because events can't be applied.
-    pub parked: ParkedCounts,
-    /// The folder of the generation that is served.
-    pub generation: PathBuf,
-    /// The folder of the generation that was set aside at this opening, because it was of another history
-    /// than the journal, or had other indexes than the view declares. Delete it when it is of no more use.
-    pub set_aside: Option<PathBuf>,
-    /// The rebuild that is under way, or the building of the first generation.
-    pub rebuild: Option<RebuildStatus>,
-}
-
-/// What a view is doing.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum ViewState {
-    /// Its first generation is built in bulk: its rows appear all at once, when that is done.
-    Building,
-    /// It applies events that are there already.
-    CatchingUp,
-    /// It has applied all there is.
-    CaughtUp,
-    /// It has applied more than the mirror holds, and waits until the mirror has got as far, to compare.
-    AwaitingMirror,
-    /// It can't go on. Its rows are as of its checkpoint.
-    Stopped(Arc<StopError>),
-    /// It was closed, or its journal was, or the journal's writer failed. Its rows are as of its checkpoint.
-    Closed,
-}
-
 impl<V: View> ViewHandle<V> {
-    pub(super) fn new(running: Running, view: Arc<V>) -> Self {
-        let indexes = Arc::new(Indexes::of(&*view));
-        Self { running: Arc::new(running), view, indexes }
-    }
-
-    pub(super) fn shared(&self) -> &Shared {
-        &self.running.shared
+    pub(super) fn new(control: ViewControl, indexes: Indexes<V>) -> Self {
+        Self { control, indexes: Arc::new(indexes) }
     }
 
     pub(super) fn indexes(&self) -> &Indexes<V> {
@@ -239,169 +180,6 @@ impl<V: View> ViewHandle<V> {
     ) -> Result<ViewSnapshot<V>, ViewReadError> {
         self.wait_for(token, timeout)?;
         self.snapshot()
-    }
-
-    /// Waits until the view has applied the append that gave `token`, for `timeout` at most.
-    ///
-    /// # Errors
-    /// [`WaitError`]; in particular, a token of events that were lost is not honoured by other events at
-    /// its position.
-    pub fn wait_for(&self, token: &Token, timeout: Duration) -> Result<(), WaitError> {
-        let shared = self.shared();
-        let deadline = Instant::now().checked_add(timeout);
-        let pending = is_pending(shared, token)?;
-        shared.wait_until_applied(token.position, deadline)?;
-        if pending && is_pending(shared, token)? {
-            let reached = shared.state().applied.checkpoint.position;
-            return Err(WaitError::Timeout { reached, wanted: token.position });
-        }
-        Ok(())
-    }
-
-    /// How far the view has got.
-    #[must_use]
-    pub fn checkpoint(&self) -> ViewCheckpoint {
-        let state = self.shared().state();
-        ViewCheckpoint { applied: state.applied.checkpoint, durable: state.durable }
-    }
-
-    /// How the view is doing.
-    #[must_use]
-    pub fn status(&self) -> ViewStatus {
-        let shared = self.shared();
-        let state = shared.state();
-        let journal_end = shared.journal.end();
-        let applied = state.applied.checkpoint;
-        let behind = journal_end.position.since(applied.position);
-        let follows = matches!(state.phase, Phase::Following | Phase::Building(_));
-        let lag_events = follows.then_some(behind);
-        ViewStatus {
-            state: match state.phase {
-                Phase::Building(_) => ViewState::Building,
-                Phase::Following if behind == 0 => ViewState::CaughtUp,
-                Phase::Following => ViewState::CatchingUp,
-                Phase::AwaitingMirror => ViewState::AwaitingMirror,
-                Phase::Stopped(error) => ViewState::Stopped(error),
-                Phase::Closed => ViewState::Closed,
-            },
-            checkpoint: ViewCheckpoint { applied, durable: state.durable },
-            journal_end,
-            lag_events,
-            skipped_events: state.applied.skipped_events,
-            parked: state.applied.parked,
-            generation: shared.db().path().to_owned(),
-            set_aside: shared.set_aside.clone(),
-            rebuild: shared.rebuild_status(),
-        }
-    }
-
-    /// Builds the view's rows anew from the journal, in a generation beside the one that is served, and lets it take
-    /// over. Reads go on all the time. Returns at once; the handle tells how far it is, and can pause it, slow it
-    /// down or cancel it. The old generation is kept, for [`rollback`](Self::rollback), until it is
-    /// [removed](Self::remove_generation); it needs its disk space twice.
-    ///
-    /// An event that can't be applied ends it: a generation with holes never takes over. So do removed events
-    /// ([`ReadError::Truncated`](crate::ReadError::Truncated)).
-    ///
-    /// # Errors
-    /// [`ViewError::Rebuilding`] if a rebuild is under way, [`ViewError::Closed`]; others if there can't be a thread.
-    pub fn rebuild(&self, options: RebuildOptions) -> Result<RebuildHandle, ViewError> {
-        takeover::begin(&self.running, self.view.clone(), options, Source::Journal)
-    }
-
-    /// Goes back to the generation that was live before the present one: it catches up with the journal and takes over, as
-    /// after a rebuild. The present one is kept. After another opening, "before" is the one with the next lower number.
-    ///
-    /// # Errors
-    /// As [`rebuild`](Self::rebuild); [`ViewError::NoGeneration`] if none is kept.
-    pub fn rollback(&self) -> Result<RebuildHandle, ViewError> {
-        let shared = self.shared();
-        let number = {
-            let folder = shared.folder.lock();
-            let live = folder.live_number();
-            let kept = folder.all()?.into_iter().filter(|it| it.version == V::VERSION && !it.live);
-            let kept: Vec<u32> = kept.map(|it| it.number).collect();
-            let previous = shared.previous.lock().filter(|number| kept.contains(number));
-            let lower = || kept.iter().copied().filter(|number| *number < live).max();
-            let lowest = live.saturating_sub(1);
-            let before = previous.or_else(lower);
-            before.map_or_else(|| folder.existing(lowest).map(|_| lowest), Ok)?
-        };
-        let options = RebuildOptions::default();
-        takeover::begin(&self.running, self.view.clone(), options, Source::Generation(number))
-    }
-
-    /// Proves that the rows are what the journal makes: builds them again, beside, as of this moment, and compares.
-    /// Blocks until that is done; reads and the fold go on.
-    ///
-    /// # Errors
-    /// [`RebuildError`]. Rows that differ are no error but the answer.
-    pub fn check(&self, options: RebuildOptions) -> Result<Comparison, RebuildError> {
-        takeover::check(&self.running, self.view.clone(), options)
-    }
-
-    /// What the rows come to, as of now. Reads all of them.
-    ///
-    /// # Errors
-    /// [`RebuildError::Stopped`] if the database fails.
-    pub fn digest(&self) -> Result<Digest, RebuildError> {
-        digest_of::<V>(&self.shared().db().snapshot(), None)
-    }
-
-    /// The generations of the view on disk, of all versions, but for one that is being built.
-    ///
-    /// # Errors
-    /// [`ViewError::Io`].
-    pub fn generations(&self) -> Result<Vec<GenerationInfo>, ViewError> {
-        let all = self.shared().folder.lock().all()?;
-        let info = |it: Generation| GenerationInfo {
-            version: it.version,
-            number: it.number,
-            live: it.live,
-            folder: it.folder().to_owned(),
-        };
-        Ok(all.into_iter().map(info).collect())
-    }
-
-    /// Deletes a generation that isn't live any more, with its folder: at once, or when the last snapshot of it is
-    /// dropped. `false` if there is none.
-    ///
-    /// # Errors
-    /// [`ViewError::Live`] if its version reads it, [`ViewError::Rebuilding`] while a rebuild is under way,
-    /// [`ViewError::InUse`] if it is of another version that is open.
-    pub fn remove_generation(&self, version: u32, number: u32) -> Result<bool, ViewError> {
-        let shared = self.shared();
-        let rebuild = shared.rebuild.lock(); // none begins meanwhile
-        if rebuild.as_ref().is_some_and(|control| !control.has_ended()) {
-            return Err(ViewError::Rebuilding { view: V::NAME });
-        }
-        if version != V::VERSION {
-            return shared.folder.lock().remove_other(version, number);
-        }
-        let forgotten = shared.folder.lock().forget(number)?;
-        forgotten.map_or(Ok(false), |folder| shared.openings.delete(&folder).map(|()| true))
-    }
-
-    /// Stops following the journal, for all clones, and makes durable what is applied. Blocks until then.
-    /// Reads go on; the view can be opened again when the last clone, snapshot and iterator is dropped.
-    ///
-    /// # Errors
-    /// [`ViewError::Storage`] if not all could be made durable; the journal makes up for it at the next
-    /// opening.
-    pub fn close(&self) -> Result<(), ViewError> {
-        self.running.close()
-    }
-}
-
-/// Whether the journal doesn't reach the token's position yet.
-fn is_pending(shared: &Shared, token: &Token) -> Result<bool, WaitError> {
-    match shared.journal.token_state(token)? {
-        TokenState::Present => Ok(false),
-        TokenState::Pending => Ok(true),
-        TokenState::Lost => Err(WaitError::TokenLost { position: token.position }),
-        TokenState::Foreign => {
-            Err(WaitError::ForeignToken { found: token.journal, followed: shared.journal.id() })
-        }
     }
 }
 

@@ -37,6 +37,7 @@
 
 mod bulk;
 mod chunk;
+mod control;
 mod db;
 mod error;
 mod generation;
@@ -45,6 +46,7 @@ mod index;
 mod key;
 mod openings;
 mod poison;
+mod program;
 mod rebuild;
 mod rows;
 mod runner;
@@ -60,13 +62,16 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use program::Keyed;
+
 use crate::event::{Event, Recorded};
 use crate::journal::Journal;
 
+pub use control::{ViewCheckpoint, ViewControl, ViewState, ViewStatus};
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
-pub use handle::{ViewCheckpoint, ViewHandle, ViewSnapshot, ViewState, ViewStatus};
+pub use handle::{ViewHandle, ViewSnapshot};
 pub use index::{Index, IndexReader, IndexRows, Indexes};
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
 pub use poison::{
@@ -294,8 +299,9 @@ pub fn open<V: View>(
     if !generation::is_valid_name(V::NAME) {
         return Err(ViewError::InvalidName { name: V::NAME });
     }
-    Indexes::of(&view).check()?;
-    let view = Arc::new(view);
-    let running = runner::start(views_dir, journal, Arc::clone(&view), options)?;
-    Ok(ViewHandle::new(running, view))
+    let indexes = Indexes::of(&view);
+    indexes.check()?;
+    let program = Arc::new(Keyed(view));
+    let running = runner::start(views_dir, journal, Arc::clone(&program), options)?;
+    Ok(ViewHandle::new(ViewControl::new(running, program), indexes))
 }

@@ -22,15 +22,16 @@ use arc_swap::ArcSwap;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::bulk::{self, Means};
-use super::chunk::{Chunk, Folded, panic_message};
+use super::chunk::{Folded, panic_message};
 use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
+use super::program::{Batches, Build, Program};
 use super::rebuild::{Control, RebuildOptions, RebuildStatus};
 use super::watch::Watchers;
-use super::{Indexes, LostTail, View, ViewOptions};
+use super::{LostTail, ViewOptions};
 use crate::error::ReadError;
 use crate::format::batch::genesis;
 use crate::format::files::Role;
@@ -93,15 +94,15 @@ pub(super) struct Running {
 }
 
 /// Opens the view's live generation, judges it, and starts the thread.
-pub(super) fn start<V: View>(
+pub(super) fn start<P: Program>(
     views_dir: &Path,
     journal: Journal,
-    view: Arc<V>,
+    view: Arc<P>,
     options: ViewOptions,
 ) -> Result<Running, ViewError> {
-    let mut folder = Generations::open(Arc::new(OsFs), views_dir, V::NAME, V::VERSION)?;
+    let mut folder = Generations::open(Arc::new(OsFs), views_dir, P::NAME, P::VERSION)?;
     let openings = Arc::new(Openings::default());
-    let parking = Parking::open(Arc::new(OsFs), &views_dir.join(V::NAME), V::VERSION)?;
+    let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let opened = open_live(&*view, &mut folder, &openings, &journal, &options)?;
     let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
     let state = State {
@@ -129,7 +130,7 @@ pub(super) fn start<V: View>(
     });
     let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.offset);
     let running = Running { shared, threads: Mutex::new(Vec::new()) };
-    running.spawn(V::NAME, "view", move || runner.run())?;
+    running.spawn(P::NAME, "view", move || runner.run())?;
     Ok(running)
 }
 
@@ -140,27 +141,27 @@ struct Opened {
     set_aside: Option<PathBuf>,
 }
 
-fn open_live<V: View>(
-    view: &V,
+fn open_live<P: Program>(
+    view: &P,
     folder: &mut Generations,
     openings: &Arc<Openings>,
     journal: &Journal,
     options: &ViewOptions,
 ) -> Result<Opened, ViewError> {
     let db = openings.open(&folder.live()?, &options.memory)?;
-    if let Some(opened) = to_build(&db, journal)? {
+    if let Some(opened) = to_build::<P>(&db, journal)? {
         return Ok(opened);
     }
-    let identity = Indexes::of(view).identity();
+    let identity = view.identity();
     let (progress, judgement) = match db.begin(&identity, nothing(journal)) {
         Ok(progress) => {
-            let judgement = judge::<V>(journal, &progress.checkpoint, options.lost_tail)?;
+            let judgement = judge::<P>(journal, &progress.checkpoint, options.lost_tail)?;
             (progress, judgement)
         }
         Err(source) if source.kind() == StorageErrorKind::OtherIndexes => {
             let start = journal.start().position;
             if start > Position::START {
-                return Err(ViewError::OtherIndexes { view: V::NAME, source, start });
+                return Err(ViewError::OtherIndexes { view: P::NAME, source, start });
             }
             (nothing(journal), Judgement::SetAside)
         }
@@ -170,18 +171,18 @@ fn open_live<V: View>(
         Judgement::GoOn => Phase::Following,
         Judgement::AwaitMirror => Phase::AwaitingMirror,
         Judgement::Unknown(source) => {
-            Phase::Stopped(Arc::new(StopError::Journal { view: V::NAME, source }))
+            Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }))
         }
         // What can't be built again is served as it is, and says so.
         Judgement::SetAside if journal.start().position > Position::START => {
             let source = ReadError::Truncated { first: journal.start().position };
-            Phase::Stopped(Arc::new(StopError::Journal { view: V::NAME, source }))
+            Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }))
         }
         Judgement::SetAside => {
             let set_aside = Some(db.path().to_owned());
             drop(db);
             let db = openings.open(&folder.next()?, &options.memory)?;
-            if let Some(opened) = to_build(&db, journal)? {
+            if let Some(opened) = to_build::<P>(&db, journal)? {
                 return Ok(Opened { set_aside, ..opened });
             }
             let progress = db.begin(&identity, nothing(journal))?;
@@ -192,8 +193,8 @@ fn open_live<V: View>(
 }
 
 /// A generation that was never written to, if there is enough to build it in bulk. It stays empty until then.
-fn to_build(db: &Arc<Db>, journal: &Journal) -> Result<Option<Opened>, StorageError> {
-    if journal.end().offset < BULK_BYTES_MIN || !db.is_empty()? {
+fn to_build<P: Program>(db: &Arc<Db>, journal: &Journal) -> Result<Option<Opened>, StorageError> {
+    if !P::HAS_BULK || journal.end().offset < BULK_BYTES_MIN || !db.is_empty()? {
         return Ok(None);
     }
     let phase = Phase::Building(Control::new(&RebuildOptions::default()));
@@ -227,7 +228,7 @@ enum Judgement {
     Unknown(ReadError),
 }
 
-fn judge<V: View>(
+fn judge<P: Program>(
     journal: &Journal,
     checkpoint: &Checkpoint,
     lost_tail: LostTail,
@@ -240,7 +241,7 @@ fn judge<V: View>(
         Ok(Comparison::Ahead) if lost_tail == LostTail::SetAside => Judgement::SetAside,
         Ok(Comparison::Ahead) => {
             let (checkpoint, end) = (*checkpoint, journal.end().position);
-            return Err(ViewError::LostTail { view: V::NAME, checkpoint, end });
+            return Err(ViewError::LostTail { view: P::NAME, checkpoint, end });
         }
     })
 }
@@ -296,8 +297,8 @@ impl FlushClock {
 }
 
 /// Follows the journal with one generation, as long as it is its turn.
-pub(super) struct Runner<V> {
-    view: Arc<V>,
+pub(super) struct Runner<P> {
+    view: Arc<P>,
     shared: Arc<Shared>,
     db: Arc<Db>,
     turn: u64,
@@ -312,9 +313,9 @@ enum Left {
     Superseded,
 }
 
-impl<V: View> Runner<V> {
+impl<P: Program> Runner<P> {
     pub(super) fn new(
-        view: Arc<V>,
+        view: Arc<P>,
         shared: Arc<Shared>,
         db: Arc<Db>,
         turn: u64,
@@ -326,7 +327,7 @@ impl<V: View> Runner<V> {
 
     pub(super) fn run(mut self) {
         let outcome = catch_unwind(AssertUnwindSafe(|| self.enter())).unwrap_or_else(|panic| {
-            Err(StopError::Panic { view: V::NAME, message: panic_message(&*panic) })
+            Err(StopError::Panic { view: P::NAME, message: panic_message(&*panic) })
         });
         if let Some(_turn) = self.shared.take_turn(self.turn) {
             self.shared.end(outcome.map(drop), self.db.flush(true));
@@ -350,21 +351,14 @@ impl<V: View> Runner<V> {
         let (shared, db) = (&*self.shared, &self.db);
         let until = shared.journal.end();
         let means = Means::of(&RebuildOptions::default(), shared.parking.discarded());
-        let built = bulk::build(
-            &*self.view,
-            &shared.journal,
-            until,
-            db,
-            &shared.options.memory,
-            means,
-            control,
-        );
+        let (journal, memory) = (&shared.journal, &shared.options.memory);
+        let built = self.view.build(Build { journal, until, db, memory, means, control });
         let progress = match built {
             Ok(progress) => progress,
             Err(bulk::Ended::Cancelled) => return Ok(false),
             Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => db
-                .begin(&Indexes::of(&*self.view).identity(), nothing(&shared.journal))
-                .map_err(storage_failed::<V>)?,
+                .begin(&self.view.identity(), nothing(&shared.journal))
+                .map_err(storage_failed::<P>)?,
             Err(bulk::Ended::Failed(error)) => return Err(error),
         };
         shared.change(|state| {
@@ -383,7 +377,7 @@ impl<V: View> Runner<V> {
         while !self.shared.is_to_end() {
             let closed = self.shared.journal.is_closed();
             let end = self.shared.journal.wait_past(before, TICK);
-            match compare(&self.shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
+            match compare(&self.shared.journal, &checkpoint).map_err(journal_failed::<P>)? {
                 Comparison::Equal => {
                     let Some(_turn) = self.shared.take_turn(self.turn) else { return Ok(false) };
                     self.shared.change(|state| {
@@ -396,7 +390,7 @@ impl<V: View> Runner<V> {
                 Comparison::Ahead => {}
                 _ => {
                     let end = end.position;
-                    return Err(StopError::Fork { view: V::NAME, checkpoint, end });
+                    return Err(StopError::Fork { view: P::NAME, checkpoint, end });
                 }
             }
         }
@@ -408,7 +402,7 @@ impl<V: View> Runner<V> {
         let shared = Arc::clone(&self.shared);
         let mut applied = shared.state().applied;
         let mut cursor =
-            shared.journal.cursor(applied.checkpoint.position).map_err(journal_failed::<V>)?;
+            shared.journal.cursor(applied.checkpoint.position).map_err(journal_failed::<P>)?;
         while !shared.is_to_end() {
             // Asked first: what was published before the closing is still to be read.
             let closed = shared.journal.is_closed();
@@ -426,11 +420,11 @@ impl<V: View> Runner<V> {
                     stop.map_or(Ok(()), Err)?;
                 }
                 let flush = &mut self.flush;
-                shared.parking.answer(&*self.view, &self.db, &mut applied, |progress, row| {
+                self.view.answer(&shared.parking, &self.db, &mut applied, |progress, row| {
                     flush.start();
                     shared.applied(progress, row.map(<[u8]>::to_vec).into_iter().collect());
                 })?;
-                self.tend().map_err(storage_failed::<V>)?;
+                self.tend().map_err(storage_failed::<P>)?;
             }
             match failure {
                 Some(failure) => return Err(failure),
@@ -463,20 +457,20 @@ impl<V: View> Runner<V> {
 }
 
 /// Batches for one write behind `applied`, and why there are no more.
-pub(super) fn collect<V: View>(
-    view: &V,
+pub(super) fn collect<P: Program>(
+    view: &P,
     journal: &Journal,
     cursor: &mut Cursor,
     applied: Progress,
     chunk_bytes: u64,
     rules: Rules,
-) -> (Chunk<V>, Option<StopError>) {
-    let mut chunk = Chunk::new(applied, journal.clone(), rules);
+) -> (P::Chunk, Option<StopError>) {
+    let mut chunk = P::Chunk::new(applied, journal.clone(), rules);
     while chunk.bytes() < chunk_bytes.max(1) {
         let added = match cursor.next_batch() {
             Ok(Some(batch)) => chunk.add(view, &batch),
             Ok(None) => break,
-            Err(error) => Err(journal_failed::<V>(error)),
+            Err(error) => Err(journal_failed::<P>(error)),
         };
         if let Err(failure) = added {
             return (chunk, Some(failure));
@@ -486,22 +480,22 @@ pub(super) fn collect<V: View>(
 }
 
 /// Folds a chunk into a generation: how far it is then, why no further, and which rows have changed.
-pub(super) fn apply<V: View>(
-    view: &V,
-    chunk: Chunk<V>,
-    db: &Db,
+pub(super) fn apply<P: Program>(
+    view: &P,
+    chunk: P::Chunk,
+    db: &Arc<Db>,
 ) -> Result<(Progress, Option<StopError>, Vec<Vec<u8>>), StopError> {
     let Folded { writes, end, stop, changed } = chunk.fold(view, db)?;
-    db.write(writes, &end).map_err(storage_failed::<V>)?;
+    db.write(writes, &end).map_err(storage_failed::<P>)?;
     Ok((end, stop, changed))
 }
 
-pub(super) fn journal_failed<V: View>(source: ReadError) -> StopError {
-    StopError::Journal { view: V::NAME, source }
+pub(super) fn journal_failed<P: Program>(source: ReadError) -> StopError {
+    StopError::Journal { view: P::NAME, source }
 }
 
-pub(super) fn storage_failed<V: View>(source: StorageError) -> StopError {
-    StopError::Storage { view: V::NAME, source }
+pub(super) fn storage_failed<P: Program>(source: StorageError) -> StopError {
+    StopError::Storage { view: P::NAME, source }
 }
 
 impl Shared {

@@ -5,12 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::bulk::{self, Ended, Means};
+use super::bulk::{Ended, Means};
 use super::chunk::panic_message;
 use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
 use super::poison::Discarded;
+use super::program::{Batches, Build, Program};
 use super::rebuild::{
     Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, Rebuilt,
@@ -19,7 +20,6 @@ use super::runner::{
     Phase, Runner, Running, Shared, apply, collect, compare, journal_failed, nothing,
     storage_failed,
 };
-use super::{Indexes, View};
 use crate::journal;
 use crate::position::Checkpoint;
 
@@ -36,9 +36,9 @@ pub(super) enum Source {
 }
 
 /// Begins to prepare another generation, in a thread.
-pub(super) fn begin<V: View>(
+pub(super) fn begin<P: Program>(
     running: &Running,
-    view: Arc<V>,
+    view: Arc<P>,
     options: RebuildOptions,
     source: Source,
 ) -> Result<RebuildHandle, ViewError> {
@@ -48,23 +48,23 @@ pub(super) fn begin<V: View>(
         let mut rebuild = shared.rebuild.lock();
         let under_way = rebuild.as_ref().is_some_and(|control| !control.has_ended());
         match shared.state().phase {
-            _ if shared.is_to_end() => return Err(ViewError::Closed { view: V::NAME }),
-            Phase::Building(_) => return Err(ViewError::Rebuilding { view: V::NAME }),
-            _ if under_way => return Err(ViewError::Rebuilding { view: V::NAME }),
+            _ if shared.is_to_end() => return Err(ViewError::Closed { view: P::NAME }),
+            Phase::Building(_) => return Err(ViewError::Rebuilding { view: P::NAME }),
+            _ if under_way => return Err(ViewError::Rebuilding { view: P::NAME }),
             _ => *rebuild = Some(Arc::clone(&control)),
         }
     }
     let handle = RebuildHandle::new(Arc::clone(&control));
     let takeover = Takeover { view, shared, options, control: Arc::clone(&control) };
-    let spawned = running.spawn(V::NAME, "rebuild", move || takeover.run(source));
+    let spawned = running.spawn(P::NAME, "rebuild", move || takeover.run(source));
     spawned.inspect_err(|error| control.end(Err(RebuildError::View(error.clone()))))?;
     Ok(handle)
 }
 
 /// Builds the served rows again from the journal, beside them, and compares.
-pub(super) fn check<V: View>(
+pub(super) fn check<P: Program>(
     running: &Running,
-    view: Arc<V>,
+    view: Arc<P>,
     options: RebuildOptions,
 ) -> Result<Comparison, RebuildError> {
     let control = Control::new(&options);
@@ -73,8 +73,8 @@ pub(super) fn check<V: View>(
     checked.guarded(Takeover::check)
 }
 
-struct Takeover<V> {
-    view: Arc<V>,
+struct Takeover<P> {
+    view: Arc<P>,
     shared: Arc<Shared>,
     options: RebuildOptions,
     control: Arc<Control>,
@@ -94,7 +94,7 @@ struct Built {
     discarded: Option<Arc<Discarded>>,
 }
 
-impl<V: View> Takeover<V> {
+impl<P: Program> Takeover<P> {
     fn run(self, source: Source) {
         let began = Instant::now();
         let done = self.guarded(|it| match source {
@@ -117,11 +117,11 @@ impl<V: View> Takeover<V> {
     ) -> Result<T, RebuildError> {
         catch_unwind(AssertUnwindSafe(|| run(self))).unwrap_or_else(|panic| {
             let message = panic_message(&*panic);
-            Err(StopError::Panic { view: V::NAME, message }.into())
+            Err(StopError::Panic { view: P::NAME, message }.into())
         })
     }
 
-    fn build_and_take_over(&self) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+    fn build_and_take_over(&self) -> Result<(Runner<P>, Rebuilt), RebuildError> {
         // Rows that lag behind are no measure.
         let is_comparable =
             |it: &Reference| it.progress.parked.is_empty() && self.is_near(&it.progress);
@@ -140,25 +140,25 @@ impl<V: View> Takeover<V> {
         })
     }
 
-    fn take_over_again(&self, number: u32) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+    fn take_over_again(&self, number: u32) -> Result<(Runner<P>, Rebuilt), RebuildError> {
         let shared = &self.shared;
         let path = shared.folder.lock().existing(number)?;
         let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;
-        let identity = Indexes::of(&*self.view).identity();
+        let identity = self.view.identity();
         let progress = db.begin(&identity, nothing(&shared.journal));
         let progress = progress.map_err(ViewError::from)?;
         let checkpoint = progress.checkpoint;
-        match compare(&shared.journal, &checkpoint).map_err(journal_failed::<V>)? {
+        match compare(&shared.journal, &checkpoint).map_err(journal_failed::<P>)? {
             journal::Comparison::Equal => self.take_over(number, db, progress, Built::default()),
             _ => {
                 let end = shared.journal.end().position;
-                Err(StopError::Fork { view: V::NAME, checkpoint, end }.into())
+                Err(StopError::Fork { view: P::NAME, checkpoint, end }.into())
             }
         }
     }
 
     fn check(&self) -> Result<Comparison, RebuildError> {
-        let reference = self.reference()?.ok_or(ViewError::NotJudged { view: V::NAME })?;
+        let reference = self.reference()?.ok_or(ViewError::NotJudged { view: P::NAME })?;
         let mut compared = None;
         let checked = self.with_new_generation(|_, path| {
             let discarded = self.shared.parking.discarded();
@@ -211,8 +211,8 @@ impl<V: View> Takeover<V> {
         let until = until.unwrap_or_else(|| shared.journal.end());
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let means = Means::of(&self.options, Arc::clone(discarded));
-        let (view, memory) = (&*self.view, &shared.options.memory);
-        let built = bulk::build(view, &shared.journal, until, &db, memory, means, &self.control);
+        let (journal, memory, control) = (&shared.journal, &shared.options.memory, &*self.control);
+        let built = self.view.build(Build { journal, until, db: &db, memory, means, control });
         match built {
             Ok(progress) => Ok((db, progress)),
             Err(Ended::Cancelled) => Err(RebuildError::Cancelled),
@@ -223,8 +223,8 @@ impl<V: View> Takeover<V> {
     fn compare(&self, reference: &Reference, db: &Arc<Db>) -> Result<Comparison, RebuildError> {
         self.control.pass_begins(RebuildPhase::Comparing, 0);
         let position = reference.progress.checkpoint.position;
-        let served = digest_of::<V>(&reference.reader, Some(&self.control))?;
-        let built = digest_of::<V>(&db.latest(), Some(&self.control))?;
+        let served = digest_of(P::NAME, &reference.reader, Some(&self.control))?;
+        let built = digest_of(P::NAME, &db.latest(), Some(&self.control))?;
         Ok(Comparison { position, served, built })
     }
 
@@ -235,14 +235,14 @@ impl<V: View> Takeover<V> {
         db: Arc<Db>,
         mut progress: Progress,
         built: Built,
-    ) -> Result<(Runner<V>, Rebuilt), RebuildError> {
+    ) -> Result<(Runner<P>, Rebuilt), RebuildError> {
         let Built { compared, discarded } = built;
         let shared = &self.shared;
         let position = progress.checkpoint.position;
         self.control
             .pass_begins(RebuildPhase::CatchingUp, shared.journal.end().position.since(position));
-        let mut cursor = shared.journal.cursor(position).map_err(journal_failed::<V>)?;
-        let flush = |db: &Db| db.flush(true).map_err(storage_failed::<V>);
+        let mut cursor = shared.journal.cursor(position).map_err(journal_failed::<P>)?;
+        let flush = |db: &Db| db.flush(true).map_err(storage_failed::<P>);
         let near = shared.options.chunk_bytes.max(1);
         while shared.journal.end().offset > progress.checkpoint.offset.saturating_add(near) {
             let (events, bytes) = self.fold_more(&mut cursor, &db, &mut progress)?;
@@ -257,7 +257,7 @@ impl<V: View> Takeover<V> {
             let (events, _) = self.fold_more(&mut cursor, &db, &mut progress)?;
             if events == 0 {
                 let (applied, end) = (old.applied.checkpoint, shared.journal.end().position);
-                let view = V::NAME;
+                let view = P::NAME;
                 return Err(StopError::Fork { view, checkpoint: applied, end }.into());
             }
         }
@@ -285,7 +285,7 @@ impl<V: View> Takeover<V> {
     fn fold_more(
         &self,
         cursor: &mut journal::Cursor,
-        db: &Db,
+        db: &Arc<Db>,
         progress: &mut Progress,
     ) -> Result<(u64, u64), RebuildError> {
         let (journal, chunk_bytes) = (&self.shared.journal, self.shared.options.chunk_bytes);
@@ -310,14 +310,15 @@ impl<V: View> Takeover<V> {
 }
 
 /// What the rows and their index entries come to.
-pub(super) fn digest_of<V: View>(
+pub(super) fn digest_of(
+    view: &'static str,
     reader: &Reader,
     control: Option<&Control>,
 ) -> Result<Digest, RebuildError> {
     let mut hasher = blake3::Hasher::new();
     let (mut rows, mut seen) = (0, 0_u64);
     for entry in reader.scan(all_rows_and_indexes()) {
-        let (key, row) = entry.map_err(storage_failed::<V>)?;
+        let (key, row) = entry.map_err(|source| StopError::Storage { view, source })?;
         for part in [&key, &row] {
             hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
         }

@@ -1,0 +1,169 @@
+//! What follows a journal asks this of a view, of whichever kind.
+//!
+//! ```text
+//! View ───────▶ Keyed ──┐
+//!                       ├──▶ Program ──▶ runner, takeover: follow, rebuild, check, roll back
+//! TableView ──▶ Tabled ─┘
+//! ```
+
+use std::sync::Arc;
+
+use super::bulk::{self, Means};
+use super::chunk::{Chunk, Folded};
+use super::db::{Db, Identity, Progress};
+use super::error::{StopError, ViewError};
+use super::poison::{Parking, Rules};
+use super::rebuild::{Control, RebuildError, RebuildHandle, RebuildOptions};
+use super::runner::Running;
+use super::takeover::{self, Source};
+use super::{Comparison, Indexes, View, ViewMemory};
+use crate::journal::{CursorBatch, Journal};
+use crate::position::Checkpoint;
+
+/// A view as those see it who don't care what its rows are.
+pub(super) trait Program: Send + Sync + Sized + 'static {
+    const NAME: &'static str;
+    const VERSION: u32;
+    /// Whether a new generation is built in another way than the journal is followed.
+    const HAS_BULK: bool;
+    type Chunk: Batches<Self>;
+
+    /// What a generation of it is.
+    fn identity(&self) -> Identity;
+
+    /// Builds the rows of everything in front of `until` into a database that was never written to.
+    fn build(&self, what: Build<'_>) -> Result<Progress, bulk::Ended>;
+
+    /// Does what was asked for about parked events; see [`Parking::answer`].
+    fn answer(
+        &self,
+        parking: &Parking,
+        db: &Arc<Db>,
+        progress: &mut Progress,
+        applied: impl FnMut(Progress, Option<&[u8]>),
+    ) -> Result<(), StopError>;
+}
+
+/// What a generation is built from, into, and with.
+pub(super) struct Build<'a> {
+    pub(super) journal: &'a Journal,
+    pub(super) until: Checkpoint,
+    pub(super) db: &'a Arc<Db>,
+    pub(super) memory: &'a ViewMemory,
+    pub(super) means: Means,
+    pub(super) control: &'a Control,
+}
+
+/// Batches on their way into a view.
+pub(super) trait Batches<P>: Sized {
+    /// None yet, behind `start`.
+    fn new(start: Progress, journal: Journal, rules: Rules) -> Self;
+
+    fn is_empty(&self) -> bool;
+
+    /// Bytes of the batches, as they lie in the journal.
+    fn bytes(&self) -> u64;
+
+    /// Adds a batch. After an error those added before it can still be folded; no further ones may be added.
+    fn add(&mut self, program: &P, batch: &CursorBatch<'_>) -> Result<(), StopError>;
+
+    /// What is to be written: of all batches, or of those in front of the one with the first event that fails.
+    fn fold(self, program: &P, db: &Arc<Db>) -> Result<Folded, StopError>;
+}
+
+/// A program of any type.
+pub(super) trait Managed: Send + Sync {
+    fn name(&self) -> &'static str;
+
+    fn version(&self) -> u32;
+
+    fn begin(
+        self: Arc<Self>,
+        running: &Running,
+        options: RebuildOptions,
+        source: Source,
+    ) -> Result<RebuildHandle, ViewError>;
+
+    fn check(
+        self: Arc<Self>,
+        running: &Running,
+        options: RebuildOptions,
+    ) -> Result<Comparison, RebuildError>;
+}
+
+impl<P: Program> Managed for P {
+    fn name(&self) -> &'static str {
+        P::NAME
+    }
+
+    fn version(&self) -> u32 {
+        P::VERSION
+    }
+
+    fn begin(
+        self: Arc<Self>,
+        running: &Running,
+        options: RebuildOptions,
+        source: Source,
+    ) -> Result<RebuildHandle, ViewError> {
+        takeover::begin(running, self, options, source)
+    }
+
+    fn check(
+        self: Arc<Self>,
+        running: &Running,
+        options: RebuildOptions,
+    ) -> Result<Comparison, RebuildError> {
+        takeover::check(running, self, options)
+    }
+}
+
+/// A view whose rows don't see each other.
+pub(super) struct Keyed<V>(pub(super) V);
+
+impl<V: View> Program for Keyed<V> {
+    const NAME: &'static str = V::NAME;
+    const VERSION: u32 = V::VERSION;
+    const HAS_BULK: bool = true;
+    type Chunk = Chunk<V>;
+
+    fn identity(&self) -> Identity {
+        Indexes::of(&self.0).identity()
+    }
+
+    fn build(&self, what: Build<'_>) -> Result<Progress, bulk::Ended> {
+        bulk::build(&self.0, what)
+    }
+
+    fn answer(
+        &self,
+        parking: &Parking,
+        db: &Arc<Db>,
+        progress: &mut Progress,
+        applied: impl FnMut(Progress, Option<&[u8]>),
+    ) -> Result<(), StopError> {
+        parking.answer(&self.0, db, progress, applied)
+    }
+}
+
+impl<V: View> Batches<Keyed<V>> for Chunk<V> {
+    fn new(start: Progress, journal: Journal, rules: Rules) -> Self {
+        Self::new(start, journal, rules)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.is_empty()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes()
+    }
+
+    fn add(&mut self, program: &Keyed<V>, batch: &CursorBatch<'_>) -> Result<(), StopError> {
+        self.add(&program.0, batch)
+    }
+
+    fn fold(self, program: &Keyed<V>, db: &Arc<Db>) -> Result<Folded, StopError> {
+        self.fold(&program.0, db)
+    }
+}
