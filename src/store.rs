@@ -29,7 +29,7 @@ use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
-use crate::view::{View, ViewError, ViewHandle, ViewOptions};
+use crate::view::{TableView, TableViewHandle, View, ViewError, ViewHandle, ViewOptions};
 
 /// How many aggregates are kept in memory, unless said otherwise.
 const AGGREGATES_CACHED_MAX: usize = 1024;
@@ -305,15 +305,49 @@ impl Store {
         view: V,
         options: ViewOptions,
     ) -> Result<ViewHandle<V>, ViewError> {
-        let opened =
-            crate::view::open(&self.inner.dir.join(VIEWS), self.journal().clone(), view, options);
+        let dir = self.inner.dir.join(VIEWS);
+        let opened = crate::view::open(&dir, self.journal().clone(), view, options);
+        self.heed_lost_tail(V::NAME, opened)
+    }
+
+    /// Opens a view of several tables of the store's own journal, as [`view`](Self::view) opens a keyed one.
+    ///
+    /// # Errors
+    /// [`ViewError`], as [`view`](Self::view).
+    #[cfg(feature = "views")]
+    pub fn table_view<T: TableView>(&self, view: T) -> Result<TableViewHandle<T>, ViewError> {
+        self.table_view_with(view, ViewOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ViewError`], as [`view`](Self::view).
+    #[cfg(feature = "views")]
+    pub fn table_view_with<T: TableView>(
+        &self,
+        view: T,
+        options: ViewOptions,
+    ) -> Result<TableViewHandle<T>, ViewError> {
+        let dir = self.inner.dir.join(VIEWS);
+        let opened = crate::view::open_tables(&dir, self.journal().clone(), view, options);
+        self.heed_lost_tail(T::NAME, opened)
+    }
+
+    /// A view that remembers events which the journal has lost keeps the store from appending.
+    #[cfg(feature = "views")]
+    fn heed_lost_tail<T>(
+        &self,
+        view: &'static str,
+        opened: Result<T, ViewError>,
+    ) -> Result<T, ViewError> {
         match &opened {
             Err(ViewError::LostTail { checkpoint, end, .. }) => {
-                let (view, applied, end) = (V::NAME, checkpoint.position, *end);
+                let (applied, end) = (checkpoint.position, *end);
                 let error = AppendError::LostTail { view, applied, end };
                 self.inner.lost_tail.write().insert((VIEWS, view), error);
             }
-            Ok(_) => drop(self.inner.lost_tail.write().remove(&(VIEWS, V::NAME))),
+            Ok(_) => drop(self.inner.lost_tail.write().remove(&(VIEWS, view))),
             Err(_) => {}
         }
         opened
@@ -343,8 +377,42 @@ impl Store {
         if journal.node() == self.journal().node() {
             return self.view_with(view, options);
         }
-        let beside = journal.dir().parent().unwrap_or(&self.inner.dir);
-        crate::view::open(&beside.join(VIEWS), journal.clone(), view, options)
+        crate::view::open(&self.views_beside(journal), journal.clone(), view, options)
+    }
+
+    /// Opens a view of several tables of a mirrored journal, as [`view_of`](Self::view_of) opens a keyed one.
+    ///
+    /// # Errors
+    /// [`ViewError`].
+    #[cfg(all(feature = "views", feature = "shipping"))]
+    pub fn table_view_of<T: TableView>(
+        &self,
+        journal: &Journal,
+        view: T,
+    ) -> Result<TableViewHandle<T>, ViewError> {
+        self.table_view_of_with(journal, view, ViewOptions::default())
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ViewError`].
+    #[cfg(all(feature = "views", feature = "shipping"))]
+    pub fn table_view_of_with<T: TableView>(
+        &self,
+        journal: &Journal,
+        view: T,
+        options: ViewOptions,
+    ) -> Result<TableViewHandle<T>, ViewError> {
+        if journal.node() == self.journal().node() {
+            return self.table_view_with(view, options);
+        }
+        crate::view::open_tables(&self.views_beside(journal), journal.clone(), view, options)
+    }
+
+    #[cfg(all(feature = "views", feature = "shipping"))]
+    fn views_beside(&self, journal: &Journal) -> PathBuf {
+        journal.dir().parent().unwrap_or(&self.inner.dir).join(VIEWS)
     }
 
     /// Opens a reactor to the store's own journal, which begins where its options say if it is new and otherwise

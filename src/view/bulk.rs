@@ -265,7 +265,7 @@ impl<V: View> Pass<'_, V> {
                     .map_err(|e| failed(invalid_record(self.journal, &batch, position, e)))?;
                 let at = Place { journal, position, recorded_at_us };
                 let wrong = |cause| {
-                    stop_at::<V, _>(&at.recorded(&record, &mut Names::default(), ()), cause)
+                    stop_at(V::NAME, &at.recorded(&record, &mut Names::default(), ()), cause)
                 };
                 if self.means.discarded.has_all_of(journal, position) {
                     continue;
@@ -377,7 +377,7 @@ impl Part {
                 let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
                 let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
                 self.fold_run(view, piece, key, run, hasher)
-                    .map_err(|(event, cause)| (event.position(), stop_at::<V, _>(event, cause)))?;
+                    .map_err(|(event, cause)| (event.position(), stop_at(V::NAME, event, cause)))?;
                 routes = rest;
             }
         }

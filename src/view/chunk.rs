@@ -53,10 +53,10 @@ pub(super) struct Chunk<V: View> {
 }
 
 /// The end of a batch: in the journal, and in what the chunk has.
-struct Batch {
-    end: Progress,
-    routes: usize,
-    unrouted: usize,
+pub(super) struct Batch {
+    pub(super) end: Progress,
+    pub(super) routes: usize,
+    pub(super) unrouted: usize,
 }
 
 /// An event concerns a row.
@@ -67,10 +67,11 @@ struct Route {
 }
 
 /// An event of which nobody knows which rows it concerns.
-struct Unrouted {
-    position: Position,
-    recorded_at_us: i64,
-    reason: String,
+#[derive(Clone)]
+pub(super) struct Unrouted {
+    pub(super) position: Position,
+    pub(super) recorded_at_us: i64,
+    pub(super) reason: String,
 }
 
 /// A row that events of the chunk concern.
@@ -210,7 +211,7 @@ impl<V: View> Chunk<V> {
                 Ok(true)
             }
             Err(cause) => {
-                Err(stop_at::<V, _>(&at.recorded(record, &mut Names::default(), ()), cause))
+                Err(stop_at(V::NAME, &at.recorded(record, &mut Names::default(), ()), cause))
             }
         }
     }
@@ -277,7 +278,7 @@ impl<V: View> Chunk<V> {
 
     fn stop_at_route(&self, route: usize, cause: EventFailure) -> Option<StopError> {
         let event = self.events.get(self.routes.get(route)?.event)?;
-        Some(stop_at::<V, _>(event, cause))
+        Some(stop_at(V::NAME, event, cause))
     }
 
     /// Folds are pure: folding the batches in front again gives what it gave before.
@@ -443,9 +444,8 @@ impl<V: View> Chunk<V> {
         let mut counts = self.start.parked;
         let event = |index: &usize| self.events.get(*index);
         let queued = parked.iter().flat_map(|(_, queue)| queue.events.iter().filter_map(event));
-        let positions = queued.map(Recorded::position);
-        let positions = positions.chain(self.unrouted.iter().map(|it| it.position));
-        let records = self.records_at(&positions.collect())?;
+        let positions = queued.map(Recorded::position).collect();
+        let records = records_at(V::NAME, &self.journal, &positions)?;
         let record = |position| records.get(&position).map(Vec::as_slice).unwrap_or_default();
         for (slot, queue) in parked {
             for event in queue.events.iter().filter_map(event) {
@@ -457,42 +457,55 @@ impl<V: View> Chunk<V> {
             counts.keys += u64::from(queue.is_new);
             counts.events += queue.events.len() as u64;
         }
-        for Unrouted { position, recorded_at_us, reason } in &self.unrouted {
-            let (recorded_at_us, record) = (*recorded_at_us, record(*position));
-            let it = ParkedRecord { recorded_at_us, reason, record };
-            writes.put(&unrouted_key(*position), &it.to_bytes());
-        }
+        park_unrouted(V::NAME, &self.journal, &self.unrouted, writes)?;
         counts.unrouted += self.unrouted.len() as u64;
         Ok(counts)
     }
+}
 
-    /// The records at these positions, as they lie in the journal.
-    fn records_at(
-        &self,
-        positions: &BTreeSet<Position>,
-    ) -> Result<BTreeMap<Position, Vec<u8>>, StopError> {
-        let failed = |source| StopError::Journal { view: V::NAME, source };
-        let mut records = BTreeMap::new();
-        let (Some(first), Some(last)) = (positions.first(), positions.last()) else {
-            return Ok(records);
-        };
-        let mut cursor = self.journal.cursor(*first).map_err(failed)?;
-        while cursor.position() <= *last {
-            let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
-            let mut position = batch.batch.header.base_position;
-            let mut rest = batch.batch.body();
-            for _ in 0..batch.batch.header.count {
-                let wrong = |e| failed(invalid_record(&self.journal, &batch, position, e));
-                let (_, behind) = RecordRef::decode(rest).map_err(wrong)?;
-                if positions.contains(&position) {
-                    let len = rest.len() - behind.len();
-                    records.insert(position, rest.get(..len).unwrap_or_default().to_vec());
-                }
-                (rest, position) = (behind, position.advance(1));
-            }
-        }
-        Ok(records)
+/// Writes events of which nobody knows which rows they concern.
+pub(super) fn park_unrouted(
+    view: &'static str,
+    journal: &Journal,
+    unrouted: &[Unrouted],
+    writes: &mut Writes,
+) -> Result<(), StopError> {
+    let records = records_at(view, journal, &unrouted.iter().map(|it| it.position).collect())?;
+    for Unrouted { position, recorded_at_us, reason } in unrouted {
+        let record = records.get(position).map(Vec::as_slice).unwrap_or_default();
+        let it = ParkedRecord { recorded_at_us: *recorded_at_us, reason, record };
+        writes.put(&unrouted_key(*position), &it.to_bytes());
     }
+    Ok(())
+}
+
+/// The records at these positions, as they lie in the journal.
+fn records_at(
+    view: &'static str,
+    journal: &Journal,
+    positions: &BTreeSet<Position>,
+) -> Result<BTreeMap<Position, Vec<u8>>, StopError> {
+    let failed = |source| StopError::Journal { view, source };
+    let mut records = BTreeMap::new();
+    let (Some(first), Some(last)) = (positions.first(), positions.last()) else {
+        return Ok(records);
+    };
+    let mut cursor = journal.cursor(*first).map_err(failed)?;
+    while cursor.position() <= *last {
+        let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
+        let mut position = batch.batch.header.base_position;
+        let mut rest = batch.batch.body();
+        for _ in 0..batch.batch.header.count {
+            let wrong = |e| failed(invalid_record(journal, &batch, position, e));
+            let (_, behind) = RecordRef::decode(rest).map_err(wrong)?;
+            if positions.contains(&position) {
+                let len = rest.len() - behind.len();
+                records.insert(position, rest.get(..len).unwrap_or_default().to_vec());
+            }
+            (rest, position) = (behind, position.advance(1));
+        }
+    }
+    Ok(records)
 }
 
 fn storage_failed<V: View>(source: StorageError) -> StopError {
@@ -688,9 +701,13 @@ pub(super) fn invalid_record(
     Corruption { path, file_offset, position, kind: CorruptionKind::Record(error) }.into()
 }
 
-pub(super) fn stop_at<V: View, E>(event: &Recorded<E>, cause: EventFailure) -> StopError {
+pub(super) fn stop_at<E>(
+    view: &'static str,
+    event: &Recorded<E>,
+    cause: EventFailure,
+) -> StopError {
     StopError::Event {
-        view: V::NAME,
+        view,
         position: event.position(),
         stream: event.stream().clone(),
         event_type: event.event_type().clone(),

@@ -4,9 +4,11 @@
 //! key                            value
 //! 00 'i'                         identity: layout u32 │ version u32 │ name        (little-endian)
 //! 00 'x'                         names of the indexes, sorted, each with a line end behind it; absent if none
+//! 00 't'                         names of the tables, likewise; absent in a keyed view
 //! 00 'p' journal id 16           progress: checkpoint 64 │ skipped events u64 │ parked: keys u64 │
 //!                                events u64 │ unrouted u64     (the last three may be absent: 0)
 //! 01 key of the row              the row, encoded by the codec
+//! 01 number u8 │ key of the row  the same in a view of tables; the number is the table's place in 00 't', from 0 on
 //! 02 number u8 │ index key │ key of the row
 //!                                nothing; the number is the index's place in 00 'x', from 0 on
 //! 03 key of the row              a parked key: events u64 │ position of the first u64 │ its time i64 │ reason
@@ -46,7 +48,7 @@ use crate::position::{Checkpoint, JournalId, Position};
 /// Version of the layout above.
 const LAYOUT: u32 = 1;
 const META: u8 = 0x00;
-const ROWS: u8 = 0x01;
+pub(super) const ROWS: u8 = 0x01;
 const INDEXES: u8 = 0x02;
 const PARKED: u8 = 0x03;
 const UNROUTED: u8 = 0x04;
@@ -54,6 +56,7 @@ const UNROUTED: u8 = 0x04;
 const BULK_FOLDER: &str = "bulk";
 const IDENTITY: &[u8] = &[META, b'i'];
 const INDEX_NAMES: &[u8] = &[META, b'x'];
+const TABLE_NAMES: &[u8] = &[META, b't'];
 const PROGRESS: &[u8] = &[META, b'p'];
 const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 32;
 
@@ -121,8 +124,8 @@ enum StorageCause {
     Damaged(&'static str),
     #[error("layout {layout} is not known to this version")]
     Layout { layout: u32 },
-    #[error("it has the indexes [{stored}], not [{declared}]")]
-    OtherIndexes { stored: String, declared: String },
+    #[error("it has the {what} [{stored}], not [{declared}]")]
+    OtherShape { what: &'static str, stored: String, declared: String },
     #[error("no threads: {0}")]
     Threads(Arc<rayon::ThreadPoolBuildError>),
     #[error(transparent)]
@@ -141,8 +144,8 @@ pub enum StorageErrorKind {
     DiskFull,
     /// Written by a later version.
     Unsupported,
-    /// It has other indexes than the view declares.
-    OtherIndexes,
+    /// It has other indexes or tables than the view declares.
+    OtherShape,
     /// A file operation failed in another way.
     Other,
 }
@@ -160,7 +163,7 @@ impl StorageError {
         match &self.cause {
             StorageCause::Damaged(_) => StorageErrorKind::Damaged,
             StorageCause::Layout { .. } => StorageErrorKind::Unsupported,
-            StorageCause::OtherIndexes { .. } => StorageErrorKind::OtherIndexes,
+            StorageCause::OtherShape { .. } => StorageErrorKind::OtherShape,
             StorageCause::RocksDb(error) => kind_of(error),
             StorageCause::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
                 StorageErrorKind::DiskFull
@@ -177,7 +180,7 @@ impl StorageError {
             StorageErrorKind::InUse => "view_storage.in_use",
             StorageErrorKind::DiskFull => "view_storage.disk_full",
             StorageErrorKind::Unsupported => "view_storage.unsupported",
-            StorageErrorKind::OtherIndexes => "view_storage.other_indexes",
+            StorageErrorKind::OtherShape => "view_storage.other_shape",
             StorageErrorKind::Other => "view_storage.other",
         }
     }
@@ -194,8 +197,8 @@ impl StorageError {
             StorageErrorKind::Unsupported => {
                 "open it with the version that wrote it, or move its directory away to build it anew"
             }
-            StorageErrorKind::OtherIndexes => {
-                "a generation keeps the indexes that it was built with: build a new one"
+            StorageErrorKind::OtherShape => {
+                "a generation keeps the indexes and tables that it was built with: build a new one"
             }
             StorageErrorKind::Other => "see the cause; opening the view again is safe",
         }
@@ -259,11 +262,6 @@ pub(super) fn row_key(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut key = vec![ROWS];
     encode(&mut key);
     key
-}
-
-/// The keys of all rows.
-pub(super) fn all_rows() -> Range<Vec<u8>> {
-    vec![ROWS]..vec![ROWS + 1]
 }
 
 /// The keys of all rows and index entries.
@@ -336,6 +334,8 @@ pub(super) struct Identity {
     pub(super) version: u32,
     /// Names of the indexes, in the order of their numbers.
     pub(super) indexes: Vec<&'static str>,
+    /// Names of the tables, likewise; none of a keyed view.
+    pub(super) tables: Vec<&'static str>,
 }
 
 impl Identity {
@@ -344,16 +344,20 @@ impl Identity {
         [&layout[..], &version, self.name.as_bytes()].concat()
     }
 
-    fn index_names(&self) -> String {
-        self.indexes.iter().flat_map(|name| [name, "\n"]).collect()
+    /// Where its names lie, what they name, and the names.
+    fn names(&self) -> [(&'static [u8], &'static str, String); 2] {
+        let listed = |names: &[&str]| names.iter().flat_map(|name| [*name, "\n"]).collect();
+        [
+            (INDEX_NAMES, "indexes", listed(&self.indexes)),
+            (TABLE_NAMES, "tables", listed(&self.tables)),
+        ]
     }
 
     /// What says it in the database.
     fn entries(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         let mut entries = vec![(IDENTITY.to_vec(), self.to_bytes())];
-        if !self.indexes.is_empty() {
-            entries.push((INDEX_NAMES.to_vec(), self.index_names().into_bytes()));
-        }
+        let names = self.names().into_iter().filter(|(_, _, names)| !names.is_empty());
+        entries.extend(names.map(|(key, _, names)| (key.to_vec(), names.into_bytes())));
         entries
     }
 }
@@ -453,7 +457,7 @@ impl Db {
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
         match found {
             Some(found) if found == identity.to_bytes() => {
-                self.check_indexes(identity)?;
+                self.check_shape(identity)?;
                 self.stored_progress()
             }
             Some(found) => Err(self.failure(ACTION, wrong_identity(&found))),
@@ -469,18 +473,20 @@ impl Db {
         }
     }
 
-    fn check_indexes(&self, identity: &Identity) -> Result<(), StorageError> {
-        const ACTION: &str = "reading the names of the view's indexes";
-        let found = self.db.get(INDEX_NAMES).map_err(|error| self.failed(ACTION, error))?;
-        let stored = found.unwrap_or_default();
-        let declared = identity.index_names();
-        if stored == declared.as_bytes() {
-            return Ok(());
+    fn check_shape(&self, identity: &Identity) -> Result<(), StorageError> {
+        const ACTION: &str = "reading the names of the view's indexes and tables";
+        for (key, what, declared) in identity.names() {
+            let found = self.db.get(key).map_err(|error| self.failed(ACTION, error))?;
+            let stored = found.unwrap_or_default();
+            if stored != declared.as_bytes() {
+                let stored = String::from_utf8_lossy(&stored);
+                let listed = |names: &str| names.lines().collect::<Vec<_>>().join(", ");
+                let (stored, declared) = (listed(&stored), listed(&declared));
+                let cause = StorageCause::OtherShape { what, stored, declared };
+                return Err(self.failure(ACTION, cause));
+            }
         }
-        let stored = String::from_utf8_lossy(&stored);
-        let listed = |names: &str| names.lines().collect::<Vec<_>>().join(", ");
-        let (stored, declared) = (listed(&stored), listed(&declared));
-        Err(self.failure(ACTION, StorageCause::OtherIndexes { stored, declared }))
+        Ok(())
     }
 
     /// Whether nothing was ever written.
@@ -923,7 +929,7 @@ mod tests {
     }
 
     fn identity(name: &'static str, version: u32) -> Identity {
-        Identity { name, version, indexes: Vec::new() }
+        Identity { name, version, indexes: Vec::new(), tables: Vec::new() }
     }
 
     fn open(path: &Path) -> Arc<Db> {
@@ -940,6 +946,10 @@ mod tests {
         let mut writes = Writes::new();
         writes.put(&row_key(|out| out.extend_from_slice(key.as_bytes())), row.as_bytes());
         db.write(writes, &progress(position)).unwrap();
+    }
+
+    fn all_rows() -> Range<Vec<u8>> {
+        vec![ROWS]..vec![ROWS + 1]
     }
 
     fn rows(reader: &Reader) -> Vec<(String, String)> {

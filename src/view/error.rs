@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::db::StorageError;
 use super::key::KeyError;
 use super::poison::Degraded;
+use super::tables::TableError;
 use crate::codec::CodecError;
 use crate::error::{IoError, ReadError};
 use crate::event::{EventType, StreamId};
@@ -31,15 +32,25 @@ pub enum ViewError {
         /// Why not.
         reason: &'static str,
     },
-    /// The view declares other indexes than its rows have, and the journal doesn't reach back to its beginning, so
+    /// A table that the view declares can't be kept.
+    #[error("table {table:?} of view {view}: {reason}")]
+    InvalidTable {
+        /// The view.
+        view: &'static str,
+        /// The table.
+        table: &'static str,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// The view declares other indexes or tables than its rows have, and the journal doesn't reach back to its beginning, so
     /// that they can't be built anew. Nothing was changed.
     #[error(
         "view {view}: {source}; the rows can't be built anew, because the journal begins at position {start}"
     )]
-    OtherIndexes {
+    OtherShape {
         /// The view.
         view: &'static str,
-        /// Which indexes they are.
+        /// Which they are.
         source: StorageError,
         /// The first position that is left in the journal.
         start: Position,
@@ -131,7 +142,8 @@ impl ViewError {
         match self {
             Self::InvalidName { .. } => "view.invalid_name",
             Self::InvalidIndex { .. } => "view.invalid_index",
-            Self::OtherIndexes { .. } => "view.other_indexes",
+            Self::InvalidTable { .. } => "view.invalid_table",
+            Self::OtherShape { .. } => "view.other_shape",
             Self::InUse { .. } => "view.in_use",
             Self::LostTail { .. } => "view.lost_tail",
             Self::DamagedPointer { .. } => "view.damaged_pointer",
@@ -153,8 +165,9 @@ impl ViewError {
         match self {
             Self::InvalidName { .. } => "name the view after its folder, such as \"orders_by_day\"",
             Self::InvalidIndex { .. } => "mend what the view's indexes() returns",
-            Self::OtherIndexes { .. } => {
-                "declare the indexes that the rows have, or put the removed events back and open the view again"
+            Self::InvalidTable { .. } => "mend what the view's tables() returns",
+            Self::OtherShape { .. } => {
+                "declare the indexes or tables that the rows have, or put the removed events back and open the view again"
             }
             Self::InUse { .. } => {
                 "drop the other handle with its snapshots and iterators, or stop the other process"
@@ -276,12 +289,19 @@ pub enum EventFailure {
     /// The row that the fold returned can't be encoded.
     #[error("the new row can't be encoded: {0}")]
     NewRow(#[source] CodecError),
+    /// A table of the view can't be read or written.
+    #[error(transparent)]
+    Table(TableError),
 }
 
 impl EventFailure {
     /// It isn't the event that is wrong: the stored rows are of other types than the view's.
     pub(super) const fn is_of_the_rows(&self) -> bool {
-        matches!(self, Self::StoredRow(_) | Self::StoredKey(_))
+        match self {
+            Self::StoredRow(_) | Self::StoredKey(_) => true,
+            Self::Table(error) => !matches!(error, TableError::NewRow { .. }),
+            _ => false,
+        }
     }
 }
 
@@ -306,6 +326,7 @@ impl StopError {
                 EventFailure::StoredRow(_) => "view_stop.stored_row",
                 EventFailure::StoredKey(_) => "view_stop.stored_key",
                 EventFailure::NewRow(_) => "view_stop.new_row",
+                EventFailure::Table(_) => "view_stop.table",
             },
             Self::Index { .. } => "view_stop.index",
             Self::Fork { .. } => "view_stop.fork",
@@ -330,6 +351,15 @@ impl StopError {
                     "the key or row type was changed without a new VERSION: raise it, and the view is built anew"
                 }
                 EventFailure::NewRow(_) => "use a row type that its codec can represent",
+                EventFailure::Table(TableError::NoTable { .. }) => {
+                    "name the table in the view's tables(), then open the view again"
+                }
+                EventFailure::Table(TableError::NewRow { .. }) => {
+                    "use a row type that its codec can represent"
+                }
+                EventFailure::Table(_) => {
+                    "the key or row type was changed without a new VERSION: raise it, and the view is built anew"
+                }
             },
             Self::Index { .. } => "mend the function that makes the index keys",
             Self::Fork { .. } => {
@@ -450,6 +480,14 @@ pub enum ViewReadError {
         /// The index.
         index: &'static str,
     },
+    /// The view doesn't have this table.
+    #[error("view {view} has no table {table:?} with keys and rows of these types")]
+    NoTable {
+        /// The view.
+        view: &'static str,
+        /// The table.
+        table: &'static str,
+    },
     /// One row was asked for, but there are several.
     #[error("index {index:?} of view {view}: several rows have this key")]
     NotUnique {
@@ -473,6 +511,7 @@ impl ViewReadError {
             Self::Key { .. } => "view_read.key",
             Self::Degraded { .. } => "view_read.degraded",
             Self::NoIndex { .. } => "view_read.no_index",
+            Self::NoTable { .. } => "view_read.no_table",
             Self::NotUnique { .. } => "view_read.not_unique",
             Self::Wait(error) => error.code(),
         }
@@ -488,6 +527,7 @@ impl ViewReadError {
             }
             Self::Degraded { .. } => "see what is parked; get_checked() returns the row as it is",
             Self::NoIndex { .. } => "name the index in the view's indexes()",
+            Self::NoTable { .. } => "name the table in the view's tables()",
             Self::NotUnique { .. } => "read all rows of the key with get()",
             Self::Wait(error) => error.hint(),
         }

@@ -1,18 +1,19 @@
 //! Reading a view.
 
-use std::ops::{Bound, Deref, Range, RangeBounds};
+use std::ops::{Deref, RangeBounds};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::View;
 use super::control::ViewControl;
-use super::db::{Reader, all_rows, behind_prefix, row_key};
+use super::db::{Db, Reader, StorageError};
+
 use super::error::ViewReadError;
 use super::index::Indexes;
-use super::key::{EncodeKey, KeyPrefix, ViewKey};
+use super::key::{EncodeKey, KeyPrefix};
 use super::rows::Rows;
-use super::runner::nothing;
-use crate::codec::{Bincode, Codec};
+use super::runner::{Shared, nothing};
+use super::space::Space;
 use crate::position::{Checkpoint, Token};
 
 /// An open view. Cheap to clone; the view is closed when the last clone is dropped.
@@ -113,9 +114,10 @@ impl<V: View> ViewHandle<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized,
     {
-        let key = row_key(|out| key.encode_key_into(out));
-        self.shared()
-            .with_db(|db| db.get(&key)?.map(|row| decode_row::<V>(row.as_ref())).transpose())
+        let space = Space::of::<V>();
+        let key = space.key(|out| key.encode_key_into(out));
+        let row = |db: &Db| db.get(&key)?.map(|row| space.decode_row(row.as_ref())).transpose();
+        self.shared().with_db(row)
     }
 
     /// The row under `key` once the view has applied what `token` stands for: read your own write, or that
@@ -148,13 +150,15 @@ impl<V: View> ViewHandle<V> {
     ///
     /// # Errors
     /// None here; each item may be a [`ViewReadError`].
-    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<V> {
-        Rows::new(&self.shared().db().latest(), row_range(&range))
+    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<V::Key, V::Row> {
+        let space = Space::of::<V>();
+        Rows::new(&self.shared().db().latest(), space, space.range(&range))
     }
 
     /// The rows whose keys begin with the fields `prefix`, in the order of their keys, as of now.
-    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<V> {
-        Rows::new(&self.shared().db().latest(), prefix_range(prefix))
+    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<V::Key, V::Row> {
+        let space = Space::of::<V>();
+        Rows::new(&self.shared().db().latest(), space, space.prefix(prefix))
     }
 
     /// The view as of now, for several reads that belong together.
@@ -164,8 +168,7 @@ impl<V: View> ViewHandle<V> {
     pub fn snapshot(&self) -> Result<ViewSnapshot<V>, ViewReadError> {
         let shared = self.shared();
         let reader = shared.db().snapshot();
-        let progress = reader.progress(shared.journal.id())?;
-        let checkpoint = progress.unwrap_or_else(|| nothing(&shared.journal)).checkpoint;
+        let checkpoint = checkpoint_of(shared, &reader)?;
         Ok(ViewSnapshot { reader, checkpoint, indexes: Arc::clone(&self.indexes) })
     }
 
@@ -181,6 +184,12 @@ impl<V: View> ViewHandle<V> {
         self.wait_for(token, timeout)?;
         self.snapshot()
     }
+}
+
+/// What a reader's rows are of.
+pub(super) fn checkpoint_of(shared: &Shared, reader: &Reader) -> Result<Checkpoint, StorageError> {
+    let progress = reader.progress(shared.journal.id())?;
+    Ok(progress.unwrap_or_else(|| nothing(&shared.journal)).checkpoint)
 }
 
 /// A view as of one moment: all reads are of the same checkpoint.
@@ -216,17 +225,20 @@ impl<V: View> ViewSnapshot<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized,
     {
-        get::<V, Q>(&self.reader, key)
+        let space = Space::of::<V>();
+        space.get(&self.reader, &space.key(|out| key.encode_key_into(out)))
     }
 
     /// The rows with keys in `range`, in the order of their keys. Holds one row at a time.
-    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<V> {
-        Rows::new(&self.reader, row_range(&range))
+    pub fn range<R: RangeBounds<V::Key>>(&self, range: R) -> Rows<V::Key, V::Row> {
+        let space = Space::of::<V>();
+        Rows::new(&self.reader, space, space.range(&range))
     }
 
     /// The rows whose keys begin with the fields `prefix`, in the order of their keys.
-    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<V> {
-        Rows::new(&self.reader, prefix_range(prefix))
+    pub fn prefix<P: KeyPrefix<V::Key>>(&self, prefix: &P) -> Rows<V::Key, V::Row> {
+        let space = Space::of::<V>();
+        Rows::new(&self.reader, space, space.prefix(prefix))
     }
 
     /// What the rows are of: exactly the events in front of it.
@@ -234,47 +246,4 @@ impl<V: View> ViewSnapshot<V> {
     pub const fn checkpoint(&self) -> Checkpoint {
         self.checkpoint
     }
-}
-
-fn get<V: View, Q>(reader: &Reader, key: &Q) -> Result<Option<V::Row>, ViewReadError>
-where
-    Q: EncodeKey<V::Key> + ?Sized,
-{
-    let row = reader.get(&row_key(|out| key.encode_key_into(out)))?;
-    row.map(|row| decode_row::<V>(row.as_ref())).transpose()
-}
-
-pub(super) fn decode_row<V: View>(row: &[u8]) -> Result<V::Row, ViewReadError> {
-    Bincode::decode(row)
-        .map_err(|source| ViewReadError::Row { view: V::NAME, source: Arc::new(source) })
-}
-
-fn prefix_range<K: ViewKey>(prefix: &impl KeyPrefix<K>) -> Range<Vec<u8>> {
-    let start = row_key(|out| prefix.encode_prefix(out));
-    let end = behind_prefix(&start);
-    start..end
-}
-
-fn row_range<K: ViewKey>(range: &impl RangeBounds<K>) -> Range<Vec<u8>> {
-    let all = all_rows();
-    let start = match range.start_bound() {
-        Bound::Included(key) => stored_key(key),
-        Bound::Excluded(key) => behind_key(key),
-        Bound::Unbounded => all.start,
-    };
-    let end = match range.end_bound() {
-        Bound::Included(key) => behind_key(key),
-        Bound::Excluded(key) => stored_key(key),
-        Bound::Unbounded => all.end,
-    };
-    start..end
-}
-
-fn stored_key<K: ViewKey>(key: &K) -> Vec<u8> {
-    row_key(|out| key.encode_key(out))
-}
-
-/// No key's bytes begin with another's: nothing lies between a key and this.
-fn behind_key<K: ViewKey>(key: &K) -> Vec<u8> {
-    behind_prefix(&stored_key(key))
 }

@@ -23,9 +23,10 @@ use super::db::{
     Identity, Reader, Scan, behind_prefix, in_index_entry, index_entry, index_prefix, row_key,
 };
 use super::error::{ViewError, ViewReadError};
-use super::handle::{ViewHandle, ViewSnapshot, decode_row};
+use super::handle::{ViewHandle, ViewSnapshot};
 use super::key::{EncodeKey, KeyPrefix, ViewKey, decode_all};
 use super::rows::{Page, PageToken, page_of};
+use super::space::Space;
 use super::{Keys, View};
 
 /// How many indexes a view may have.
@@ -198,31 +199,13 @@ impl<V: View> Indexes<V> {
     /// What a generation with these indexes is.
     pub(super) fn identity(&self) -> Identity {
         let indexes = self.declared.iter().map(|it| it.name).collect();
-        Identity { name: V::NAME, version: V::VERSION, indexes }
+        Identity { name: V::NAME, version: V::VERSION, indexes, tables: Vec::new() }
     }
 
     pub(super) fn check(&self) -> Result<(), ViewError> {
-        let plain = |byte: u8| {
-            byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')
-        };
-        let is_valid = |name: &str| {
-            !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain)
-        };
-        let invalid = |index, reason| Err(ViewError::InvalidIndex { view: V::NAME, index, reason });
-        if let Some(it) = self.declared.iter().find(|it| !is_valid(it.name)) {
-            return invalid(it.name, "its name must be 1 to 64 of a-z, 0-9, '-' and '_'");
-        }
-        for pair in self.declared.windows(2) {
-            if let [a, b] = pair
-                && a.name == b.name
-            {
-                return invalid(a.name, "there are two of this name");
-            }
-        }
-        match self.declared.get(INDEXES_MAX) {
-            Some(it) => invalid(it.name, "there are more than 64 indexes"),
-            None => Ok(()),
-        }
+        let names: Vec<_> = self.declared.iter().map(|it| it.name).collect();
+        let checked = check_names(&names, INDEXES_MAX);
+        checked.map_err(|(index, reason)| ViewError::InvalidIndex { view: V::NAME, index, reason })
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -245,6 +228,32 @@ impl<V: View> Indexes<V> {
         found
             .map(|(number, _)| number)
             .ok_or(ViewReadError::NoIndex { view: V::NAME, index: index.name })
+    }
+}
+
+/// Whether these can be the names of indexes or tables, which are sorted; if not, which one and why.
+pub(super) fn check_names(
+    names: &[&'static str],
+    count_max: usize,
+) -> Result<(), (&'static str, &'static str)> {
+    let plain = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')
+    };
+    let is_valid =
+        |name: &str| !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain);
+    if let Some(name) = names.iter().find(|name| !is_valid(name)) {
+        return Err((name, "its name must be 1 to 64 of a-z, 0-9, '-' and '_'"));
+    }
+    for pair in names.windows(2) {
+        if let [a, b] = pair
+            && a == b
+        {
+            return Err((a, "there are two of this name"));
+        }
+    }
+    match names.get(count_max) {
+        Some(name) => Err((name, "there are more than 64")),
+        None => Ok(()),
     }
 }
 
@@ -404,7 +413,7 @@ impl<V: View, K: ViewKey> IndexRows<V, K> {
         let stored = self.reader.get(&row_key(|out| out.extend_from_slice(input)))?;
         let row = stored.ok_or_else(|| self.reader.db().entry_without_row())?;
         let key = decode_all(input).map_err(wrong)?;
-        Ok((index_key, key, decode_row::<V>(row.as_ref())?))
+        Ok((index_key, key, Space::of::<V>().decode_row(row.as_ref())?))
     }
 }
 

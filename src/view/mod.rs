@@ -51,6 +51,8 @@ mod rebuild;
 mod rows;
 mod runner;
 mod sort;
+mod space;
+mod tables;
 mod takeover;
 mod watch;
 
@@ -83,6 +85,10 @@ pub use rebuild::{
     RebuildPhase, RebuildStatus, Rebuilt,
 };
 pub use rows::{InvalidPageToken, Page, PageToken, Rows};
+pub use tables::{
+    Table, TableError, TableReader, TableSnapshot, TableView, TableViewHandle, Tables, TxnRows,
+    ViewTxn, open_tables,
+};
 pub use watch::{Change, Watch};
 
 /// Rows by key, folded from events.

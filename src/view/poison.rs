@@ -35,14 +35,16 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::chunk::{Careful, Place, decode, fold_carefully, guard, stop_at};
+use super::control::ViewControl;
 use super::db::{
     self, Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked, parked_key,
     parked_range, parked_row_key, row_key, unrouted_key, unrouted_range,
 };
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
-use super::handle::{ViewHandle, decode_row};
+use super::handle::ViewHandle;
 use super::key::{EncodeKey, ViewKey, decode_all};
 use super::runner::{Phase, Shared};
+use super::space::Space;
 use super::watch::Watchers;
 use super::{Indexes, Keys, View, ViewOptions};
 use crate::error::IoContext;
@@ -101,6 +103,14 @@ pub(super) struct Rules {
     pub(super) discarded: Arc<Discarded>,
     /// Who wants to know what changes; nobody if the rows aren't served.
     pub(super) watchers: Option<Arc<Watchers>>,
+}
+
+impl Rules {
+    /// While a generation is being built: it never goes live with holes.
+    pub(super) const fn strict(discarded: Arc<Discarded>) -> Self {
+        let (on_poison, on_undecodable) = (OnPoison::Stop, OnPoison::Stop);
+        Self { on_poison, on_undecodable, discarded, watchers: None }
+    }
 }
 
 /// Events that are not to be folded, by decision.
@@ -236,13 +246,6 @@ impl Parking {
         Rules { on_poison, on_undecodable, discarded: self.discarded(), watchers }
     }
 
-    /// While a generation is being built: it never goes live with holes.
-    pub(super) fn strict_rules(&self) -> Rules {
-        let discarded = self.discarded();
-        let (on_poison, on_undecodable) = (OnPoison::Stop, OnPoison::Stop);
-        Rules { on_poison, on_undecodable, discarded, watchers: None }
-    }
-
     /// Writes a decision down; it is durable and holds when this returns.
     fn discard(&self, decision: Decision) -> Result<(), ViewError> {
         const ACTION: &str = "writing down a discarded event";
@@ -273,17 +276,46 @@ impl Parking {
         view: &V,
         db: &Arc<Db>,
         progress: &mut Progress,
+        applied: impl FnMut(Progress, Option<&[u8]>),
+    ) -> Result<(), StopError> {
+        let place = InDatabase { view, db, parking: self };
+        let answer = |what: &What, progress: &mut Progress| match what {
+            What::Retry { row_key } => place.retry(row_key, progress),
+            What::Discard { row_key, position } => {
+                place.discard(row_key.as_deref(), *position, progress)
+            }
+        };
+        self.answer_with(progress, answer, applied)
+    }
+
+    /// The same for a view whose rows are not parked one by one.
+    pub(super) fn answer_without_keys(
+        &self,
+        view: &'static str,
+        db: &Arc<Db>,
+        progress: &mut Progress,
+        applied: impl FnMut(Progress, Option<&[u8]>),
+    ) -> Result<(), StopError> {
+        let answer = |what: &What, progress: &mut Progress| match what {
+            What::Discard { row_key: None, position } => {
+                self.discard_unrouted(view, db, *position, progress)
+            }
+            What::Retry { .. } | What::Discard { .. } => {
+                Err(Refused::Asker(ParkedError::NotParked))
+            }
+        };
+        self.answer_with(progress, answer, applied)
+    }
+
+    fn answer_with(
+        &self,
+        progress: &mut Progress,
+        answer: impl Fn(&What, &mut Progress) -> Result<Retried, Refused>,
         mut applied: impl FnMut(Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         loop {
             let Some(asked) = self.asked.lock().pop_front() else { return Ok(()) };
-            let place = InDatabase { view, db, parking: self };
-            let answer = match &asked.what {
-                What::Retry { row_key } => place.retry(row_key, progress),
-                What::Discard { row_key, position } => {
-                    place.discard(row_key.as_deref(), *position, progress)
-                }
-            };
+            let answer = answer(&asked.what, progress);
             applied(*progress, asked.what.row_key());
             let answer = match answer {
                 Ok(retried) => Ok(retried),
@@ -460,7 +492,7 @@ impl<V: View> InDatabase<'_, V> {
             fold_carefully(self.view, &indexes, &key, row_key, stored, events);
         if let Some(cause) = failure {
             if let Some(event) = some.events.get(folded).filter(|_| cause.is_of_the_rows()) {
-                return Err(stop_at::<V, _>(event, cause));
+                return Err(stop_at(V::NAME, event, cause));
             }
             some.cut(folded, cause);
         }
@@ -564,23 +596,50 @@ impl<V: View> InDatabase<'_, V> {
         position: Position,
         progress: &mut Progress,
     ) -> Result<Retried, Refused> {
-        let key = row_key.map_or_else(|| unrouted_key(position), |key| parked_key(key, position));
-        if self.db.get(&key).map_err(Self::failed)?.is_none() {
+        let Some(row_key) = row_key else {
+            return self.parking.discard_unrouted(V::NAME, self.db, position, progress);
+        };
+        let key = parked_key(row_key, position);
+        self.parking.decide(V::NAME, self.db, &key, position, Some(row_key), progress)?;
+        // What stood behind it may be folded now.
+        self.retry(row_key, progress)
+    }
+}
+
+impl Parking {
+    /// Writes down that what is parked under `key` is discarded.
+    fn decide(
+        &self,
+        view: &'static str,
+        db: &Arc<Db>,
+        key: &[u8],
+        position: Position,
+        row_key: Option<&[u8]>,
+        progress: &Progress,
+    ) -> Result<(), Refused> {
+        let found = db.get(key).map_err(|source| StopError::Storage { view, source })?;
+        if found.is_none() {
             return Err(Refused::Asker(ParkedError::NotParked));
         }
         let journal = progress.checkpoint.journal;
         let decision = Decision { journal, position, row_key: row_key.map(<[u8]>::to_vec) };
-        let written = self.parking.discard(decision);
-        written.map_err(|error| Refused::Asker(ParkedError::View(error)))?;
-        if let Some(row_key) = row_key {
-            // What stood behind it may be folded now.
-            return self.retry(row_key, progress);
-        }
+        self.discard(decision).map_err(|error| Refused::Asker(ParkedError::View(error)))
+    }
+
+    fn discard_unrouted(
+        &self,
+        view: &'static str,
+        db: &Arc<Db>,
+        position: Position,
+        progress: &mut Progress,
+    ) -> Result<Retried, Refused> {
+        let key = unrouted_key(position);
+        self.decide(view, db, &key, position, None, progress)?;
         let mut writes = Writes::new();
         writes.delete(&key);
         let mut now = *progress;
         now.parked.unrouted = now.parked.unrouted.saturating_sub(1);
-        self.db.write(writes, &now).map_err(Self::failed)?;
+        db.write(writes, &now).map_err(|source| StopError::Storage { view, source })?;
         *progress = now;
         Ok(Retried { applied: 0, left: 0, reason: None })
     }
@@ -738,21 +797,29 @@ pub(super) fn checked<V: View>(
 ) -> Result<Checked<V::Row>, ViewReadError> {
     let keys = [row_key.to_vec(), parked_row_key(row_key)];
     let mut found = reader.multi_get(&keys)?.into_iter();
-    let row = found.next().flatten().map(|row| decode_row::<V>(&row)).transpose()?;
+    let row = found.next().flatten().map(|row| Space::of::<V>().decode_row(&row)).transpose()?;
     let head = found.next().flatten();
     let damaged = || reader.db().parked_damaged("a parked key");
     if let Some(head) = head {
         let Head { events, first, reason, .. } = Head::from_bytes(&head).ok_or_else(damaged)?;
         return Ok(Checked { row, degraded: Some(Degraded::Parked { events, first, reason }) });
     }
-    let unrouted = reader.progress(journal)?.map_or(0, |progress| progress.parked.unrouted);
-    let first = match unrouted {
+    Ok(Checked { row, degraded: unrouted(reader, journal)? })
+}
+
+/// What any row may lack as of the reader's moment.
+pub(super) fn unrouted(
+    reader: &Reader,
+    journal: JournalId,
+) -> Result<Option<Degraded>, ViewReadError> {
+    let events = reader.progress(journal)?.map_or(0, |progress| progress.parked.unrouted);
+    let first = match events {
         0 => None,
         _ => reader.scan(unrouted_range()).next().transpose()?,
     };
+    let damaged = || reader.db().parked_damaged("a parked event");
     let first = first.map(|(key, _)| parked_position(&key).ok_or_else(damaged)).transpose()?;
-    let degraded = first.map(|first| Degraded::Unrouted { events: unrouted, first });
-    Ok(Checked { row, degraded })
+    Ok(first.map(|first| Degraded::Unrouted { events, first }))
 }
 
 impl<V: View> ViewHandle<V> {
@@ -784,13 +851,6 @@ impl<V: View> ViewHandle<V> {
         ParkedEvents::new(self.shared().db().latest(), parked_range(&key))
     }
 
-    /// The events that couldn't be decoded or routed, in the order of the journal. Any row may lack them. They
-    /// can't be folded later, behind others: mend the code and [`rebuild`](Self::rebuild), or
-    /// [discard](Self::discard_unrouted) them.
-    pub fn unrouted_events(&self) -> ParkedEvents {
-        ParkedEvents::new(self.shared().db().latest(), unrouted_range())
-    }
-
     /// Folds what is parked with this row, in order, until an event fails again: after the fold was mended, or
     /// what it calls. Blocks until the thread that follows the journal has done it.
     ///
@@ -817,11 +877,20 @@ impl<V: View> ViewHandle<V> {
         let row_key = Some(row_key(|out| key.encode_key_into(out)));
         ask(self.shared(), What::Discard { row_key, position })
     }
+}
+
+impl ViewControl {
+    /// The events that couldn't be decoded or routed, in the order of the journal. Any row may lack them. They
+    /// can't be folded later, behind others: mend the code and [`rebuild`](Self::rebuild), or
+    /// [discard](Self::discard_unrouted) them.
+    pub fn unrouted_events(&self) -> ParkedEvents {
+        ParkedEvents::new(self.shared().db().latest(), unrouted_range())
+    }
 
     /// Decides that an event that can't be routed is left out, now and when the view is built anew.
     ///
     /// # Errors
-    /// As [`discard`](Self::discard).
+    /// [`ParkedError`]; after [`ParkedError::View`] nothing was changed.
     pub fn discard_unrouted(&self, position: Position) -> Result<(), ParkedError> {
         ask(self.shared(), What::Discard { row_key: None, position }).map(drop)
     }

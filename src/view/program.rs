@@ -13,12 +13,15 @@ use super::chunk::{Chunk, Folded};
 use super::db::{Db, Identity, Progress};
 use super::error::{StopError, ViewError};
 use super::poison::{Parking, Rules};
-use super::rebuild::{Control, RebuildError, RebuildHandle, RebuildOptions};
-use super::runner::Running;
+use super::rebuild::{Control, RebuildError, RebuildHandle, RebuildOptions, RebuildPhase};
+use super::runner::{Limit, Running, apply, collect, nothing};
 use super::takeover::{self, Source};
 use super::{Comparison, Indexes, View, ViewMemory};
 use crate::journal::{CursorBatch, Journal};
 use crate::position::Checkpoint;
+
+/// So much of the journal is applied at once by a build in order.
+const BUILD_CHUNK_BYTES: u64 = 4 << 20;
 
 /// A view as those see it who don't care what its rows are.
 pub(super) trait Program: Send + Sync + Sized + 'static {
@@ -69,6 +72,38 @@ pub(super) trait Batches<P>: Sized {
 
     /// What is to be written: of all batches, or of those in front of the one with the first event that fails.
     fn fold(self, program: &P, db: &Arc<Db>) -> Result<Folded, StopError>;
+}
+
+/// Builds as the journal is followed: chunk after chunk. What is written before the end is of no use: the generation is
+/// not live yet, and deleted if this doesn't get to the end.
+pub(super) fn build_in_order<P: Program>(
+    program: &P,
+    what: Build<'_>,
+) -> Result<Progress, bulk::Ended> {
+    let Build { journal, until, db, memory: _, means, control } = what;
+    let storage = |source| StopError::Storage { view: P::NAME, source };
+    let rules = Rules::strict(means.discarded);
+    let mut progress = db.begin(&program.identity(), nothing(journal)).map_err(storage)?;
+    let mut cursor = journal
+        .cursor(progress.checkpoint.position)
+        .map_err(|source| StopError::Journal { view: P::NAME, source })?;
+    control.pass_begins(RebuildPhase::Building, until.position.get());
+    while progress.checkpoint.position < until.position {
+        let limit = Limit { bytes: BUILD_CHUNK_BYTES, position: until.position };
+        let (chunk, failure) =
+            collect(program, journal, &mut cursor, progress, limit, rules.clone());
+        let bytes = chunk.bytes();
+        if !chunk.is_empty() {
+            let (end, stop, _) = apply(program, chunk, db)?;
+            let events = end.checkpoint.position.since(progress.checkpoint.position);
+            progress = end;
+            stop.map_or(Ok(()), Err)?;
+            control.advance(events, bytes)?;
+        }
+        failure.map_or(Ok(()), Err)?;
+    }
+    db.flush(true).map_err(storage)?;
+    Ok(progress)
 }
 
 /// A program of any type.

@@ -5,11 +5,14 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::str::FromStr;
 
+use serde::de::DeserializeOwned;
+
 use super::View;
-use super::db::{Reader, Scan, row_key};
+use super::db::{Reader, Scan};
 use super::error::ViewReadError;
-use super::handle::{ViewHandle, ViewSnapshot, decode_row};
-use super::key::{EncodeKey, decode_all};
+use super::handle::{ViewHandle, ViewSnapshot};
+use super::key::{EncodeKey, ViewKey};
+use super::space::Space;
 
 /// Longest text that is taken for a token of a page.
 const TOKEN_TEXT_MAX: usize = 128 << 10;
@@ -122,7 +125,8 @@ impl<V: View> ViewHandle<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized + 'q,
     {
-        multi_get::<V, Q>(&self.shared().db().snapshot(), keys)
+        let reader = self.shared().db().snapshot();
+        Space::of::<V>().multi_get(&reader, &stored_keys::<V, Q>(keys))
     }
 }
 
@@ -138,37 +142,35 @@ impl<V: View> ViewSnapshot<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized + 'q,
     {
-        multi_get::<V, Q>(self.reader(), keys)
+        Space::of::<V>().multi_get(self.reader(), &stored_keys::<V, Q>(keys))
     }
 }
 
-fn multi_get<'q, V: View, Q: EncodeKey<V::Key> + ?Sized + 'q>(
-    reader: &Reader,
+fn stored_keys<'q, V: View, Q: EncodeKey<V::Key> + ?Sized + 'q>(
     keys: impl IntoIterator<Item = &'q Q>,
-) -> Result<Vec<Option<V::Row>>, ViewReadError> {
-    let stored = |key: &Q| row_key(|out| key.encode_key_into(out));
-    let keys: Vec<Vec<u8>> = keys.into_iter().map(stored).collect();
-    let rows = reader.multi_get(&keys)?.into_iter();
-    rows.map(|row| row.map(|row| decode_row::<V>(&row)).transpose()).collect()
+) -> Vec<Vec<u8>> {
+    let stored = |key: &Q| Space::of::<V>().key(|out| key.encode_key_into(out));
+    keys.into_iter().map(stored).collect()
 }
 
 /// Rows in the order of their keys, or in the [reverse](Rows::rev). Stable: what is applied after its creation
 /// isn't seen.
 #[must_use = "an iterator reads nothing until it is used"]
-pub struct Rows<V: View> {
+pub struct Rows<K, R> {
     scan: Scan,
-    view: PhantomData<fn() -> V>,
+    space: Space,
+    types: PhantomData<fn() -> (K, R)>,
 }
 
-impl<V: View> fmt::Debug for Rows<V> {
+impl<K, R> fmt::Debug for Rows<K, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rows").field("name", &V::NAME).finish_non_exhaustive()
+        f.debug_struct("Rows").field("view", &self.space.view).finish_non_exhaustive()
     }
 }
 
-impl<V: View> Rows<V> {
-    pub(super) fn new(reader: &Reader, range: Range<Vec<u8>>) -> Self {
-        Self { scan: reader.scan(range), view: PhantomData }
+impl<K: ViewKey, R: DeserializeOwned> Rows<K, R> {
+    pub(super) fn new(reader: &Reader, space: Space, range: Range<Vec<u8>>) -> Self {
+        Self { scan: reader.scan(range), space, types: PhantomData }
     }
 
     /// The same, from the end to the beginning: `view.range(..).rev().take(20)` are the last twenty. After some
@@ -189,20 +191,17 @@ impl<V: View> Rows<V> {
     ///
     /// # Errors
     /// [`ViewReadError`].
-    pub fn page(mut self, limit: usize) -> Result<Page<(V::Key, V::Row)>, ViewReadError> {
+    pub fn page(mut self, limit: usize) -> Result<Page<(K, R)>, ViewReadError> {
         page_of(&mut self, limit, |it| it.scan.key())
     }
 }
 
-impl<V: View> Iterator for Rows<V> {
-    type Item = Result<(V::Key, V::Row), ViewReadError>;
+impl<K: ViewKey, R: DeserializeOwned> Iterator for Rows<K, R> {
+    type Item = Result<(K, R), ViewReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        Some(self.scan.next()?.map_err(ViewReadError::from).and_then(|(key, row)| {
-            let key = key.get(1..).unwrap_or_default();
-            let key =
-                decode_all(key).map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
-            Ok((key, decode_row::<V>(&row)?))
-        }))
+        let entry = self.scan.next()?.map_err(ViewReadError::from);
+        let space = self.space;
+        Some(entry.and_then(|(key, row)| Ok((space.decode_key(&key)?, space.decode_row(&row)?))))
     }
 }

@@ -158,10 +158,10 @@ fn open_live<P: Program>(
             let judgement = judge::<P>(journal, &progress.checkpoint, options.lost_tail)?;
             (progress, judgement)
         }
-        Err(source) if source.kind() == StorageErrorKind::OtherIndexes => {
+        Err(source) if source.kind() == StorageErrorKind::OtherShape => {
             let start = journal.start().position;
             if start > Position::START {
-                return Err(ViewError::OtherIndexes { view: P::NAME, source, start });
+                return Err(ViewError::OtherShape { view: P::NAME, source, start });
             }
             (nothing(journal), Judgement::SetAside)
         }
@@ -398,7 +398,7 @@ impl<P: Program> Runner<P> {
     }
 
     fn follow(&mut self) -> Result<Left, StopError> {
-        let chunk_bytes = self.shared.options.chunk_bytes;
+        let limit = Limit::of(self.shared.options.chunk_bytes);
         let shared = Arc::clone(&self.shared);
         let mut applied = shared.state().applied;
         let mut cursor =
@@ -408,7 +408,7 @@ impl<P: Program> Runner<P> {
             let closed = shared.journal.is_closed();
             let rules = shared.parking.rules(&shared.options, &shared.watchers);
             let (chunk, failure) =
-                collect(&*self.view, &shared.journal, &mut cursor, applied, chunk_bytes, rules);
+                collect(&*self.view, &shared.journal, &mut cursor, applied, limit, rules);
             let idle = chunk.is_empty();
             {
                 let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Left::Superseded) };
@@ -456,17 +456,30 @@ impl<P: Program> Runner<P> {
     }
 }
 
+/// How much is applied at once: up to so many bytes, or one batch, in front of a position.
+#[derive(Clone, Copy)]
+pub(super) struct Limit {
+    pub(super) bytes: u64,
+    pub(super) position: Position,
+}
+
+impl Limit {
+    pub(super) const fn of(bytes: u64) -> Self {
+        Self { bytes, position: Position::new(u64::MAX) }
+    }
+}
+
 /// Batches for one write behind `applied`, and why there are no more.
 pub(super) fn collect<P: Program>(
     view: &P,
     journal: &Journal,
     cursor: &mut Cursor,
     applied: Progress,
-    chunk_bytes: u64,
+    limit: Limit,
     rules: Rules,
 ) -> (P::Chunk, Option<StopError>) {
     let mut chunk = P::Chunk::new(applied, journal.clone(), rules);
-    while chunk.bytes() < chunk_bytes.max(1) {
+    while chunk.bytes() < limit.bytes.max(1) && cursor.position() < limit.position {
         let added = match cursor.next_batch() {
             Ok(Some(batch)) => chunk.add(view, &batch),
             Ok(None) => break,

@@ -10,14 +10,14 @@ use super::chunk::panic_message;
 use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
-use super::poison::Discarded;
+use super::poison::{Discarded, Rules};
 use super::program::{Batches, Build, Program};
 use super::rebuild::{
     Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, Rebuilt,
 };
 use super::runner::{
-    Phase, Runner, Running, Shared, apply, collect, compare, journal_failed, nothing,
+    Limit, Phase, Runner, Running, Shared, apply, collect, compare, journal_failed, nothing,
     storage_failed,
 };
 use crate::journal;
@@ -288,14 +288,14 @@ impl<P: Program> Takeover<P> {
         db: &Arc<Db>,
         progress: &mut Progress,
     ) -> Result<(u64, u64), RebuildError> {
-        let (journal, chunk_bytes) = (&self.shared.journal, self.shared.options.chunk_bytes);
+        let (journal, limit) = (&self.shared.journal, Limit::of(self.shared.options.chunk_bytes));
         let (chunk, failure) = collect(
             &*self.view,
             journal,
             cursor,
             *progress,
-            chunk_bytes,
-            self.shared.parking.strict_rules(),
+            limit,
+            Rules::strict(self.shared.parking.discarded()),
         );
         let (mut events, bytes) = (0, chunk.bytes());
         if !chunk.is_empty() {

@@ -22,8 +22,9 @@ use parking_lot::{Condvar, Mutex};
 use super::View;
 use super::error::ViewReadError;
 use super::handle::ViewHandle;
-use super::key::decode_all;
-use super::runner::Phase;
+use super::key::ViewKey;
+use super::runner::{Phase, Shared};
+use super::space::Space;
 use crate::position::Checkpoint;
 
 /// What is kept for a watcher by default.
@@ -187,21 +188,14 @@ impl<V: View> ViewHandle<V> {
     ///
     /// To begin without a gap: watch first, read then. What changed in between is told, too, and read twice.
     #[must_use = "what is told is lost if nobody takes it"]
-    pub fn watch(&self) -> Watch<V> {
+    pub fn watch(&self) -> Watch<V::Key> {
         self.watch_within(KEPT_BYTES_MAX)
     }
 
     /// The same, with another bound on what is kept.
     #[must_use = "what is told is lost if nobody takes it"]
-    pub fn watch_within(&self, kept_bytes_max: usize) -> Watch<V> {
-        let shared = self.shared();
-        // Between two writes: of a write, either all is told or nothing.
-        let _still = shared.stand_still();
-        let queue = shared.watchers.add(kept_bytes_max);
-        if shared.is_to_end() || matches!(shared.state().phase, Phase::Closed) {
-            queue.change(|kept| kept.has_ended = true);
-        }
-        Watch { queue, view: PhantomData }
+    pub fn watch_within(&self, kept_bytes_max: usize) -> Watch<V::Key> {
+        Watch::new(self.shared(), Space::of::<V>(), kept_bytes_max)
     }
 }
 
@@ -209,28 +203,63 @@ impl<V: View> ViewHandle<V> {
 ///
 /// As an iterator it blocks until there is one, and ends when the view or its journal is closed. It doesn't keep the
 /// view open.
-pub struct Watch<V: View> {
+pub struct Watch<K> {
     queue: Arc<Queue>,
-    view: PhantomData<fn() -> V>,
+    space: Space,
+    key: PhantomData<fn() -> K>,
 }
 
-impl<V: View> fmt::Debug for Watch<V> {
+impl<K> fmt::Debug for Watch<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("view", &V::NAME).finish_non_exhaustive()
+        f.debug_struct("Watch").field("view", &self.space.view).finish_non_exhaustive()
     }
 }
 
-impl<V: View> Watch<V> {
+impl<K: ViewKey> Watch<K> {
+    /// Begins to watch some rows of a view.
+    pub(super) fn new(shared: &Shared, space: Space, kept_bytes_max: usize) -> Self {
+        // Between two writes: of a write, either all is told or nothing.
+        let _still = shared.stand_still();
+        let queue = shared.watchers.add(kept_bytes_max);
+        if shared.is_to_end() || matches!(shared.state().phase, Phase::Closed) {
+            queue.change(|kept| kept.has_ended = true);
+        }
+        Self { queue, space, key: PhantomData }
+    }
+
     /// The next change; waits for it, for `timeout` at most. `None` if there was none, or the view was closed.
     ///
     /// # Errors
     /// [`ViewReadError::Key`] if a key can't be decoded.
-    pub fn next_within(
-        &mut self,
-        timeout: Duration,
-    ) -> Result<Option<Change<V::Key>>, ViewReadError> {
-        let change = self.queue.next(Instant::now().checked_add(timeout));
-        change.map(decoded::<V>).transpose()
+    pub fn next_within(&mut self, timeout: Duration) -> Result<Option<Change<K>>, ViewReadError> {
+        self.next_until(Instant::now().checked_add(timeout))
+    }
+
+    fn next_until(&self, deadline: Option<Instant>) -> Result<Option<Change<K>>, ViewReadError> {
+        while let Some(change) = self.queue.next(deadline) {
+            if let Some(change) = self.decoded(change)? {
+                return Ok(Some(change));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What has changed of these rows, if anything has.
+    fn decoded(&self, change: Change<Keys>) -> Result<Option<Change<K>>, ViewReadError> {
+        Ok(Some(match change {
+            Change::Lagged { checkpoint } => Change::Lagged { checkpoint },
+            Change::Replaced { checkpoint } => Change::Replaced { checkpoint },
+            Change::Rows { keys, checkpoint } => {
+                let keys = keys.iter().flat_map(|keys| keys.iter());
+                let keys = keys.filter(|key| self.space.holds(key));
+                let keys: Vec<K> =
+                    keys.map(|key| self.space.decode_key(key)).collect::<Result<_, _>>()?;
+                if keys.is_empty() {
+                    return Ok(None);
+                }
+                Change::Rows { keys, checkpoint }
+            }
+        }))
     }
 
     /// Whether the view was closed and everything was taken.
@@ -241,23 +270,10 @@ impl<V: View> Watch<V> {
     }
 }
 
-impl<V: View> Iterator for Watch<V> {
-    type Item = Result<Change<V::Key>, ViewReadError>;
+impl<K: ViewKey> Iterator for Watch<K> {
+    type Item = Result<Change<K>, ViewReadError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.queue.next(None).map(decoded::<V>)
+        self.next_until(None).transpose()
     }
-}
-
-fn decoded<V: View>(change: Change<Keys>) -> Result<Change<V::Key>, ViewReadError> {
-    Ok(match change {
-        Change::Lagged { checkpoint } => Change::Lagged { checkpoint },
-        Change::Replaced { checkpoint } => Change::Replaced { checkpoint },
-        Change::Rows { keys, checkpoint } => {
-            let key = |key: &Vec<u8>| decode_all(key.get(1..).unwrap_or_default());
-            let keys: Result<_, _> = keys.iter().flat_map(|keys| keys.iter()).map(key).collect();
-            let keys = keys.map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
-            Change::Rows { keys, checkpoint }
-        }
-    })
 }

@@ -418,7 +418,7 @@ fn other_indexes_make_another_generation_and_the_old_one_is_kept() {
     assert_eq!(view.status().set_aside, Some(folder("1.1")));
     assert_is_prefix(&view, &store);
     let refused = view.rollback().unwrap().wait().unwrap_err();
-    assert_eq!(refused.code(), "view_storage.other_indexes", "{refused}");
+    assert_eq!(refused.code(), "view_storage.other_shape", "{refused}");
     assert_is_prefix(&view, &store);
     drop(view);
     let view = store.view(People::<2>).unwrap();
@@ -448,7 +448,7 @@ fn rows_that_cannot_be_built_again_are_not_given_up_for_other_indexes() {
     assert!(store.journal().start().position > Position::START);
 
     let refused = store.view(People::<2>);
-    assert!(matches!(refused, Err(ViewError::OtherIndexes { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(ViewError::OtherShape { .. })), "{refused:?}");
     let view = store.view(People::<1>).unwrap();
     let in_bern = view.by_index(People::<1>::BY_CITY).unwrap().get("bern").count();
     assert_eq!(in_bern, 2000);
@@ -555,7 +555,7 @@ fn a_token_from_elsewhere_does_not_lead_out_of_the_range() {
     let of_index = by_city.range(..).page(1).unwrap().next.unwrap();
     let forged: PageToken = "00ff".parse().unwrap();
     let ids =
-        |rows: view::Rows<People<2>>| -> Vec<u16> { rows.map(|row| row.unwrap().0).collect() };
+        |rows: view::Rows<u16, Person>| -> Vec<u16> { rows.map(|row| row.unwrap().0).collect() };
     for token in [of_rows(0), of_rows(8), of_index, forged] {
         let within = |found: Vec<u16>| found.iter().all(|id| (3..6).contains(id));
         assert!(within(ids(snapshot.range(3..6).after(&token))), "{token}");

@@ -432,7 +432,7 @@ fn ranges_and_prefixes_are_what_they_say() {
     view.wait_for(&token, PATIENCE).unwrap();
     let key = |name: &str| (ONE_ACCOUNT, name.to_owned());
     let found =
-        |rows: view::Rows<Accounts>| -> Vec<String> { rows.map(|row| row.unwrap().0.1).collect() };
+        |rows: view::Rows<Key, Row>| -> Vec<String> { rows.map(|row| row.unwrap().0.1).collect() };
     assert_eq!(found(view.prefix(&ONE_ACCOUNT)), names);
     assert_eq!(found(view.prefix(&BY_INITIAL)), ["", "a", "b"]);
     assert_eq!(found(view.range(key("a")..key("b"))), ["a", "a\0", "ab"]);
