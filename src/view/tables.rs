@@ -104,7 +104,7 @@ const KEPT_BYTES_MAX: usize = 1 << 20;
 ///         match event.data() {
 ///             ShopEvent::Named(Named { customer, name }) => {
 ///                 tx.put(NAMES, customer, name)?;
-///                 let orders = tx.prefix(OF_CUSTOMER, &(*customer,))?.collect::<Result<Vec<_>, _>>()?;
+///                 let orders = tx.prefix(OF_CUSTOMER, customer)?.collect::<Result<Vec<_>, _>>()?;
 ///                 for ((_, order), ()) in orders {
 ///                     tx.put(ORDERS, &order, name)?;
 ///                 }

@@ -65,6 +65,8 @@ mod shipping_processes;
 #[cfg(feature = "test-kit")]
 #[path = "../simulation/mod.rs"]
 mod simulation;
+#[cfg(feature = "views")]
+mod tables;
 #[cfg(feature = "test-kit")]
 mod tickets;
 mod verify;

@@ -69,14 +69,14 @@ fn rows(view: &ViewHandle<Counts>) -> BTreeMap<u8, u64> {
 
 /// Rows that are read again when they are said to have changed.
 struct Cache {
-    watch: Watch<Counts>,
+    watch: Watch<u8>,
     rows: BTreeMap<u8, u64>,
     /// Rows, Lagged, Replaced.
     told: [u32; 3],
 }
 
 impl Cache {
-    fn new(view: &ViewHandle<Counts>, watch: Watch<Counts>) -> Self {
+    fn new(view: &ViewHandle<Counts>, watch: Watch<u8>) -> Self {
         Self { watch, rows: rows(view), told: [0; 3] }
     }
 
