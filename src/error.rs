@@ -423,6 +423,14 @@ pub enum AppendError {
     /// twice. Certainly not written.
     #[error(transparent)]
     Invalid(#[from] InvalidAppend),
+    /// The append is buffered, and an inline view shows what is durable only. Certainly not written.
+    #[error(
+        "view {view} is inline: it can't have applied an append that doesn't wait for the disk"
+    )]
+    BufferedInline {
+        /// The view.
+        view: &'static str,
+    },
     /// No space to prepare the next segment. Certainly not written; reads go on, and appending works again
     /// once there is space.
     #[error("no space for the next segment: {0}")]
@@ -494,6 +502,7 @@ impl AppendError {
             Self::PartialDuplicate { .. } => "append.partial_duplicate",
             Self::TooLarge { .. } => "append.too_large",
             Self::Invalid(_) => "append.invalid",
+            Self::BufferedInline { .. } => "append.buffered_inline",
             Self::DiskFull(_) => "append.disk_full",
             Self::Unknown(_) => "append.unknown",
             Self::Poisoned(_) => "append.poisoned",
@@ -518,6 +527,7 @@ impl AppendError {
             }
             Self::TooLarge { .. } => "split the batch, or raise batch_bytes_max",
             Self::Invalid(_) => "mend the event",
+            Self::BufferedInline { .. } => "append it durably, or open the view without the option",
             Self::DiskFull(_) => "free disk space and append again",
             Self::Unknown(_) => {
                 "open the store again and append the same events under the same ids"

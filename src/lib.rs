@@ -105,7 +105,7 @@ pub use journal::{
     Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Query, QueryEvents,
     QueryItem, Receipt, RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo,
     SegmentState, StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenState,
-    VerifyProgress, VerifyReport, abandon_restore, restore, verify, verify_deep,
+    VerifyProgress, VerifyReport, ViewBehind, abandon_restore, restore, verify, verify_deep,
 };
 pub use options::JournalOptions;
 pub use position::{

@@ -29,7 +29,9 @@ use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
-use crate::view::{TableView, TableViewHandle, View, ViewError, ViewHandle, ViewOptions};
+use crate::view::{
+    InlineViews, TableView, TableViewHandle, View, ViewError, ViewHandle, ViewOptions,
+};
 
 /// How many aggregates are kept in memory, unless said otherwise.
 const AGGREGATES_CACHED_MAX: usize = 1024;
@@ -70,6 +72,8 @@ struct Inner {
     /// The aggregates that were used last.
     aggregates: command::Cache,
     turns: command::Turns,
+    #[cfg(feature = "views")]
+    inline: InlineViews,
     /// Views and reactors, by kind and name, that remember events which the journal has lost: nothing is
     /// appended until that is settled for all of them.
     lost_tail: parking_lot::RwLock<BTreeMap<(&'static str, &'static str), AppendError>>,
@@ -137,15 +141,39 @@ impl Store {
     /// Blocks for the disk. May be called from many threads at once; they share syncs.
     ///
     /// # Errors
-    /// [`AppendError`]; every one but [`AppendError::Unknown`] means that nothing was written.
+    /// [`AppendError`]; every one but [`AppendError::Unknown`] means that nothing was written. That an inline view has
+    /// not applied the events is no error: [`Receipt::behind`](crate::Receipt::behind) says so.
     pub fn append(&self, append: &Append) -> Result<Appended, AppendError> {
         self.refuse_lost_tail()?;
-        self.inner.appender.append(append)
+        #[cfg(feature = "views")]
+        self.refuse_buffered_beside_inline(append)?;
+        let appended = self.inner.appender.append(append)?;
+        #[cfg(feature = "views")]
+        let appended = self.applied_inline(appended);
+        Ok(appended)
+    }
+
+    #[cfg(feature = "views")]
+    fn applied_inline(&self, mut appended: Appended) -> Appended {
+        let position = appended.token().position;
+        appended.receipt_mut().behind = self.inner.inline.apply_up_to(position);
+        appended
+    }
+
+    /// What isn't durable isn't shown, so an append that doesn't wait for that can't be applied when it returns.
+    #[cfg(feature = "views")]
+    fn refuse_buffered_beside_inline(&self, append: &Append) -> Result<(), AppendError> {
+        if append.is_durable() {
+            return Ok(());
+        }
+        self.inner.inline.first().map_or(Ok(()), |view| Err(AppendError::BufferedInline { view }))
     }
 
     /// Appends events without waiting for them: the [`Ticket`] gives the answer, to a thread that waits or
     /// to a task that awaits. One thread can have thousands of appends under way; they become durable in
     /// the order in which they were submitted, and dropping a ticket cancels nothing.
+    ///
+    /// Inline views don't hold the answer up: they apply the events within milliseconds behind it.
     ///
     /// Blocks only for room, as long as more is under way than the options allow.
     ///
@@ -153,6 +181,8 @@ impl Store {
     /// [`AppendError`]; nothing was written then.
     pub fn submit(&self, append: &Append) -> Result<Ticket, AppendError> {
         self.refuse_lost_tail()?;
+        #[cfg(feature = "views")]
+        self.refuse_buffered_beside_inline(append)?;
         self.inner.appender.submit(append)
     }
 
@@ -306,8 +336,13 @@ impl Store {
         options: ViewOptions,
     ) -> Result<ViewHandle<V>, ViewError> {
         let dir = self.inner.dir.join(VIEWS);
-        let opened = crate::view::open(&dir, self.journal().clone(), view, options);
-        self.heed_lost_tail(V::NAME, opened)
+        let inline = options.inline;
+        let opened = crate::view::open_any(&dir, self.journal().clone(), view, options);
+        let opened = self.heed_lost_tail(V::NAME, opened)?;
+        if inline {
+            self.inner.inline.add(&opened);
+        }
+        Ok(opened)
     }
 
     /// Opens a view of several tables of the store's own journal, as [`view`](Self::view) opens a keyed one.
@@ -330,8 +365,13 @@ impl Store {
         options: ViewOptions,
     ) -> Result<TableViewHandle<T>, ViewError> {
         let dir = self.inner.dir.join(VIEWS);
-        let opened = crate::view::open_tables(&dir, self.journal().clone(), view, options);
-        self.heed_lost_tail(T::NAME, opened)
+        let inline = options.inline;
+        let opened = crate::view::open_any_tables(&dir, self.journal().clone(), view, options);
+        let opened = self.heed_lost_tail(T::NAME, opened)?;
+        if inline {
+            self.inner.inline.add(&opened);
+        }
+        Ok(opened)
     }
 
     /// A view that remembers events which the journal has lost keeps the store from appending.
@@ -637,6 +677,8 @@ impl StoreBuilder {
                 appender,
                 aggregates: command::Cache::new(aggregates_cached_max),
                 turns: command::Turns::default(),
+                #[cfg(feature = "views")]
+                inline: InlineViews::default(),
                 lost_tail: parking_lot::RwLock::default(),
             }),
         })

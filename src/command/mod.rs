@@ -483,7 +483,7 @@ impl<A: Aggregate> Commands<A> {
             let Some(event) = batch.iter().find(|event| event.id() == wanted) else { break };
             events.push(Placed { position: event.position(), revision: event.revision() });
         }
-        Ok(Some(Executed::Repeated(Receipt { token, events })))
+        Ok(Some(Executed::Repeated(Receipt { token, events, behind: Vec::new() })))
     }
 
     /// What is remembered of an aggregate; the beginning if there is nothing.

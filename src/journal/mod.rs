@@ -69,7 +69,7 @@ mod verify;
 mod watch;
 mod writer;
 
-pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket};
+pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket, ViewBehind};
 pub use backup::{BackupError, BackupReport};
 pub use backward::{EventsBackward, StreamEventsBackward};
 pub use cursor::{Cursor, CursorBatch};

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generation;
+use super::inline;
 use super::poison::ParkedCounts;
 use super::program::Managed;
 use super::rebuild::{
@@ -95,6 +96,10 @@ impl ViewControl {
         Self { running: Arc::new(running), program }
     }
 
+    pub(super) const fn running(&self) -> &Arc<Running> {
+        &self.running
+    }
+
     pub(super) fn shared(&self) -> &Shared {
         &self.running.shared
     }
@@ -126,12 +131,25 @@ impl ViewControl {
         let shared = self.shared();
         let deadline = Instant::now().checked_add(timeout);
         let pending = is_pending(shared, token)?;
+        inline::help(shared);
         shared.wait_until_applied(token.position, deadline)?;
         if pending && is_pending(shared, token)? {
             let reached = shared.state().applied.checkpoint.position;
             return Err(WaitError::Timeout { reached, wanted: token.position });
         }
         Ok(())
+    }
+
+    /// Waits until the view has applied everything that is durable in its journal now, for `timeout` at most. Of a
+    /// mirrored journal that is what the mirror has: how far its origin is, only a token of the origin can say.
+    ///
+    /// # Errors
+    /// [`WaitError`].
+    pub fn wait_for_latest(&self, timeout: Duration) -> Result<(), WaitError> {
+        let shared = self.shared();
+        let deadline = Instant::now().checked_add(timeout);
+        inline::help(shared);
+        shared.wait_until_applied(shared.journal.end().position, deadline)
     }
 
     /// How far the view has got.

@@ -101,6 +101,12 @@ pub enum ViewError {
         /// Where it would be.
         folder: PathBuf,
     },
+    /// An inline view is applied by those who append: only a store can open one, of its own journal.
+    #[error("view {view} can't be inline: it isn't a view of the own journal, opened by its store")]
+    Inline {
+        /// The view.
+        view: &'static str,
+    },
     /// A rebuild of the view is under way.
     #[error("view {view}: a rebuild is under way")]
     Rebuilding {
@@ -150,6 +156,7 @@ impl ViewError {
             Self::DamagedDecisions { .. } => "view.damaged_decisions",
             Self::Live { .. } => "view.live",
             Self::NoGeneration { .. } => "view.no_generation",
+            Self::Inline { .. } => "view.inline",
             Self::Rebuilding { .. } => "view.rebuilding",
             Self::NotJudged { .. } => "view.not_judged",
             Self::Closed { .. } => "view.closed",
@@ -183,6 +190,7 @@ impl ViewError {
             }
             Self::Live { .. } => "roll back to another generation first",
             Self::NoGeneration { .. } => "list the generations to see which there are",
+            Self::Inline { .. } => "open it with Store::view_with, or without the option",
             Self::Rebuilding { .. } => "wait for it, or cancel it",
             Self::NotJudged { .. } => {
                 "wait until the mirror has got as far as the view, or see why the view has stopped"

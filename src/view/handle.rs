@@ -146,6 +146,19 @@ impl<V: View> ViewHandle<V> {
         }
     }
 
+    /// The row under `key` once the view has applied everything that is durable in its journal now. Blocks for `timeout`
+    /// at most.
+    ///
+    /// # Errors
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says.
+    pub fn get_latest<Q>(&self, key: &Q, timeout: Duration) -> Result<Option<V::Row>, ViewReadError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        self.wait_for_latest(timeout)?;
+        self.get(key)
+    }
+
     /// The rows with keys in `range`, in the order of their keys, as of now. Holds one row at a time.
     ///
     /// # Errors
@@ -182,6 +195,15 @@ impl<V: View> ViewHandle<V> {
         timeout: Duration,
     ) -> Result<ViewSnapshot<V>, ViewReadError> {
         self.wait_for(token, timeout)?;
+        self.snapshot()
+    }
+
+    /// A [`snapshot`](Self::snapshot) once the view has applied everything that is durable in its journal now.
+    ///
+    /// # Errors
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says.
+    pub fn snapshot_latest(&self, timeout: Duration) -> Result<ViewSnapshot<V>, ViewReadError> {
+        self.wait_for_latest(timeout)?;
         self.snapshot()
     }
 }

@@ -43,6 +43,7 @@ mod error;
 mod generation;
 mod handle;
 mod index;
+mod inline;
 mod key;
 mod openings;
 mod poison;
@@ -75,6 +76,7 @@ pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
 pub use handle::{ViewHandle, ViewSnapshot};
 pub use index::{Index, IndexReader, IndexRows, Indexes};
+pub(crate) use inline::InlineViews;
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
 pub use poison::{
     Checked, Degraded, OnPoison, ParkedCounts, ParkedError, ParkedEvent, ParkedEvents, ParkedKey,
@@ -85,6 +87,7 @@ pub use rebuild::{
     RebuildPhase, RebuildStatus, Rebuilt,
 };
 pub use rows::{InvalidPageToken, Page, PageToken, Rows};
+pub(crate) use tables::open_any_tables;
 pub use tables::{
     Table, TableError, TableReader, TableSnapshot, TableView, TableViewHandle, Tables, TxnRows,
     ViewTxn, open_tables,
@@ -257,6 +260,14 @@ pub struct ViewOptions {
     /// What to do with an event that can't be decoded or routed. Default: [`OnPoison::Park`] it. Any row may lack
     /// it then, and all say that they are degraded, until it is discarded or the view is built anew.
     pub on_undecodable: OnPoison,
+    /// Whether the view has applied an append when that returns: read your own write, without a token. Default: false.
+    ///
+    /// It costs the append what the fold costs, by every thread that appends one after the other; an asynchronous view
+    /// folds many appends at once, beside them. Opening such a view blocks until it has caught up with the journal. For
+    /// views of the store's own journal only, and not together with buffered appends. What is submitted without waiting
+    /// ([`Store::submit`](crate::Store::submit)) is applied a few milliseconds later, or by
+    /// [`wait_for`](ViewControl::wait_for).
+    pub inline: bool,
     /// Memory, shared with other views.
     pub memory: ViewMemory,
 }
@@ -270,6 +281,7 @@ impl Default for ViewOptions {
             lost_tail: LostTail::Refuse,
             on_poison: OnPoison::Park,
             on_undecodable: OnPoison::Park,
+            inline: false,
             memory: ViewMemory::default(),
         }
     }
@@ -290,13 +302,30 @@ pub enum LostTail {
 /// the journal in a thread of its own.
 ///
 /// Returns as soon as the stored rows can be read, however far behind they are; see
-/// [`ViewHandle::wait_for`] and [`ViewHandle::status`].
+/// [`ViewControl::wait_for`] and [`ViewControl::status`].
 ///
 /// [Retention](crate::retention) knows of a view only if `views_dir` is the folder `views` beside the journal's.
 ///
 /// # Errors
-/// [`ViewError`]; nothing that is stored was changed then.
+/// [`ViewError`]; nothing that is stored was changed then. [`ViewError::Inline`] if the options ask for an inline view:
+/// only a [`Store`](crate::Store) can open one.
 pub fn open<V: View>(
+    views_dir: &Path,
+    journal: Journal,
+    view: V,
+    options: ViewOptions,
+) -> Result<ViewHandle<V>, ViewError> {
+    refuse_inline(V::NAME, &options)?;
+    open_any(views_dir, journal, view, options)
+}
+
+/// Whoever doesn't append can't apply what is appended.
+fn refuse_inline(view: &'static str, options: &ViewOptions) -> Result<(), ViewError> {
+    if options.inline { Err(ViewError::Inline { view }) } else { Ok(()) }
+}
+
+/// The same, inline or not.
+pub(crate) fn open_any<V: View>(
     views_dir: &Path,
     journal: Journal,
     view: V,

@@ -26,6 +26,7 @@ use super::chunk::{Folded, panic_message};
 use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
+use super::inline::{Lane, Steps};
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::program::{Batches, Build, Program};
@@ -41,6 +42,8 @@ use crate::position::{Checkpoint, Incarnation, JournalId, Position};
 
 /// How long the thread sleeps at most before it looks whether it is to end.
 const TICK: Duration = Duration::from_millis(50);
+/// How much longer an inline view's own thread waits for those who append.
+const INLINE_PAUSE: Duration = Duration::from_millis(1);
 /// A new generation of at least so many bytes of the journal is built in bulk.
 const BULK_BYTES_MIN: u64 = 1 << 20;
 
@@ -60,6 +63,8 @@ pub(super) struct Shared {
     pub(super) openings: Arc<Openings>,
     /// The generation that was live before the present one, if that took over since the opening.
     pub(super) previous: Mutex<Option<u32>>,
+    /// Where others than its own thread may take the view's steps.
+    pub(super) lane: Lane,
     /// The last rebuild.
     pub(super) rebuild: Mutex<Option<Arc<Control>>>,
     // Behind the database: the folder stays locked until that is closed.
@@ -125,6 +130,7 @@ pub(super) fn start<P: Program>(
         changed: Condvar::new(),
         turn: Mutex::new(0),
         previous: Mutex::new(None),
+        lane: Lane::default(),
         rebuild: Mutex::new(None),
         folder: Mutex::new(folder),
     });
@@ -303,14 +309,20 @@ pub(super) struct Runner<P> {
     db: Arc<Db>,
     turn: u64,
     flush: FlushClock,
+    /// Once it follows.
+    cursor: Option<Cursor>,
+    has_ended: bool,
 }
 
-/// Why a runner has ended.
-enum Left {
-    /// The view was closed, or its journal was.
-    Closed,
-    /// Another generation has taken over.
-    Superseded,
+/// What a step has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Something was applied; there may be more.
+    Moved,
+    /// There is nothing to be applied behind this position.
+    Idle(Position),
+    /// It takes no more: the view was closed, has stopped, or another generation has taken over.
+    Ended,
 }
 
 impl<P: Program> Runner<P> {
@@ -322,27 +334,53 @@ impl<P: Program> Runner<P> {
         durable_offset: u64,
     ) -> Self {
         let flush = FlushClock::new(&shared.options, durable_offset);
-        Self { view, shared, db, turn, flush }
+        Self { view, shared, db, turn, flush, cursor: None, has_ended: false }
     }
 
     pub(super) fn run(mut self) {
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.enter())).unwrap_or_else(|panic| {
-            Err(StopError::Panic { view: P::NAME, message: panic_message(&*panic) })
-        });
-        if let Some(_turn) = self.shared.take_turn(self.turn) {
-            self.shared.end(outcome.map(drop), self.db.flush(true));
+        if self.guarded(Self::enter) == Step::Ended {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let lane = Arc::new(Mutex::new(self));
+        shared.lane.offer(&lane);
+        loop {
+            let step = lane.step();
+            match step {
+                Step::Moved => {}
+                Step::Idle(position) => shared.wait_for_more(position),
+                Step::Ended => return,
+            }
         }
     }
 
-    fn enter(&mut self) -> Result<Left, StopError> {
-        match self.shared.state().phase {
-            Phase::Building(control) if self.build(&control)? => self.follow(),
-            Phase::Following => self.follow(),
-            Phase::AwaitingMirror if self.await_mirror()? => self.follow(),
-            Phase::Building(_) | Phase::AwaitingMirror | Phase::Stopped(_) | Phase::Closed => {
-                Ok(Left::Closed)
-            }
+    /// Takes a step; one that fails or panics ends the view.
+    fn guarded(&mut self, step: impl FnOnce(&mut Self) -> Result<Step, StopError>) -> Step {
+        if self.has_ended {
+            return Step::Ended;
         }
+        let outcome = catch_unwind(AssertUnwindSafe(|| step(self))).unwrap_or_else(|panic| {
+            Err(StopError::Panic { view: P::NAME, message: panic_message(&*panic) })
+        });
+        if let Ok(step @ (Step::Moved | Step::Idle(_))) = outcome {
+            return step;
+        }
+        self.has_ended = true;
+        if let Some(_turn) = self.shared.take_turn(self.turn) {
+            self.shared.end(outcome.map(drop), self.db.flush(true));
+        }
+        Step::Ended
+    }
+
+    /// Gets to where the journal is followed from.
+    fn enter(&mut self) -> Result<Step, StopError> {
+        let follows = match self.shared.state().phase {
+            Phase::Building(control) => self.build(&control)?,
+            Phase::Following => true,
+            Phase::AwaitingMirror => self.await_mirror()?,
+            Phase::Stopped(_) | Phase::Closed => false,
+        };
+        Ok(if follows { Step::Moved } else { Step::Ended })
     }
 
     /// Builds the first generation; false if it was closed meanwhile, which leaves it empty. If an event can't be
@@ -397,45 +435,50 @@ impl<P: Program> Runner<P> {
         Ok(false)
     }
 
-    fn follow(&mut self) -> Result<Left, StopError> {
-        let limit = Limit::of(self.shared.options.chunk_bytes);
+    /// Applies the next chunk, and does what else is due.
+    fn follow(&mut self) -> Result<Step, StopError> {
+        let (view, db) = (Arc::clone(&self.view), Arc::clone(&self.db));
         let shared = Arc::clone(&self.shared);
-        let mut applied = shared.state().applied;
-        let mut cursor =
-            shared.journal.cursor(applied.checkpoint.position).map_err(journal_failed::<P>)?;
-        while !shared.is_to_end() {
-            // Asked first: what was published before the closing is still to be read.
-            let closed = shared.journal.is_closed();
-            let rules = shared.parking.rules(&shared.options, &shared.watchers);
-            let (chunk, failure) =
-                collect(&*self.view, &shared.journal, &mut cursor, applied, limit, rules);
-            let idle = chunk.is_empty();
-            {
-                let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Left::Superseded) };
-                if !idle {
-                    let (end, stop, changed) = apply(&*self.view, chunk, &self.db)?;
-                    applied = end;
-                    self.flush.start();
-                    shared.applied(end, changed);
-                    stop.map_or(Ok(()), Err)?;
-                }
-                let flush = &mut self.flush;
-                self.view.answer(&shared.parking, &self.db, &mut applied, |progress, row| {
-                    flush.start();
-                    shared.applied(progress, row.map(<[u8]>::to_vec).into_iter().collect());
-                })?;
-                self.tend().map_err(storage_failed::<P>)?;
-            }
-            match failure {
-                Some(failure) => return Err(failure),
-                None if idle && closed => return Ok(Left::Closed),
-                None if idle => {
-                    let _end = shared.journal.wait_past(cursor.position(), TICK);
-                }
-                None => {}
-            }
+        if shared.is_to_end() {
+            return Ok(Step::Ended);
         }
-        Ok(Left::Closed)
+        let mut applied = shared.state().applied;
+        let journal = &shared.journal;
+        let cursor = match &mut self.cursor {
+            Some(cursor) => cursor,
+            none => {
+                let cursor = journal.cursor(applied.checkpoint.position);
+                none.insert(cursor.map_err(journal_failed::<P>)?)
+            }
+        };
+        // Asked first: what was published before the closing is still to be read.
+        let closed = journal.is_closed();
+        let limit = Limit::of(shared.options.chunk_bytes);
+        let rules = shared.parking.rules(&shared.options, &shared.watchers);
+        let (chunk, failure) = collect(&*view, journal, cursor, applied, limit, rules);
+        let (idle, position) = (chunk.is_empty(), cursor.position());
+        {
+            let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Step::Ended) };
+            if !idle {
+                let (end, stop, changed) = apply(&*view, chunk, &db)?;
+                applied = end;
+                self.flush.start();
+                shared.applied(end, changed);
+                stop.map_or(Ok(()), Err)?;
+            }
+            let flush = &mut self.flush;
+            view.answer(&shared.parking, &db, &mut applied, |progress, row| {
+                flush.start();
+                shared.applied(progress, row.map(<[u8]>::to_vec).into_iter().collect());
+            })?;
+            self.tend().map_err(storage_failed::<P>)?;
+        }
+        match failure {
+            Some(failure) => Err(failure),
+            None if idle && closed => Ok(Step::Ended),
+            None if idle => Ok(Step::Idle(position)),
+            None => Ok(Step::Moved),
+        }
     }
 
     /// Flushes when it is time, and looks how far the last flush has got.
@@ -511,6 +554,12 @@ pub(super) fn storage_failed<P: Program>(source: StorageError) -> StopError {
     StopError::Storage { view: P::NAME, source }
 }
 
+impl<P: Program> Steps for Mutex<Runner<P>> {
+    fn step(&self) -> Step {
+        self.lock().guarded(Runner::follow)
+    }
+}
+
 impl Shared {
     pub(super) fn state(&self) -> State {
         self.state.lock().clone()
@@ -572,6 +621,15 @@ impl Shared {
         });
     }
 
+    /// Waits until the journal has more than is in front of `position`, or something else may be due.
+    fn wait_for_more(&self, position: Position) {
+        let _end = self.journal.wait_past(position, TICK);
+        if self.options.inline && !self.is_to_end() {
+            // Whoever appends is quicker; this is for what nobody waits for.
+            thread::sleep(INLINE_PAUSE);
+        }
+    }
+
     fn look_at_durable(&self) -> Result<(), StorageError> {
         if let Some(durable) = self.db().durable(self.journal.id())? {
             self.change(|state| state.durable = durable);
@@ -605,6 +663,11 @@ impl Shared {
         rebuild.as_ref().filter(|control| !control.has_ended()).map(|control| control.status())
     }
 
+    /// Whether the view has applied `position` of this journal, or why it won't.
+    pub(super) fn has_applied(&self, wanted: Position) -> Result<bool, WaitError> {
+        self.state.lock().has_applied(wanted)
+    }
+
     /// Waits until the view has applied `position` of this journal.
     pub(super) fn wait_until_applied(
         &self,
@@ -613,13 +676,10 @@ impl Shared {
     ) -> Result<(), WaitError> {
         let mut state = self.state.lock();
         loop {
-            let reached = state.applied.checkpoint.position;
-            match &state.phase {
-                _ if state.judged && reached >= wanted => return Ok(()),
-                Phase::Building(_) | Phase::Following | Phase::AwaitingMirror => {}
-                Phase::Stopped(error) => return Err(WaitError::Stopped(error.clone())),
-                Phase::Closed => return Err(WaitError::Closed),
+            if state.has_applied(wanted)? {
+                return Ok(());
             }
+            let reached = state.applied.checkpoint.position;
             match deadline {
                 None => self.changed.wait(&mut state),
                 Some(deadline) if Instant::now() >= deadline => {
@@ -627,6 +687,17 @@ impl Shared {
                 }
                 Some(deadline) => drop(self.changed.wait_until(&mut state, deadline)),
             }
+        }
+    }
+}
+
+impl State {
+    fn has_applied(&self, wanted: Position) -> Result<bool, WaitError> {
+        match &self.phase {
+            _ if self.judged && self.applied.checkpoint.position >= wanted => Ok(true),
+            Phase::Building(_) | Phase::Following | Phase::AwaitingMirror => Ok(false),
+            Phase::Stopped(error) => Err(WaitError::Stopped(error.clone())),
+            Phase::Closed => Err(WaitError::Closed),
         }
     }
 }

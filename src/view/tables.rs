@@ -45,7 +45,7 @@ use super::program::{Batches, Build, Program, build_in_order};
 use super::rows::Rows;
 use super::space::Space;
 use super::watch::Watch;
-use super::{FoldError, ViewOptions, generation, runner};
+use super::{FoldError, ViewOptions, generation, refuse_inline, runner};
 use crate::codec::{Bincode, Codec, CodecError};
 use crate::event::{Event, Names, Recorded};
 use crate::format::record::RecordRef;
@@ -807,6 +807,15 @@ impl<T: TableView> TableViewHandle<T> {
         }
     }
 
+    /// A [`snapshot`](Self::snapshot) once the view has applied everything that is durable in its journal now.
+    ///
+    /// # Errors
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says.
+    pub fn snapshot_latest(&self, timeout: Duration) -> Result<TableSnapshot<T>, ViewReadError> {
+        self.wait_for_latest(timeout)?;
+        self.snapshot()
+    }
+
     /// Tells from now on which rows of a table change; see [`ViewHandle::watch`](super::ViewHandle::watch). A row that
     /// was written as it was before counts as changed.
     ///
@@ -951,6 +960,17 @@ impl<K: ViewKey + 'static, R: DeserializeOwned + 'static> TableReader<K, R> {
 /// # Errors
 /// [`ViewError`]; nothing that is stored was changed then.
 pub fn open_tables<T: TableView>(
+    views_dir: &std::path::Path,
+    journal: Journal,
+    view: T,
+    options: ViewOptions,
+) -> Result<TableViewHandle<T>, ViewError> {
+    refuse_inline(T::NAME, &options)?;
+    open_any_tables(views_dir, journal, view, options)
+}
+
+/// The same, inline or not.
+pub(crate) fn open_any_tables<T: TableView>(
     views_dir: &std::path::Path,
     journal: Journal,
     view: T,

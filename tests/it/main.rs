@@ -29,6 +29,8 @@ mod fuzz_corpus;
 mod golden;
 #[cfg(feature = "views")]
 mod indexes;
+#[cfg(feature = "views")]
+mod inline;
 mod journal;
 #[cfg(feature = "test-kit")]
 mod operations;

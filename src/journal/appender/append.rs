@@ -163,6 +163,11 @@ impl Append {
         self
     }
 
+    #[cfg(feature = "views")]
+    pub(crate) fn is_durable(&self) -> bool {
+        self.durability == Durability::Durable
+    }
+
     /// The first event, and the rest; `None` if there is no rest, or several streams.
     #[cfg(feature = "test-kit")]
     pub(super) fn split(&self) -> Option<(Self, Self)> {
@@ -257,6 +262,13 @@ impl Appended {
         }
     }
 
+    #[cfg(feature = "views")]
+    pub(crate) const fn receipt_mut(&mut self) -> &mut Receipt {
+        match self {
+            Self::New(receipt) | Self::Duplicate(receipt) => receipt,
+        }
+    }
+
     /// The token to wait for in a view, here or in another service.
     #[must_use]
     pub const fn token(&self) -> Token {
@@ -271,6 +283,21 @@ pub struct Receipt {
     pub token: Token,
     /// The place of each event, in the order in which they were given.
     pub events: Vec<Placed>,
+    /// Inline views that have not applied the events. The events are durable all the same, and must not be appended
+    /// again.
+    pub behind: Vec<ViewBehind>,
+}
+
+/// An inline view that has not applied what was appended, because it has stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ViewBehind {
+    /// The view.
+    pub view: &'static str,
+    /// A stable name of the kind of error.
+    pub code: &'static str,
+    /// Why.
+    pub reason: String,
 }
 
 /// The place of an event.

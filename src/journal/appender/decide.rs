@@ -295,7 +295,7 @@ impl Shared {
             return Err(AppendError::PartialDuplicate { known: found.len(), total });
         }
         let token = self.token_behind(batch)?;
-        Ok(Appended::Duplicate(Receipt { token, events: found }))
+        Ok(Appended::Duplicate(Receipt { token, events: found, behind: Vec::new() }))
     }
 
     fn token_behind(&self, batch: &[Recorded]) -> Result<Token, ReadError> {

@@ -59,7 +59,7 @@ mod labels;
 mod ticket;
 mod window;
 
-pub use append::{Append, Appended, Placed, Receipt};
+pub use append::{Append, Appended, Placed, Receipt, ViewBehind};
 pub use ticket::Ticket;
 
 use commit::Stage;
@@ -581,7 +581,7 @@ impl Shared {
             position: header.end_position(),
             durability: append.durability,
         };
-        Entered::InGroup(group, Receipt { token, events })
+        Entered::InGroup(group, Receipt { token, events, behind: Vec::new() })
     }
 
     /// Makes sure that a batch of `len_bytes` fits into the open group and the active segment, and that not
