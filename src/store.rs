@@ -30,7 +30,7 @@ use crate::retention::{self, Plan, RetentionError};
 use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
 #[cfg(feature = "views")]
 use crate::view::{
-    InlineViews, TableView, TableViewHandle, View, ViewError, ViewHandle, ViewOptions,
+    InlineViews, Sources, TableView, TableViewHandle, View, ViewError, ViewHandle, ViewOptions,
 };
 
 /// How many aggregates are kept in memory, unless said otherwise.
@@ -337,7 +337,7 @@ impl Store {
     ) -> Result<ViewHandle<V>, ViewError> {
         let dir = self.inner.dir.join(VIEWS);
         let inline = options.inline;
-        let opened = crate::view::open_any(&dir, self.journal().clone(), view, options);
+        let opened = crate::view::open_any(&dir, self.journal().clone().into(), view, options);
         let opened = self.heed_lost_tail(V::NAME, opened)?;
         if inline {
             self.inner.inline.add(&opened);
@@ -366,12 +366,85 @@ impl Store {
     ) -> Result<TableViewHandle<T>, ViewError> {
         let dir = self.inner.dir.join(VIEWS);
         let inline = options.inline;
-        let opened = crate::view::open_any_tables(&dir, self.journal().clone(), view, options);
+        let opened =
+            crate::view::open_any_tables(&dir, self.journal().clone().into(), view, options);
         let opened = self.heed_lost_tail(T::NAME, opened)?;
         if inline {
             self.inner.inline.add(&opened);
         }
         Ok(opened)
+    }
+
+    /// Opens a view of several journals: the store's own and mirrors of others (from
+    #[cfg_attr(feature = "shipping", doc = "[`Mirror::wait_ready`]),")]
+    #[cfg_attr(not(feature = "shipping"), doc = "a mirror, feature `shipping`),")]
+    /// in any order, the one that is meant where nothing else is said first. Its rows lie with those of the store's own
+    /// views. Another set of journals makes a new generation at the next opening.
+    ///
+    /// Each journal's events are folded in its order, and those of different journals as they come: **what the view
+    /// makes of events of two journals must not depend on which comes first.** Then a rebuild makes the same rows. A
+    /// token of any of the journals can be waited for.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use headwater::view::{Fold, FoldError, Keys, View, ViewOptions};
+    /// # use headwater::{Append, ExpectedRevision, NewEvent, Recorded, Store, StreamId};
+    /// # struct Count;
+    /// # impl View for Count {
+    /// #     const NAME: &'static str = "count";
+    /// #     const VERSION: u32 = 1;
+    /// #     type Key = StreamId;
+    /// #     type Row = u64;
+    /// #     type Event = Vec<u8>;
+    /// #     fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<StreamId>) {
+    /// #         keys.add(event.stream().clone());
+    /// #     }
+    /// #     fn fold(&self, _: &StreamId, n: Option<u64>, _: &Recorded<Vec<u8>>) -> Result<Fold<u64>, FoldError> {
+    /// #         Ok(Fold::Put(n.unwrap_or(0) + 1))
+    /// #     }
+    /// # }
+    /// # let dir = tempfile::tempdir()?;
+    /// # let orders = Store::create(dir.path().join("orders"))?;
+    /// # let payments = Store::create(dir.path().join("payments"))?;
+    /// // How many events each order has, here and in the mirrored journal of the payments.
+    /// let journals = [orders.journal().clone(), payments.journal().clone()];
+    /// let count = orders.view_over(&journals, Count, ViewOptions::default())?;
+    /// let order = StreamId::new("order-7")?;
+    /// for store in [&orders, &payments] {
+    ///     let event = NewEvent::raw("happened", *b"")?;
+    ///     let appended = store.append(&Append::to(&order, ExpectedRevision::Any, [event]))?;
+    ///     count.wait_for(&appended.token(), Duration::from_secs(10))?;
+    /// }
+    /// assert_eq!(count.get("order-7")?, Some(2));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ViewError`], as [`view`](Self::view); [`ViewError::Journals`] if a journal is named twice, or none is.
+    #[cfg(feature = "views")]
+    pub fn view_over<V: View>(
+        &self,
+        journals: &[Journal],
+        view: V,
+        options: ViewOptions,
+    ) -> Result<ViewHandle<V>, ViewError> {
+        let (sources, dir) = (sources_of(V::NAME, journals, &options)?, self.inner.dir.join(VIEWS));
+        self.heed_lost_tail(V::NAME, crate::view::open_any(&dir, sources, view, options))
+    }
+
+    /// Opens a view of several tables of several journals, as [`view_over`](Self::view_over) opens a keyed one.
+    ///
+    /// # Errors
+    /// [`ViewError`], as [`view_over`](Self::view_over).
+    #[cfg(feature = "views")]
+    pub fn table_view_over<T: TableView>(
+        &self,
+        journals: &[Journal],
+        view: T,
+        options: ViewOptions,
+    ) -> Result<TableViewHandle<T>, ViewError> {
+        let (sources, dir) = (sources_of(T::NAME, journals, &options)?, self.inner.dir.join(VIEWS));
+        self.heed_lost_tail(T::NAME, crate::view::open_any_tables(&dir, sources, view, options))
     }
 
     /// A view that remembers events which the journal has lost keeps the store from appending.
@@ -382,7 +455,9 @@ impl Store {
         opened: Result<T, ViewError>,
     ) -> Result<T, ViewError> {
         match &opened {
-            Err(ViewError::LostTail { checkpoint, end, .. }) => {
+            Err(ViewError::LostTail { checkpoint, end, .. })
+                if checkpoint.journal == self.journal().id() =>
+            {
                 let (applied, end) = (checkpoint.position, *end);
                 let error = AppendError::LostTail { view, applied, end };
                 self.inner.lost_tail.write().insert((VIEWS, view), error);
@@ -683,6 +758,21 @@ impl StoreBuilder {
             }),
         })
     }
+}
+
+#[cfg(feature = "views")]
+fn sources_of(
+    view: &'static str,
+    journals: &[Journal],
+    options: &ViewOptions,
+) -> Result<Sources, ViewError> {
+    if options.inline {
+        return Err(ViewError::Inline { view });
+    }
+    let none = ViewError::Journals { view, reason: "there is none" };
+    let (first, others) = journals.split_first().ok_or(none)?;
+    let twice = ViewError::Journals { view, reason: "one is named twice" };
+    Sources::new(first.clone(), others.to_vec()).ok_or(twice)
 }
 
 /// Whether views or reactors of the own journal exist: then there were events, and an empty journal is a loss.

@@ -36,11 +36,12 @@ use super::poison::{Discarded, ParkedCounts};
 use super::program::Build;
 use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase};
 use super::sort::{Run, Runs};
+use super::sources::{Checkpoints, Sources};
 use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::event::{Names, Recorded};
 use crate::journal::Journal;
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, JournalId, Position};
 
 /// How the keys are divided, so that several threads can fold at once.
 const PARTS: usize = 64;
@@ -90,7 +91,7 @@ impl From<StopError> for Ended {
 
 /// Builds the rows of everything in front of `until` into a database that was never written to.
 pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ended> {
-    let Build { journal, until, db, memory, means, control } = what;
+    let Build { sources, until, db, memory, means, control } = what;
     let storage = |source| Ended::Failed(StopError::Storage { view: V::NAME, source });
     let pool = ThreadPoolBuilder::new()
         .num_threads(means.threads)
@@ -98,11 +99,12 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
         .build()
         .map_err(|error| storage(db.no_threads(error)))?;
     let mut files = Files::new(db, memory).map_err(storage)?;
-    let mut pass = Pass { view, journal, until, means, control, pool: &pool, from: Vec::new() };
+    let mut pass =
+        Pass { view, sources, until: &until, means, control, pool: &pool, from: Vec::new() };
     let (indexes, runs) = (Indexes::of(view), Runs::new(files.dir()));
     let mut progress = None;
     loop {
-        control.pass_begins(RebuildPhase::Building, until.position.get());
+        control.pass_begins(RebuildPhase::Building, until.events());
         let folded = pass.fold()?;
         progress = Some(folded.progress).or(progress);
         pool.install(|| write(folded.rows, &indexes, &mut files, &runs))?;
@@ -111,7 +113,7 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
             None => break,
         }
     }
-    let progress = progress.unwrap_or(progress_at(until, 0));
+    let progress = progress.unwrap_or_else(|| progress_at(until.clone(), 0));
     control.check()?;
     write_entries(runs, &mut files, control).map_err(|ended| match ended {
         EntriesEnded::Cancelled(cancelled) => cancelled.into(),
@@ -124,8 +126,8 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
 /// The rows of one range of keys.
 struct Pass<'a, V: View> {
     view: &'a V,
-    journal: &'a Journal,
-    until: Checkpoint,
+    sources: &'a Sources,
+    until: &'a Checkpoints,
     means: Means,
     control: &'a Control,
     pool: &'a ThreadPool,
@@ -194,9 +196,9 @@ impl<V: View> Pass<'_, V> {
         let mut parts: Vec<Part> = (0..PARTS).map(|_| Part::default()).collect();
         let hasher = RandomState::default();
         let mut to: Option<Vec<u8>> = None;
-        let mut end = None;
+        let mut end = self.sources.beginning();
         let mut skipped_events = 0;
-        let all = pieces_of(self.until);
+        let all = pieces_of(self.sources, self.until);
         let at_once = self.means.threads * PIECES_PER_THREAD;
         let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
         for round in all.chunks(at_once) {
@@ -204,7 +206,7 @@ impl<V: View> Pass<'_, V> {
             self.pool.install(|| {
                 let pieces = pieces.par_iter_mut().zip(round);
                 pieces
-                    .map(|(piece, at)| self.fill(piece, *at, &hasher, range))
+                    .map(|(piece, at)| self.fill(piece, at, &hasher, range))
                     .collect::<Result<(), _>>()
             })?;
             let pieces = pieces.get(..round.len()).unwrap_or_default();
@@ -214,41 +216,42 @@ impl<V: View> Pass<'_, V> {
                     .filter_map(|(n, part)| part.fold(self.view, n, pieces, &hasher).err())
                     .collect()
             });
-            if let Some((_, failure)) = failures.into_iter().min_by_key(|(position, _)| *position) {
+            if let Some((_, failure)) = failures.into_iter().min_by_key(|(place, _)| *place) {
                 return Err(Ended::Failed(failure));
             }
             skipped_events += pieces.iter().map(|piece| piece.skipped_events).sum::<u64>();
-            end = pieces.iter().filter_map(|piece| piece.end).next_back().or(end);
+            end = pieces.iter().filter_map(|piece| piece.end).fold(end, |end, at| end.moved(at));
             let bytes: usize = parts.iter().map(Part::bytes).sum();
             if bytes > self.means.memory_bytes_max {
                 to = self.pool.install(|| halve(&mut parts, &hasher)).or(to);
             }
         }
         let rows = parts.into_iter().flat_map(|part| part.rows).filter(|row| row.row.is_some());
-        let progress = progress_at(end.unwrap_or(self.until), skipped_events);
+        let progress = progress_at(end, skipped_events);
         Ok(Folded { rows: rows.collect(), progress, left_from: to })
     }
 
     /// Forgets the rows for which the event is discarded.
-    fn leave_out(&self, position: Position, keys: &mut Keys<V::Key>) {
+    fn leave_out(&self, journal: JournalId, position: Position, keys: &mut Keys<V::Key>) {
         let discarded = &*self.means.discarded;
         if !discarded.is_empty() {
             let stored = |key: &V::Key| row_key(|out| key.encode_key(out));
-            keys.0.retain(|key| !discarded.has(self.journal.id(), position, &stored(key)));
+            keys.0.retain(|key| !discarded.has(journal, position, &stored(key)));
         }
     }
 
-    /// Decodes and routes the batches that begin at `from` or behind it, in front of `to`.
+    /// Decodes and routes the batches of a stretch.
     fn fill(
         &self,
         piece: &mut Piece<V>,
-        (from, to): (Position, Position),
+        stretch: &Stretch<'_>,
         hasher: &RandomState,
         wanted: Range<'_>,
     ) -> Result<(), Ended> {
         let failed = |source| StopError::Journal { view: V::NAME, source };
         piece.clear();
-        let mut cursor = self.journal.cursor(from).map_err(failed)?;
+        let Stretch { journal: source, from, to } = *stretch;
+        let mut cursor = source.cursor(from).map_err(failed)?;
         let mut names = Names::default();
         let mut keys = Keys(Vec::new());
         let mut stored_events = 0;
@@ -258,11 +261,11 @@ impl<V: View> Pass<'_, V> {
             if header.base_position < from {
                 continue; // of the piece in front
             }
-            let (journal, recorded_at_us) = (self.journal.id(), header.time_us);
+            let (journal, recorded_at_us) = (source.id(), header.time_us);
             for (position, record) in (header.base_position.get()..).zip(batch.batch.records()) {
                 let position = Position::new(position);
-                let record = record
-                    .map_err(|e| failed(invalid_record(self.journal, &batch, position, e)))?;
+                let record =
+                    record.map_err(|e| failed(invalid_record(source, &batch, position, e)))?;
                 let at = Place { journal, position, recorded_at_us };
                 let wrong = |cause| {
                     stop_at(V::NAME, &at.recorded(&record, &mut Names::default(), ()), cause)
@@ -275,7 +278,7 @@ impl<V: View> Pass<'_, V> {
                 for data in decoded {
                     let event = at.recorded(&record, &mut names, data);
                     guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
-                    self.leave_out(position, &mut keys);
+                    self.leave_out(journal, position, &mut keys);
                     piece.add(event, &mut keys, hasher, wanted);
                 }
                 stored_events += 1;
@@ -362,22 +365,23 @@ impl<V: View> Piece<V> {
 }
 
 impl Part {
-    /// Folds what the pieces have for this part. A failure comes with the position of its event.
+    /// Folds what the pieces have for this part. A failure comes with its event's place: which piece, which event.
     fn fold<V: View>(
         &mut self,
         view: &V,
         part: usize,
         pieces: &[Piece<V>],
         hasher: &RandomState,
-    ) -> Result<(), (Position, StopError)> {
-        for piece in pieces {
+    ) -> Result<(), ((usize, Position), StopError)> {
+        for (nth, piece) in pieces.iter().enumerate() {
             let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
             while let Some(first) = routes.first() {
                 let key = piece.key(first);
                 let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
                 let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
-                self.fold_run(view, piece, key, run, hasher)
-                    .map_err(|(event, cause)| (event.position(), stop_at(V::NAME, event, cause)))?;
+                self.fold_run(view, piece, key, run, hasher).map_err(|(event, cause)| {
+                    ((nth, event.position()), stop_at(V::NAME, event, cause))
+                })?;
                 routes = rest;
             }
         }
@@ -444,8 +448,8 @@ impl Part {
 }
 
 /// Nothing is parked: an event that can't be applied ends the build.
-fn progress_at(checkpoint: Checkpoint, skipped_events: u64) -> Progress {
-    Progress { checkpoint, skipped_events, parked: ParkedCounts::default() }
+fn progress_at(checkpoints: Checkpoints, skipped_events: u64) -> Progress {
+    Progress { checkpoints, skipped_events, parked: ParkedCounts::default() }
 }
 
 const fn part_of(hash: u64) -> usize {
@@ -469,17 +473,28 @@ fn halve(parts: &mut [Part], hasher: &RandomState) -> Option<Vec<u8>> {
     Some(middle)
 }
 
-/// Positions at which the journal can be divided, with where each piece ends. From the very first event on: where
-/// events were removed, the first piece can't be read, and says so.
-fn pieces_of(until: Checkpoint) -> Vec<(Position, Position)> {
-    let events = until.position.get();
-    let pieces = until.offset.div_ceil(PIECE_BYTES).clamp(1, events.max(1));
-    let at = |n: u64| {
-        let events = u128::from(events) * u128::from(n) / u128::from(pieces);
-        Position::new(events as u64)
-    };
-    let pieces = (0..pieces).map(|n| (at(n), at(n + 1)));
-    pieces.filter(|(from, to)| from < to).collect()
+/// Batches that begin at `from` or behind it, in front of `to`.
+struct Stretch<'a> {
+    journal: &'a Journal,
+    from: Position,
+    to: Position,
+}
+
+/// The journals, one behind the other, in stretches. From the very first event on: where events were removed, the first
+/// one can't be read, and says so.
+fn pieces_of<'a>(sources: &'a Sources, until: &Checkpoints) -> Vec<Stretch<'a>> {
+    let mut all = Vec::new();
+    for (journal, until) in sources.iter().zip(until.iter()) {
+        let events = until.position.get();
+        let pieces = until.offset.div_ceil(PIECE_BYTES).clamp(1, events.max(1));
+        let at = |n: u64| {
+            let events = u128::from(events) * u128::from(n) / u128::from(pieces);
+            Position::new(events as u64)
+        };
+        let pieces = (0..pieces).map(|n| Stretch { journal, from: at(n), to: at(n + 1) });
+        all.extend(pieces.filter(|it| it.from < it.to));
+    }
+    all
 }
 
 /// Sorts rows and writes them into files, and their index entries into runs.

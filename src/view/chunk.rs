@@ -33,7 +33,7 @@ use crate::format::FormatError;
 use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::journal::{CursorBatch, Journal};
-use crate::position::{JournalId, Position};
+use crate::position::{Checkpoint, JournalId, Position};
 use crate::upcast::Decoded;
 use smallvec::SmallVec;
 
@@ -54,7 +54,9 @@ pub(super) struct Chunk<V: View> {
 
 /// The end of a batch: in the journal, and in what the chunk has.
 pub(super) struct Batch {
-    pub(super) end: Progress,
+    pub(super) end: Checkpoint,
+    /// Of all events in front of its end.
+    pub(super) skipped_events: u64,
     pub(super) routes: usize,
     pub(super) unrouted: usize,
 }
@@ -156,15 +158,15 @@ impl<V: View> Chunk<V> {
         self.bytes
     }
 
-    fn end(&self) -> Progress {
-        self.batches.last().map_or(self.start, |batch| batch.end)
+    fn skipped_events(&self) -> u64 {
+        self.batches.last().map_or(self.start.skipped_events, |batch| batch.skipped_events)
     }
 
     /// Adds a batch. After an error the batches added before it can still be folded; no further ones may be
     /// added.
     pub(super) fn add(&mut self, view: &V, batch: &CursorBatch<'_>) -> Result<(), StopError> {
         let header = &batch.batch.header;
-        let mut skipped_events = self.end().skipped_events;
+        let mut skipped_events = self.skipped_events();
         let mut position = header.base_position;
         for record in batch.batch.records() {
             let record = record.map_err(|error| StopError::Journal {
@@ -176,9 +178,8 @@ impl<V: View> Chunk<V> {
             skipped_events += u64::from(!self.add_record(view, &record, at)?);
             position = position.advance(1);
         }
-        let end = Progress { checkpoint: batch.end(), skipped_events, ..self.start };
-        let (routes, unrouted) = (self.routes.len(), self.unrouted.len());
-        self.batches.push(Batch { end, routes, unrouted });
+        let (end, routes, unrouted) = (batch.end(), self.routes.len(), self.unrouted.len());
+        self.batches.push(Batch { end, skipped_events, routes, unrouted });
         self.bytes += batch.batch.bytes().len() as u64;
         Ok(())
     }
@@ -336,6 +337,7 @@ impl<V: View> Chunk<V> {
         }
         let head = Head {
             events: 0,
+            journal: self.journal.id(),
             first: event.position(),
             recorded_at_us: event.recorded_at_us(),
             reason: reason_of(&cause),
@@ -403,7 +405,7 @@ impl<V: View> Chunk<V> {
             parked.extend(queue.filter(|it| !it.events.is_empty()).map(|queue| (slot, queue)));
         }
         let counts = self.write_parked(&parked, &mut writes)?;
-        let end = Progress { parked: counts, ..self.end() };
+        let end = end_of(&self.start, &self.batches, counts);
         Ok(Folded { writes, end, changed, stop: None })
     }
 
@@ -447,17 +449,19 @@ impl<V: View> Chunk<V> {
         let positions = queued.map(Recorded::position).collect();
         let records = records_at(V::NAME, &self.journal, &positions)?;
         let record = |position| records.get(&position).map(Vec::as_slice).unwrap_or_default();
+        let (journal, base) = (self.journal.id(), order_base(&self.start, self.journal.id()));
         for (slot, queue) in parked {
             for event in queue.events.iter().filter_map(event) {
                 let (position, recorded_at_us) = (event.position(), event.recorded_at_us());
-                let it = ParkedRecord { recorded_at_us, reason: "", record: record(position) };
-                writes.put(&parked_key(&slot.row_key, position), &it.to_bytes());
+                let (reason, record) = ("", record(position));
+                let it = ParkedRecord { journal, position, recorded_at_us, reason, record };
+                writes.put(&parked_key(&slot.row_key, base + position.get()), &it.to_bytes());
             }
             writes.put(&parked_row_key(&slot.row_key), &queue.head.to_bytes());
             counts.keys += u64::from(queue.is_new);
             counts.events += queue.events.len() as u64;
         }
-        park_unrouted(V::NAME, &self.journal, &self.unrouted, writes)?;
+        park_unrouted(V::NAME, &self.journal, &self.start, &self.unrouted, writes)?;
         counts.unrouted += self.unrouted.len() as u64;
         Ok(counts)
     }
@@ -467,14 +471,17 @@ impl<V: View> Chunk<V> {
 pub(super) fn park_unrouted(
     view: &'static str,
     journal: &Journal,
+    start: &Progress,
     unrouted: &[Unrouted],
     writes: &mut Writes,
 ) -> Result<(), StopError> {
+    let base = order_base(start, journal.id());
     let records = records_at(view, journal, &unrouted.iter().map(|it| it.position).collect())?;
     for Unrouted { position, recorded_at_us, reason } in unrouted {
         let record = records.get(position).map(Vec::as_slice).unwrap_or_default();
-        let it = ParkedRecord { recorded_at_us: *recorded_at_us, reason, record };
-        writes.put(&unrouted_key(*position), &it.to_bytes());
+        let (journal, position, recorded_at_us) = (journal.id(), *position, *recorded_at_us);
+        let it = ParkedRecord { journal, position, recorded_at_us, reason, record };
+        writes.put(&unrouted_key(base + position.get()), &it.to_bytes());
     }
     Ok(())
 }
@@ -506,6 +513,23 @@ fn records_at(
         }
     }
     Ok(records)
+}
+
+/// How far it is behind these batches.
+pub(super) fn end_of(start: &Progress, batches: &[Batch], parked: ParkedCounts) -> Progress {
+    batches.last().map_or_else(
+        || Progress { parked, ..start.clone() },
+        |batch| {
+            let checkpoints = start.checkpoints.moved(batch.end);
+            Progress { checkpoints, skipped_events: batch.skipped_events, parked }
+        },
+    )
+}
+
+/// How many events of other journals were in front of the events of this one, when they were taken in: added to a
+/// position, it gives the order.
+pub(super) fn order_base(start: &Progress, journal: JournalId) -> u64 {
+    start.checkpoints.events() - start.checkpoints.position(journal).get()
 }
 
 fn storage_failed<V: View>(source: StorageError) -> StopError {

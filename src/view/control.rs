@@ -17,7 +17,7 @@ use super::takeover::{Source, digest_of};
 use crate::journal::TokenState;
 use crate::position::{Checkpoint, Token};
 
-/// How far a view has got.
+/// How far a view has got with a journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ViewCheckpoint {
     /// What readers see: the next event to be applied.
@@ -32,12 +32,14 @@ pub struct ViewCheckpoint {
 pub struct ViewStatus {
     /// What it is doing.
     pub state: ViewState,
-    /// How far it has got.
+    /// How far it has got; with its first journal, if it has several.
     pub checkpoint: ViewCheckpoint,
-    /// Where the journal ends.
+    /// Where the journal ends; the first, if it has several.
     pub journal_end: Checkpoint,
-    /// How many durable events of the journal, as it is on this machine, the view hasn't applied; `None`
-    /// when that says nothing, because the view doesn't follow it any more. How far a mirrored journal is
+    /// The same for each journal of the view.
+    pub journals: Vec<JournalStatus>,
+    /// How many durable events of its journals, as they are on this machine, the view hasn't applied; `None`
+    /// when that says nothing, because the view doesn't follow them any more. How far a mirrored journal is
     /// behind its origin is told by the mirror's status.
     pub lag_events: Option<u64>,
     /// How many of the events in front of its checkpoint were of types that it doesn't know.
@@ -51,6 +53,18 @@ pub struct ViewStatus {
     pub set_aside: Option<PathBuf>,
     /// The rebuild that is under way, or the building of the first generation.
     pub rebuild: Option<RebuildStatus>,
+}
+
+/// How a view is doing with one of its journals.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct JournalStatus {
+    /// How far it has got.
+    pub checkpoint: ViewCheckpoint,
+    /// The journal's durable end.
+    pub end: Checkpoint,
+    /// How many events it has yet to apply; `None` while it doesn't follow the journals.
+    pub lag_events: Option<u64>,
 }
 
 /// What a view is doing.
@@ -132,9 +146,9 @@ impl ViewControl {
         let deadline = Instant::now().checked_add(timeout);
         let pending = is_pending(shared, token)?;
         inline::help(shared);
-        shared.wait_until_applied(token.position, deadline)?;
+        shared.wait_until_applied(token.journal, token.position, deadline)?;
         if pending && is_pending(shared, token)? {
-            let reached = shared.state().applied.checkpoint.position;
+            let reached = shared.state().applied.checkpoints.position(token.journal);
             return Err(WaitError::Timeout { reached, wanted: token.position });
         }
         Ok(())
@@ -149,14 +163,19 @@ impl ViewControl {
         let shared = self.shared();
         let deadline = Instant::now().checked_add(timeout);
         inline::help(shared);
-        shared.wait_until_applied(shared.journal.end().position, deadline)
+        let ends = shared.sources.end();
+        ends.iter()
+            .try_for_each(|end| shared.wait_until_applied(end.journal, end.position, deadline))
     }
 
-    /// How far the view has got.
+    /// How far the view has got; with its first journal, if it has several.
     #[must_use]
     pub fn checkpoint(&self) -> ViewCheckpoint {
         let state = self.shared().state();
-        ViewCheckpoint { applied: state.applied.checkpoint, durable: state.durable }
+        ViewCheckpoint {
+            applied: state.applied.checkpoints.first(),
+            durable: state.durable.first(),
+        }
     }
 
     /// How the view is doing.
@@ -164,12 +183,18 @@ impl ViewControl {
     pub fn status(&self) -> ViewStatus {
         let shared = self.shared();
         let state = shared.state();
-        let journal_end = shared.journal.end();
-        let applied = state.applied.checkpoint;
-        let behind = journal_end.position.since(applied.position);
+        let ends = shared.sources.end();
         let follows = matches!(state.phase, Phase::Following | Phase::Building(_));
-        let lag_events = follows.then_some(behind);
+        let checkpoints = state.applied.checkpoints.iter().zip(state.durable.iter());
+        let journals =
+            checkpoints.zip(ends.iter()).map(|((applied, durable), end)| JournalStatus {
+                checkpoint: ViewCheckpoint { applied: *applied, durable: *durable },
+                end: *end,
+                lag_events: follows.then(|| end.position.since(applied.position)),
+            });
+        let behind = ends.events().saturating_sub(state.applied.checkpoints.events());
         ViewStatus {
+            journals: journals.collect(),
             state: match state.phase {
                 Phase::Building(_) => ViewState::Building,
                 Phase::Following if behind == 0 => ViewState::CaughtUp,
@@ -178,9 +203,9 @@ impl ViewControl {
                 Phase::Stopped(error) => ViewState::Stopped(error),
                 Phase::Closed => ViewState::Closed,
             },
-            checkpoint: ViewCheckpoint { applied, durable: state.durable },
-            journal_end,
-            lag_events,
+            checkpoint: self.checkpoint(),
+            journal_end: ends.first(),
+            lag_events: follows.then_some(behind),
             skipped_events: state.applied.skipped_events,
             parked: state.applied.parked,
             generation: shared.db().path().to_owned(),
@@ -290,12 +315,13 @@ impl ViewControl {
 
 /// Whether the journal doesn't reach the token's position yet.
 fn is_pending(shared: &Shared, token: &Token) -> Result<bool, WaitError> {
-    match shared.journal.token_state(token)? {
+    let first = shared.sources.first();
+    match shared.sources.get(token.journal).unwrap_or(first).token_state(token)? {
         TokenState::Present => Ok(false),
         TokenState::Pending => Ok(true),
         TokenState::Lost => Err(WaitError::TokenLost { position: token.position }),
         TokenState::Foreign => {
-            Err(WaitError::ForeignToken { found: token.journal, followed: shared.journal.id() })
+            Err(WaitError::ForeignToken { found: token.journal, followed: first.id() })
         }
     }
 }

@@ -6,16 +6,20 @@
 //! 00 'x'                         names of the indexes, sorted, each with a line end behind it; absent if none
 //! 00 't'                         names of the tables, likewise; absent in a keyed view
 //! 00 'p' journal id 16           progress: checkpoint 64 │ skipped events u64 │ parked: keys u64 │
-//!                                events u64 │ unrouted u64     (the last three may be absent: 0)
+//!                                events u64 │ unrouted u64; the numbers are of all journals of the view, and stand
+//!                                with the first, 0 with the others
 //! 01 key of the row              the row, encoded by the codec
 //! 01 number u8 │ key of the row  the same in a view of tables; the number is the table's place in 00 't', from 0 on
 //! 02 number u8 │ index key │ key of the row
 //!                                nothing; the number is the index's place in 00 'x', from 0 on
-//! 03 key of the row              a parked key: events u64 │ position of the first u64 │ its time i64 │ reason
-//! 03 key of the row │ position u64, big-endian
-//!                                one of its events: time i64 │ reason u32, bytes (none) │ the record
-//! 04 position u64, big-endian    an event that can't be routed: time i64 │ reason u32, bytes │ the record
+//! 03 key of the row              a parked key: events u64 │ of the first: journal 16, position u64, time i64 │ reason
+//! 03 key of the row │ order u64, big-endian
+//!                                one of its events: journal 16 │ position u64 │ time i64 │ reason u32, bytes (none) │
+//!                                the record
+//! 04 order u64, big-endian       an event that can't be routed: the same, with a reason
 //! ```
+//! Order is how many events of all journals of the view were in front of the event when it was taken in: with one
+//! journal, its position.
 //!
 //! Invariants:
 //! - Rows and the progress that they are of go through one write batch. There is no write-ahead log: the
@@ -41,12 +45,13 @@ use self_cell::self_cell;
 
 use super::openings::Closing;
 use super::poison::{Head, ParkedCounts};
+use super::sources::Checkpoints;
 use crate::format::Decoder;
 use crate::planted::{self, Bug};
-use crate::position::{Checkpoint, JournalId, Position};
+use crate::position::{Checkpoint, JournalId};
 
 /// Version of the layout above.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 const META: u8 = 0x00;
 pub(super) const ROWS: u8 = 0x01;
 const INDEXES: u8 = 0x02;
@@ -219,41 +224,52 @@ fn kind_of(error: &rocksdb::Error) -> StorageErrorKind {
 }
 
 /// How far a generation has got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Progress {
-    /// The next event to be applied.
-    pub(super) checkpoint: Checkpoint,
+    /// The next event to be applied, of each journal.
+    pub(super) checkpoints: Checkpoints,
     /// How many of the events in front of it were of types that the view doesn't know.
     pub(super) skipped_events: u64,
     /// What of them is parked.
     pub(super) parked: ParkedCounts,
 }
 
+type ProgressRow = [u8; PROGRESS_BYTES];
+
 impl Progress {
-    fn to_bytes(self) -> [u8; PROGRESS_BYTES] {
-        let mut out = [0; PROGRESS_BYTES];
-        let (checkpoint, counts) = out.split_at_mut(Checkpoint::ENCODED_LEN);
-        checkpoint.copy_from_slice(&self.checkpoint.to_bytes());
+    /// A row for each journal.
+    fn to_rows(&self) -> impl Iterator<Item = (Vec<u8>, ProgressRow)> {
         let ParkedCounts { keys, events, unrouted } = self.parked;
-        let numbers = [self.skipped_events, keys, events, unrouted];
-        for (place, number) in counts.chunks_exact_mut(8).zip(numbers) {
-            place.copy_from_slice(&number.to_le_bytes());
-        }
-        out
+        let mut numbers = [self.skipped_events, keys, events, unrouted];
+        self.checkpoints.iter().map(move |checkpoint| {
+            let mut row = [0; PROGRESS_BYTES];
+            let (place, places) = row.split_at_mut(Checkpoint::ENCODED_LEN);
+            place.copy_from_slice(&checkpoint.to_bytes());
+            for (place, number) in places.chunks_exact_mut(8).zip(std::mem::take(&mut numbers)) {
+                place.copy_from_slice(&number.to_le_bytes());
+            }
+            (progress_key(checkpoint.journal), row)
+        })
     }
 
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let mut input = Decoder::new(bytes);
-        let checkpoint = Checkpoint::from_bytes(&input.array().ok()?)?;
-        let skipped_events = input.u64().ok()?;
-        let mut parked = ParkedCounts::default();
-        if !input.rest().is_empty() {
-            let ParkedCounts { keys, events, unrouted } = &mut parked;
-            for count in [keys, events, unrouted] {
-                *count = input.u64().ok()?;
+    /// From all rows; `None` if there is none, or one isn't one.
+    fn from_rows<'r>(rows: impl IntoIterator<Item = &'r [u8]>) -> Option<Self> {
+        let mut sums = [0_u64; 4];
+        let mut checkpoints = Vec::new();
+        for row in rows {
+            let mut input = Decoder::new(row);
+            checkpoints.push(Checkpoint::from_bytes(&input.array().ok()?)?);
+            for sum in &mut sums {
+                *sum = sum.checked_add(input.u64().ok()?)?;
+            }
+            if !input.rest().is_empty() {
+                return None;
             }
         }
-        input.rest().is_empty().then_some(Self { checkpoint, skipped_events, parked })
+        let [skipped_events, keys, events, unrouted] = sums;
+        let parked = ParkedCounts { keys, events, unrouted };
+        let checkpoints = Checkpoints::of_all(checkpoints.into_iter())?;
+        Some(Self { checkpoints, skipped_events, parked })
     }
 }
 
@@ -293,8 +309,8 @@ pub(super) fn parked_row_key(row_key: &[u8]) -> Vec<u8> {
 }
 
 #[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
-pub(super) fn parked_key(row_key: &[u8], position: Position) -> Vec<u8> {
-    [&parked_row_key(row_key)[..], &position.get().to_be_bytes()].concat()
+pub(super) fn parked_key(row_key: &[u8], order: u64) -> Vec<u8> {
+    [&parked_row_key(row_key)[..], &order.to_be_bytes()].concat()
 }
 
 /// The keys of a parked key's events, without its head.
@@ -314,8 +330,8 @@ pub(super) fn all_parked() -> Range<Vec<u8>> {
 }
 
 #[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
-pub(super) fn unrouted_key(position: Position) -> Vec<u8> {
-    [&[UNROUTED][..], &position.get().to_be_bytes()].concat()
+pub(super) fn unrouted_key(order: u64) -> Vec<u8> {
+    [&[UNROUTED][..], &order.to_be_bytes()].concat()
 }
 
 pub(super) fn unrouted_range() -> Range<Vec<u8>> {
@@ -390,9 +406,9 @@ pub(super) fn stored_checkpoint(
     let db = db.map_err(|error| failed(StorageCause::RocksDb(error)))?;
     let found = db.get(progress_key(journal)).map_err(|e| failed(StorageCause::RocksDb(e)))?;
     let Some(bytes) = found else { return Ok(None) };
-    let progress = Progress::from_bytes(&bytes);
+    let progress = Progress::from_rows([bytes.as_slice()]);
     let progress = progress.ok_or_else(|| failed(StorageCause::Damaged("its progress")))?;
-    Ok(Some(progress.checkpoint))
+    Ok(Some(progress.checkpoints.first()))
 }
 
 fn progress_key(journal: JournalId) -> Vec<u8> {
@@ -458,7 +474,7 @@ impl Db {
         match found {
             Some(found) if found == identity.to_bytes() => {
                 self.check_shape(identity)?;
-                self.stored_progress()
+                self.stored_progress(start.checkpoints.iter().map(|it| it.journal))
             }
             Some(found) => Err(self.failure(ACTION, wrong_identity(&found))),
             None if self.is_empty()? => {
@@ -495,32 +511,36 @@ impl Db {
         Ok(scan.next().transpose()?.is_none())
     }
 
-    fn stored_progress(self: &Arc<Self>) -> Result<Progress, StorageError> {
-        const ACTION: &str = "reading the view's checkpoint";
-        let mut scan = self.latest().scan(PROGRESS.to_vec()..behind_prefix(PROGRESS));
-        let Some((_, bytes)) = scan.next().transpose()? else {
-            return Err(self.damaged(ACTION, "rows without a checkpoint"));
-        };
-        if scan.next().transpose()?.is_some() {
-            return Err(self.damaged(ACTION, "checkpoints of several journals"));
+    fn stored_progress(
+        self: &Arc<Self>,
+        wanted: impl Iterator<Item = JournalId>,
+    ) -> Result<Progress, StorageError> {
+        let wanted: Vec<JournalId> = wanted.collect();
+        match self.latest().progress(&wanted)? {
+            Some(progress) => Ok(progress),
+            None => Err(self.damaged("reading the view's checkpoint", "rows without a checkpoint")),
         }
-        self.progress_from(&bytes)
     }
 
-    fn progress_from(&self, bytes: &[u8]) -> Result<Progress, StorageError> {
-        const ACTION: &str = "reading the view's checkpoint";
-        Progress::from_bytes(bytes).ok_or_else(|| self.damaged(ACTION, "an invalid checkpoint"))
-    }
-
-    /// The checkpoint that a crash would leave; `None` if it would leave nothing.
-    pub(super) fn durable(&self, journal: JournalId) -> Result<Option<Checkpoint>, StorageError> {
+    /// The checkpoints that a crash would leave; `None` if it would leave nothing.
+    pub(super) fn durable(
+        &self,
+        journals: &[JournalId],
+    ) -> Result<Option<Checkpoints>, StorageError> {
+        const ACTION: &str = "reading the durable checkpoint";
         let mut options = ReadOptions::default();
         options.set_read_tier(ReadTier::Persisted);
-        let found = self
-            .db
-            .get_pinned_opt(progress_key(journal), &options)
-            .map_err(|error| self.failed("reading the durable checkpoint", error))?;
-        found.map(|bytes| self.progress_from(&bytes)).transpose().map(|it| it.map(|p| p.checkpoint))
+        let mut rows = Vec::new();
+        for journal in journals {
+            let found = self.db.get_opt(progress_key(*journal), &options);
+            let Some(row) = found.map_err(|error| self.failed(ACTION, error))? else {
+                return Ok(None);
+            };
+            rows.push(row);
+        }
+        let progress = Progress::from_rows(rows.iter().map(Vec::as_slice));
+        let progress = progress.ok_or_else(|| self.damaged(ACTION, "an invalid checkpoint"))?;
+        Ok(Some(progress.checkpoints))
     }
 
     /// The rows under `keys`, in their order.
@@ -542,7 +562,7 @@ impl Db {
             let rows = std::mem::take(&mut batch);
             drop(self.db.write_opt(rows, &self.write_options));
         }
-        batch.put(progress_key(progress.checkpoint.journal), progress.to_bytes());
+        progress.to_rows().for_each(|(key, row)| batch.put(key, row));
         self.db
             .write_opt(batch, &self.write_options)
             .map_err(|error| self.failed("writing rows and checkpoint", error))
@@ -565,8 +585,7 @@ impl Db {
     ) -> Result<(), StorageError> {
         let head = files.next();
         let mut entries = identity.entries();
-        let journal = progress.checkpoint.journal;
-        entries.push((progress_key(journal), progress.to_bytes().to_vec()));
+        entries.extend(progress.to_rows().map(|(key, row)| (key, row.to_vec())));
         entries.sort_unstable();
         files.write(&head, entries.iter().map(|(key, value)| (key.clone(), value.as_slice())))?;
         files.keep([head]);
@@ -789,10 +808,22 @@ impl Reader {
         found.map(|row| row.map_err(|error| db.failed("reading rows", error))).collect()
     }
 
-    /// How far the rows are; `None` while the generation is being built.
-    pub(super) fn progress(&self, journal: JournalId) -> Result<Option<Progress>, StorageError> {
-        let found = self.get(&progress_key(journal))?;
-        found.map(|bytes| self.db().progress_from(bytes.as_ref())).transpose()
+    /// How far the rows are, in the order of these journals if it is of them; `None` while the generation is being
+    /// built.
+    pub(super) fn progress(
+        &self,
+        journals: &[JournalId],
+    ) -> Result<Option<Progress>, StorageError> {
+        let rows = self.scan(PROGRESS.to_vec()..behind_prefix(PROGRESS));
+        let rows = rows.collect::<Result<Vec<_>, _>>()?;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let progress = Progress::from_rows(rows.iter().map(|(_, row)| &**row));
+        let damaged =
+            || self.db().damaged("reading the view's checkpoint", "an invalid checkpoint");
+        let progress = progress.ok_or_else(damaged)?;
+        Ok(Some(Progress { checkpoints: progress.checkpoints.ordered(journals), ..progress }))
     }
 
     /// The entries with keys in `range`, in order, as of now or the reader's moment.
@@ -908,21 +939,22 @@ impl Iterator for Scan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Chain, Incarnation};
+    use crate::position::{Chain, Incarnation, Position};
     use proptest::prelude::*;
 
     const JOURNAL: JournalId = JournalId::from_bytes([7; 16]);
 
     fn progress(position: u64) -> Progress {
         Progress {
-            checkpoint: Checkpoint {
+            checkpoints: Checkpoint {
                 journal: JOURNAL,
                 epoch: 3,
                 incarnation: Incarnation::new(9),
                 offset: position * 64,
                 position: Position::new(position),
                 chain: Chain::from_bytes([5; 16]),
-            },
+            }
+            .into(),
             skipped_events: position / 2,
             parked: ParkedCounts { keys: position % 3, events: position, unrouted: position % 2 },
         }
@@ -987,16 +1019,16 @@ mod tests {
     fn a_crash_leaves_the_rows_of_the_durable_checkpoint_and_no_others() {
         let dir = tempfile::tempdir().unwrap();
         let db = begun(dir.path());
-        assert_eq!(db.durable(JOURNAL).unwrap(), None);
+        assert_eq!(db.durable(&[JOURNAL]).unwrap(), None);
         put(&db, "a", "1", 5);
         db.flush(true).unwrap();
-        assert_eq!(db.durable(JOURNAL).unwrap(), Some(progress(5).checkpoint));
+        assert_eq!(db.durable(&[JOURNAL]).unwrap(), Some(progress(5).checkpoints));
         put(&db, "a", "2", 7);
         put(&db, "b", "2", 9);
-        assert_eq!(db.durable(JOURNAL).unwrap(), Some(progress(5).checkpoint));
+        assert_eq!(db.durable(&[JOURNAL]).unwrap(), Some(progress(5).checkpoints));
         assert_eq!(
-            db.latest().progress(JOURNAL).unwrap().unwrap().checkpoint,
-            progress(9).checkpoint
+            db.latest().progress(&[JOURNAL]).unwrap().unwrap().checkpoints,
+            progress(9).checkpoints
         );
 
         let copy = copy_of_files(dir.path());
@@ -1019,7 +1051,14 @@ mod tests {
             let mut holds = true;
             while !writer.is_finished() {
                 let snapshot = db.snapshot();
-                let at = snapshot.progress(JOURNAL).unwrap().unwrap().checkpoint.position.get();
+                let at = snapshot
+                    .progress(&[JOURNAL])
+                    .unwrap()
+                    .unwrap()
+                    .checkpoints
+                    .first()
+                    .position
+                    .get();
                 let row = rows(&snapshot).pop().map_or(0, |(_, row)| row.parse().unwrap());
                 holds &= at == row;
             }
@@ -1046,7 +1085,10 @@ mod tests {
         put(&db, "a", "2", 7);
         put(&db, "b", "2", 9);
         db.flush(true).unwrap();
-        assert_eq!(snapshot.progress(JOURNAL).unwrap().unwrap().checkpoint, progress(5).checkpoint);
+        assert_eq!(
+            snapshot.progress(&[JOURNAL]).unwrap().unwrap().checkpoints,
+            progress(5).checkpoints
+        );
         assert_eq!(rows(&snapshot), [("a".into(), "1".into())]);
         assert_eq!(snapshot.get(&row_key(|out| out.push(b'a'))).unwrap().unwrap().as_ref(), b"1");
         drop(snapshot);
@@ -1121,14 +1163,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn progress_is_read_as_it_was_written(position: u32, bytes: Vec<u8>) {
-            let written = progress(position.into());
-            prop_assert_eq!(Progress::from_bytes(&written.to_bytes()), Some(written));
-            let short = written.to_bytes()[..PROGRESS_BYTES - 24].to_vec();
-            let none = Progress { parked: ParkedCounts::default(), ..written };
-            prop_assert_eq!(Progress::from_bytes(&short), Some(none));
-            let is_long = bytes.len() == PROGRESS_BYTES || bytes.len() == short.len();
-            prop_assert!(is_long || Progress::from_bytes(&bytes).is_none());
+        fn progress_is_read_as_it_was_written(positions in prop::collection::vec(0..=u32::MAX, 1..4), bytes: Vec<u8>) {
+            let mut written = progress(positions[0].into());
+            let all = positions.iter().map(|at| progress((*at).into()).checkpoints.first());
+            written.checkpoints = Checkpoints::of_all(all).unwrap();
+            let rows: Vec<_> = written.to_rows().collect();
+            let read = Progress::from_rows(rows.iter().map(|(_, row)| row.as_slice()));
+            prop_assert_eq!(read, Some(written));
+            prop_assert!(bytes.len() == PROGRESS_BYTES || Progress::from_rows([bytes.as_slice()]).is_none());
+            prop_assert_eq!(Progress::from_rows([]), None);
         }
 
         #[test]

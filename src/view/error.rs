@@ -101,6 +101,14 @@ pub enum ViewError {
         /// Where it would be.
         folder: PathBuf,
     },
+    /// A view was to be opened over these journals, which can't be.
+    #[error("view {view} can't be made from these journals: {reason}")]
+    Journals {
+        /// The view.
+        view: &'static str,
+        /// Why not.
+        reason: &'static str,
+    },
     /// An inline view is applied by those who append: only a store can open one, of its own journal.
     #[error("view {view} can't be inline: it isn't a view of the own journal, opened by its store")]
     Inline {
@@ -156,6 +164,7 @@ impl ViewError {
             Self::DamagedDecisions { .. } => "view.damaged_decisions",
             Self::Live { .. } => "view.live",
             Self::NoGeneration { .. } => "view.no_generation",
+            Self::Journals { .. } => "view.journals",
             Self::Inline { .. } => "view.inline",
             Self::Rebuilding { .. } => "view.rebuilding",
             Self::NotJudged { .. } => "view.not_judged",
@@ -190,6 +199,7 @@ impl ViewError {
             }
             Self::Live { .. } => "roll back to another generation first",
             Self::NoGeneration { .. } => "list the generations to see which there are",
+            Self::Journals { .. } => "name each journal once, and at least one",
             Self::Inline { .. } => "open it with Store::view_with, or without the option",
             Self::Rebuilding { .. } => "wait for it, or cancel it",
             Self::NotJudged { .. } => {

@@ -11,8 +11,10 @@ use super::db::{Db, Reader, StorageError};
 use super::error::ViewReadError;
 use super::index::Indexes;
 use super::key::{EncodeKey, KeyPrefix};
+use super::poison::lacking;
 use super::rows::Rows;
 use super::runner::{Shared, nothing};
+use super::sources::Checkpoints;
 use super::space::Space;
 use crate::position::{Checkpoint, Token};
 
@@ -139,10 +141,12 @@ impl<V: View> ViewHandle<V> {
         if self.shared().state().applied.parked.is_empty() {
             return self.get(key);
         }
-        let checked = self.get_checked(key)?;
-        match checked.degraded.filter(|it| it.first() < token.position) {
+        let space = Space::of::<V>();
+        let key = space.key(|out| key.encode_key_into(out));
+        let reader = self.shared().db().snapshot();
+        match lacking(&reader, &key, token)? {
             Some(degraded) => Err(ViewReadError::Degraded { view: V::NAME, degraded }),
-            None => Ok(checked.row),
+            None => space.get(&reader, &key),
         }
     }
 
@@ -181,8 +185,8 @@ impl<V: View> ViewHandle<V> {
     pub fn snapshot(&self) -> Result<ViewSnapshot<V>, ViewReadError> {
         let shared = self.shared();
         let reader = shared.db().snapshot();
-        let checkpoint = checkpoint_of(shared, &reader)?;
-        Ok(ViewSnapshot { reader, checkpoint, indexes: Arc::clone(&self.indexes) })
+        let checkpoints = checkpoints_of(shared, &reader)?;
+        Ok(ViewSnapshot { reader, checkpoints, indexes: Arc::clone(&self.indexes) })
     }
 
     /// A [`snapshot`](Self::snapshot) once the view has applied what `token` stands for.
@@ -209,15 +213,18 @@ impl<V: View> ViewHandle<V> {
 }
 
 /// What a reader's rows are of.
-pub(super) fn checkpoint_of(shared: &Shared, reader: &Reader) -> Result<Checkpoint, StorageError> {
-    let progress = reader.progress(shared.journal.id())?;
-    Ok(progress.unwrap_or_else(|| nothing(&shared.journal)).checkpoint)
+pub(super) fn checkpoints_of(
+    shared: &Shared,
+    reader: &Reader,
+) -> Result<Checkpoints, StorageError> {
+    let progress = reader.progress(shared.sources.ids())?;
+    Ok(progress.unwrap_or_else(|| nothing(&shared.sources)).checkpoints)
 }
 
 /// A view as of one moment: all reads are of the same checkpoint.
 pub struct ViewSnapshot<V: View> {
     reader: Reader,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     indexes: Arc<Indexes<V>>,
 }
 
@@ -225,7 +232,7 @@ impl<V: View> std::fmt::Debug for ViewSnapshot<V> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ViewSnapshot")
             .field("name", &V::NAME)
-            .field("checkpoint", &self.checkpoint)
+            .field("checkpoint", &self.checkpoint())
             .finish_non_exhaustive()
     }
 }
@@ -263,9 +270,15 @@ impl<V: View> ViewSnapshot<V> {
         Rows::new(&self.reader, space, space.prefix(prefix))
     }
 
-    /// What the rows are of: exactly the events in front of it.
+    /// What the rows are of: exactly the events in front of it; of the first journal, if the view has several.
     #[must_use]
     pub const fn checkpoint(&self) -> Checkpoint {
-        self.checkpoint
+        self.checkpoints.first()
+    }
+
+    /// What the rows are of, in each of the view's journals.
+    #[must_use]
+    pub fn checkpoints(&self) -> Vec<Checkpoint> {
+        self.checkpoints.iter().copied().collect()
     }
 }

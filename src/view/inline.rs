@@ -59,7 +59,7 @@ impl InlineViews {
     pub(crate) fn add(&self, view: &ViewControl) {
         let running = view.running();
         // What it has to catch up with by itself doesn't keep others from appending.
-        let catch_up = || drop(apply_up_to(running, running.shared.journal.end().position));
+        let catch_up = || drop(apply_up_to(running, running.shared.sources.first().end().position));
         catch_up();
         {
             let mut views = self.0.write();
@@ -103,11 +103,12 @@ pub(super) fn help(shared: &Shared) {
 /// Applies everything in front of `position`, which is durable.
 fn apply_up_to(running: &Running, position: Position) -> Result<(), WaitError> {
     let shared = &running.shared;
-    while !shared.has_applied(position)? {
+    let journal = shared.sources.first().id();
+    while !shared.has_applied(journal, position)? {
         if shared.lane.step() != Step::Moved {
             // It is being built, or another generation takes over.
             let deadline = Instant::now() + TICK;
-            match shared.wait_until_applied(position, Some(deadline)) {
+            match shared.wait_until_applied(journal, position, Some(deadline)) {
                 Err(WaitError::Timeout { .. }) => {}
                 applied => return applied,
             }

@@ -52,6 +52,7 @@ mod rebuild;
 mod rows;
 mod runner;
 mod sort;
+mod sources;
 mod space;
 mod tables;
 mod takeover;
@@ -70,7 +71,7 @@ use program::Keyed;
 use crate::event::{Event, Recorded};
 use crate::journal::Journal;
 
-pub use control::{ViewCheckpoint, ViewControl, ViewState, ViewStatus};
+pub use control::{JournalStatus, ViewCheckpoint, ViewControl, ViewState, ViewStatus};
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
@@ -87,6 +88,7 @@ pub use rebuild::{
     RebuildPhase, RebuildStatus, Rebuilt,
 };
 pub use rows::{InvalidPageToken, Page, PageToken, Rows};
+pub(crate) use sources::Sources;
 pub(crate) use tables::open_any_tables;
 pub use tables::{
     Table, TableError, TableReader, TableSnapshot, TableView, TableViewHandle, Tables, TxnRows,
@@ -316,7 +318,7 @@ pub fn open<V: View>(
     options: ViewOptions,
 ) -> Result<ViewHandle<V>, ViewError> {
     refuse_inline(V::NAME, &options)?;
-    open_any(views_dir, journal, view, options)
+    open_any(views_dir, journal.into(), view, options)
 }
 
 /// Whoever doesn't append can't apply what is appended.
@@ -327,7 +329,7 @@ fn refuse_inline(view: &'static str, options: &ViewOptions) -> Result<(), ViewEr
 /// The same, inline or not.
 pub(crate) fn open_any<V: View>(
     views_dir: &Path,
-    journal: Journal,
+    sources: Sources,
     view: V,
     options: ViewOptions,
 ) -> Result<ViewHandle<V>, ViewError> {
@@ -337,6 +339,6 @@ pub(crate) fn open_any<V: View>(
     let indexes = Indexes::of(&view);
     indexes.check()?;
     let program = Arc::new(Keyed(view));
-    let running = runner::start(views_dir, journal, Arc::clone(&program), options)?;
+    let running = runner::start(views_dir, sources, Arc::clone(&program), options)?;
     Ok(ViewHandle::new(ViewControl::new(running, program), indexes))
 }

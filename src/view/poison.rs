@@ -37,8 +37,8 @@ use parking_lot::Mutex;
 use super::chunk::{Careful, Place, decode, fold_carefully, guard, stop_at};
 use super::control::ViewControl;
 use super::db::{
-    self, Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked, parked_key,
-    parked_range, parked_row_key, row_key, unrouted_key, unrouted_range,
+    self, Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked,
+    parked_range, parked_row_key, row_key, unrouted_range,
 };
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::ViewHandle;
@@ -52,7 +52,7 @@ use crate::event::{EventType, Names, Recorded, StreamId};
 use crate::format::record::RecordRef;
 use crate::format::{Decoder, crc32};
 use crate::fs::{Fs, OpenMode, read_exact_at, write_all_at};
-use crate::position::{JournalId, Position};
+use crate::position::{JournalId, Locator, Position, Token};
 
 const HEAD: &str = "headwater discarded 1";
 const NAME: &str = "discarded";
@@ -204,7 +204,7 @@ struct Asked {
 #[derive(Clone, Debug)]
 enum What {
     Retry { row_key: Vec<u8> },
-    Discard { row_key: Option<Vec<u8>>, position: Position },
+    Discard { row_key: Option<Vec<u8>>, at: Locator },
 }
 
 impl What {
@@ -276,14 +276,12 @@ impl Parking {
         view: &V,
         db: &Arc<Db>,
         progress: &mut Progress,
-        applied: impl FnMut(Progress, Option<&[u8]>),
+        applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         let place = InDatabase { view, db, parking: self };
         let answer = |what: &What, progress: &mut Progress| match what {
             What::Retry { row_key } => place.retry(row_key, progress),
-            What::Discard { row_key, position } => {
-                place.discard(row_key.as_deref(), *position, progress)
-            }
+            What::Discard { row_key, at } => place.discard(row_key.as_deref(), *at, progress),
         };
         self.answer_with(progress, answer, applied)
     }
@@ -294,12 +292,10 @@ impl Parking {
         view: &'static str,
         db: &Arc<Db>,
         progress: &mut Progress,
-        applied: impl FnMut(Progress, Option<&[u8]>),
+        applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         let answer = |what: &What, progress: &mut Progress| match what {
-            What::Discard { row_key: None, position } => {
-                self.discard_unrouted(view, db, *position, progress)
-            }
+            What::Discard { row_key: None, at } => self.discard_unrouted(view, db, *at, progress),
             What::Retry { .. } | What::Discard { .. } => {
                 Err(Refused::Asker(ParkedError::NotParked))
             }
@@ -311,12 +307,12 @@ impl Parking {
         &self,
         progress: &mut Progress,
         answer: impl Fn(&What, &mut Progress) -> Result<Retried, Refused>,
-        mut applied: impl FnMut(Progress, Option<&[u8]>),
+        mut applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         loop {
             let Some(asked) = self.asked.lock().pop_front() else { return Ok(()) };
             let answer = answer(&asked.what, progress);
-            applied(*progress, asked.what.row_key());
+            applied(progress, asked.what.row_key());
             let answer = match answer {
                 Ok(retried) => Ok(retried),
                 Err(Refused::Stop(error)) => return Err(error),
@@ -350,7 +346,9 @@ fn read(fs: &dyn Fs, path: &Path) -> Result<BTreeSet<Decision>, ViewError> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Head {
     pub(super) events: u64,
-    /// The first event that is parked, which couldn't be folded.
+    /// The journal of the first event that is parked, which couldn't be folded.
+    pub(super) journal: JournalId,
+    /// Its position there.
     pub(super) first: Position,
     pub(super) recorded_at_us: i64,
     pub(super) reason: String,
@@ -358,16 +356,19 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
-        let numbers = [self.events.to_le_bytes(), self.first.get().to_le_bytes()].concat();
-        [&numbers[..], &self.recorded_at_us.to_le_bytes(), self.reason.as_bytes()].concat()
+        let (events, first) = (self.events.to_le_bytes(), self.first.get().to_le_bytes());
+        let time = self.recorded_at_us.to_le_bytes();
+        [&events[..], self.journal.as_bytes(), &first, &time, self.reason.as_bytes()].concat()
     }
 
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut input = Decoder::new(bytes);
-        let (events, first) = (input.u64().ok()?, Position::new(input.u64().ok()?));
+        let events = input.u64().ok()?;
+        let journal = JournalId::from_bytes(input.array().ok()?);
+        let first = Position::new(input.u64().ok()?);
         let recorded_at_us = input.i64().ok()?;
         let reason = str::from_utf8(input.rest()).ok()?.to_owned();
-        Some(Self { events, first, recorded_at_us, reason })
+        Some(Self { events, journal, first, recorded_at_us, reason })
     }
 }
 
@@ -381,6 +382,8 @@ pub(super) fn reason_of(cause: &EventFailure) -> String {
 
 /// An event as it is parked.
 pub(super) struct ParkedRecord<'a> {
+    pub(super) journal: JournalId,
+    pub(super) position: Position,
     pub(super) recorded_at_us: i64,
     /// Empty with a key: the reason is the key's.
     pub(super) reason: &'a str,
@@ -390,16 +393,21 @@ pub(super) struct ParkedRecord<'a> {
 impl<'a> ParkedRecord<'a> {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let len = u32::try_from(self.reason.len()).unwrap_or(0).to_le_bytes();
+        let (position, time) =
+            (self.position.get().to_le_bytes(), self.recorded_at_us.to_le_bytes());
         let reason = self.reason.as_bytes();
-        [&self.recorded_at_us.to_le_bytes()[..], &len, reason, self.record].concat()
+        [self.journal.as_bytes(), &position[..], &time, &len, reason, self.record].concat()
     }
 
     fn from_bytes(bytes: &'a [u8]) -> Option<Self> {
         let mut input = Decoder::new(bytes);
+        let journal = JournalId::from_bytes(input.array().ok()?);
+        let position = Position::new(input.u64().ok()?);
         let recorded_at_us = input.i64().ok()?;
         let len = input.u32().ok()? as usize;
         let (reason, record) = input.rest().split_at_checked(len)?;
-        Some(Self { recorded_at_us, reason: str::from_utf8(reason).ok()?, record })
+        let reason = str::from_utf8(reason).ok()?;
+        Some(Self { journal, position, recorded_at_us, reason, record })
     }
 }
 
@@ -425,7 +433,7 @@ struct InDatabase<'a, V> {
 
 /// Some of a key's parked events.
 struct Slice<E> {
-    entries: Vec<(Position, Box<[u8]>)>,
+    entries: Vec<(Box<[u8]>, Box<[u8]>)>,
     /// Of the first entries, how many events there are to fold.
     done: Vec<usize>,
     /// These.
@@ -483,7 +491,7 @@ impl<V: View> InDatabase<'_, V> {
         head: &mut Head,
         progress: &mut Progress,
     ) -> Result<(u64, Option<String>), StopError> {
-        let mut some = self.some_events(progress.checkpoint.journal, row_key)?;
+        let mut some = self.some_events(row_key)?;
         let key: V::Key = decode_all(row_key.get(1..).unwrap_or_default())
             .map_err(|_| self.damaged("a parked key"))?;
         let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
@@ -498,17 +506,18 @@ impl<V: View> InDatabase<'_, V> {
         }
         let mut writes = Writes::new();
         change.write(row_key, &mut writes);
-        for (position, _) in some.entries.iter().take(some.done.len()) {
-            writes.delete(&parked_key(row_key, *position));
+        for (key, _) in some.entries.iter().take(some.done.len()) {
+            writes.delete(key);
         }
         let count = some.done.len() as u64;
-        let mut now = *progress;
+        let mut now = progress.clone();
         head.events = head.events.saturating_sub(count);
         now.parked.events = now.parked.events.saturating_sub(count);
-        if let Some((position, value)) = some.entries.get(some.done.len()) {
-            let record = ParkedRecord::from_bytes(value);
-            head.recorded_at_us = record.map_or(0, |record| record.recorded_at_us);
-            head.first = *position;
+        if let Some((_, value)) = some.entries.get(some.done.len()) {
+            let damaged = || self.damaged("a parked event");
+            let record = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
+            (head.journal, head.first) = (record.journal, record.position);
+            head.recorded_at_us = record.recorded_at_us;
         }
         let reason = some.failure.as_ref().map(reason_of);
         if let Some(reason) = &reason {
@@ -526,27 +535,22 @@ impl<V: View> InDatabase<'_, V> {
     }
 
     /// The first of a key's events, up to one that can't be decoded or routed.
-    fn some_events(
-        &self,
-        journal: JournalId,
-        row_key: &[u8],
-    ) -> Result<Slice<V::Event>, StopError> {
+    fn some_events(&self, row_key: &[u8]) -> Result<Slice<V::Event>, StopError> {
         let discarded = self.parking.discarded();
         let (entries, done, events) = (Vec::new(), Vec::new(), Vec::new());
         let mut some = Slice { entries, done, events, failure: None };
         for entry in self.db.latest().scan(parked_range(row_key)).take(RETRY_STEP) {
-            let (entry, value) = entry.map_err(Self::failed)?;
-            let position = parked_position(&entry);
-            let position = position.ok_or_else(|| self.damaged("the key of a parked event"))?;
-            some.entries.push((position, value));
+            some.entries.push(entry.map_err(Self::failed)?);
         }
         if some.entries.is_empty() {
             return Err(self.damaged("a parked key without its events"));
         }
-        for (position, value) in &some.entries {
-            let events = match discarded.has(journal, *position, row_key) {
+        for (_, value) in &some.entries {
+            let damaged = || self.damaged("a parked event");
+            let parked = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
+            let events = match discarded.has(parked.journal, parked.position, row_key) {
                 true => Ok(Vec::new()),
-                false => self.events(journal, *position, value, row_key)?,
+                false => self.events(&parked, row_key)?,
             };
             match events {
                 Ok(events) => {
@@ -566,16 +570,14 @@ impl<V: View> InDatabase<'_, V> {
     #[allow(clippy::type_complexity, reason = "two kinds of failure: the view's, and the event's")]
     fn events(
         &self,
-        journal: JournalId,
-        position: Position,
-        value: &[u8],
+        parked: &ParkedRecord<'_>,
         row_key: &[u8],
     ) -> Result<Result<Vec<Recorded<V::Event>>, EventFailure>, StopError> {
         let damaged = || self.damaged("a parked event");
-        let parked = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
         let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
         let concerned = || {
-            let at = Place { journal, position, recorded_at_us: parked.recorded_at_us };
+            let ParkedRecord { journal, position, recorded_at_us, .. } = *parked;
+            let at = Place { journal, position, recorded_at_us };
             let mut events = Vec::new();
             for data in decode::<V::Event>(&record)? {
                 let event = at.recorded(&record, &mut Names::default(), data);
@@ -593,62 +595,62 @@ impl<V: View> InDatabase<'_, V> {
     fn discard(
         &self,
         row_key: Option<&[u8]>,
-        position: Position,
+        at: Locator,
         progress: &mut Progress,
     ) -> Result<Retried, Refused> {
         let Some(row_key) = row_key else {
-            return self.parking.discard_unrouted(V::NAME, self.db, position, progress);
+            return self.parking.discard_unrouted(V::NAME, self.db, at, progress);
         };
-        let key = parked_key(row_key, position);
-        self.parking.decide(V::NAME, self.db, &key, position, Some(row_key), progress)?;
+        self.parking.decide(V::NAME, self.db, at, Some(row_key))?;
         // What stood behind it may be folded now.
         self.retry(row_key, progress)
     }
 }
 
 impl Parking {
-    /// Writes down that what is parked under `key` is discarded.
+    /// Writes down that a parked event is discarded; the key under which it lies.
     fn decide(
         &self,
         view: &'static str,
         db: &Arc<Db>,
-        key: &[u8],
-        position: Position,
+        at: Locator,
         row_key: Option<&[u8]>,
-        progress: &Progress,
-    ) -> Result<(), Refused> {
-        let found = db.get(key).map_err(|source| StopError::Storage { view, source })?;
-        if found.is_none() {
-            return Err(Refused::Asker(ParkedError::NotParked));
+    ) -> Result<Box<[u8]>, Refused> {
+        let range = row_key.map_or_else(unrouted_range, parked_range);
+        let failed = |source| Refused::Stop(StopError::Storage { view, source });
+        let mut found = None;
+        for entry in db.latest().scan(range) {
+            let (key, value) = entry.map_err(failed)?;
+            let parked = ParkedRecord::from_bytes(&value);
+            let parked = parked.ok_or_else(|| failed(db.parked_damaged("a parked event")))?;
+            if (parked.journal, parked.position) == (at.journal, at.position) {
+                found = Some(key);
+                break;
+            }
         }
-        let journal = progress.checkpoint.journal;
+        let key = found.ok_or(Refused::Asker(ParkedError::NotParked))?;
+        let Locator { journal, position } = at;
         let decision = Decision { journal, position, row_key: row_key.map(<[u8]>::to_vec) };
-        self.discard(decision).map_err(|error| Refused::Asker(ParkedError::View(error)))
+        self.discard(decision).map_err(|error| Refused::Asker(ParkedError::View(error)))?;
+        Ok(key)
     }
 
     fn discard_unrouted(
         &self,
         view: &'static str,
         db: &Arc<Db>,
-        position: Position,
+        at: Locator,
         progress: &mut Progress,
     ) -> Result<Retried, Refused> {
-        let key = unrouted_key(position);
-        self.decide(view, db, &key, position, None, progress)?;
+        let key = self.decide(view, db, at, None)?;
         let mut writes = Writes::new();
         writes.delete(&key);
-        let mut now = *progress;
+        let mut now = progress.clone();
         now.parked.unrouted = now.parked.unrouted.saturating_sub(1);
         db.write(writes, &now).map_err(|source| StopError::Storage { view, source })?;
         *progress = now;
         Ok(Retried { applied: 0, left: 0, reason: None })
     }
-}
-
-/// The position at the end of a parked event's key.
-#[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
-fn parked_position(key: &[u8]) -> Option<Position> {
-    key.last_chunk().map(|bytes| Position::new(u64::from_be_bytes(*bytes)))
 }
 
 /// What [`ViewHandle::retry`] has done.
@@ -708,7 +710,9 @@ pub struct ParkedKey<K> {
     pub key: K,
     /// How many events are parked: the one that failed, and those behind it.
     pub events: u64,
-    /// The one that failed. The row is of all its events in front of this.
+    /// The journal of the one that failed.
+    pub journal: JournalId,
+    /// Its position. The row is of all its events in front of this.
     pub first: Position,
     /// When that was recorded, in microseconds since 1970.
     pub since_us: i64,
@@ -720,7 +724,9 @@ pub struct ParkedKey<K> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ParkedEvent {
-    /// Its position.
+    /// Its journal.
+    pub journal: JournalId,
+    /// Its position there.
     pub position: Position,
     /// Its stream.
     pub stream: StreamId,
@@ -752,7 +758,9 @@ pub enum Degraded {
     Parked {
         /// How many.
         events: u64,
-        /// The first.
+        /// The journal of the first.
+        journal: JournalId,
+        /// Its position.
         first: Position,
         /// Why that couldn't be folded.
         reason: String,
@@ -761,7 +769,9 @@ pub enum Degraded {
     Unrouted {
         /// How many.
         events: u64,
-        /// The first.
+        /// The journal of the first.
+        journal: JournalId,
+        /// Its position.
         first: Position,
     },
 }
@@ -779,47 +789,81 @@ impl Degraded {
 impl fmt::Display for Degraded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Parked { events, first, reason } => {
+            Self::Parked { events, first, reason, .. } => {
                 write!(f, "{events} events of it are parked, from position {first} on: {reason}")
             }
-            Self::Unrouted { events, first } => {
+            Self::Unrouted { events, first, .. } => {
                 write!(f, "{events} events couldn't be routed, the first at position {first}")
             }
         }
     }
 }
 
-/// What a row lacks as of the reader's moment.
+/// A row, and what it lacks as of the reader's moment.
 pub(super) fn checked<V: View>(
     reader: &Reader,
-    journal: JournalId,
     row_key: &[u8],
 ) -> Result<Checked<V::Row>, ViewReadError> {
     let keys = [row_key.to_vec(), parked_row_key(row_key)];
     let mut found = reader.multi_get(&keys)?.into_iter();
-    let row = found.next().flatten().map(|row| Space::of::<V>().decode_row(&row)).transpose()?;
-    let head = found.next().flatten();
-    let damaged = || reader.db().parked_damaged("a parked key");
-    if let Some(head) = head {
-        let Head { events, first, reason, .. } = Head::from_bytes(&head).ok_or_else(damaged)?;
-        return Ok(Checked { row, degraded: Some(Degraded::Parked { events, first, reason }) });
-    }
-    Ok(Checked { row, degraded: unrouted(reader, journal)? })
+    let row = found.next().flatten();
+    let row = row.map(|row| Space::of::<V>().decode_row(&row)).transpose()?;
+    let degraded = match found.next().flatten() {
+        Some(head) => {
+            let Head { events, journal, first, reason, .. } =
+                reader.db().parked_head_from(&head)?;
+            Some(Degraded::Parked { events, journal, first, reason })
+        }
+        None => unrouted(reader, None)?,
+    };
+    Ok(Checked { row, degraded })
 }
 
-/// What any row may lack as of the reader's moment.
+/// What the row lacks of what is in front of `token`, or may lack.
+pub(super) fn lacking(
+    reader: &Reader,
+    row_key: &[u8],
+    token: &Token,
+) -> Result<Option<Degraded>, ViewReadError> {
+    let Some(head) = reader.get(&parked_row_key(row_key))? else {
+        return unrouted(reader, Some(token));
+    };
+    let Head { events, reason, .. } = reader.db().parked_head_from(head.as_ref())?;
+    let parked = first_of(reader, parked_range(row_key), Some(token))?;
+    let parked = parked.map(|(journal, first)| Degraded::Parked { events, journal, first, reason });
+    parked.map_or_else(|| unrouted(reader, Some(token)), |it| Ok(Some(it)))
+}
+
+/// What any row may lack as of the reader's moment; of what is in front of `token`, if there is one.
 pub(super) fn unrouted(
     reader: &Reader,
-    journal: JournalId,
+    token: Option<&Token>,
 ) -> Result<Option<Degraded>, ViewReadError> {
-    let events = reader.progress(journal)?.map_or(0, |progress| progress.parked.unrouted);
-    let first = match events {
-        0 => None,
-        _ => reader.scan(unrouted_range()).next().transpose()?,
-    };
-    let damaged = || reader.db().parked_damaged("a parked event");
-    let first = first.map(|(key, _)| parked_position(&key).ok_or_else(damaged)).transpose()?;
-    Ok(first.map(|first| Degraded::Unrouted { events, first }))
+    let events = reader.progress(&[])?.map_or(0, |progress| progress.parked.unrouted);
+    if events == 0 {
+        return Ok(None);
+    }
+    let first = first_of(reader, unrouted_range(), token)?;
+    Ok(first.map(|(journal, first)| Degraded::Unrouted { events, journal, first }))
+}
+
+/// The first parked event; the first of the token's journal, if it is in front of the token.
+fn first_of(
+    reader: &Reader,
+    range: std::ops::Range<Vec<u8>>,
+    token: Option<&Token>,
+) -> Result<Option<(JournalId, Position)>, ViewReadError> {
+    for entry in reader.scan(range) {
+        let (_, value) = entry?;
+        let parked = ParkedRecord::from_bytes(&value);
+        let parked = parked.ok_or_else(|| reader.db().parked_damaged("a parked event"))?;
+        // Within a journal they are in its order.
+        if token.is_none_or(|token| token.journal == parked.journal) {
+            let is_missing = token.is_none_or(|token| parked.position < token.position);
+            return Ok(is_missing.then_some((parked.journal, parked.position)));
+        }
+    }
+    Ok(None)
 }
 
 impl<V: View> ViewHandle<V> {
@@ -833,7 +877,7 @@ impl<V: View> ViewHandle<V> {
         Q: EncodeKey<V::Key> + ?Sized,
     {
         let key = row_key(|out| key.encode_key_into(out));
-        checked::<V>(&self.shared().db().snapshot(), self.shared().journal.id(), &key)
+        checked::<V>(&self.shared().db().snapshot(), &key)
     }
 
     /// The rows that lag behind because an event can't be folded into them, in the order of their keys.
@@ -874,8 +918,19 @@ impl<V: View> ViewHandle<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized,
     {
+        self.discard_at(key, self.first_at(position))
+    }
+
+    /// The same, for views of several journals: which one the event is of is said, too.
+    ///
+    /// # Errors
+    /// As [`discard`](Self::discard).
+    pub fn discard_at<Q>(&self, key: &Q, at: Locator) -> Result<Retried, ParkedError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
         let row_key = Some(row_key(|out| key.encode_key_into(out)));
-        ask(self.shared(), What::Discard { row_key, position })
+        ask(self.shared(), What::Discard { row_key, at })
     }
 }
 
@@ -892,7 +947,20 @@ impl ViewControl {
     /// # Errors
     /// [`ParkedError`]; after [`ParkedError::View`] nothing was changed.
     pub fn discard_unrouted(&self, position: Position) -> Result<(), ParkedError> {
-        ask(self.shared(), What::Discard { row_key: None, position }).map(drop)
+        self.discard_unrouted_at(self.first_at(position))
+    }
+
+    /// The same, for views of several journals: which one the event is of is said, too.
+    ///
+    /// # Errors
+    /// As [`discard_unrouted`](Self::discard_unrouted).
+    pub fn discard_unrouted_at(&self, at: Locator) -> Result<(), ParkedError> {
+        ask(self.shared(), What::Discard { row_key: None, at }).map(drop)
+    }
+
+    /// A position in the view's first journal, which is its only one most often.
+    fn first_at(&self, position: Position) -> Locator {
+        Locator { journal: self.shared().sources.first().id(), position }
     }
 }
 
@@ -940,13 +1008,13 @@ impl<V: View> Iterator for ParkedKeys<V> {
             .map_err(|source| ViewReadError::Key { view: V::NAME, source });
         let head = self.reader.db().parked_head_from(&value).map_err(ViewReadError::from);
         Some(key.and_then(|key| {
-            let Head { events, first, recorded_at_us, reason } = head?;
-            Ok(ParkedKey { key, events, first, since_us: recorded_at_us, reason })
+            let Head { events, journal, first, recorded_at_us, reason } = head?;
+            Ok(ParkedKey { key, events, journal, first, since_us: recorded_at_us, reason })
         }))
     }
 }
 
-/// Parked events in the order of the journal.
+/// Parked events in the order in which they were taken in: of each journal, in its order.
 #[must_use = "an iterator reads nothing until it is used"]
 pub struct ParkedEvents {
     reader: Reader,
@@ -970,18 +1038,19 @@ impl Iterator for ParkedEvents {
 
     fn next(&mut self) -> Option<Self::Item> {
         let entry = self.scan.next()?;
-        Some(entry.map_err(ViewReadError::from).and_then(|(key, value)| {
-            parked_event(&key, &value)
+        Some(entry.map_err(ViewReadError::from).and_then(|(_, value)| {
+            parked_event(&value)
                 .ok_or_else(|| self.reader.db().parked_damaged("a parked event").into())
         }))
     }
 }
 
-fn parked_event(key: &[u8], value: &[u8]) -> Option<ParkedEvent> {
+fn parked_event(value: &[u8]) -> Option<ParkedEvent> {
     let parked = ParkedRecord::from_bytes(value)?;
     let (record, _) = RecordRef::decode(parked.record).ok()?;
     Some(ParkedEvent {
-        position: parked_position(key)?,
+        journal: parked.journal,
+        position: parked.position,
         stream: StreamId::new(record.stream).ok()?,
         event_type: EventType::new(record.event_type).ok()?,
         schema_version: record.schema_version,
@@ -1026,14 +1095,16 @@ mod tests {
 
         #[test]
         fn what_is_parked_is_read_as_it_was_written(
-            events: u64, first: u64, recorded_at_us: i64, reason: String, record: Vec<u8>,
+            events: u64, journal: [u8; 16], position: u64, recorded_at_us: i64, reason: String, record: Vec<u8>,
             bytes: Vec<u8>,
         ) {
-            let first = Position::new(first);
-            let head = Head { events, first, recorded_at_us, reason: reason.clone() };
+            let (journal, position) = (JournalId::from_bytes(journal), Position::new(position));
+            let head = Head { events, journal, first: position, recorded_at_us, reason: reason.clone() };
             prop_assert_eq!(Head::from_bytes(&head.to_bytes()), Some(head));
-            let parked = ParkedRecord { recorded_at_us, reason: &reason, record: &record }.to_bytes();
-            let read = ParkedRecord::from_bytes(&parked).unwrap();
+            let parked = ParkedRecord { journal, position, recorded_at_us, reason: &reason, record: &record };
+            let bytes_of = parked.to_bytes();
+            let read = ParkedRecord::from_bytes(&bytes_of).unwrap();
+            prop_assert_eq!((read.journal, read.position), (journal, position));
             prop_assert_eq!((read.recorded_at_us, read.reason), (recorded_at_us, reason.as_str()));
             prop_assert_eq!(read.record, record);
             let _any = (Head::from_bytes(&bytes), ParkedRecord::from_bytes(&bytes).is_some());

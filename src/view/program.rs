@@ -14,11 +14,11 @@ use super::db::{Db, Identity, Progress};
 use super::error::{StopError, ViewError};
 use super::poison::{Parking, Rules};
 use super::rebuild::{Control, RebuildError, RebuildHandle, RebuildOptions, RebuildPhase};
-use super::runner::{Limit, Running, apply, collect, nothing};
+use super::runner::{Limit, Running, apply, collect, cursors, nothing};
+use super::sources::{Checkpoints, Sources};
 use super::takeover::{self, Source};
 use super::{Comparison, Indexes, View, ViewMemory};
-use crate::journal::{CursorBatch, Journal};
-use crate::position::Checkpoint;
+use crate::journal::{Cursor, CursorBatch, Journal};
 
 /// So much of the journal is applied at once by a build in order.
 const BUILD_CHUNK_BYTES: u64 = 4 << 20;
@@ -43,14 +43,14 @@ pub(super) trait Program: Send + Sync + Sized + 'static {
         parking: &Parking,
         db: &Arc<Db>,
         progress: &mut Progress,
-        applied: impl FnMut(Progress, Option<&[u8]>),
+        applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError>;
 }
 
 /// What a generation is built from, into, and with.
 pub(super) struct Build<'a> {
-    pub(super) journal: &'a Journal,
-    pub(super) until: Checkpoint,
+    pub(super) sources: &'a Sources,
+    pub(super) until: Checkpoints,
     pub(super) db: &'a Arc<Db>,
     pub(super) memory: &'a ViewMemory,
     pub(super) means: Means,
@@ -80,30 +80,50 @@ pub(super) fn build_in_order<P: Program>(
     program: &P,
     what: Build<'_>,
 ) -> Result<Progress, bulk::Ended> {
-    let Build { journal, until, db, memory: _, means, control } = what;
+    let Build { sources, until, db, memory: _, means, control } = what;
     let storage = |source| StopError::Storage { view: P::NAME, source };
     let rules = Rules::strict(means.discarded);
-    let mut progress = db.begin(&program.identity(), nothing(journal)).map_err(storage)?;
-    let mut cursor = journal
-        .cursor(progress.checkpoint.position)
-        .map_err(|source| StopError::Journal { view: P::NAME, source })?;
-    control.pass_begins(RebuildPhase::Building, until.position.get());
-    while progress.checkpoint.position < until.position {
-        let limit = Limit { bytes: BUILD_CHUNK_BYTES, position: until.position };
-        let (chunk, failure) =
-            collect(program, journal, &mut cursor, progress, limit, rules.clone());
-        let bytes = chunk.bytes();
-        if !chunk.is_empty() {
-            let (end, stop, _) = apply(program, chunk, db)?;
-            let events = end.checkpoint.position.since(progress.checkpoint.position);
-            progress = end;
-            stop.map_or(Ok(()), Err)?;
-            control.advance(events, bytes)?;
+    let mut progress = db.begin(&program.identity(), nothing(sources)).map_err(storage)?;
+    control.pass_begins(RebuildPhase::Building, until.events());
+    let cursors = cursors::<P>(sources, &progress.checkpoints)?;
+    for (journal, mut cursor) in sources.iter().zip(cursors) {
+        let position = until.position(journal.id());
+        let limit = Limit { bytes: BUILD_CHUNK_BYTES, position };
+        while progress.checkpoints.position(journal.id()) < position {
+            let more = fold_more(program, journal, &mut cursor, db, &mut progress, limit, &rules)?;
+            control.advance(more.events, more.bytes)?;
         }
-        failure.map_or(Ok(()), Err)?;
     }
     db.flush(true).map_err(storage)?;
     Ok(progress)
+}
+
+/// What was folded.
+pub(super) struct More {
+    pub(super) events: u64,
+    pub(super) bytes: u64,
+}
+
+/// Folds the next chunk of a journal, if there is one, into a generation that isn't served.
+pub(super) fn fold_more<P: Program>(
+    program: &P,
+    journal: &Journal,
+    cursor: &mut Cursor,
+    db: &Arc<Db>,
+    progress: &mut Progress,
+    limit: Limit,
+    rules: &Rules,
+) -> Result<More, StopError> {
+    let (chunk, failure) =
+        collect(program, journal, cursor, progress.clone(), limit, rules.clone());
+    let mut more = More { events: 0, bytes: chunk.bytes() };
+    if !chunk.is_empty() {
+        let (end, stop, _) = apply(program, chunk, db)?;
+        more.events = end.checkpoints.events() - progress.checkpoints.events();
+        *progress = end;
+        stop.map_or(Ok(()), Err)?;
+    }
+    failure.map_or(Ok(more), Err)
 }
 
 /// A program of any type.
@@ -175,7 +195,7 @@ impl<V: View> Program for Keyed<V> {
         parking: &Parking,
         db: &Arc<Db>,
         progress: &mut Progress,
-        applied: impl FnMut(Progress, Option<&[u8]>),
+        applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         parking.answer(&self.0, db, progress, applied)
     }

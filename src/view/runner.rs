@@ -31,6 +31,7 @@ use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::program::{Batches, Build, Program};
 use super::rebuild::{Control, RebuildOptions, RebuildStatus};
+use super::sources::{Bell, Checkpoints, Sources};
 use super::watch::Watchers;
 use super::{LostTail, ViewOptions};
 use crate::error::ReadError;
@@ -51,7 +52,7 @@ const BULK_BYTES_MIN: u64 = 1 << 20;
 pub(super) struct Shared {
     /// The generation that is read.
     served: ArcSwap<Db>,
-    pub(super) journal: Journal,
+    pub(super) sources: Sources,
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
     pub(super) parking: Parking,
@@ -77,7 +78,7 @@ pub(super) struct State {
     /// What is applied was found in the journal: before that, the rows may be of another history.
     pub(super) judged: bool,
     pub(super) applied: Progress,
-    pub(super) durable: Checkpoint,
+    pub(super) durable: Checkpoints,
     stop_requested: bool,
     flush_failure: Option<StorageError>,
 }
@@ -101,27 +102,27 @@ pub(super) struct Running {
 /// Opens the view's live generation, judges it, and starts the thread.
 pub(super) fn start<P: Program>(
     views_dir: &Path,
-    journal: Journal,
+    sources: Sources,
     view: Arc<P>,
     options: ViewOptions,
 ) -> Result<Running, ViewError> {
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, P::NAME, P::VERSION)?;
     let openings = Arc::new(Openings::default());
     let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
-    let opened = open_live(&*view, &mut folder, &openings, &journal, &options)?;
-    let durable = opened.db.durable(journal.id())?.unwrap_or_else(|| beginning(journal.id()));
+    let opened = open_live(&*view, &mut folder, &openings, &sources, &options)?;
+    let durable = opened.db.durable(sources.ids())?.unwrap_or_else(|| sources.beginning());
     let state = State {
         judged: matches!(opened.phase, Phase::Following),
         phase: opened.phase,
         applied: opened.progress,
-        durable,
+        durable: durable.clone(),
         stop_requested: false,
         flush_failure: None,
     };
     let shared = Arc::new(Shared {
         openings,
         served: ArcSwap::new(opened.db),
-        journal,
+        sources,
         set_aside: opened.set_aside,
         options,
         parking,
@@ -134,7 +135,7 @@ pub(super) fn start<P: Program>(
         rebuild: Mutex::new(None),
         folder: Mutex::new(folder),
     });
-    let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.offset);
+    let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.bytes());
     let running = Running { shared, threads: Mutex::new(Vec::new()) };
     running.spawn(P::NAME, "view", move || runner.run())?;
     Ok(running)
@@ -151,25 +152,24 @@ fn open_live<P: Program>(
     view: &P,
     folder: &mut Generations,
     openings: &Arc<Openings>,
-    journal: &Journal,
+    sources: &Sources,
     options: &ViewOptions,
 ) -> Result<Opened, ViewError> {
     let db = openings.open(&folder.live()?, &options.memory)?;
-    if let Some(opened) = to_build::<P>(&db, journal)? {
+    if let Some(opened) = to_build::<P>(&db, sources)? {
         return Ok(opened);
     }
     let identity = view.identity();
-    let (progress, judgement) = match db.begin(&identity, nothing(journal)) {
+    let (progress, judgement) = match db.begin(&identity, nothing(sources)) {
         Ok(progress) => {
-            let judgement = judge::<P>(journal, &progress.checkpoint, options.lost_tail)?;
+            let judgement = judge::<P>(sources, &progress.checkpoints, options.lost_tail)?;
             (progress, judgement)
         }
         Err(source) if source.kind() == StorageErrorKind::OtherShape => {
-            let start = journal.start().position;
-            if start > Position::START {
+            if let Some(start) = sources.truncated() {
                 return Err(ViewError::OtherShape { view: P::NAME, source, start });
             }
-            (nothing(journal), Judgement::SetAside)
+            (nothing(sources), Judgement::SetAside)
         }
         Err(error) => return Err(error.into()),
     };
@@ -180,18 +180,19 @@ fn open_live<P: Program>(
             Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }))
         }
         // What can't be built again is served as it is, and says so.
-        Judgement::SetAside if journal.start().position > Position::START => {
-            let source = ReadError::Truncated { first: journal.start().position };
-            Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }))
-        }
         Judgement::SetAside => {
+            if let Some(first) = sources.truncated() {
+                let source = ReadError::Truncated { first };
+                let phase = Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }));
+                return Ok(Opened { db, progress, phase, set_aside: None });
+            }
             let set_aside = Some(db.path().to_owned());
             drop(db);
             let db = openings.open(&folder.next()?, &options.memory)?;
-            if let Some(opened) = to_build::<P>(&db, journal)? {
+            if let Some(opened) = to_build::<P>(&db, sources)? {
                 return Ok(Opened { set_aside, ..opened });
             }
-            let progress = db.begin(&identity, nothing(journal))?;
+            let progress = db.begin(&identity, nothing(sources))?;
             return Ok(Opened { db, progress, phase: Phase::Following, set_aside });
         }
     };
@@ -199,19 +200,19 @@ fn open_live<P: Program>(
 }
 
 /// A generation that was never written to, if there is enough to build it in bulk. It stays empty until then.
-fn to_build<P: Program>(db: &Arc<Db>, journal: &Journal) -> Result<Option<Opened>, StorageError> {
-    if !P::HAS_BULK || journal.end().offset < BULK_BYTES_MIN || !db.is_empty()? {
+fn to_build<P: Program>(db: &Arc<Db>, sources: &Sources) -> Result<Option<Opened>, StorageError> {
+    if !P::HAS_BULK || sources.end().bytes() < BULK_BYTES_MIN || !db.is_empty()? {
         return Ok(None);
     }
     let phase = Phase::Building(Control::new(&RebuildOptions::default()));
-    let (db, progress) = (Arc::clone(db), nothing(journal));
+    let (db, progress) = (Arc::clone(db), nothing(sources));
     Ok(Some(Opened { db, progress, phase, set_aside: None }))
 }
 
 /// How far a view is that has applied nothing.
-pub(super) fn nothing(journal: &Journal) -> Progress {
-    let checkpoint = beginning(journal.id());
-    Progress { checkpoint, skipped_events: 0, parked: ParkedCounts::default() }
+pub(super) fn nothing(sources: &Sources) -> Progress {
+    let checkpoints = sources.beginning();
+    Progress { checkpoints, skipped_events: 0, parked: ParkedCounts::default() }
 }
 
 /// The checkpoint of a view that has applied nothing.
@@ -235,6 +236,34 @@ enum Judgement {
 }
 
 fn judge<P: Program>(
+    sources: &Sources,
+    checkpoints: &Checkpoints,
+    lost_tail: LostTail,
+) -> Result<Judgement, ViewError> {
+    if !checkpoints.are_of(sources.ids()) {
+        return Ok(Judgement::SetAside);
+    }
+    let mut judgement = Judgement::GoOn;
+    for (journal, checkpoint) in sources.iter().zip(checkpoints.iter()) {
+        let found = judge_one::<P>(journal, checkpoint, lost_tail)?;
+        judgement = judgement.and(found);
+    }
+    Ok(judgement)
+}
+
+impl Judgement {
+    /// What is to be done about both.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::SetAside, _) | (_, Self::SetAside) => Self::SetAside,
+            (Self::Unknown(error), _) | (_, Self::Unknown(error)) => Self::Unknown(error),
+            (Self::AwaitMirror, _) | (_, Self::AwaitMirror) => Self::AwaitMirror,
+            (Self::GoOn, Self::GoOn) => Self::GoOn,
+        }
+    }
+}
+
+fn judge_one<P: Program>(
     journal: &Journal,
     checkpoint: &Checkpoint,
     lost_tail: LostTail,
@@ -309,8 +338,10 @@ pub(super) struct Runner<P> {
     db: Arc<Db>,
     turn: u64,
     flush: FlushClock,
-    /// Once it follows.
-    cursor: Option<Cursor>,
+    /// One for each journal, once it follows.
+    cursors: Vec<Cursor>,
+    /// Whose turn it is among the journals.
+    next: usize,
     has_ended: bool,
 }
 
@@ -319,7 +350,7 @@ pub(super) struct Runner<P> {
 pub(super) enum Step {
     /// Something was applied; there may be more.
     Moved,
-    /// There is nothing to be applied behind this position.
+    /// There is nothing to be applied; of the first journal, behind this position.
     Idle(Position),
     /// It takes no more: the view was closed, has stopped, or another generation has taken over.
     Ended,
@@ -334,7 +365,7 @@ impl<P: Program> Runner<P> {
         durable_offset: u64,
     ) -> Self {
         let flush = FlushClock::new(&shared.options, durable_offset);
-        Self { view, shared, db, turn, flush, cursor: None, has_ended: false }
+        Self { view, shared, db, turn, flush, cursors: Vec::new(), next: 0, has_ended: false }
     }
 
     pub(super) fn run(mut self) {
@@ -344,11 +375,12 @@ impl<P: Program> Runner<P> {
         let shared = Arc::clone(&self.shared);
         let lane = Arc::new(Mutex::new(self));
         shared.lane.offer(&lane);
+        let bell = shared.bell();
         loop {
             let step = lane.step();
             match step {
                 Step::Moved => {}
-                Step::Idle(position) => shared.wait_for_more(position),
+                Step::Idle(position) => shared.wait_for_more(position, bell.as_deref()),
                 Step::Ended => return,
             }
         }
@@ -387,47 +419,58 @@ impl<P: Program> Runner<P> {
     /// applied, it is for the ordered path to say which, and to apply what is in front of it.
     fn build(&self, control: &Control) -> Result<bool, StopError> {
         let (shared, db) = (&*self.shared, &self.db);
-        let until = shared.journal.end();
+        let until = shared.sources.end();
         let means = Means::of(&RebuildOptions::default(), shared.parking.discarded());
-        let (journal, memory) = (&shared.journal, &shared.options.memory);
-        let built = self.view.build(Build { journal, until, db, memory, means, control });
+        let (sources, memory) = (&shared.sources, &shared.options.memory);
+        let built = self.view.build(Build { sources, until, db, memory, means, control });
         let progress = match built {
             Ok(progress) => progress,
             Err(bulk::Ended::Cancelled) => return Ok(false),
             Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => db
-                .begin(&self.view.identity(), nothing(&shared.journal))
+                .begin(&self.view.identity(), nothing(&shared.sources))
                 .map_err(storage_failed::<P>)?,
             Err(bulk::Ended::Failed(error)) => return Err(error),
         };
         shared.change(|state| {
             (state.phase, state.judged) = (Phase::Following, true);
+            state.durable = progress.checkpoints.clone();
+            shared.watchers.replaced(progress.checkpoints.first());
             state.applied = progress;
-            state.durable = progress.checkpoint;
-            shared.watchers.replaced(progress.checkpoint);
         });
         Ok(true)
     }
 
-    /// Waits until the mirror has what the view has applied; false if that won't happen any more.
+    /// Waits until the mirrors have what the view has applied; false if that won't happen any more.
     fn await_mirror(&self) -> Result<bool, StopError> {
-        let checkpoint = self.shared.state().applied.checkpoint;
+        let checkpoints = self.shared.state().applied.checkpoints;
+        for (journal, checkpoint) in self.shared.sources.iter().zip(checkpoints.iter()) {
+            if !self.await_checkpoint(journal, checkpoint)? {
+                return Ok(false);
+            }
+        }
+        let Some(_turn) = self.shared.take_turn(self.turn) else { return Ok(false) };
+        self.shared.change(|state| {
+            state.phase = Phase::Following;
+            state.judged = true;
+        });
+        Ok(true)
+    }
+
+    fn await_checkpoint(
+        &self,
+        journal: &Journal,
+        checkpoint: &Checkpoint,
+    ) -> Result<bool, StopError> {
         let before = Position::new(checkpoint.position.get().saturating_sub(1));
         while !self.shared.is_to_end() {
-            let closed = self.shared.journal.is_closed();
-            let end = self.shared.journal.wait_past(before, TICK);
-            match compare(&self.shared.journal, &checkpoint).map_err(journal_failed::<P>)? {
-                Comparison::Equal => {
-                    let Some(_turn) = self.shared.take_turn(self.turn) else { return Ok(false) };
-                    self.shared.change(|state| {
-                        state.phase = Phase::Following;
-                        state.judged = true;
-                    });
-                    return Ok(true);
-                }
+            let closed = journal.is_closed();
+            let end = journal.wait_past(before, TICK);
+            match compare(journal, checkpoint).map_err(journal_failed::<P>)? {
+                Comparison::Equal => return Ok(true),
                 Comparison::Ahead if closed => return Ok(false),
                 Comparison::Ahead => {}
                 _ => {
-                    let end = end.position;
+                    let (checkpoint, end) = (*checkpoint, end.position);
                     return Err(StopError::Fork { view: P::NAME, checkpoint, end });
                 }
             }
@@ -443,51 +486,72 @@ impl<P: Program> Runner<P> {
             return Ok(Step::Ended);
         }
         let mut applied = shared.state().applied;
-        let journal = &shared.journal;
-        let cursor = match &mut self.cursor {
-            Some(cursor) => cursor,
-            none => {
-                let cursor = journal.cursor(applied.checkpoint.position);
-                none.insert(cursor.map_err(journal_failed::<P>)?)
-            }
-        };
+        if self.cursors.is_empty() {
+            self.cursors = cursors::<P>(&shared.sources, &applied.checkpoints)?;
+        }
         // Asked first: what was published before the closing is still to be read.
-        let closed = journal.is_closed();
-        let limit = Limit::of(shared.options.chunk_bytes);
-        let rules = shared.parking.rules(&shared.options, &shared.watchers);
-        let (chunk, failure) = collect(&*view, journal, cursor, applied, limit, rules);
-        let (idle, position) = (chunk.is_empty(), cursor.position());
+        let closed = shared.sources.are_closed();
+        let (chunk, failure) = self.next_chunk(&applied);
+        let idle = chunk.is_none();
         {
             let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Step::Ended) };
-            if !idle {
+            if let Some((chunk, journal)) = chunk {
                 let (end, stop, changed) = apply(&*view, chunk, &db)?;
                 applied = end;
                 self.flush.start();
-                shared.applied(end, changed);
+                shared.applied(&applied, journal, changed);
                 stop.map_or(Ok(()), Err)?;
             }
             let flush = &mut self.flush;
             view.answer(&shared.parking, &db, &mut applied, |progress, row| {
                 flush.start();
-                shared.applied(progress, row.map(<[u8]>::to_vec).into_iter().collect());
+                let row = row.map(<[u8]>::to_vec).into_iter().collect();
+                shared.applied(progress, shared.sources.first().id(), row);
             })?;
             self.tend().map_err(storage_failed::<P>)?;
         }
         match failure {
             Some(failure) => Err(failure),
             None if idle && closed => Ok(Step::Ended),
-            None if idle => Ok(Step::Idle(position)),
+            None if idle => {
+                let first = shared.sources.first().id();
+                Ok(Step::Idle(applied.checkpoints.position(first)))
+            }
             None => Ok(Step::Moved),
         }
+    }
+
+    /// What the journal whose turn it is has, or else one of the others, and why there is no more.
+    #[allow(clippy::type_complexity, reason = "it is said in one place only")]
+    fn next_chunk(
+        &mut self,
+        applied: &Progress,
+    ) -> (Option<(P::Chunk, JournalId)>, Option<StopError>) {
+        let Self { view, shared, cursors, next, .. } = self;
+        let limit = Limit::of(shared.options.chunk_bytes);
+        let count = cursors.len();
+        for _ in 0..count {
+            let turn = *next;
+            *next = (turn + 1) % count;
+            let Some(journal) = shared.sources.iter().nth(turn) else { continue };
+            let Some(cursor) = cursors.get_mut(turn) else { continue };
+            let rules = shared.parking.rules(&shared.options, &shared.watchers);
+            let (chunk, failure) = collect(&**view, journal, cursor, applied.clone(), limit, rules);
+            if failure.is_some() || !chunk.is_empty() {
+                let chunk = (!chunk.is_empty()).then(|| (chunk, journal.id()));
+                return (chunk, failure);
+            }
+        }
+        (None, None)
     }
 
     /// Flushes when it is time, and looks how far the last flush has got.
     fn tend(&mut self) -> Result<(), StorageError> {
         let state = self.shared.state();
-        let applied = state.applied.checkpoint;
-        if self.flush.is_due(applied.offset) {
+        let applied = state.applied.checkpoints;
+        if self.flush.is_due(applied.bytes()) {
             self.db.flush(false)?;
-            self.flush.flushed(applied.offset);
+            self.flush.flushed(applied.bytes());
         }
         if state.durable != applied && self.flush.looked_at.elapsed() >= TICK {
             self.shared.look_at_durable()?;
@@ -497,6 +561,15 @@ impl<P: Program> Runner<P> {
         }
         Ok(())
     }
+}
+
+/// Where each journal is read on.
+pub(super) fn cursors<P: Program>(
+    sources: &Sources,
+    from: &Checkpoints,
+) -> Result<Vec<Cursor>, StopError> {
+    let cursor = |journal: &Journal| journal.cursor(from.position(journal.id()));
+    sources.iter().map(cursor).collect::<Result<_, _>>().map_err(journal_failed::<P>)
 }
 
 /// How much is applied at once: up to so many bytes, or one batch, in front of a position.
@@ -599,39 +672,58 @@ impl Shared {
         &self,
         turn: &mut MutexGuard<'_, u64>,
         db: Arc<Db>,
-        progress: Progress,
+        progress: &Progress,
     ) -> u64 {
         **turn += 1;
         // Rows first: whoever learns how far the view is finds them.
         self.served.store(db);
         self.change(|state| {
             (state.phase, state.judged) = (Phase::Following, true);
-            (state.applied, state.durable) = (progress, progress.checkpoint);
+            state.applied = progress.clone();
+            state.durable = progress.checkpoints.clone();
             state.flush_failure = None;
-            self.watchers.replaced(progress.checkpoint);
+            self.watchers.replaced(progress.checkpoints.first());
         });
         **turn
     }
 
     /// So much is applied, and these rows were written. Whoever learns the one from the state has been told the other.
-    fn applied(&self, progress: Progress, changed: Vec<Vec<u8>>) {
+    fn applied(&self, progress: &Progress, journal: JournalId, changed: Vec<Vec<u8>>) {
         self.change(|state| {
-            state.applied = progress;
-            self.watchers.rows(changed, progress.checkpoint);
+            state.applied = progress.clone();
+            let checkpoints = &progress.checkpoints;
+            let checkpoint = checkpoints.of(journal).unwrap_or_else(|| checkpoints.first());
+            self.watchers.rows(changed, checkpoint);
         });
     }
 
     /// Waits until the journal has more than is in front of `position`, or something else may be due.
-    fn wait_for_more(&self, position: Position) {
-        let _end = self.journal.wait_past(position, TICK);
+    fn wait_for_more(&self, position: Position, bell: Option<&Bell>) {
+        match bell {
+            Some(bell) => bell.wait(TICK),
+            None => drop(self.sources.first().wait_past(position, TICK)),
+        }
         if self.options.inline && !self.is_to_end() {
             // Whoever appends is quicker; this is for what nobody waits for.
             thread::sleep(INLINE_PAUSE);
         }
     }
 
+    /// What rings when any of several journals has more.
+    fn bell(&self) -> Option<Arc<Bell>> {
+        if self.sources.others().is_empty() {
+            return None;
+        }
+        let bell = Arc::<Bell>::default();
+        for journal in self.sources.iter() {
+            // Without a thread it is looked at every now and then.
+            drop(bell.listen(journal.clone(), TICK));
+        }
+        Some(bell)
+    }
+
     fn look_at_durable(&self) -> Result<(), StorageError> {
-        if let Some(durable) = self.db().durable(self.journal.id())? {
+        if let Some(durable) = self.db().durable(self.sources.ids())? {
             self.change(|state| state.durable = durable);
         }
         Ok(())
@@ -664,22 +756,27 @@ impl Shared {
     }
 
     /// Whether the view has applied `position` of this journal, or why it won't.
-    pub(super) fn has_applied(&self, wanted: Position) -> Result<bool, WaitError> {
-        self.state.lock().has_applied(wanted)
+    pub(super) fn has_applied(
+        &self,
+        journal: JournalId,
+        wanted: Position,
+    ) -> Result<bool, WaitError> {
+        self.state.lock().has_applied(journal, wanted)
     }
 
     /// Waits until the view has applied `position` of this journal.
     pub(super) fn wait_until_applied(
         &self,
+        journal: JournalId,
         wanted: Position,
         deadline: Option<Instant>,
     ) -> Result<(), WaitError> {
         let mut state = self.state.lock();
         loop {
-            if state.has_applied(wanted)? {
+            if state.has_applied(journal, wanted)? {
                 return Ok(());
             }
-            let reached = state.applied.checkpoint.position;
+            let reached = state.applied.checkpoints.position(journal);
             match deadline {
                 None => self.changed.wait(&mut state),
                 Some(deadline) if Instant::now() >= deadline => {
@@ -692,9 +789,9 @@ impl Shared {
 }
 
 impl State {
-    fn has_applied(&self, wanted: Position) -> Result<bool, WaitError> {
+    fn has_applied(&self, journal: JournalId, wanted: Position) -> Result<bool, WaitError> {
         match &self.phase {
-            _ if self.judged && self.applied.checkpoint.position >= wanted => Ok(true),
+            _ if self.judged && self.applied.checkpoints.position(journal) >= wanted => Ok(true),
             Phase::Building(_) | Phase::Following | Phase::AwaitingMirror => Ok(false),
             Phase::Stopped(error) => Err(WaitError::Stopped(error.clone())),
             Phase::Closed => Err(WaitError::Closed),

@@ -32,17 +32,18 @@ use serde::de::DeserializeOwned;
 
 use super::bulk;
 use super::chunk::{
-    Batch, Folded, Place, Unrouted, decode, guard, invalid_record, park_unrouted, stop_at,
+    Batch, Folded, Place, Unrouted, decode, end_of, guard, invalid_record, park_unrouted, stop_at,
 };
 use super::control::ViewControl;
 use super::db::{Db, Identity, Progress, Reader, Scan, StorageError, Writes};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
-use super::handle::checkpoint_of;
+use super::handle::checkpoints_of;
 use super::index::check_names;
 use super::key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
 use super::poison::{OnPoison, Parking, Rules, reason_of};
 use super::program::{Batches, Build, Program, build_in_order};
 use super::rows::Rows;
+use super::sources::{Checkpoints, Sources};
 use super::space::Space;
 use super::watch::Watch;
 use super::{FoldError, ViewOptions, generation, refuse_inline, runner};
@@ -529,7 +530,7 @@ impl<T: TableView> Program for Tabled<T> {
         parking: &Parking,
         db: &Arc<Db>,
         progress: &mut Progress,
-        applied: impl FnMut(Progress, Option<&[u8]>),
+        applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         parking.answer_without_keys(T::NAME, db, progress, applied)
     }
@@ -555,8 +556,8 @@ enum ApplyFailure {
 }
 
 impl<T: TableView> TableChunk<T> {
-    fn end(&self) -> Progress {
-        self.batches.last().map_or(self.start, |batch| batch.end)
+    fn skipped_events(&self) -> u64 {
+        self.batches.last().map_or(self.start.skipped_events, |batch| batch.skipped_events)
     }
 
     /// Decodes an event; false if it is of a type that the view doesn't know.
@@ -634,10 +635,11 @@ impl<T: TableView> TableChunk<T> {
             }
             changed.extend(is_watched.then(|| key.clone()));
         }
-        park_unrouted(T::NAME, &self.journal, unrouted, &mut writes)?;
+        park_unrouted(T::NAME, &self.journal, &self.start, unrouted, &mut writes)?;
         let mut parked = self.start.parked;
         parked.unrouted += unrouted.len() as u64;
-        Ok(Folded { writes, end: Progress { parked, ..self.end() }, changed, stop: None })
+        let end = end_of(&self.start, &self.batches, parked);
+        Ok(Folded { writes, end, changed, stop: None })
     }
 }
 
@@ -693,7 +695,7 @@ impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {
 
     fn add(&mut self, _: &Tabled<T>, batch: &CursorBatch<'_>) -> Result<(), StopError> {
         let header = &batch.batch.header;
-        let mut skipped_events = self.end().skipped_events;
+        let mut skipped_events = self.skipped_events();
         let mut position = header.base_position;
         for record in batch.batch.records() {
             let record = record.map_err(|error| StopError::Journal {
@@ -705,9 +707,8 @@ impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {
             skipped_events += u64::from(!self.add_record(&record, at)?);
             position = position.advance(1);
         }
-        let end = Progress { checkpoint: batch.end(), skipped_events, ..self.start };
-        let (routes, unrouted) = (self.events.len(), self.unrouted.len());
-        self.batches.push(Batch { end, routes, unrouted });
+        let (end, routes, unrouted) = (batch.end(), self.events.len(), self.unrouted.len());
+        self.batches.push(Batch { end, skipped_events, routes, unrouted });
         self.bytes += batch.batch.bytes().len() as u64;
         Ok(())
     }
@@ -782,9 +783,9 @@ impl<T: TableView> TableViewHandle<T> {
     pub fn snapshot(&self) -> Result<TableSnapshot<T>, ViewReadError> {
         let shared = self.control.shared();
         let reader = shared.db().snapshot();
-        let checkpoint = checkpoint_of(shared, &reader)?;
+        let checkpoints = checkpoints_of(shared, &reader)?;
         let tables = Arc::clone(&self.tables);
-        Ok(TableSnapshot { reader, checkpoint, tables, view: PhantomData })
+        Ok(TableSnapshot { reader, checkpoints, tables, view: PhantomData })
     }
 
     /// A [`snapshot`](Self::snapshot) once the view has applied what `token` stands for.
@@ -799,11 +800,9 @@ impl<T: TableView> TableViewHandle<T> {
     ) -> Result<TableSnapshot<T>, ViewReadError> {
         self.wait_for(token, timeout)?;
         let snapshot = self.snapshot()?;
-        match super::poison::unrouted(&snapshot.reader, token.journal)? {
-            Some(degraded) if degraded.first() < token.position => {
-                Err(ViewReadError::Degraded { view: T::NAME, degraded })
-            }
-            _ => Ok(snapshot),
+        match super::poison::unrouted(&snapshot.reader, Some(token))? {
+            Some(degraded) => Err(ViewReadError::Degraded { view: T::NAME, degraded }),
+            None => Ok(snapshot),
         }
     }
 
@@ -833,7 +832,7 @@ impl<T: TableView> TableViewHandle<T> {
 /// Tables as of one moment: all reads are of the same checkpoint.
 pub struct TableSnapshot<T> {
     reader: Reader,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     tables: Arc<Tables>,
     view: PhantomData<fn() -> T>,
 }
@@ -842,7 +841,7 @@ impl<T: TableView> fmt::Debug for TableSnapshot<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TableSnapshot")
             .field("name", &T::NAME)
-            .field("checkpoint", &self.checkpoint)
+            .field("checkpoint", &self.checkpoint())
             .finish_non_exhaustive()
     }
 }
@@ -859,10 +858,16 @@ impl<T: TableView> TableSnapshot<T> {
         TableReader::new(Source::Moment(self.reader.clone()), T::NAME, &self.tables, table)
     }
 
-    /// What the rows are of: exactly the events in front of it.
+    /// What the rows are of: exactly the events in front of it; of the first journal, if the view has several.
     #[must_use]
     pub const fn checkpoint(&self) -> Checkpoint {
-        self.checkpoint
+        self.checkpoints.first()
+    }
+
+    /// What the rows are of, in each of the view's journals.
+    #[must_use]
+    pub fn checkpoints(&self) -> Vec<Checkpoint> {
+        self.checkpoints.iter().copied().collect()
     }
 }
 
@@ -966,13 +971,13 @@ pub fn open_tables<T: TableView>(
     options: ViewOptions,
 ) -> Result<TableViewHandle<T>, ViewError> {
     refuse_inline(T::NAME, &options)?;
-    open_any_tables(views_dir, journal, view, options)
+    open_any_tables(views_dir, journal.into(), view, options)
 }
 
 /// The same, inline or not.
 pub(crate) fn open_any_tables<T: TableView>(
     views_dir: &std::path::Path,
-    journal: Journal,
+    sources: Sources,
     view: T,
     options: ViewOptions,
 ) -> Result<TableViewHandle<T>, ViewError> {
@@ -982,7 +987,7 @@ pub(crate) fn open_any_tables<T: TableView>(
     let tables = view.tables().sorted();
     tables.check(T::NAME)?;
     let program = Arc::new(Tabled { view, tables: tables.clone() });
-    let running = runner::start(views_dir, journal, Arc::clone(&program), options)?;
+    let running = runner::start(views_dir, sources, Arc::clone(&program), options)?;
     let control = ViewControl::new(running, program);
     Ok(TableViewHandle { control, tables: Arc::new(tables), view: PhantomData })
 }

@@ -11,17 +11,18 @@ use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
 use super::poison::{Discarded, Rules};
-use super::program::{Batches, Build, Program};
+use super::program::{Build, More, Program, fold_more};
 use super::rebuild::{
     Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, Rebuilt,
 };
 use super::runner::{
-    Limit, Phase, Runner, Running, Shared, apply, collect, compare, journal_failed, nothing,
+    Limit, Phase, Runner, Running, Shared, compare, cursors, journal_failed, nothing,
     storage_failed,
 };
-use crate::journal;
-use crate::position::Checkpoint;
+use super::sources::Checkpoints;
+use crate::journal::{self, Journal};
+use crate::position::Position;
 
 /// Rows are looked at for a digest in steps of so many, between which it can be cancelled.
 const DIGEST_STEP: u64 = 4096;
@@ -128,7 +129,7 @@ impl<P: Program> Takeover<P> {
         let reference = self.reference()?.filter(is_comparable);
         self.with_new_generation(|number, path| {
             let discarded = self.shared.parking.discarded();
-            let until = reference.as_ref().map(|it| it.progress.checkpoint);
+            let until = reference.as_ref().map(|it| it.progress.checkpoints.clone());
             let (db, progress) = self.build(path, until, &discarded)?;
             let compared = reference.map(|reference| self.compare(&reference, &db)).transpose()?;
             if let Some(compared) = compared.as_ref().filter(|it| !it.is_equal())
@@ -145,16 +146,19 @@ impl<P: Program> Takeover<P> {
         let path = shared.folder.lock().existing(number)?;
         let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;
         let identity = self.view.identity();
-        let progress = db.begin(&identity, nothing(&shared.journal));
+        let progress = db.begin(&identity, nothing(&shared.sources));
         let progress = progress.map_err(ViewError::from)?;
-        let checkpoint = progress.checkpoint;
-        match compare(&shared.journal, &checkpoint).map_err(journal_failed::<P>)? {
-            journal::Comparison::Equal => self.take_over(number, db, progress, Built::default()),
-            _ => {
-                let end = shared.journal.end().position;
-                Err(StopError::Fork { view: P::NAME, checkpoint, end }.into())
+        if !progress.checkpoints.are_of(shared.sources.ids()) {
+            return Err(ViewError::NotJudged { view: P::NAME }.into());
+        }
+        for (journal, checkpoint) in shared.sources.iter().zip(progress.checkpoints.iter()) {
+            let compared = compare(journal, checkpoint).map_err(journal_failed::<P>)?;
+            if compared != journal::Comparison::Equal {
+                let (checkpoint, end) = (*checkpoint, journal.end().position);
+                return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
             }
         }
+        self.take_over(number, db, progress, Built::default())
     }
 
     fn check(&self) -> Result<Comparison, RebuildError> {
@@ -162,7 +166,8 @@ impl<P: Program> Takeover<P> {
         let mut compared = None;
         let checked = self.with_new_generation(|_, path| {
             let discarded = self.shared.parking.discarded();
-            let (db, _) = self.build(path, Some(reference.progress.checkpoint), &discarded)?;
+            let (db, _) =
+                self.build(path, Some(reference.progress.checkpoints.clone()), &discarded)?;
             compared = Some(self.compare(&reference, &db)?);
             Ok(path.to_owned())
         });
@@ -190,29 +195,29 @@ impl<P: Program> Takeover<P> {
             return Ok(None);
         }
         let reader = self.shared.db().snapshot();
-        let progress = reader.progress(self.shared.journal.id()).map_err(ViewError::from)?;
+        let progress = reader.progress(self.shared.sources.ids()).map_err(ViewError::from)?;
         Ok(progress.map(|progress| Reference { reader, progress }))
     }
 
     /// Whether what is served is so far that it is worth while to build up to there first.
     fn is_near(&self, progress: &Progress) -> bool {
-        let position = progress.checkpoint.position;
-        let behind = self.shared.journal.end().position.since(position);
-        behind.saturating_mul(4) <= position.get()
+        let applied = progress.checkpoints.events();
+        let behind = self.shared.sources.end().events().saturating_sub(applied);
+        behind.saturating_mul(4) <= applied
     }
 
     fn build(
         &self,
         path: &Path,
-        until: Option<Checkpoint>,
+        until: Option<Checkpoints>,
         discarded: &Arc<Discarded>,
     ) -> Result<(Arc<Db>, Progress), RebuildError> {
         let shared = &self.shared;
-        let until = until.unwrap_or_else(|| shared.journal.end());
+        let until = until.unwrap_or_else(|| shared.sources.end());
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let means = Means::of(&self.options, Arc::clone(discarded));
-        let (journal, memory, control) = (&shared.journal, &shared.options.memory, &*self.control);
-        let built = self.view.build(Build { journal, until, db: &db, memory, means, control });
+        let (sources, memory, control) = (&shared.sources, &shared.options.memory, &*self.control);
+        let built = self.view.build(Build { sources, until, db: &db, memory, means, control });
         match built {
             Ok(progress) => Ok((db, progress)),
             Err(Ended::Cancelled) => Err(RebuildError::Cancelled),
@@ -222,7 +227,7 @@ impl<P: Program> Takeover<P> {
 
     fn compare(&self, reference: &Reference, db: &Arc<Db>) -> Result<Comparison, RebuildError> {
         self.control.pass_begins(RebuildPhase::Comparing, 0);
-        let position = reference.progress.checkpoint.position;
+        let position = Position::new(reference.progress.checkpoints.events());
         let served = digest_of(P::NAME, &reference.reader, Some(&self.control))?;
         let built = digest_of(P::NAME, &db.latest(), Some(&self.control))?;
         Ok(Comparison { position, served, built })
@@ -238,27 +243,32 @@ impl<P: Program> Takeover<P> {
     ) -> Result<(Runner<P>, Rebuilt), RebuildError> {
         let Built { compared, discarded } = built;
         let shared = &self.shared;
-        let position = progress.checkpoint.position;
+        let behind = |progress: &Progress, end: &Checkpoints| {
+            end.events().saturating_sub(progress.checkpoints.events())
+        };
         self.control
-            .pass_begins(RebuildPhase::CatchingUp, shared.journal.end().position.since(position));
-        let mut cursor = shared.journal.cursor(position).map_err(journal_failed::<P>)?;
+            .pass_begins(RebuildPhase::CatchingUp, behind(&progress, &shared.sources.end()));
+        let mut cursors = cursors::<P>(&shared.sources, &progress.checkpoints)?;
         let flush = |db: &Db| db.flush(true).map_err(storage_failed::<P>);
         let near = shared.options.chunk_bytes.max(1);
-        while shared.journal.end().offset > progress.checkpoint.offset.saturating_add(near) {
-            let (events, bytes) = self.fold_more(&mut cursor, &db, &mut progress)?;
-            self.control.advance(events, bytes)?;
+        while shared.sources.end().bytes() > progress.checkpoints.bytes().saturating_add(near) {
+            for (journal, cursor) in shared.sources.iter().zip(&mut cursors) {
+                let more = self.fold_more(journal, cursor, &db, &mut progress)?;
+                self.control.advance(more.events, more.bytes)?;
+            }
         }
         flush(&db)?; // so that little is left to be flushed while the old one stands still
         self.control.check()?;
         // From here on nothing may wait for the one who asked for this: the old one stands still.
         let mut turn = shared.stand_still();
-        let old = shared.state();
-        while progress.checkpoint.position < old.applied.checkpoint.position {
-            let (events, _) = self.fold_more(&mut cursor, &db, &mut progress)?;
-            if events == 0 {
-                let (applied, end) = (old.applied.checkpoint, shared.journal.end().position);
-                let view = P::NAME;
-                return Err(StopError::Fork { view, checkpoint: applied, end }.into());
+        let old = shared.state().applied.checkpoints;
+        for ((journal, cursor), applied) in shared.sources.iter().zip(&mut cursors).zip(old.iter())
+        {
+            while progress.checkpoints.position(journal.id()) < applied.position {
+                if self.fold_more(journal, cursor, &db, &mut progress)?.events == 0 {
+                    let (checkpoint, end) = (*applied, journal.end().position);
+                    return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
+                }
             }
         }
         flush(&db)?;
@@ -273,39 +283,24 @@ impl<P: Program> Takeover<P> {
             previous
         };
         *shared.previous.lock() = Some(previous);
-        let mine = shared.flip(&mut turn, Arc::clone(&db), progress);
+        let mine = shared.flip(&mut turn, Arc::clone(&db), &progress);
         drop(turn);
         let (view, shared) = (Arc::clone(&self.view), Arc::clone(shared));
-        let runner = Runner::new(view, shared, db, mine, progress.checkpoint.offset);
+        let runner = Runner::new(view, shared, db, mine, progress.checkpoints.bytes());
         let took = std::time::Duration::ZERO;
         Ok((runner, Rebuilt { generation: number, previous, compared, took }))
     }
 
-    /// Folds the next chunk: how many events and bytes; none if there is none.
     fn fold_more(
         &self,
+        journal: &Journal,
         cursor: &mut journal::Cursor,
         db: &Arc<Db>,
         progress: &mut Progress,
-    ) -> Result<(u64, u64), RebuildError> {
-        let (journal, limit) = (&self.shared.journal, Limit::of(self.shared.options.chunk_bytes));
-        let (chunk, failure) = collect(
-            &*self.view,
-            journal,
-            cursor,
-            *progress,
-            limit,
-            Rules::strict(self.shared.parking.discarded()),
-        );
-        let (mut events, bytes) = (0, chunk.bytes());
-        if !chunk.is_empty() {
-            let (end, stop, _) = apply(&*self.view, chunk, db)?;
-            events = end.checkpoint.position.since(progress.checkpoint.position);
-            *progress = end;
-            stop.map_or(Ok(()), Err)?;
-        }
-        failure.map_or(Ok(()), Err)?;
-        Ok((events, bytes))
+    ) -> Result<More, StopError> {
+        let limit = Limit::of(self.shared.options.chunk_bytes);
+        let rules = Rules::strict(self.shared.parking.discarded());
+        fold_more(&*self.view, journal, cursor, db, progress, limit, &rules)
     }
 }
 

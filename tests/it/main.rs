@@ -68,6 +68,8 @@ mod shipping_processes;
 #[path = "../simulation/mod.rs"]
 mod simulation;
 #[cfg(feature = "views")]
+mod sources;
+#[cfg(feature = "views")]
 mod tables;
 #[cfg(feature = "test-kit")]
 mod tickets;

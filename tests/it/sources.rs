@@ -1,0 +1,303 @@
+//! Views of several journals: each journal's events once, in its order, whatever is parked, rebuilt or reopened between.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use fastrand::Rng;
+use headwater::view::{
+    Fold, FoldError, Keys, RebuildOptions, View, ViewError, ViewHandle, ViewOptions, ViewReadError,
+};
+use headwater::{
+    Append, ExpectedRevision, Journal, JournalId, Locator, NewEvent, Position, Recorded, Store,
+    StreamId, Token,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// By journal: how many events, and a hash of their positions in their order.
+type Row = BTreeMap<[u8; 16], (u64, u64)>;
+
+/// What has reached each key, told apart by journal, so that order between journals makes no difference.
+#[derive(Debug)]
+struct Traces {
+    is_mended: Arc<AtomicBool>,
+}
+
+/// An event says which keys it concerns, and at which of them it fails unless that is mended.
+const FAILS: u8 = 0x80;
+const NOWHERE: u8 = 0xff;
+
+fn step(row: Option<Row>, journal: JournalId, position: Position) -> Row {
+    let mut row = row.unwrap_or_default();
+    let (count, hash) = row.entry(*journal.as_bytes()).or_default();
+    *count += 1;
+    *hash = hash.wrapping_mul(0x0100_0000_01b3) ^ (position.get() + 1);
+    row
+}
+
+impl View for Traces {
+    const NAME: &'static str = "traces";
+    const VERSION: u32 = 1;
+    type Key = u8;
+    type Row = Row;
+    type Event = Vec<u8>;
+
+    fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+        assert!(!event.data().contains(&NOWHERE), "asked to be lost");
+        keys.extend(event.data().iter().map(|key| key & !FAILS));
+    }
+
+    fn fold(
+        &self,
+        key: &u8,
+        row: Option<Row>,
+        event: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<Row>, FoldError> {
+        if event.data().contains(&(key | FAILS)) && !self.is_mended.load(Ordering::Relaxed) {
+            return Err("asked to fail".into());
+        }
+        let Locator { journal, position } = event.locator();
+        Ok(Fold::Put(step(row, journal, position)))
+    }
+}
+
+struct World {
+    stores: Vec<Store>,
+    tokens: Vec<Option<Token>>,
+    rng: Rng,
+    is_mended: Arc<AtomicBool>,
+}
+
+impl World {
+    fn new(dir: &Path, seed: u64, journals: usize) -> Self {
+        println!("seed {seed}");
+        let store = |n| Store::create(dir.join(format!("store-{n}"))).unwrap();
+        let stores: Vec<Store> = (0..journals).map(store).collect();
+        let tokens = vec![None; journals];
+        Self { stores, tokens, rng: Rng::with_seed(seed), is_mended: Arc::default() }
+    }
+
+    fn journals(&self) -> Vec<Journal> {
+        self.stores.iter().map(|store| store.journal().clone()).collect()
+    }
+
+    fn open(&self, chunk_bytes: u64) -> ViewHandle<Traces> {
+        let options = ViewOptions { chunk_bytes, ..ViewOptions::default() };
+        let view = Traces { is_mended: Arc::clone(&self.is_mended) };
+        self.stores[0].view_over(&self.journals(), view, options).unwrap()
+    }
+
+    fn append(&mut self, journal: usize, events: Vec<Vec<u8>>) -> Token {
+        let stream = StreamId::new("traces").unwrap();
+        let events = events.into_iter().map(|data| NewEvent::raw("trace", data).unwrap());
+        let append = Append::to(&stream, ExpectedRevision::Any, events);
+        let token = self.stores[journal].append(&append).unwrap().token();
+        self.tokens[journal] = Some(token);
+        token
+    }
+
+    fn append_some(&mut self, batches: usize, failing_percent: u8) {
+        for _ in 0..batches {
+            let count = self.rng.usize(1..4);
+            let event = |rng: &mut Rng| {
+                let keys = rng.usize(0..3);
+                let flag = |rng: &mut Rng| if rng.u8(..100) < failing_percent { FAILS } else { 0 };
+                (0..keys).map(|_| rng.u8(..6) | flag(rng)).collect()
+            };
+            let events = (0..count).map(|_| event(&mut self.rng)).collect();
+            let journal = self.rng.usize(..self.stores.len());
+            self.append(journal, events);
+        }
+    }
+
+    fn wait(&self, view: &ViewHandle<Traces>) {
+        self.tokens.iter().flatten().for_each(|token| view.wait_for(token, PATIENCE).unwrap());
+    }
+
+    /// What the rows come to if nothing is parked.
+    fn recount(&self) -> BTreeMap<u8, Row> {
+        let mut rows = BTreeMap::new();
+        for journal in self.journals() {
+            for event in journal.read_all(Position::START).unwrap().map(Result::unwrap) {
+                let Locator { journal, position } = event.locator();
+                let mut keys: Vec<u8> = event.data().iter().map(|key| key & !FAILS).collect();
+                keys.sort_unstable();
+                keys.dedup();
+                for key in keys {
+                    let row = step(rows.remove(&key), journal, position);
+                    rows.insert(key, row);
+                }
+            }
+        }
+        rows
+    }
+
+    fn assert_shows(&self, view: &ViewHandle<Traces>) {
+        self.wait(view);
+        let rows: BTreeMap<u8, Row> = view.range(..).map(Result::unwrap).collect();
+        assert_eq!(rows, self.recount());
+    }
+}
+
+#[test]
+fn rows_are_what_all_journals_make_after_any_reopening_and_rebuild() {
+    for seed in 0..4 {
+        let dir = tempfile::tempdir().unwrap();
+        let journals = 2 + seed as usize % 2;
+        let mut world = World::new(dir.path(), seed, journals);
+        let ahead = [0, 20, 4000][world.rng.usize(..3)];
+        world.append_some(ahead, 0); // many are built in bulk
+        for _ in 0..3 {
+            let chunk_bytes = [1, 700, 1 << 20][world.rng.usize(..3)];
+            let view = world.open(chunk_bytes);
+            world.assert_shows(&view);
+            world.append_some(30, 0);
+            world.assert_shows(&view);
+            let status = view.status();
+            assert_eq!((status.journals.len(), status.lag_events), (journals, Some(0)));
+            let compared = view.check(RebuildOptions::default()).unwrap();
+            assert!(compared.is_equal(), "{compared:?}");
+            view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+            world.append_some(5, 0);
+            world.assert_shows(&view);
+            if world.rng.bool() {
+                view.rollback().unwrap().wait().unwrap();
+                world.assert_shows(&view);
+            }
+            let snapshot = view.snapshot_latest(PATIENCE).unwrap();
+            let ends = world.journals().iter().map(Journal::end).collect::<Vec<_>>();
+            assert_eq!(snapshot.checkpoints(), ends);
+            view.close().unwrap();
+        }
+    }
+}
+
+/// Positions say nothing between journals: what is parked of several must not be taken for one another.
+#[test]
+fn events_of_all_journals_are_parked_and_retried_in_the_order_of_their_intake() {
+    for seed in 0..6 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut world = World::new(dir.path(), seed, 3);
+        let chunk_bytes = [1, 300][world.rng.usize(..2)];
+        let view = world.open(chunk_bytes);
+        for _ in 0..4 {
+            world.append_some(20, 15);
+            world.wait(&view);
+            let parked: Vec<_> = view.parked().map(Result::unwrap).collect();
+            for key in &parked {
+                let events: Vec<_> = view.parked_events(&key.key).map(Result::unwrap).collect();
+                assert_eq!(events.len() as u64, key.events);
+                assert_eq!((events[0].journal, events[0].position), (key.journal, key.first));
+                let mut last = BTreeMap::new();
+                for event in &events {
+                    let before = last.insert(event.journal, event.position);
+                    assert!(before < Some(event.position), "each journal's in its order");
+                }
+            }
+            let counted: u64 = parked.iter().map(|key| key.events).sum();
+            assert_eq!(view.status().parked.events, counted);
+        }
+        world.is_mended.store(true, Ordering::Relaxed);
+        let parked: Vec<_> = view.parked().map(Result::unwrap).collect();
+        assert!(!parked.is_empty(), "some are");
+        for key in parked {
+            let retried = view.retry(&key.key).unwrap();
+            assert_eq!((retried.applied, retried.left), (key.events, 0));
+        }
+        world.assert_shows(&view);
+        let compared = view.check(RebuildOptions::default()).unwrap();
+        assert!(compared.is_equal(), "{compared:?}");
+    }
+}
+
+#[test]
+fn an_event_is_discarded_in_its_own_journal_and_reads_know_what_they_lack() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 9, 2);
+    let view = world.open(1);
+    // The same position in both journals.
+    let good = world.append(0, vec![vec![1]]);
+    view.wait_for(&good, PATIENCE).unwrap();
+    let bad = world.append(1, vec![vec![1 | FAILS]]);
+    view.wait_for(&bad, PATIENCE).unwrap();
+    let behind = world.append(0, vec![vec![1]]);
+    view.wait_for(&behind, PATIENCE).unwrap();
+
+    view.get_at_least(&1, &good, PATIENCE).unwrap();
+    for token in [&bad, &behind] {
+        let lacking = view.get_at_least(&1, token, PATIENCE).unwrap_err();
+        assert!(matches!(lacking, ViewReadError::Degraded { .. }), "{lacking}");
+    }
+    let at = |journal: usize, position| Locator {
+        journal: world.stores[journal].journal().id(),
+        position: Position::new(position),
+    };
+    assert_eq!(view.discard(&1, Position::new(0)).unwrap_err().code(), "parked.not_parked");
+    let retried = view.discard_at(&1, at(1, 0)).unwrap();
+    assert_eq!((retried.applied, retried.left), (2, 0), "the discarded one counts as done");
+    let row = view.get_at_least(&1, &behind, PATIENCE).unwrap().unwrap();
+    assert_eq!(row.len(), 1, "of the first journal only");
+    assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+}
+
+#[test]
+fn an_unrouted_event_of_one_journal_degrades_behind_itself_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 10, 2);
+    let view = world.open(1);
+    let good = world.append(0, vec![vec![1], vec![2]]);
+    let lost = world.append(1, vec![vec![NOWHERE]]);
+    view.wait_for(&lost, PATIENCE).unwrap();
+    view.get_at_least(&1, &good, PATIENCE).unwrap();
+    view.get_at_least(&1, &lost, PATIENCE).unwrap_err();
+    let parked: Vec<_> = view.unrouted_events().map(Result::unwrap).collect();
+    let at = Locator { journal: parked[0].journal, position: parked[0].position };
+    assert_eq!(at, Locator { journal: world.stores[1].journal().id(), position: Position::START });
+    view.discard_unrouted_at(at).unwrap();
+    view.get_at_least(&1, &lost, PATIENCE).unwrap();
+}
+
+#[test]
+fn another_set_of_journals_makes_another_generation_and_wrong_sets_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 11, 3);
+    world.append_some(30, 0);
+    let view = world.open(1 << 20);
+    world.assert_shows(&view);
+    drop(view);
+    let mut journals = world.journals();
+    let open = |journals: &[Journal]| {
+        let view = Traces { is_mended: Arc::default() };
+        world.stores[0].view_over(journals, view, ViewOptions::default())
+    };
+    journals.reverse();
+    let view = open(&journals).unwrap();
+    assert!(view.status().set_aside.is_none(), "the order doesn't matter");
+    world.assert_shows(&view);
+    drop(view);
+    journals.pop();
+    let view = open(&journals).unwrap();
+    assert!(view.status().set_aside.is_some());
+    drop(view);
+    journals.push(journals[0].clone());
+    for wrong in [&journals[..], &[]] {
+        let refused = open(wrong).map(drop).unwrap_err();
+        assert!(matches!(refused, ViewError::Journals { .. }), "{refused}");
+    }
+}
+
+/// Nobody polls: whichever journal has something wakes the view.
+#[test]
+fn every_journal_wakes_the_view() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 12, 3);
+    let view = world.open(1 << 20);
+    for round in 0..300 {
+        let token = world.append(round % 3, vec![vec![1]]);
+        view.wait_for(&token, PATIENCE).unwrap();
+    }
+    world.assert_shows(&view);
+}
