@@ -7,6 +7,7 @@
 //! integers                   big-endian; signed ones with the sign bit flipped
 //! strings, byte strings      each 00 as 00 FF, then 00 01: a prefix sorts in front of what it begins
 //! None, Some(value)          00; 01 and the value
+//! times                      seconds since 1970 as an i64, nanoseconds as a u32; durations with a u64
 //! tuples                     one field behind the other
 //! ```
 //!
@@ -18,17 +19,21 @@
 //!
 //! The encoding is stored: it must never change.
 
+use std::time::{Duration, SystemTime};
+
 use crate::event::{EventId, EventType, Revision, StreamId};
 use crate::position::{JournalId, NodeId, Position};
 
+/// Nanoseconds of a second.
+const NANOS: u32 = 1_000_000_000;
 const ESCAPED: u8 = 0x00;
 const ESCAPED_ZERO: u8 = 0xff;
 const ESCAPED_END: u8 = 0x01;
 
 /// A value that names a row.
 ///
-/// Implemented for integers, `bool`, `()` (a view with a single row), `String`, `Vec<u8>`, byte arrays, the
-/// ids and names of this crate, [`Option`] of a key, and tuples of up to four keys. A key of your own is best
+/// Implemented for integers, `bool`, `()` (a view with a single row), `String`, `Vec<u8>`, byte arrays, [`SystemTime`],
+/// [`Duration`], the ids and names of this crate, [`Option`] of a key, and tuples of up to four keys. A key of your own is best
 /// made from one of these:
 ///
 /// ```
@@ -189,6 +194,53 @@ impl<const N: usize> ViewKey for [u8; N] {
 
     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
         take(input)
+    }
+}
+
+/// Seconds, and the nanoseconds behind them.
+impl ViewKey for Duration {
+    fn encode_key(&self, out: &mut Vec<u8>) {
+        self.as_secs().encode_key(out);
+        self.subsec_nanos().encode_key(out);
+    }
+
+    fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
+        let seconds = u64::decode_key(input)?;
+        match u32::decode_key(input)? {
+            nanos @ 0..NANOS => Ok(Self::new(seconds, nanos)),
+            _ => Err(KeyError::Invalid("duration")),
+        }
+    }
+}
+
+/// Seconds since 1970, negative in front of it, and the nanoseconds behind them.
+impl ViewKey for SystemTime {
+    fn encode_key(&self, out: &mut Vec<u8>) {
+        let (seconds, nanos) = match self.duration_since(Self::UNIX_EPOCH) {
+            Ok(since) => (i128::from(since.as_secs()), since.subsec_nanos()),
+            Err(before) => match before.duration() {
+                whole if whole.subsec_nanos() == 0 => (-i128::from(whole.as_secs()), 0),
+                part => (-i128::from(part.as_secs()) - 1, NANOS - part.subsec_nanos()),
+            },
+        };
+        // No system counts further: it is a bound for those that would.
+        let bounded = seconds.clamp(i64::MIN.into(), i64::MAX.into());
+        i64::try_from(bounded).unwrap_or_default().encode_key(out);
+        nanos.encode_key(out);
+    }
+
+    fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
+        let (seconds, nanos) = (i64::decode_key(input)?, u32::decode_key(input)?);
+        let whole = Duration::from_secs(seconds.unsigned_abs());
+        let second = match seconds {
+            0.. => Self::UNIX_EPOCH.checked_add(whole),
+            _ => Self::UNIX_EPOCH.checked_sub(whole),
+        };
+        let nanos = Some(nanos).filter(|nanos| *nanos < NANOS);
+        let time = second
+            .zip(nanos)
+            .and_then(|(second, nanos)| second.checked_add(Duration::from_nanos(nanos.into())));
+        time.ok_or(KeyError::Invalid("time"))
     }
 }
 
@@ -366,6 +418,23 @@ mod tests {
 
     proptest! {
         #[test]
+        fn order_of_times_is_byte_order(
+            a: (i32, u32), b: (i32, u32), near: (i8, u8), far: (u64, u32), other: (u64, u32),
+        ) {
+            let time = |(seconds, nanos): (i32, u32)| {
+                let whole = Duration::from_secs(seconds.unsigned_abs().into());
+                let second = if seconds < 0 { SystemTime::UNIX_EPOCH - whole } else { SystemTime::UNIX_EPOCH + whole };
+                second + Duration::from_nanos((nanos % NANOS).into())
+            };
+            let near = time((near.0.into(), u32::from(near.1) * 3_000_000));
+            check_pair(&time(a), &time(b));
+            check_pair(&time(a), &near);
+            check_pair(&SystemTime::UNIX_EPOCH, &near);
+            let duration = |(seconds, nanos): (u64, u32)| Duration::new(seconds, nanos % NANOS);
+            check_pair(&duration(far), &duration(other));
+        }
+
+        #[test]
         fn unsigned_order_is_byte_order(a: (u8, u16, u32, u64), b: (u8, u16, u32, u64), c: u128, d: u128) {
             check_pair(&a.0, &b.0);
             check_pair(&a.1, &b.1);
@@ -420,6 +489,8 @@ mod tests {
             check::<StreamId>(&input);
             check::<Option<i16>>(&input);
             check::<[u8; 3]>(&input);
+            check::<SystemTime>(&input);
+            check::<Duration>(&input);
             check::<()>(&input);
         }
     }
@@ -444,5 +515,9 @@ mod tests {
         assert_eq!(bytes(&(-1_i16, i16::MAX)), [0x7f, 0xff, 0xff, 0xff]);
         assert_eq!(bytes(&(None::<u8>, true, 258_u32)), [0, 1, 0, 0, 1, 2]);
         assert!(bytes(&()).is_empty());
+        let half_before_1970 = SystemTime::UNIX_EPOCH - Duration::from_millis(500);
+        let bytes_of = [0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x1d, 0xcd, 0x65, 0x00];
+        assert_eq!(bytes(&half_before_1970), bytes_of);
+        assert_eq!(bytes(&Duration::new(1, 2)), [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 2]);
     }
 }
