@@ -14,7 +14,7 @@ pub const MARK_SLOT_STRIDE: u64 = 4096;
 pub const MARK_FILE_BYTES: usize = 2 * MARK_SLOT_STRIDE as usize;
 
 const NODE_MAGIC: [u8; 8] = *b"\x89HWNOD\r\n";
-const MARK_MAGIC: [u8; 8] = *b"\x89HWMRK\r\n";
+pub(crate) const MARK_MAGIC: [u8; 8] = *b"\x89HWMRK\r\n";
 const VERSION: u16 = 1;
 const FLAG_CLOSED: u32 = 1;
 const FLAG_WITNESS: u32 = 2;

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError, ReadError};
-use crate::format::batch::Link;
+use crate::format::batch::{BatchHeader, Link};
 use crate::format::files::{Mark, Node, Role, Witness};
 use crate::format::gaps::Gap;
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
@@ -559,7 +559,7 @@ impl<'a> Walk<'a> {
         None
     }
 
-    fn note(&mut self, header: &crate::format::batch::BatchHeader) {
+    fn note(&mut self, header: &BatchHeader) {
         self.epoch_max = self.epoch_max.max(header.epoch);
         if self.role == Role::Origin {
             self.claims = self.claims.max(header.durable_offset);
@@ -634,7 +634,8 @@ impl Survey {
         self.kept.is_empty() && self.beyond.is_empty() && self.base.is_none()
     }
 
-    /// Batch headers behind X: in an origin they tell what had been durable when they were written.
+    /// What lies behind X: in an origin batch headers tell what had been durable when they were written, and a mark does
+    /// that was written to a wrong place.
     fn count_claims_beyond(
         &mut self,
         fs: &dyn Fs,
@@ -647,14 +648,10 @@ impl Survey {
             let Some((page, _)) = found.valid() else { continue };
             let behind = self.kept.last().filter(|kept| kept.number() == found.number);
             let at = behind.map_or(HEADER_PAGE_BYTES as u64, Kept::end_in_file);
-            let (mut proven, mut events) = (self.proven, 0);
-            found.window(fs, layout)?.headers_behind(at, page, |header| {
-                events += u64::from(header.count);
-                if role == Role::Origin {
-                    proven = proven.max(header.durable_offset);
-                }
-            })?;
-            self.proven = proven;
+            let mut events = 0;
+            let count = |header: &BatchHeader| events += u64::from(header.count);
+            let durable = found.window(fs, layout)?.durable_behind(at, page, role, count)?;
+            self.proven = self.proven.max(durable);
             self.torn_events += events;
         }
         Ok(())

@@ -589,12 +589,8 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// Headers of batches behind the place where the valid ones stop tell what had been durable. In a mirror
-    /// they speak of the origin's disk.
+    /// What lies behind the place where the valid batches stop tells what had been durable.
     fn count_claims(&mut self, place: Place) -> Result<(), RepairError> {
-        if self.node.role != Role::Origin {
-            return Ok(());
-        }
         let mut proven = self.proven;
         let first = place.segment.unwrap_or(0);
         for (index, segment) in self.segments.iter().enumerate().skip(first) {
@@ -602,9 +598,8 @@ impl<'a> Scene<'a> {
             let behind = Some(index) == place.segment;
             let offset = if behind { place.joint.link.offset } else { page.header.base_offset };
             let at = file_offset(page.header.base_offset, offset);
-            segment.window().headers_behind(at, page, |header| {
-                proven = proven.max(header.durable_offset);
-            })?;
+            let durable = segment.window().durable_behind(at, page, self.node.role, |_| {})?;
+            proven = proven.max(durable);
         }
         self.proven = proven;
         Ok(())

@@ -9,6 +9,7 @@ use crate::format::FormatError;
 use crate::format::batch::{
     BATCH_ALIGNMENT, BATCH_HEADER_BYTES_MAX, BATCH_MAGIC, BatchHeader, BatchRef,
 };
+use crate::format::files::{MARK_MAGIC, MARK_SLOT_BYTES, Mark, Role};
 use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::fs::{self, File, Fs, OpenMode};
 
@@ -48,6 +49,12 @@ pub(crate) fn header_page(
     // A live writer may just have taken the spare. It writes the header first.
     let page = read()?;
     Ok((page, page == zeros))
+}
+
+/// What can be told from the bytes at a place.
+enum Place {
+    Batch(BatchHeader),
+    Mark(Mark),
 }
 
 /// A moving window over a file: keeps what was read last.
@@ -123,9 +130,49 @@ impl Window {
     /// resynchronises behind damage.
     pub(crate) fn headers_behind(
         &mut self,
-        mut at: u64,
+        at: u64,
         page: &SegmentPage,
         mut found: impl FnMut(&BatchHeader),
+    ) -> Result<(), IoError> {
+        self.walk_behind(at, page, |place| {
+            if let Place::Batch(header) = place {
+                found(&header);
+            }
+        })
+    }
+
+    /// Up to where the journal had been durable, by what lies from file offset `at` on: in an origin by the headers
+    /// of batches (in a mirror they speak of the origin's disk), and by marks.
+    ///
+    /// A mark doesn't belong there: its write has gone astray. If it has hit the last batch, nothing else says that
+    /// this was durable. No event can hold a mark that lies ahead of it.
+    pub(crate) fn durable_behind(
+        &mut self,
+        at: u64,
+        page: &SegmentPage,
+        role: Role,
+        mut found: impl FnMut(&BatchHeader),
+    ) -> Result<u64, IoError> {
+        let mut durable = 0;
+        self.walk_behind(at, page, |place| {
+            let claimed = match place {
+                Place::Batch(header) => {
+                    found(&header);
+                    if role == Role::Origin { header.durable_offset } else { 0 }
+                }
+                Place::Mark(mark) if mark.end.journal == page.header.journal => mark.end.offset,
+                Place::Mark(_) => 0,
+            };
+            durable = durable.max(claimed);
+        })?;
+        Ok(durable)
+    }
+
+    fn walk_behind(
+        &mut self,
+        mut at: u64,
+        page: &SegmentPage,
+        mut found: impl FnMut(Place),
     ) -> Result<(), IoError> {
         let base = page.header.base_offset;
         loop {
@@ -133,12 +180,17 @@ impl Window {
             if bytes.len() < BATCH_MAGIC.len() {
                 return Ok(());
             }
-            if bytes == BATCH_MAGIC
-                && let Ok(header) = self.batch_header(at, u64::MAX, page.header.salt)?
-                && file_offset(base, header.offset) == at
-                && header.offset >= base
+            if bytes == BATCH_MAGIC {
+                if let Ok(header) = self.batch_header(at, u64::MAX, page.header.salt)?
+                    && file_offset(base, header.offset) == at
+                    && header.offset >= base
+                {
+                    found(Place::Batch(header));
+                }
+            } else if MARK_MAGIC.starts_with(bytes)
+                && let Ok(mark) = Mark::decode(self.read(at, MARK_SLOT_BYTES, u64::MAX)?)
             {
-                found(&header);
+                found(Place::Mark(mark));
             }
             at += BATCH_ALIGNMENT;
         }

@@ -937,22 +937,15 @@ impl<'a> Verifier<'a> {
         }
     }
 
-    /// Looks for headers behind the place where the batches stop that claim more to be durable; whether
-    /// there are any. In a mirror headers speak of the origin's disk.
+    /// Looks for what claims more to be durable behind the place where the batches stop; whether there is anything.
     fn claimed_behind(
         &mut self,
         head: &Head,
         page: &SegmentPage,
         stop: &Stop,
     ) -> Result<bool, IoError> {
-        if self.role != Role::Origin {
-            return Ok(false);
-        }
         let at = file_offset(page.header.base_offset, stop.end.offset);
-        let mut claimed = 0;
-        head.window().headers_behind(at, page, |header| {
-            claimed = claimed.max(header.durable_offset);
-        })?;
+        let claimed = head.window().durable_behind(at, page, self.role, |_| {})?;
         self.report.proven_offset = self.report.proven_offset.max(claimed);
         Ok(claimed > stop.end.offset)
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use headwater::env::{Pace, pace_background};
 use headwater::format::batch::{BatchHeader, body_digest, padded_len};
+use headwater::format::files::Mark;
 use headwater::format::record;
 use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
 use headwater::format::{Flags, crc32};
@@ -379,6 +380,38 @@ fn row_a6_lost_is_known_from_the_headers_without_a_mark() {
     // The batch behind the damage says that the damaged one had been durable.
     assert!(fs.flip_bit(&segment(number), starts[1] as u64 + 5, 0));
     assert_eq!(corruption(open(&fs)).file_offset, starts[1] as u64);
+}
+
+/// The soak met a write of the mark that went astray, into the very batch that it was to vouch for: the mark in the other
+/// slot knew nothing of the batch, and what was left of it looked like a torn tail.
+#[test]
+fn row_a6_lost_is_known_from_a_mark_that_was_written_over_the_last_batch() {
+    let mark_path = Path::new(JOURNAL).join("mark");
+    let slot = 4096;
+    for events in 20..25 {
+        let fs = closed_with(events);
+        let (number, end) = active_end(&fs);
+        let last = *batch_starts(&fs, &segment(number)).last().unwrap();
+        for at in (last..end - 128).step_by(64) {
+            let fork = fs.fork(1);
+            change(&fork, &mark_path, |marks| {
+                let newest = marks[..128].to_vec();
+                let other = marks[slot..slot + 128].to_vec();
+                let sequence = |mark: &[u8]| Mark::decode(mark).unwrap().sequence;
+                let is_first = sequence(&newest) > sequence(&other);
+                let newest = if is_first { newest } else { other };
+                // Neither slot has it: the next one would have replaced the older.
+                marks.fill(0);
+                change(&fork, &segment(number), |file| {
+                    file[at..at + 128].copy_from_slice(&newest);
+                });
+            });
+            let before = all(&fork);
+            let found = corruption(open(&fork));
+            assert_eq!((found.path, found.file_offset), (segment(number), last as u64));
+            assert_eq!(all(&fork), before);
+        }
+    }
 }
 
 #[test]

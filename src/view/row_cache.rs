@@ -1,0 +1,58 @@
+//! Rows that were written last, for the fold that needs them next.
+//!
+//! A fold begins with the stored row. To find one among a million costs more than to fold it; most of those that are needed
+//! were written not long ago.
+//!
+//! Invariants:
+//! - What is in it is what the database has: it is changed by what was written, behind each write, and by nothing else.
+//! - It is bounded in bytes, its own included.
+
+use foldhash::fast::RandomState;
+use quick_cache::Weighter;
+use quick_cache::unsync::{Cache, DefaultLifecycle};
+use smallvec::SmallVec;
+
+/// Small keys and rows without an allocation.
+pub(super) type Bytes = SmallVec<[u8; 16]>;
+
+/// A row under its database key; `None` if it was deleted.
+pub(super) type Written = (Bytes, Option<Bytes>);
+
+/// What an entry needs beside what doesn't fit into it: the entry, its links and its place in the table.
+const ENTRY_BYTES: u64 = (size_of::<Written>() + 40) as u64;
+
+#[derive(Clone)]
+struct ByBytes;
+
+impl Weighter<Bytes, Option<Bytes>> for ByBytes {
+    fn weight(&self, key: &Bytes, row: &Option<Bytes>) -> u64 {
+        ENTRY_BYTES + spilled(key) + row.as_ref().map_or(0, spilled)
+    }
+}
+
+fn spilled(bytes: &Bytes) -> u64 {
+    if bytes.spilled() { bytes.capacity() as u64 } else { 0 }
+}
+
+pub(super) struct RowCache(Cache<Bytes, Option<Bytes>, ByBytes, RandomState>);
+
+impl RowCache {
+    /// `None` if it could hold nothing.
+    pub(super) fn new(bytes_max: u64) -> Option<Self> {
+        let entries = bytes_max / ENTRY_BYTES;
+        let (hasher, lifecycle) = (RandomState::default(), DefaultLifecycle::default());
+        // It grows with what is in it.
+        let estimated = usize::try_from(entries).ok().filter(|entries| *entries > 0)?.min(1 << 16);
+        Some(Self(Cache::with(estimated, bytes_max, ByBytes, hasher, lifecycle)))
+    }
+
+    /// The row under a key, if that is known here.
+    pub(super) fn get(&self, key: &[u8]) -> Option<&Option<Bytes>> {
+        self.0.get(key)
+    }
+
+    /// These were written.
+    pub(super) fn written(&mut self, rows: Vec<Written>) {
+        rows.into_iter().for_each(|(key, row)| self.0.insert(key, row));
+    }
+}
