@@ -35,6 +35,7 @@ use super::key::{ViewKey, decode_all};
 use super::poison::{Discarded, ParkedCounts};
 use super::program::Build;
 use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase};
+use super::row_cache::Bytes;
 use super::sort::{Run, Runs};
 use super::sources::{Checkpoints, Sources};
 use super::{Fold, Indexes, Keys, View};
@@ -141,8 +142,6 @@ struct Folded {
     /// The keys from here on are still to be folded.
     left_from: Option<Vec<u8>>,
 }
-
-type Bytes = SmallVec<[u8; 16]>;
 
 /// A row as it will be stored. Encoded, so that what it needs is known, and a fold gets it by value.
 struct Row {

@@ -36,6 +36,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
+use parking_lot::Mutex;
 use rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, DBPinnableSlice, DBRawIterator, FlushOptions,
     IngestExternalFileOptions, LogLevel, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter,
@@ -45,6 +46,7 @@ use self_cell::self_cell;
 
 use super::openings::Closing;
 use super::poison::{Head, ParkedCounts};
+use super::row_cache::{Bytes, RowCache, Written};
 use super::sources::Checkpoints;
 use crate::format::Decoder;
 use crate::planted::{self, Bug};
@@ -416,19 +418,29 @@ fn progress_key(journal: JournalId) -> Vec<u8> {
 }
 
 /// What is written together, or not at all.
-pub(super) struct Writes(WriteBatch);
+#[derive(Default)]
+pub(super) struct Writes {
+    batch: WriteBatch,
+    rows: Vec<Written>,
+}
 
 impl Writes {
     pub(super) fn new() -> Self {
-        Self(WriteBatch::default())
+        Self::default()
     }
 
     pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
-        self.0.put(key, value);
+        self.batch.put(key, value);
+        if is_row(key) {
+            self.rows.push((Bytes::from_slice(key), Some(Bytes::from_slice(value))));
+        }
     }
 
     pub(super) fn delete(&mut self, key: &[u8]) {
-        self.0.delete(key);
+        self.batch.delete(key);
+        if is_row(key) {
+            self.rows.push((Bytes::from_slice(key), None));
+        }
     }
 }
 
@@ -437,6 +449,7 @@ pub(super) struct Db {
     db: DB,
     path: PathBuf,
     write_options: WriteOptions,
+    rows: Mutex<Option<RowCache>>,
     #[allow(dead_code, reason = "held, never read; behind the database, which is closed first")]
     closing: Option<Closing>,
 }
@@ -451,7 +464,8 @@ impl Db {
         })?;
         let mut write_options = WriteOptions::default();
         write_options.disable_wal(true);
-        Ok(Self { db, path: path.to_owned(), write_options, closing: None })
+        let (path, rows) = (path.to_owned(), Mutex::default());
+        Ok(Self { db, path, write_options, rows, closing: None })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -543,29 +557,53 @@ impl Db {
         Ok(Some(progress.checkpoints))
     }
 
+    /// From now on rows that are written are kept for [`rows`](Self::rows), up to so many bytes.
+    pub(super) fn keep_written_rows(&self, bytes_max: u64) {
+        *self.rows.lock() = RowCache::new(bytes_max);
+    }
+
     /// The rows under `keys`, in their order.
     pub(super) fn rows<'k>(
         &self,
         keys: impl Iterator<Item = &'k [u8]>,
     ) -> Result<Vec<Option<Vec<u8>>>, StorageError> {
-        self.db
-            .multi_get(keys)
-            .into_iter()
-            .map(|row| row.map_err(|error| self.failed("reading rows", error)))
-            .collect()
+        let mut rows = Vec::with_capacity(keys.size_hint().0);
+        let mut missing = Vec::new();
+        {
+            let kept = self.rows.lock();
+            for (at, key) in keys.enumerate() {
+                let row = kept.as_ref().and_then(|kept| kept.get(key));
+                if row.is_none() {
+                    missing.push((at, key));
+                }
+                rows.push(row.and_then(Option::as_ref).map(|row| row.to_vec()));
+            }
+        }
+        let found = self.db.multi_get(missing.iter().map(|(_, key)| key));
+        for ((at, _), row) in missing.iter().zip(found) {
+            let row = row.map_err(|error| self.failed("reading rows", error))?;
+            if let Some(place) = rows.get_mut(*at) {
+                *place = row;
+            }
+        }
+        Ok(rows)
     }
 
     /// Writes rows and the progress that they are of. Visible at once; durable some time after.
     pub(super) fn write(&self, writes: Writes, progress: &Progress) -> Result<(), StorageError> {
-        let Writes(mut batch) = writes;
+        let Writes { mut batch, rows } = writes;
         if planted::is(Bug::CheckpointApartFromRows) {
-            let rows = std::mem::take(&mut batch);
-            drop(self.db.write_opt(rows, &self.write_options));
+            let apart = std::mem::take(&mut batch);
+            drop(self.db.write_opt(apart, &self.write_options));
         }
         progress.to_rows().for_each(|(key, row)| batch.put(key, row));
         self.db
             .write_opt(batch, &self.write_options)
-            .map_err(|error| self.failed("writing rows and checkpoint", error))
+            .map_err(|error| self.failed("writing rows and checkpoint", error))?;
+        if let Some(kept) = &mut *self.rows.lock() {
+            kept.written(rows);
+        }
+        Ok(())
     }
 
     /// Begins to make durable what was written, and waits for it if asked to.

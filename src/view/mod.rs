@@ -49,6 +49,7 @@ mod openings;
 mod poison;
 mod program;
 mod rebuild;
+mod row_cache;
 mod rows;
 mod runner;
 mod sort;
@@ -179,6 +180,10 @@ pub trait View: Send + Sync + 'static {
     ///
     /// Another set of indexes makes a new generation at the next opening, built from the journal, as a new
     /// [`VERSION`](Self::VERSION) does. Give an index whose keys change another name, or raise the version.
+    ///
+    /// A row is indexed when it is written, once for all events that were folded into it since the last time. If its keys
+    /// panic, the events are folded again one after the other, and the first behind which they do is treated as one that
+    /// fails to fold. So keys should be there for every row, also for those that only some histories have.
     fn indexes(&self) -> Indexes<Self>
     where
         Self: Sized,
@@ -262,6 +267,9 @@ pub struct ViewOptions {
     /// What to do with an event that can't be decoded or routed. Default: [`OnPoison::Park`] it. Any row may lack
     /// it then, and all say that they are degraded, until it is discarded or the view is built anew.
     pub on_undecodable: OnPoison,
+    /// Rows that were written last are kept in memory for the fold that needs them next, up to so many bytes; about 100
+    /// and what is in it for each. Folding into more keys than that reads the database. Default 32 MiB; 0 keeps none.
+    pub row_cache_bytes: u64,
     /// Whether the view has applied an append when that returns: read your own write, without a token. Default: false.
     ///
     /// It costs the append what the fold costs, by every thread that appends one after the other; an asynchronous view
@@ -283,6 +291,7 @@ impl Default for ViewOptions {
             lost_tail: LostTail::Refuse,
             on_poison: OnPoison::Park,
             on_undecodable: OnPoison::Park,
+            row_cache_bytes: 32 << 20,
             inline: false,
             memory: ViewMemory::default(),
         }

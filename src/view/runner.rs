@@ -487,6 +487,7 @@ impl<P: Program> Runner<P> {
         }
         let mut applied = shared.state().applied;
         if self.cursors.is_empty() {
+            self.db.keep_written_rows(shared.options.row_cache_bytes);
             self.cursors = cursors::<P>(&shared.sources, &applied.checkpoints)?;
         }
         // Asked first: what was published before the closing is still to be read.

@@ -315,8 +315,9 @@ impl ViewTxn<'_> {
         if let Some(row) = written {
             return row.as_deref().map(|row| self.decode_row(table.name, row)).transpose();
         }
-        let stored = self.db.get(&key).map_err(|error| self.failing(error.into()))?;
-        stored.map(|row| self.decode_row(table.name, row.as_ref())).transpose()
+        let stored = self.db.rows([key.as_slice()].into_iter());
+        let stored = stored.map_err(|error| self.failing(error.into()))?.pop().flatten();
+        stored.map(|row| self.decode_row(table.name, &row)).transpose()
     }
 
     /// Writes the row under `key`, new or in place of another.

@@ -264,6 +264,7 @@ fn rng(round: u64) -> Rng {
 fn small_steps(rng: &mut Rng) -> ViewOptions {
     ViewOptions {
         chunk_bytes: rng.u64(1..4096),
+        row_cache_bytes: rng.u64(..2048),
         flush_bytes: rng.u64(1..16384),
         ..ViewOptions::default()
     }

@@ -85,7 +85,9 @@ impl World {
     }
 
     fn open(&self, chunk_bytes: u64) -> ViewHandle<Traces> {
-        let options = ViewOptions { chunk_bytes, ..ViewOptions::default() };
+        // A few rows are remembered with small chunks, or none.
+        let row_cache_bytes = if chunk_bytes < 1 << 20 { chunk_bytes } else { 32 << 20 };
+        let options = ViewOptions { chunk_bytes, row_cache_bytes, ..ViewOptions::default() };
         let view = Traces { is_mended: Arc::clone(&self.is_mended) };
         self.stores[0].view_over(&self.journals(), view, options).unwrap()
     }

@@ -195,7 +195,9 @@ impl World {
 }
 
 fn chunks_of(chunk_bytes: u64) -> ViewOptions {
-    ViewOptions { chunk_bytes, ..ViewOptions::default() }
+    // With small chunks only a few rows are remembered, or none.
+    let row_cache_bytes = if chunk_bytes < 1 << 20 { chunk_bytes } else { 32 << 20 };
+    ViewOptions { chunk_bytes, row_cache_bytes, ..ViewOptions::default() }
 }
 
 #[test]

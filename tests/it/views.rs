@@ -231,6 +231,7 @@ fn random_batch(rng: &mut Rng) -> Vec<NewEvent> {
 fn small_steps(rng: &mut Rng) -> ViewOptions {
     ViewOptions {
         chunk_bytes: rng.u64(1..4096),
+        row_cache_bytes: rng.u64(..2048),
         flush_bytes: rng.u64(1..16384),
         ..ViewOptions::default()
     }
