@@ -123,6 +123,9 @@ pub struct Mark {
     pub closed: bool,
     /// The end before a deliberate cut.
     pub witness: Option<Witness>,
+    /// The lower half of the salt of the segment that was written to, or 0. Nobody who only appends knows it: it tells a
+    /// mark that was written to a wrong place from a payload that looks like one.
+    pub salt: u32,
 }
 
 impl Mark {
@@ -142,6 +145,7 @@ impl Mark {
         out.put(12, &flags.to_le_bytes());
         out.put(16, &self.sequence.to_le_bytes());
         out.put(24, &self.end.to_bytes());
+        out.put(120, &self.salt.to_le_bytes());
         let crc = crc32(&[&out.0[..MARK_SLOT_BYTES - 4]]);
         out.put(MARK_SLOT_BYTES - 4, &crc.to_le_bytes());
         out.0
@@ -173,6 +177,7 @@ impl Mark {
             end,
             closed: flags & FLAG_CLOSED != 0,
             witness: (flags & FLAG_WITNESS != 0).then_some(witness),
+            salt: input.u32()?,
         })
     }
 
@@ -187,7 +192,7 @@ impl Mark {
             position: Position::START,
             chain: super::batch::genesis(journal),
         };
-        Self { sequence: 0, end, closed: false, witness: None }
+        Self { sequence: 0, end, closed: false, witness: None, salt: 0 }
     }
 }
 

@@ -61,6 +61,7 @@ impl Start {
             end: self.checkpoint,
             closed: false,
             witness: mark.and_then(|mark| mark.witness),
+            salt: 0,
         };
         kept.or((self.segment > 0).then_some(base))
     }

@@ -62,6 +62,8 @@ struct State {
     file: MarkFile,
     /// The newest mark that was written.
     mark: Mark,
+    /// Of the segment that is written to, its lower half.
+    salt: u32,
     /// When the first and the last unsynced mark were written.
     unsynced: Option<(Instant, Instant)>,
     /// Number of the next segment: nobody was given it yet.
@@ -128,6 +130,7 @@ impl Keeper {
         let state = State {
             file,
             mark,
+            salt: 0,
             unsynced: None,
             next,
             place: Place::Nothing,
@@ -166,7 +169,7 @@ impl Keeper {
         let was_due = state.is_spare_due();
         state.commits.count += 1;
         state.commits.bytes += end.offset - state.mark.end.offset;
-        let mark = Mark { sequence: 0, end, closed: false, witness };
+        let mark = Mark { sequence: 0, end, closed: false, witness, salt: state.salt };
         state.mark = mark;
         state.error = state.file.write(mark).err();
         let now = Instant::now();
@@ -179,6 +182,11 @@ impl Keeper {
                 self.shared.step(&mut state);
             }
         }
+    }
+
+    /// From now on a segment with this salt is written to.
+    pub(crate) fn enter(&self, salt: u64) {
+        self.shared.state.lock().salt = salt as u32; // its lower half
     }
 
     /// Writes a mark that says whether the journal was closed, and syncs it.

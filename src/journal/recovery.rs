@@ -650,8 +650,8 @@ impl Survey {
             let at = behind.map_or(HEADER_PAGE_BYTES as u64, Kept::end_in_file);
             let mut events = 0;
             let count = |header: &BatchHeader| events += u64::from(header.count);
-            let durable = found.window(fs, layout)?.durable_behind(at, page, role, count)?;
-            self.proven = self.proven.max(durable);
+            let claims = found.window(fs, layout)?.claims_behind(at, page, role, count)?;
+            self.proven = self.proven.max(claims.durable_offset);
             self.torn_events += events;
         }
         Ok(())
@@ -763,7 +763,7 @@ pub(crate) fn mend(
         let old_end =
             Witness { offset: old.end.offset, position: old.end.position, chain: old.end.chain };
         witness = witness.filter(|known| known.offset >= old_end.offset).or(Some(old_end));
-        mark.lower(Mark { sequence: 0, end: survey.end, closed: false, witness })?;
+        mark.lower(Mark { sequence: 0, end: survey.end, closed: false, witness, salt: 0 })?;
         survey.proven = survey.end.offset;
         report.refetch = true;
     }
@@ -781,7 +781,7 @@ pub(crate) fn mend(
     }
     remove_stale(fs, layout, &survey)?;
     let end = survey.end;
-    mark.write_synced(Mark { sequence: 0, end, closed: false, witness })?;
+    mark.write_synced(Mark { sequence: 0, end, closed: false, witness, salt: 0 })?;
     ensure_reserve(fs, layout, reserve_bytes);
     Ok(Recovered {
         kept: survey.kept,

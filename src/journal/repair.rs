@@ -591,17 +591,20 @@ impl<'a> Scene<'a> {
 
     /// What lies behind the place where the valid batches stop tells what had been durable.
     fn count_claims(&mut self, place: Place) -> Result<(), RepairError> {
-        let mut proven = self.proven;
+        let (mut proven, mut stray) = (self.proven, None);
         let first = place.segment.unwrap_or(0);
         for (index, segment) in self.segments.iter().enumerate().skip(first) {
             let Some(page) = &segment.page else { continue };
             let behind = Some(index) == place.segment;
             let offset = if behind { place.joint.link.offset } else { page.header.base_offset };
             let at = file_offset(page.header.base_offset, offset);
-            let durable = segment.window().durable_behind(at, page, self.node.role, |_| {})?;
-            proven = proven.max(durable);
+            let claims = segment.window().claims_behind(at, page, self.node.role, |_| {})?;
+            proven = proven.max(claims.durable_offset);
+            // One that has gone astray says where the lost events end, as one in its place does.
+            stray = claims.mark.or(stray);
         }
         self.proven = proven;
+        self.mark = stray.filter(|mark| mark.end.offset == proven).or(self.mark);
         Ok(())
     }
 
@@ -1061,7 +1064,7 @@ fn carry_out_recovery(fs: &dyn Fs, layout: &Layout, mark: bool) -> Result<(), Re
         return Ok(());
     }
     let (end, witness) = (recovered.end, recovered.witness);
-    recovered.mark.lower(Mark { sequence: 0, end, closed: false, witness })?;
+    recovered.mark.lower(Mark { sequence: 0, end, closed: false, witness, salt: 0 })?;
     let file = recovered.mark.file();
     for slot in [0, MARK_SLOT_STRIDE] {
         let between = slot + MARK_SLOT_BYTES as u64..slot + MARK_SLOT_STRIDE;

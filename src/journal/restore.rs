@@ -195,7 +195,7 @@ pub fn restore(
     let copied = copy::copy(&source, to, &**fs, &locked.layout)?;
     // Proof of the end, in front of `node`: nothing opens this yet.
     let mut mark = MarkFile::open(&**fs, &locked.layout, 0)?;
-    mark.write_synced(Mark { sequence: 0, end, closed: false, witness: None })?;
+    mark.write_synced(Mark { sequence: 0, end, closed: false, witness: None, salt: 0 })?;
     let node = Node { role: Role::Origin, node: NodeId::random(), journal: source.id() };
     locked.write_node(&node)?;
     finish(&**fs, &locked.layout)?;

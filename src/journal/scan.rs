@@ -51,6 +51,14 @@ pub(crate) fn header_page(
     Ok((page, page == zeros))
 }
 
+/// How far the journal had been durable, by what was found.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Claims {
+    pub(crate) durable_offset: u64,
+    /// The mark that says so, if it is one that has gone astray.
+    pub(crate) mark: Option<Mark>,
+}
+
 /// What can be told from the bytes at a place.
 enum Place {
     Batch(BatchHeader),
@@ -141,31 +149,36 @@ impl Window {
         })
     }
 
-    /// Up to where the journal had been durable, by what lies from file offset `at` on: in an origin by the headers
-    /// of batches (in a mirror they speak of the origin's disk), and by marks.
+    /// What tells, from file offset `at` on, how far the journal had been durable: in an origin headers of batches (in a
+    /// mirror they speak of the origin's disk), and marks.
     ///
-    /// A mark doesn't belong there: its write has gone astray. If it has hit the last batch, nothing else says that
-    /// this was durable. No event can hold a mark that lies ahead of it.
-    pub(crate) fn durable_behind(
+    /// A mark doesn't belong there: its write has gone astray. If it has hit the last batch, nothing else says that this
+    /// was durable. By the salt it is told from a payload that looks like a mark.
+    pub(crate) fn claims_behind(
         &mut self,
         at: u64,
         page: &SegmentPage,
         role: Role,
         mut found: impl FnMut(&BatchHeader),
-    ) -> Result<u64, IoError> {
-        let mut durable = 0;
-        self.walk_behind(at, page, |place| {
-            let claimed = match place {
-                Place::Batch(header) => {
-                    found(&header);
-                    if role == Role::Origin { header.durable_offset } else { 0 }
+    ) -> Result<Claims, IoError> {
+        let mut claims = Claims::default();
+        self.walk_behind(at, page, |place| match place {
+            Place::Batch(header) => {
+                found(&header);
+                if role == Role::Origin {
+                    claims.durable_offset = claims.durable_offset.max(header.durable_offset);
                 }
-                Place::Mark(mark) if mark.end.journal == page.header.journal => mark.end.offset,
-                Place::Mark(_) => 0,
-            };
-            durable = durable.max(claimed);
+            }
+            Place::Mark(mark) => {
+                let header = &page.header;
+                let is_ours = mark.end.journal == header.journal && mark.salt == header.salt as u32;
+                if is_ours && mark.end.offset > claims.mark.map_or(0, |mark| mark.end.offset) {
+                    claims.durable_offset = claims.durable_offset.max(mark.end.offset);
+                    claims.mark = Some(mark);
+                }
+            }
         })?;
-        Ok(durable)
+        Ok(claims)
     }
 
     fn walk_behind(

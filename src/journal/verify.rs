@@ -945,7 +945,8 @@ impl<'a> Verifier<'a> {
         stop: &Stop,
     ) -> Result<bool, IoError> {
         let at = file_offset(page.header.base_offset, stop.end.offset);
-        let claimed = head.window().durable_behind(at, page, self.role, |_| {})?;
+        let claims = head.window().claims_behind(at, page, self.role, |_| {})?;
+        let claimed = claims.durable_offset;
         self.report.proven_offset = self.report.proven_offset.max(claimed);
         Ok(claimed > stop.end.offset)
     }

@@ -75,7 +75,7 @@ impl Writer {
         options: &JournalOptions,
     ) -> Result<Self, IoError> {
         let written = journal.end();
-        let newest = Mark { sequence: 0, end: written, closed: false, witness: None };
+        let newest = Mark { sequence: 0, end: written, closed: false, witness: None, salt: 0 };
         let first = journal.retained().segment;
         let next = last.as_ref().map_or(first, |page| page.header.number + 1);
         let background = options.background_thread;
@@ -115,6 +115,7 @@ impl Writer {
     /// the one that was active.
     fn enter(&mut self, active: Active) -> Option<Active> {
         let header = &active.page.header;
+        self.keeper.enter(header.salt);
         self.keeper.order(Order {
             from_offset: header.base_offset + active.capacity_bytes / 4,
             capacity_bytes: self.capacity_bytes_behind(Some(header.capacity_bytes)),
@@ -241,7 +242,7 @@ impl Writer {
         self.journal.close_watch();
         self.keeper.stop();
         let end = self.journal.end();
-        self.keeper.mark_synced(Mark { sequence: 0, end, closed: true, witness })
+        self.keeper.mark_synced(Mark { sequence: 0, end, closed: true, witness, salt: 0 })
     }
 }
 

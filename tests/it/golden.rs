@@ -330,12 +330,13 @@ fn journals() -> BTreeMap<&'static str, BTreeMap<String, Vec<u8>>> {
     mirror.insert("node".to_owned(), node(Role::Mirror, 0xb0).encode().to_vec());
     let witness =
         Witness { offset: ends[4].offset, position: ends[4].position, chain: ends[4].chain };
-    let lowered = Mark { sequence: 9, end: ends[2], closed: false, witness: Some(witness) };
+    let lowered =
+        Mark { sequence: 9, end: ends[2], closed: false, witness: Some(witness), salt: 0 };
     mirror.insert("mark".to_owned(), mark_file(Mark { sequence: 10, ..lowered }, lowered));
 
     origin.insert("node".to_owned(), node(Role::Origin, 0xa0).encode().to_vec());
-    let closed = Mark { sequence: 6, end: ends[5], closed: true, witness: None };
-    let before = Mark { sequence: 5, end: ends[4], closed: false, witness: None };
+    let closed = Mark { sequence: 6, end: ends[5], closed: true, witness: None, salt: 0 };
+    let before = Mark { sequence: 5, end: ends[4], closed: false, witness: None, salt: 0 };
     origin.insert("mark".to_owned(), mark_file(closed, before));
     // The origin, once segment 0 was removed.
     let mut trimmed = origin.clone();

@@ -122,8 +122,13 @@ impl Overlapping {
         self.durable = self.previous;
         if write_mark {
             self.sequence += 1;
-            let mark =
-                Mark { sequence: self.sequence, end: self.durable, closed: false, witness: None };
+            let mark = Mark {
+                sequence: self.sequence,
+                end: self.durable,
+                closed: false,
+                witness: None,
+                salt: 0,
+            };
             self.mark.write_at(&mark.encode(), self.sequence % 2 * MARK_SLOT_STRIDE).ok();
         }
         Ok(())
