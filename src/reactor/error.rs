@@ -169,6 +169,10 @@ pub enum EventFailure {
     /// The payload can't be decoded.
     #[error(transparent)]
     Undecodable(CodecError),
+    /// The process has died of it, so often in a row; it may have had its effect each time. It is tried once more if
+    /// the reactor is resumed.
+    #[error("the process died {0} times while it was at it")]
+    Died(u32),
 }
 
 impl HaltError {

@@ -12,6 +12,8 @@
 //!   since the last checkpoint, and none is left out. Whoever receives the effect tells repetitions by the
 //!   [`IdempotencyKey`].
 //! - Only durable events are seen: no effect is of an event that a crash takes back.
+//! - An event of which the process has died five times in a row makes the reactor halt in front of it, instead of
+//!   killing the process for ever (`attempts.rs`).
 //! - A reactor is no view: nothing ever runs it over events again. A journal with another history than the one it
 //!   was reacted to (restored from an older copy, say) is noticed at opening, and refused.
 //!
@@ -27,6 +29,7 @@ use crate::fs::Fs;
 use crate::journal::Journal;
 use crate::position::{Incarnation, Locator};
 
+mod attempts;
 pub(crate) mod checkpoint;
 mod error;
 mod handle;
@@ -80,7 +83,9 @@ pub trait Reactor: Send + 'static {
     ///
     /// # Errors
     /// [`ReactError`], from any error or text: it is tried again, as the [options](ReactorOptions) say, and then
-    /// the reactor halts in front of the event. A panic makes it halt at once.
+    /// the reactor halts in front of the event. A panic makes it halt at once. If the process dies in here, it is
+    /// called again at the next opening; behind five deaths in a row at one event, the reactor begins halted in front
+    /// of it.
     fn react(&self, event: &Recorded<Self::Event>, key: &IdempotencyKey) -> Result<(), ReactError>;
 }
 

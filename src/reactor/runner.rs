@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use backon::{BackoffBuilder, ExponentialBuilder};
 use parking_lot::{Condvar, Mutex};
 
+use super::attempts::{At, Attempts, DEATHS_MAX};
 use super::checkpoint::{self, Place};
 use super::error::{EventFailure, HaltError, OpenReactorError, SkipError};
 use super::{IdempotencyKey, ReactError, Reactor, ReactorOptions, Start};
@@ -144,6 +145,8 @@ pub(super) fn start<R: Reactor>(
         place,
         judged,
         unsaved: None,
+        attempts: Attempts::open(&**fs, dir),
+        told_of_deaths: None,
         names: Names::default(),
     };
     let thread = thread::Builder::new()
@@ -230,6 +233,9 @@ struct Runner<R> {
     judged: bool,
     /// What is done and isn't recorded: how many events, and since when.
     unsaved: Option<(u64, Instant)>,
+    attempts: Attempts,
+    /// It has halted in front of this event because the process had died of it: whoever resumes it wants it tried.
+    told_of_deaths: Option<Position>,
     names: Names,
 }
 
@@ -362,12 +368,23 @@ impl<R: Reactor> Runner<R> {
         let kind = EventKindRef { name: record.event_type, schema_version: record.schema_version };
         let journal = self.shared.journal.id();
         let header = &batch.batch.header;
+        let at = At { journal, position, id: record.id };
+        let kinds = R::Event::KINDS;
+        // Events of other types are many, and nothing happens to them.
+        let is_known = kinds.is_empty() || kinds.iter().any(|it| it.kind.name == record.event_type);
+        if is_known {
+            self.halt_at_killer(record, at, header.time_us)?;
+            self.attempts.begin(at);
+        }
         let recorded = |data, names: &mut Names| {
             Recorded::from_record_with(record, journal, position, header.time_us, names, data)
         };
         let decoded = catch_unwind(AssertUnwindSafe(|| R::Event::decode(kind, payload)))
             .map_err(|panic| EventFailure::Panicked(message_of(&*panic)))
             .and_then(|decoded| decoded.map_err(EventFailure::Undecodable));
+        if is_known {
+            self.attempts.pause(at);
+        }
         match decoded {
             Ok(Decoded::Foreign) => {
                 self.done(behind, |counts| counts.unknown += 1);
@@ -395,12 +412,35 @@ impl<R: Reactor> Runner<R> {
                 return Err(halted_at(&event, R::NAME, 1, cause));
             }
         }
+        self.attempts.end(at);
         self.done(behind, |counts| counts.reacted += 1);
         Ok(true)
     }
 
+    /// The process has died of this event so often that whoever is asked is asked first.
+    fn halt_at_killer(
+        &mut self,
+        record: &RecordRef<'_>,
+        at: At,
+        time_us: i64,
+    ) -> Result<(), HaltError> {
+        let deaths = self.attempts.deaths(at);
+        if deaths < DEATHS_MAX || self.told_of_deaths == Some(at.position) {
+            return Ok(());
+        }
+        self.told_of_deaths = Some(at.position);
+        let At { journal, position, .. } = at;
+        let names = &mut self.names;
+        let event = Recorded::from_record_with(record, journal, position, time_us, names, ());
+        Err(halted_at(&event, R::NAME, deaths, EventFailure::Died(deaths)))
+    }
+
     /// Tries until it is done; false if something else is asked for before that.
-    fn react(&self, event: &Recorded<R::Event>, key: &IdempotencyKey) -> Result<bool, HaltError> {
+    fn react(
+        &mut self,
+        event: &Recorded<R::Event>,
+        key: &IdempotencyKey,
+    ) -> Result<bool, HaltError> {
         let mut delays = ExponentialBuilder::new()
             .with_jitter()
             .with_min_delay(self.options.back_off_min)
@@ -408,11 +448,15 @@ impl<R: Reactor> Runner<R> {
             .without_max_times()
             .build();
         for attempts in 1.. {
+            let Locator { journal, position } = event.locator();
+            let at = At { journal, position, id: event.id() };
+            self.attempts.begin(at);
             let tried = catch_unwind(AssertUnwindSafe(|| {
                 let tried = self.reactor.react(event, key);
                 tried
                     .map_err(|ReactError { cause, is_permanent }| (cause.to_string(), is_permanent))
             }));
+            self.attempts.pause(at);
             let (cause, is_permanent) = match tried {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error,

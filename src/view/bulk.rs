@@ -30,6 +30,7 @@ use std::hash::BuildHasher;
 
 use super::chunk::{Place, decode, guard, invalid_record, stop_at};
 use super::db::{Files, Progress, StorageError, row_key};
+use super::deadly::{At, Deadly, Stage};
 use super::error::{EventFailure, StopError};
 use super::key::{ViewKey, decode_all};
 use super::poison::{Discarded, ParkedCounts};
@@ -92,7 +93,8 @@ impl From<StopError> for Ended {
 
 /// Builds the rows of everything in front of `until` into a database that was never written to.
 pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ended> {
-    let Build { sources, until, db, memory, means, control } = what;
+    let Build { sources, until, db, memory, means, control, note } = what;
+    let deadly = note.deadly();
     let storage = |source| Ended::Failed(StopError::Storage { view: V::NAME, source });
     let pool = ThreadPoolBuilder::new()
         .num_threads(means.threads)
@@ -100,8 +102,8 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
         .build()
         .map_err(|error| storage(db.no_threads(error)))?;
     let mut files = Files::new(db, memory).map_err(storage)?;
-    let mut pass =
-        Pass { view, sources, until: &until, means, control, pool: &pool, from: Vec::new() };
+    let (pool, from, until) = (&pool, Vec::new(), &until);
+    let mut pass = Pass { view, sources, until, means, deadly, control, pool, from };
     let (indexes, runs) = (Indexes::of(view), Runs::new(files.dir()));
     let mut progress = None;
     loop {
@@ -130,6 +132,8 @@ struct Pass<'a, V: View> {
     sources: &'a Sources,
     until: &'a Checkpoints,
     means: Means,
+    /// What can't be tried.
+    deadly: Arc<Deadly>,
     control: &'a Control,
     pool: &'a ThreadPool,
     /// The first key of the range.
@@ -212,7 +216,9 @@ impl<V: View> Pass<'_, V> {
             let failures: Vec<_> = self.pool.install(|| {
                 let folded = parts.par_iter_mut().enumerate();
                 folded
-                    .filter_map(|(n, part)| part.fold(self.view, n, pieces, &hasher).err())
+                    .filter_map(|(n, part)| {
+                        part.fold(self.view, n, pieces, &hasher, &self.deadly).err()
+                    })
                     .collect()
             });
             if let Some((_, failure)) = failures.into_iter().min_by_key(|(place, _)| *place) {
@@ -272,6 +278,7 @@ impl<V: View> Pass<'_, V> {
                 if self.means.discarded.has_all_of(journal, position) {
                     continue;
                 }
+                self.deadly.check(|| at.of(&record, Stage::Route)).map_err(wrong)?;
                 let decoded = decode::<V::Event>(&record).map_err(wrong)?;
                 piece.skipped_events += u64::from(decoded.is_foreign());
                 for data in decoded {
@@ -371,6 +378,7 @@ impl Part {
         part: usize,
         pieces: &[Piece<V>],
         hasher: &RandomState,
+        deadly: &Deadly,
     ) -> Result<(), ((usize, Position), StopError)> {
         for (nth, piece) in pieces.iter().enumerate() {
             let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
@@ -378,9 +386,9 @@ impl Part {
                 let key = piece.key(first);
                 let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
                 let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
-                self.fold_run(view, piece, key, run, hasher).map_err(|(event, cause)| {
-                    ((nth, event.position()), stop_at(V::NAME, event, cause))
-                })?;
+                self.fold_run(view, piece, key, run, hasher, deadly).map_err(
+                    |(event, cause)| ((nth, event.position()), stop_at(V::NAME, event, cause)),
+                )?;
                 routes = rest;
             }
         }
@@ -395,6 +403,7 @@ impl Part {
         key: &[u8],
         run: &[Route<V::Key>],
         hasher: &RandomState,
+        deadly: &Deadly,
     ) -> Result<(), (&'p Recorded<V::Event>, EventFailure)> {
         let hash = run.first().map_or(0, |route| route.hash);
         let hash_of = |row: &Row| hasher.hash_one(row.key.as_slice());
@@ -407,6 +416,7 @@ impl Part {
         let mut changed_by = None;
         for (n, route) in run.iter().enumerate() {
             let Some(event) = piece.events.get(route.event as usize) else { continue };
+            deadly.check(|| At::of(event, Stage::Fold)).map_err(|cause| (event, cause))?;
             if let Some(bytes) = stored.take() {
                 let decoded = Bincode::decode::<V::Row>(bytes);
                 row = Some(decoded.map_err(|error| (event, EventFailure::StoredRow(error)))?);

@@ -22,6 +22,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::db::{
     Db, Progress, StorageError, Writes, parked_key, parked_row_key, row_key, unrouted_key,
 };
+use super::deadly::{At, Care, Stage};
 use super::error::{EventFailure, StopError};
 use super::key::ViewKey;
 use super::poison::{Head, OnPoison, ParkedCounts, ParkedRecord, Rules, reason_of};
@@ -104,8 +105,8 @@ struct Queue {
 struct Folding<R> {
     row: RowState<R>,
     queue: Option<Queue>,
-    /// The route at which an event failed, and why.
-    failed: Option<(usize, EventFailure)>,
+    /// The route at which an event failed, and why; without a reason, the first one: each is to be looked at.
+    failed: Option<(usize, Option<EventFailure>)>,
 }
 
 /// Why folding ended early.
@@ -225,6 +226,7 @@ impl<V: View> Chunk<V> {
         record: &RecordRef<'_>,
         at: Place,
     ) -> Result<Option<SmallVec<[(Recorded<V::Event>, Keys<V::Key>); 1]>>, EventFailure> {
+        self.rules.care.enter(|| at.of(record, Stage::Route))?;
         let decoded = decode::<V::Event>(record)?;
         if decoded.is_foreign() {
             return Ok(None);
@@ -307,13 +309,17 @@ impl<V: View> Chunk<V> {
             };
             if let Some(queue) = &mut it.queue {
                 self.push(queue, route.event);
+            } else if self.rules.care.is_careful() {
+                it.failed.get_or_insert((index, None));
             } else if it.failed.is_none() {
-                let folded = fold_twice(view, &slot.key, &mut it.row, event, index);
+                let care = &self.rules.care;
+                let folded = enter(care, event)
+                    .and_then(|()| fold_twice(view, &slot.key, &mut it.row, event, index));
                 if let Err(cause) = folded {
                     if self.stops_at(&cause) {
                         return Err(FoldFailure::Event(index, cause)); // the first one in the journal
                     }
-                    it.failed = Some((index, cause));
+                    it.failed = Some((index, Some(cause)));
                 }
             }
         }
@@ -388,7 +394,7 @@ impl<V: View> Chunk<V> {
             if let Some(route) = failed.as_ref().map(|(route, _)| *route).or(row.changed_by) {
                 let change = match failed {
                     Some((_, cause)) => Err(cause),
-                    None => change_of(indexes, &slot.key, &slot.row_key, &row),
+                    None => change_of(indexes, &slot.key, &slot.row_key, &row).map_err(Some),
                 };
                 let change = match change {
                     Ok(change) => change,
@@ -418,18 +424,27 @@ impl<V: View> Chunk<V> {
         (index, slot): (usize, &Slot<V::Key>),
         row: RowState<V::Row>,
         route: usize,
-        cause: EventFailure,
+        cause: Option<EventFailure>,
     ) -> Result<(Change, Option<Queue>), FoldFailure> {
         let routes: Vec<(usize, &Route)> =
             self.routes.iter().enumerate().filter(|(_, route)| route.slot == index).collect();
         let events = routes.iter().filter_map(|(_, route)| self.events.get(route.event));
-        let Careful { change, folded, failure } =
-            fold_carefully(view, indexes, &slot.key, &slot.row_key, row.stored, events);
+        let Careful { change, folded, failure } = fold_carefully(
+            view,
+            indexes,
+            &slot.key,
+            &slot.row_key,
+            row.stored,
+            events,
+            &self.rules.care,
+        );
         let failed = routes.get(folded).and_then(|(n, it)| Some((*n, self.events.get(it.event)?)));
         let (failure, failed_route, event) = match (failure, failed) {
             (Some(failure), Some((route, event))) => (failure, route, event),
             (None, _) => return Ok((change, None)), // it was of the moment
-            (Some(_), None) => return Err(FoldFailure::Event(route, cause)),
+            (Some(failure), None) => {
+                return Err(FoldFailure::Event(route, cause.unwrap_or(failure)));
+            }
         };
         let (_, first) = routes.get(folded).copied().unwrap_or((0, &Route { event: 0, slot: 0 }));
         let mut queue = self.park(failed_route, event, first.event, failure)?;
@@ -621,6 +636,7 @@ pub(super) fn fold_carefully<'e, V: View>(
     row_key: &[u8],
     stored: Option<Vec<u8>>,
     events: impl Iterator<Item = &'e Recorded<V::Event>>,
+    care: &Care,
 ) -> Careful
 where
     V::Event: 'e,
@@ -631,7 +647,8 @@ where
     while let Some(first) = events.next() {
         // Those that one stored event stands for are folded all or not at all.
         let (mut next, mut count) = (state.clone(), 1);
-        let mut folded = fold_twice(view, key, &mut next, first, careful.folded);
+        let mut folded = enter(care, first)
+            .and_then(|()| fold_twice(view, key, &mut next, first, careful.folded));
         while let Some(event) = events.next_if(|it| it.position() == first.position()) {
             folded = folded.and_then(|()| fold_twice(view, key, &mut next, event, careful.folded));
             count += 1;
@@ -649,6 +666,11 @@ where
         }
     }
     careful
+}
+
+/// An event is about to be folded into a row.
+fn enter<E>(care: &Care, event: &Recorded<E>) -> Result<(), EventFailure> {
+    care.enter(|| At::of(event, Stage::Fold))
 }
 
 /// Folds an event, once more if it fails: a panic may have been of the moment. A failure changes nothing.
@@ -699,6 +721,11 @@ pub(super) struct Place {
 }
 
 impl Place {
+    pub(super) const fn of(self, record: &RecordRef<'_>, stage: Stage) -> At {
+        let Self { journal, position, .. } = self;
+        At { journal, position, id: record.id, stage }
+    }
+
     pub(super) fn recorded<E>(
         self,
         record: &RecordRef<'_>,

@@ -595,6 +595,7 @@ impl Db {
         if planted::is(Bug::CheckpointApartFromRows) {
             let apart = std::mem::take(&mut batch);
             drop(self.db.write_opt(apart, &self.write_options));
+            drop(self.flush(true));
         }
         progress.to_rows().for_each(|(key, row)| batch.put(key, row));
         self.db

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::db::StorageError;
+use super::deadly::Stage;
 use super::key::KeyError;
 use super::poison::Degraded;
 use super::tables::TableError;
@@ -89,6 +90,12 @@ pub enum ViewError {
         /// The file.
         path: PathBuf,
     },
+    /// The file that says which events kill the process can't be understood.
+    #[error("{}: damaged: it says which events have killed the process", path.display())]
+    DamagedDeadly {
+        /// The file.
+        path: PathBuf,
+    },
     /// A generation can't be deleted while it is the one that is read.
     #[error("{}: this generation is the one that is read", folder.display())]
     Live {
@@ -162,6 +169,7 @@ impl ViewError {
             Self::LostTail { .. } => "view.lost_tail",
             Self::DamagedPointer { .. } => "view.damaged_pointer",
             Self::DamagedDecisions { .. } => "view.damaged_decisions",
+            Self::DamagedDeadly { .. } => "view.damaged_deadly",
             Self::Live { .. } => "view.live",
             Self::NoGeneration { .. } => "view.no_generation",
             Self::Journals { .. } => "view.journals",
@@ -193,6 +201,9 @@ impl ViewError {
             }
             Self::DamagedPointer { .. } => {
                 "move the view's directory away and open it again: it is built anew from the journal"
+            }
+            Self::DamagedDeadly { .. } => {
+                "delete it: which events kill the process is found out again, by some more deaths"
             }
             Self::DamagedDecisions { .. } => {
                 "put it back from a backup; without it, discarded events would come back"
@@ -310,6 +321,14 @@ pub enum EventFailure {
     /// A table of the view can't be read or written.
     #[error(transparent)]
     Table(TableError),
+    /// The process has died of it, again and again; see [`ViewControl::deadly_events`](super::ViewControl::deadly_events).
+    #[error("the process died {deaths} times while {stage} it")]
+    Deadly {
+        /// What the view's code was doing with it.
+        stage: Stage,
+        /// How often.
+        deaths: u32,
+    },
 }
 
 impl EventFailure {
@@ -345,6 +364,7 @@ impl StopError {
                 EventFailure::StoredKey(_) => "view_stop.stored_key",
                 EventFailure::NewRow(_) => "view_stop.new_row",
                 EventFailure::Table(_) => "view_stop.table",
+                EventFailure::Deadly { .. } => "view_stop.deadly",
             },
             Self::Index { .. } => "view_stop.index",
             Self::Fork { .. } => "view_stop.fork",
@@ -377,6 +397,9 @@ impl StopError {
                 }
                 EventFailure::Table(_) => {
                     "the key or row type was changed without a new VERSION: raise it, and the view is built anew"
+                }
+                EventFailure::Deadly { .. } => {
+                    "mend the view's code, which aborts, overflows its stack or needs too much memory; then acquit the event and try it again, or raise VERSION"
                 }
             },
             Self::Index { .. } => "mend the function that makes the index keys",

@@ -39,6 +39,7 @@ mod bulk;
 mod chunk;
 mod control;
 mod db;
+mod deadly;
 mod error;
 mod generation;
 mod handle;
@@ -74,6 +75,7 @@ use crate::journal::Journal;
 
 pub use control::{JournalStatus, ViewCheckpoint, ViewControl, ViewState, ViewStatus};
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
+pub use deadly::{DeadlyEvent, Stage};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
 pub use handle::{ViewHandle, ViewSnapshot};

@@ -40,6 +40,7 @@ use super::db::{
     self, Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked,
     parked_range, parked_row_key, row_key, unrouted_range,
 };
+use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::ViewHandle;
 use super::key::{EncodeKey, ViewKey, decode_all};
@@ -103,13 +104,14 @@ pub(super) struct Rules {
     pub(super) discarded: Arc<Discarded>,
     /// Who wants to know what changes; nobody if the rows aren't served.
     pub(super) watchers: Option<Arc<Watchers>>,
+    pub(super) care: Care,
 }
 
 impl Rules {
     /// While a generation is being built: it never goes live with holes.
-    pub(super) const fn strict(discarded: Arc<Discarded>) -> Self {
+    pub(super) const fn strict(discarded: Arc<Discarded>, care: Care) -> Self {
         let (on_poison, on_undecodable) = (OnPoison::Stop, OnPoison::Stop);
-        Self { on_poison, on_undecodable, discarded, watchers: None }
+        Self { on_poison, on_undecodable, discarded, watchers: None, care }
     }
 }
 
@@ -240,10 +242,15 @@ impl Parking {
     }
 
     /// How to deal with poison while following the journal.
-    pub(super) fn rules(&self, options: &ViewOptions, watchers: &Arc<Watchers>) -> Rules {
+    pub(super) fn rules(
+        &self,
+        options: &ViewOptions,
+        watchers: &Arc<Watchers>,
+        care: Care,
+    ) -> Rules {
         let ViewOptions { on_poison, on_undecodable, .. } = *options;
         let watchers = Some(Arc::clone(watchers));
-        Rules { on_poison, on_undecodable, discarded: self.discarded(), watchers }
+        Rules { on_poison, on_undecodable, discarded: self.discarded(), watchers, care }
     }
 
     /// Writes a decision down; it is durable and holds when this returns.
@@ -276,9 +283,10 @@ impl Parking {
         view: &V,
         db: &Arc<Db>,
         progress: &mut Progress,
+        care: &Care,
         applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
-        let place = InDatabase { view, db, parking: self };
+        let place = InDatabase { view, db, parking: self, care };
         let answer = |what: &What, progress: &mut Progress| match what {
             What::Retry { row_key } => place.retry(row_key, progress),
             What::Discard { row_key, at } => place.discard(row_key.as_deref(), *at, progress),
@@ -429,6 +437,7 @@ struct InDatabase<'a, V> {
     view: &'a V,
     db: &'a Arc<Db>,
     parking: &'a Parking,
+    care: &'a Care,
 }
 
 /// Some of a key's parked events.
@@ -497,7 +506,8 @@ impl<V: View> InDatabase<'_, V> {
         let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
         let (indexes, events) = (Indexes::of(self.view), some.events.iter());
         let Careful { change, folded, failure } =
-            fold_carefully(self.view, &indexes, &key, row_key, stored, events);
+            fold_carefully(self.view, &indexes, &key, row_key, stored, events, self.care);
+        self.care.done();
         if let Some(cause) = failure {
             if let Some(event) = some.events.get(folded).filter(|_| cause.is_of_the_rows()) {
                 return Err(stop_at(V::NAME, event, cause));
@@ -579,6 +589,7 @@ impl<V: View> InDatabase<'_, V> {
             let ParkedRecord { journal, position, recorded_at_us, .. } = *parked;
             let at = Place { journal, position, recorded_at_us };
             let mut events = Vec::new();
+            self.care.enter(|| at.of(&record, Stage::Route))?;
             for data in decode::<V::Event>(&record)? {
                 let event = at.recorded(&record, &mut Names::default(), data);
                 let mut keys = Keys(Vec::new());

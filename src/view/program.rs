@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::bulk::{self, Means};
 use super::chunk::{Chunk, Folded};
 use super::db::{Db, Identity, Progress};
+use super::deadly::{Care, Note};
 use super::error::{StopError, ViewError};
 use super::poison::{Parking, Rules};
 use super::rebuild::{Control, RebuildError, RebuildHandle, RebuildOptions, RebuildPhase};
@@ -43,6 +44,7 @@ pub(super) trait Program: Send + Sync + Sized + 'static {
         parking: &Parking,
         db: &Arc<Db>,
         progress: &mut Progress,
+        care: &Care,
         applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError>;
 }
@@ -55,6 +57,7 @@ pub(super) struct Build<'a> {
     pub(super) memory: &'a ViewMemory,
     pub(super) means: Means,
     pub(super) control: &'a Control,
+    pub(super) note: &'a Arc<Note>,
 }
 
 /// Batches on their way into a view.
@@ -80,9 +83,9 @@ pub(super) fn build_in_order<P: Program>(
     program: &P,
     what: Build<'_>,
 ) -> Result<Progress, bulk::Ended> {
-    let Build { sources, until, db, memory: _, means, control } = what;
+    let Build { sources, until, db, memory: _, means, control, note } = what;
     let storage = |source| StopError::Storage { view: P::NAME, source };
-    let rules = Rules::strict(means.discarded);
+    let rules = Rules::strict(means.discarded, note.care());
     let mut progress = db.begin(&program.identity(), nothing(sources)).map_err(storage)?;
     control.pass_begins(RebuildPhase::Building, until.events());
     let cursors = cursors::<P>(sources, &progress.checkpoints)?;
@@ -118,7 +121,7 @@ pub(super) fn fold_more<P: Program>(
         collect(program, journal, cursor, progress.clone(), limit, rules.clone());
     let mut more = More { events: 0, bytes: chunk.bytes() };
     if !chunk.is_empty() {
-        let (end, stop, _) = apply(program, chunk, db)?;
+        let (end, stop, _) = apply(program, chunk, db, &rules.care)?;
         more.events = end.checkpoints.events() - progress.checkpoints.events();
         *progress = end;
         stop.map_or(Ok(()), Err)?;
@@ -187,6 +190,10 @@ impl<V: View> Program for Keyed<V> {
     }
 
     fn build(&self, what: Build<'_>) -> Result<Progress, bulk::Ended> {
+        if what.note.forbids_bulk() {
+            return build_in_order(self, what); // it finds out of which event the process dies
+        }
+        let _noted = what.note.bulk();
         bulk::build(&self.0, what)
     }
 
@@ -195,9 +202,10 @@ impl<V: View> Program for Keyed<V> {
         parking: &Parking,
         db: &Arc<Db>,
         progress: &mut Progress,
+        care: &Care,
         applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
-        parking.answer(&self.0, db, progress, applied)
+        parking.answer(&self.0, db, progress, care, applied)
     }
 }
 

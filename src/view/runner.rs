@@ -24,6 +24,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::bulk::{self, Means};
 use super::chunk::{Folded, panic_message};
 use super::db::{Db, Progress, StorageError, StorageErrorKind};
+use super::deadly::{Attempts, Care, Duty, Note};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
 use super::inline::{Lane, Steps};
@@ -56,6 +57,7 @@ pub(super) struct Shared {
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
     pub(super) parking: Parking,
+    pub(super) attempts: Arc<Attempts>,
     pub(super) watchers: Arc<Watchers>,
     state: Mutex<State>,
     changed: Condvar,
@@ -109,6 +111,7 @@ pub(super) fn start<P: Program>(
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, P::NAME, P::VERSION)?;
     let openings = Arc::new(Openings::default());
     let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
+    let attempts = Attempts::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let opened = open_live(&*view, &mut folder, &openings, &sources, &options)?;
     let durable = opened.db.durable(sources.ids())?.unwrap_or_else(|| sources.beginning());
     let state = State {
@@ -126,6 +129,7 @@ pub(super) fn start<P: Program>(
         set_aside: opened.set_aside,
         options,
         parking,
+        attempts,
         watchers: Arc::default(),
         state: Mutex::new(state),
         changed: Condvar::new(),
@@ -343,6 +347,7 @@ pub(super) struct Runner<P> {
     /// Whose turn it is among the journals.
     next: usize,
     has_ended: bool,
+    note: Arc<Note>,
 }
 
 /// What a step has come to.
@@ -365,7 +370,9 @@ impl<P: Program> Runner<P> {
         durable_offset: u64,
     ) -> Self {
         let flush = FlushClock::new(&shared.options, durable_offset);
-        Self { view, shared, db, turn, flush, cursors: Vec::new(), next: 0, has_ended: false }
+        let note = shared.attempts.note(Duty::Follow);
+        let (cursors, next, has_ended) = (Vec::new(), 0, false);
+        Self { view, shared, db, turn, flush, cursors, next, has_ended, note }
     }
 
     pub(super) fn run(mut self) {
@@ -420,16 +427,24 @@ impl<P: Program> Runner<P> {
     fn build(&self, control: &Control) -> Result<bool, StopError> {
         let (shared, db) = (&*self.shared, &self.db);
         let until = shared.sources.end();
-        let means = Means::of(&RebuildOptions::default(), shared.parking.discarded());
-        let (sources, memory) = (&shared.sources, &shared.options.memory);
-        let built = self.view.build(Build { sources, until, db, memory, means, control });
-        let progress = match built {
-            Ok(progress) => progress,
-            Err(bulk::Ended::Cancelled) => return Ok(false),
-            Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => db
-                .begin(&self.view.identity(), nothing(&shared.sources))
-                .map_err(storage_failed::<P>)?,
-            Err(bulk::Ended::Failed(error)) => return Err(error),
+        let in_order = || {
+            let begun = db.begin(&self.view.identity(), nothing(&shared.sources));
+            begun.map_err(storage_failed::<P>)
+        };
+        let progress = if self.note.forbids_bulk() {
+            in_order()?
+        } else {
+            let means = Means::of(&RebuildOptions::default(), shared.parking.discarded());
+            let (sources, memory, note) = (&shared.sources, &shared.options.memory, &self.note);
+            let what = Build { sources, until, db, memory, means, control, note };
+            match self.view.build(what) {
+                Ok(progress) => progress,
+                Err(bulk::Ended::Cancelled) => return Ok(false),
+                Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => {
+                    in_order()?
+                }
+                Err(bulk::Ended::Failed(error)) => return Err(error),
+            }
         };
         shared.change(|state| {
             (state.phase, state.judged) = (Phase::Following, true);
@@ -497,14 +512,15 @@ impl<P: Program> Runner<P> {
         {
             let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Step::Ended) };
             if let Some((chunk, journal)) = chunk {
-                let (end, stop, changed) = apply(&*view, chunk, &db)?;
+                let (end, stop, changed) = apply(&*view, chunk, &db, &self.note.care())?;
                 applied = end;
                 self.flush.start();
                 shared.applied(&applied, journal, changed);
                 stop.map_or(Ok(()), Err)?;
             }
             let flush = &mut self.flush;
-            view.answer(&shared.parking, &db, &mut applied, |progress, row| {
+            let care = self.note.all_care();
+            view.answer(&shared.parking, &db, &mut applied, &care, |progress, row| {
                 flush.start();
                 let row = row.map(<[u8]>::to_vec).into_iter().collect();
                 shared.applied(progress, shared.sources.first().id(), row);
@@ -515,6 +531,7 @@ impl<P: Program> Runner<P> {
             Some(failure) => Err(failure),
             None if idle && closed => Ok(Step::Ended),
             None if idle => {
+                self.note.built();
                 let first = shared.sources.first().id();
                 Ok(Step::Idle(applied.checkpoints.position(first)))
             }
@@ -528,7 +545,7 @@ impl<P: Program> Runner<P> {
         &mut self,
         applied: &Progress,
     ) -> (Option<(P::Chunk, JournalId)>, Option<StopError>) {
-        let Self { view, shared, cursors, next, .. } = self;
+        let Self { view, shared, cursors, next, note, .. } = self;
         let limit = Limit::of(shared.options.chunk_bytes);
         let count = cursors.len();
         for _ in 0..count {
@@ -536,7 +553,7 @@ impl<P: Program> Runner<P> {
             *next = (turn + 1) % count;
             let Some(journal) = shared.sources.iter().nth(turn) else { continue };
             let Some(cursor) = cursors.get_mut(turn) else { continue };
-            let rules = shared.parking.rules(&shared.options, &shared.watchers);
+            let rules = shared.parking.rules(&shared.options, &shared.watchers, note.care());
             let (chunk, failure) = collect(&**view, journal, cursor, applied.clone(), limit, rules);
             if failure.is_some() || !chunk.is_empty() {
                 let chunk = (!chunk.is_empty()).then(|| (chunk, journal.id()));
@@ -595,10 +612,17 @@ pub(super) fn collect<P: Program>(
     limit: Limit,
     rules: Rules,
 ) -> (P::Chunk, Option<StopError>) {
+    let care = rules.care.at(journal.id(), cursor.position());
+    let rules = Rules { care: care.clone(), ..rules };
     let mut chunk = P::Chunk::new(applied, journal.clone(), rules);
-    while chunk.bytes() < limit.bytes.max(1) && cursor.position() < limit.position {
+    while chunk.bytes() < care.chunk_bytes(limit.bytes.max(1)) && cursor.position() < limit.position
+    {
         let added = match cursor.next_batch() {
-            Ok(Some(batch)) => chunk.add(view, &batch),
+            Ok(Some(batch)) => {
+                let header = &batch.batch.header;
+                care.batch(journal.id(), header.base_position..header.end_position());
+                chunk.add(view, &batch)
+            }
             Ok(None) => break,
             Err(error) => Err(journal_failed::<P>(error)),
         };
@@ -614,8 +638,10 @@ pub(super) fn apply<P: Program>(
     view: &P,
     chunk: P::Chunk,
     db: &Arc<Db>,
+    care: &Care,
 ) -> Result<(Progress, Option<StopError>, Vec<Vec<u8>>), StopError> {
     let Folded { writes, end, stop, changed } = chunk.fold(view, db)?;
+    care.done();
     db.write(writes, &end).map_err(storage_failed::<P>)?;
     Ok((end, stop, changed))
 }

@@ -36,6 +36,7 @@ use super::chunk::{
 };
 use super::control::ViewControl;
 use super::db::{Db, Identity, Progress, Reader, Scan, StorageError, Writes};
+use super::deadly::{At, Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::checkpoints_of;
 use super::index::check_names;
@@ -531,6 +532,7 @@ impl<T: TableView> Program for Tabled<T> {
         parking: &Parking,
         db: &Arc<Db>,
         progress: &mut Progress,
+        _: &Care,
         applied: impl FnMut(&Progress, Option<&[u8]>),
     ) -> Result<(), StopError> {
         parking.answer_without_keys(T::NAME, db, progress, applied)
@@ -566,7 +568,8 @@ impl<T: TableView> TableChunk<T> {
         if self.rules.discarded.has_all_of(at.journal, at.position) {
             return Ok(true);
         }
-        match decode::<T::Event>(record) {
+        let entered = self.rules.care.enter(|| at.of(record, Stage::Route));
+        match entered.and_then(|()| decode::<T::Event>(record)) {
             Ok(decoded) if decoded.is_foreign() => Ok(false),
             Ok(decoded) => {
                 let events = decoded.into_iter();
@@ -603,9 +606,9 @@ impl<T: TableView> TableChunk<T> {
         let mut first = 0;
         // Those that one stored event stands for are applied all or not at all.
         for events in self.events.chunk_by(|a, b| a.position() == b.position()) {
-            let mut applied = program.apply(events, db, &written);
+            let mut applied = self.apply_one(program, events, db, &written);
             if matches!(applied, Err((_, Failure::Event(_)))) {
-                applied = program.apply(events, db, &written); // a panic may have been of the moment
+                applied = self.apply_one(program, events, db, &written); // a panic may have been of the moment
             }
             match applied {
                 Ok(own) => written.extend(own),
@@ -623,6 +626,20 @@ impl<T: TableView> TableChunk<T> {
             first += events.len();
         }
         self.settle(&written, &unrouted).map_err(ApplyFailure::Stop)
+    }
+
+    fn apply_one(
+        &self,
+        program: &Tabled<T>,
+        events: &[Recorded<T::Event>],
+        db: &Arc<Db>,
+        written: &Written,
+    ) -> Result<Written, (usize, Failure)> {
+        if let Some(event) = events.first() {
+            let entered = self.rules.care.enter(|| At::of(event, Stage::Fold));
+            entered.map_err(|cause| (0, Failure::Event(cause)))?;
+        }
+        program.apply(events, db, written)
     }
 
     fn settle(&self, written: &Written, unrouted: &[Unrouted]) -> Result<Folded, StopError> {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::bulk::{Ended, Means};
 use super::chunk::panic_message;
 use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
+use super::deadly::{Duty, Note};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
 use super::poison::{Discarded, Rules};
@@ -56,7 +57,8 @@ pub(super) fn begin<P: Program>(
         }
     }
     let handle = RebuildHandle::new(Arc::clone(&control));
-    let takeover = Takeover { view, shared, options, control: Arc::clone(&control) };
+    let note = shared.attempts.note(Duty::Build);
+    let takeover = Takeover { view, shared, options, control: Arc::clone(&control), note };
     let spawned = running.spawn(P::NAME, "rebuild", move || takeover.run(source));
     spawned.inspect_err(|error| control.end(Err(RebuildError::View(error.clone()))))?;
     Ok(handle)
@@ -70,7 +72,8 @@ pub(super) fn check<P: Program>(
 ) -> Result<Comparison, RebuildError> {
     let control = Control::new(&options);
     let shared = Arc::clone(&running.shared);
-    let checked = Takeover { view, shared, options, control };
+    let note = shared.attempts.note(Duty::Build);
+    let checked = Takeover { view, shared, options, control, note };
     checked.guarded(Takeover::check)
 }
 
@@ -79,6 +82,7 @@ struct Takeover<P> {
     shared: Arc<Shared>,
     options: RebuildOptions,
     control: Arc<Control>,
+    note: Arc<Note>,
 }
 
 /// What is served, as of a moment, to be compared with.
@@ -217,9 +221,13 @@ impl<P: Program> Takeover<P> {
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let means = Means::of(&self.options, Arc::clone(discarded));
         let (sources, memory, control) = (&shared.sources, &shared.options.memory, &*self.control);
-        let built = self.view.build(Build { sources, until, db: &db, memory, means, control });
-        match built {
-            Ok(progress) => Ok((db, progress)),
+        let note = &self.note;
+        let what = Build { sources, until, db: &db, memory, means, control, note };
+        match self.view.build(what) {
+            Ok(progress) => {
+                self.note.built();
+                Ok((db, progress))
+            }
             Err(Ended::Cancelled) => Err(RebuildError::Cancelled),
             Err(Ended::Failed(error)) => Err(error.into()),
         }
@@ -299,7 +307,7 @@ impl<P: Program> Takeover<P> {
         progress: &mut Progress,
     ) -> Result<More, StopError> {
         let limit = Limit::of(self.shared.options.chunk_bytes);
-        let rules = Rules::strict(self.shared.parking.discarded());
+        let rules = Rules::strict(self.shared.parking.discarded(), self.note.care());
         fold_more(&*self.view, journal, cursor, db, progress, limit, &rules)
     }
 }

@@ -127,7 +127,7 @@ pub(crate) fn batch(writer: usize, first: u64) -> Append {
 // ------------------------------------------------------------------------------------------- the process
 
 /// One line, whole, or the end of this process.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     let mut out = std::io::stdout().lock();
     if out.write_all(format!("{line}\n").as_bytes()).and_then(|()| out.flush()).is_err() {
         std::process::exit(0);

@@ -81,12 +81,17 @@ pub(crate) struct Running {
 impl Running {
     /// Starts a child, by `through` (a program that starts it, with its arguments) if there is one.
     pub(crate) fn start(orders: &Orders, through: &[String]) -> Self {
+        Self::spawn(&orders.to_args(), through)
+    }
+
+    /// Starts this program with these arguments.
+    pub(crate) fn spawn(args: &[String], through: &[String]) -> Self {
         // Not on the file system that is to fail.
         let stderr = tempfile::tempfile_in(crate::target_dir()).unwrap();
         let this = std::env::current_exe().unwrap().to_str().unwrap().to_owned();
         let mut line = through.to_vec();
         line.push(this);
-        line.extend(orders.to_args());
+        line.extend_from_slice(args);
         let mut child = Command::new(&line[0])
             .args(&line[1..])
             .stdin(Stdio::piped())
@@ -111,8 +116,13 @@ impl Running {
     }
 
     fn next(&mut self) -> Option<Said> {
+        self.line().map(|line| Said::parse(&line))
+    }
+
+    /// The next line; `None` if the child has ended.
+    pub(crate) fn line(&mut self) -> Option<String> {
         match self.lines.recv_timeout(PATIENCE) {
-            Ok(line) => Some(Said::parse(&line)),
+            Ok(line) => Some(line),
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => {
                 panic!("the child says nothing for too long; {}", self.stderr())
@@ -150,6 +160,15 @@ impl Running {
     pub(crate) fn kill(mut self, ledger: &mut Ledger) {
         self.child.kill().unwrap();
         self.end(ledger);
+    }
+
+    /// SIGKILL; what it had said before and wasn't heard yet, and what it has written to its standard error.
+    #[cfg(feature = "views")]
+    pub(crate) fn kill_and_hear(mut self) -> (Vec<String>, String) {
+        self.child.kill().unwrap();
+        let lines = std::iter::from_fn(|| self.line()).collect();
+        self.child.wait().unwrap();
+        (lines, self.stderr())
     }
 
     /// Until it has ended by itself.

@@ -9,6 +9,7 @@
 //!     ├── power    file system shutdown on loop-mounted ext4 and XFS: what was not synced is gone
 //!     ├── device   EIO from chosen blocks of the device, restart, append, power cut
 //!     ├── full     file systems without space or inodes
+//!     ├── views    SIGKILL in the life of a view (with feature `views`: its child is another one)
 //!     ▼
 //!   opens the journal again and compares it with what it has read from the pipe
 //! ```
@@ -43,6 +44,8 @@ mod full;
 mod kills;
 mod mounts;
 mod power;
+#[cfg(feature = "views")]
+mod views;
 
 /// `ci` or `soak`; set by `./run faults`.
 const MODE: &str = "HEADWATER_FAULTS";
@@ -123,7 +126,7 @@ impl Budget {
 
 type Part = (&'static str, fn(&Plan) -> Reached);
 
-const PARTS: [Part; 12] = [
+const PARTS: &[Part] = &[
     ("kills: catches a lie", kills::catches_a_lie),
     ("kills", kills::run),
     ("calls: catches a lie", calls::catches_a_lie),
@@ -136,12 +139,22 @@ const PARTS: [Part; 12] = [
     ("device xfs", |plan| device::run(plan, mounts::Kind::Xfs)),
     ("full tmpfs", full::tmpfs),
     ("full ext4", full::ext4),
+    #[cfg(feature = "views")]
+    ("views: catches a checkpoint apart from its rows", views::catches_a_checkpoint_apart),
+    #[cfg(feature = "views")]
+    ("views generations", views::generations),
+    #[cfg(feature = "views")]
+    ("views poison", views::poison),
 ];
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|arg| arg == "child") {
         child::run(&args.split_off(1));
+    }
+    #[cfg(feature = "views")]
+    if args.first().is_some_and(|arg| arg == "view-child") {
+        views::child(&args.split_off(1));
     }
     if args.iter().any(|arg| arg == "--list") {
         return ExitCode::SUCCESS;
@@ -154,7 +167,8 @@ fn main() -> ExitCode {
         _ => Mode::Smoke,
     };
     let chosen: Vec<Part> = PARTS
-        .into_iter()
+        .iter()
+        .copied()
         .filter(|(name, _)| mode != Mode::Smoke || name.starts_with("kills"))
         .filter(|(name, _)| args.is_empty() || args.iter().any(|arg| name.contains(arg.as_str())))
         .collect();

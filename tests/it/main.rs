@@ -20,6 +20,8 @@ mod cli;
 mod commands;
 #[cfg(feature = "test-kit")]
 mod crash;
+#[cfg(feature = "views")]
+mod deadly;
 mod doctor;
 mod dump;
 #[cfg(feature = "derive")]

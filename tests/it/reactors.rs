@@ -452,3 +452,68 @@ fn a_reaction_to_what_is_not_durable_would_be_noticed() {
     let found = (0..1000).find_map(|seed| live_and_die(seed, Some(Bug::ShipUnsynced)).err());
     println!("{}", found.expect("nobody noticed"));
 }
+
+/// Set in a child: where its store is.
+const KILLED: &str = "HEADWATER_REACTOR_DIR";
+
+/// Kills the process at the third event.
+struct Killer;
+
+impl Reactor for Killer {
+    const NAME: &'static str = "killer";
+    type Event = SumEvent;
+
+    fn react(&self, event: &Recorded<SumEvent>, _: &IdempotencyKey) -> Result<(), ReactError> {
+        if event.position().get() == 2 && std::env::var_os(KILLED).is_some() {
+            std::process::abort();
+        }
+        Ok(())
+    }
+}
+
+/// Not a test of its own: what the next one starts.
+#[test]
+fn reacts_in_a_process_that_dies() {
+    let Some(dir) = std::env::var_os(KILLED) else { return };
+    let store = Store::open(Path::new(&dir)).unwrap();
+    let killer = store.react(Killer, quick(Start::Beginning)).unwrap();
+    println!("\nhalted: {}", halted(&killer));
+}
+
+#[test]
+fn an_event_that_kills_the_process_makes_the_reactor_halt_in_front_of_it_after_five_deaths() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("store");
+    let store = Store::create(&dir).unwrap();
+    (0..5).for_each(|n| drop(put(&store, Added(n))));
+    store.close().unwrap();
+    let live = || {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "reactors::reacts_in_a_process_that_dies", "--nocapture"])
+            .env(KILLED, &dir)
+            .stderr(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(child.stdout).unwrap();
+        said.lines().find_map(|line| line.strip_prefix("halted: ").map(str::to_owned))
+    };
+    for _ in 0..5 {
+        assert_eq!(live(), None);
+    }
+    for _ in 0..2 {
+        let said = live().expect("it halts");
+        assert!(said.starts_with("reactor killer halted at position 2 "), "{said}");
+        assert!(said.ends_with("the process died 5 times while it was at it"), "{said}");
+    }
+    // Resumed by code that was mended.
+    let store = Store::open(&dir).unwrap();
+    let killer = store.react(Killer, quick(Start::Beginning)).unwrap();
+    let error = halted(&killer);
+    assert!(matches!(&*error, HaltError::Event { cause: EventFailure::Died(5), .. }), "{error}");
+    killer.resume();
+    assert!(killer.wait_reacted(Position::new(5), LONG));
+    drop(killer);
+    let killer = store.react(Killer, quick(Start::Beginning)).unwrap();
+    put(&store, Added(6));
+    assert!(killer.wait_reacted(Position::new(6), LONG));
+}
