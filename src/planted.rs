@@ -13,6 +13,10 @@ pub enum Bug {
     NoBodyCheck,
     /// A name whose sync failed is synced once more, and believed.
     NameSyncedAgain,
+    /// A view passes over some events, and counts them as part of what it has seen.
+    SkipEvent,
+    /// Of some of a view's chunks only the checkpoint is written.
+    DropChunk,
     /// Rows of a view and the checkpoint that they are of are written one after the other.
     CheckpointApartFromRows,
     /// A full segment is cut in front of the end of its last batch.

@@ -19,6 +19,7 @@ use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::audit::{Folds, Tallies, Tally};
 use super::db::{
     Db, Progress, StorageError, Writes, parked_key, parked_row_key, row_key, unrouted_key,
 };
@@ -34,6 +35,7 @@ use crate::format::FormatError;
 use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::journal::{CursorBatch, Journal};
+use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId, Position};
 use crate::upcast::Decoded;
 use smallvec::SmallVec;
@@ -60,6 +62,9 @@ pub(super) struct Batch {
     pub(super) skipped_events: u64,
     pub(super) routes: usize,
     pub(super) unrouted: usize,
+    /// The segment that it is in, and what of it needs no folding.
+    pub(super) segment: u64,
+    pub(super) tally: Tally,
 }
 
 /// An event concerns a row.
@@ -128,6 +133,8 @@ pub(super) struct Folded {
     pub(super) end: Progress,
     /// Database keys of the rows that change, in their order, if somebody watches.
     pub(super) changed: Vec<Vec<u8>>,
+    /// What its events count as.
+    pub(super) tallies: Tallies,
     /// Why only the batches in front of `end` could be folded.
     pub(super) stop: Option<StopError>,
 }
@@ -167,7 +174,7 @@ impl<V: View> Chunk<V> {
     /// added.
     pub(super) fn add(&mut self, view: &V, batch: &CursorBatch<'_>) -> Result<(), StopError> {
         let header = &batch.batch.header;
-        let mut skipped_events = self.skipped_events();
+        let mut tally = Tally::default();
         let mut position = header.base_position;
         for record in batch.batch.records() {
             let record = record.map_err(|error| StopError::Journal {
@@ -176,41 +183,46 @@ impl<V: View> Chunk<V> {
             })?;
             let journal = self.journal.id();
             let at = Place { journal, position, recorded_at_us: header.time_us };
-            skipped_events += u64::from(!self.add_record(view, &record, at)?);
+            tally.add(self.add_record(view, &record, at)?);
             position = position.advance(1);
         }
+        let skipped_events = self.skipped_events() + tally.skipped;
         let (end, routes, unrouted) = (batch.end(), self.routes.len(), self.unrouted.len());
-        self.batches.push(Batch { end, skipped_events, routes, unrouted });
+        let segment = batch.segment;
+        self.batches.push(Batch { end, skipped_events, routes, unrouted, segment, tally });
         self.bytes += batch.batch.bytes().len() as u64;
         Ok(())
     }
 
-    /// Decodes and routes an event; false if it is of a type that the view doesn't know.
+    /// Decodes and routes an event: what it counts as if there is nothing to be folded.
     fn add_record(
         &mut self,
         view: &V,
         record: &RecordRef<'_>,
         at: Place,
-    ) -> Result<bool, StopError> {
+    ) -> Result<Tally, StopError> {
+        let tally = Tally::default();
         if self.rules.discarded.has_all_of(at.journal, at.position) {
-            return Ok(true);
+            return Ok(Tally { discarded: 1, ..tally });
         }
         match self.routed(view, record, at) {
-            Ok(None) => Ok(false),
+            Ok(None) => Ok(Tally { skipped: 1, ..tally }),
             Ok(Some(all)) => {
+                let routes = self.routes.len();
                 for (event, keys) in all {
                     for key in keys.0 {
                         self.add_route(key, at);
                     }
                     self.events.push(event);
                 }
-                Ok(true)
+                let concerns_none = self.routes.len() == routes;
+                Ok(Tally { applied: u64::from(concerns_none), ..tally })
             }
             Err(cause) if self.rules.on_undecodable == OnPoison::Park => {
                 let Place { position, recorded_at_us, .. } = at;
                 let reason = reason_of(&cause);
                 self.unrouted.push(Unrouted { position, recorded_at_us, reason });
-                Ok(true)
+                Ok(Tally { unrouted: 1, ..tally })
             }
             Err(cause) => {
                 Err(stop_at(V::NAME, &at.recorded(record, &mut Names::default(), ()), cause))
@@ -301,12 +313,17 @@ impl<V: View> Chunk<V> {
     fn fold_routes(&self, view: &V, db: &Db) -> Result<Folded, FoldFailure> {
         let indexes = Indexes::of(view);
         let mut rows = self.read_rows(db).map_err(|source| storage_failed::<V>(source))?;
+        let mut folds = Folds::of(self.journal.id(), &self.batches);
         for (index, route) in self.routes.iter().enumerate() {
             let (slot, event) = (self.slots.get(route.slot), self.events.get(route.event));
             let (Some(it), Some(slot), Some(event)) = (rows.get_mut(route.slot), slot, event)
             else {
                 continue;
             };
+            if planted::is(Bug::SkipEvent) && event.position().get() % 16 == 7 {
+                continue;
+            }
+            folds.saw(index, event.position(), |tally| tally.applied += 1);
             if let Some(queue) = &mut it.queue {
                 self.push(queue, route.event);
             } else if self.rules.care.is_careful() {
@@ -323,7 +340,8 @@ impl<V: View> Chunk<V> {
                 }
             }
         }
-        self.settle(view, &indexes, rows)
+        let folded = self.settle(view, &indexes, rows)?;
+        Ok(Folded { tallies: folds.end(), ..folded })
     }
 
     fn stops_at(&self, cause: &EventFailure) -> bool {
@@ -412,7 +430,7 @@ impl<V: View> Chunk<V> {
         }
         let counts = self.write_parked(&parked, &mut writes)?;
         let end = end_of(&self.start, &self.batches, counts);
-        Ok(Folded { writes, end, changed, stop: None })
+        Ok(Folded { writes, end, changed, tallies: Tallies::new(), stop: None })
     }
 
     /// An event failed, or what the row came to can't be written: folds the row's events again, one after the other,

@@ -14,6 +14,7 @@ use super::rebuild::{
 };
 use super::runner::{Phase, Running, Shared};
 use super::takeover::{Source, digest_of};
+use crate::event::KnownKind;
 use crate::journal::TokenState;
 use crate::position::{Checkpoint, Token};
 
@@ -134,6 +135,11 @@ impl ViewControl {
     #[must_use]
     pub fn version(&self) -> u32 {
         self.program.version()
+    }
+
+    /// The types of events that it folds; all if none.
+    pub(super) fn kinds(&self) -> &'static [KnownKind] {
+        self.program.kinds()
     }
 
     /// Waits until the view has applied the append that gave `token`, for `timeout` at most.

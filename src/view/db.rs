@@ -8,6 +8,9 @@
 //! 00 'p' journal id 16           progress: checkpoint 64 │ skipped events u64 │ parked: keys u64 │
 //!                                events u64 │ unrouted u64; the numbers are of all journals of the view, and stand
 //!                                with the first, 0 with the others
+//! 00 'n'                         present if events are counted, from the first one on
+//! 00 's' journal id 16 │ segment u64, big-endian
+//!                                what its events count as: applied, skipped, unrouted, discarded: u64 each
 //! 01 key of the row              the row, encoded by the codec
 //! 01 number u8 │ key of the row  the same in a view of tables; the number is the table's place in 00 't', from 0 on
 //! 02 number u8 │ index key │ key of the row
@@ -44,6 +47,7 @@ use rocksdb::{
 };
 use self_cell::self_cell;
 
+use super::audit::{Tallies, Tally};
 use super::openings::Closing;
 use super::poison::{Head, ParkedCounts};
 use super::row_cache::{Bytes, RowCache, Written};
@@ -65,6 +69,8 @@ const IDENTITY: &[u8] = &[META, b'i'];
 const INDEX_NAMES: &[u8] = &[META, b'x'];
 const TABLE_NAMES: &[u8] = &[META, b't'];
 const PROGRESS: &[u8] = &[META, b'p'];
+const COUNTED: &[u8] = &[META, b'n'];
+const TALLIES: &[u8] = &[META, b's'];
 const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 32;
 
 /// Rows reach the disk in files of about this size.
@@ -373,7 +379,8 @@ impl Identity {
 
     /// What says it in the database.
     fn entries(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
-        let mut entries = vec![(IDENTITY.to_vec(), self.to_bytes())];
+        let mut entries =
+            vec![(IDENTITY.to_vec(), self.to_bytes()), (COUNTED.to_vec(), Vec::new())];
         let names = self.names().into_iter().filter(|(_, _, names)| !names.is_empty());
         entries.extend(names.map(|(key, _, names)| (key.to_vec(), names.into_bytes())));
         entries
@@ -415,6 +422,22 @@ pub(super) fn stored_checkpoint(
 
 fn progress_key(journal: JournalId) -> Vec<u8> {
     [PROGRESS, journal.as_bytes()].concat()
+}
+
+#[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
+fn tally_key(journal: JournalId, segment: u64) -> Vec<u8> {
+    [TALLIES, journal.as_bytes(), &segment.to_be_bytes()].concat()
+}
+
+#[allow(clippy::big_endian_bytes, reason = "big-endian bytes sort like the numbers")]
+fn place_of_tally(key: &[u8]) -> Option<(JournalId, u64)> {
+    let (journal, segment) = key.strip_prefix(TALLIES)?.split_last_chunk()?;
+    let journal = JournalId::from_bytes(journal.try_into().ok()?);
+    Some((journal, u64::from_be_bytes(*segment)))
+}
+
+pub(super) fn all_tallies() -> Range<Vec<u8>> {
+    TALLIES.to_vec()..behind_prefix(TALLIES)
 }
 
 /// What is written together, or not at all.
@@ -465,7 +488,15 @@ impl Db {
         let mut write_options = WriteOptions::default();
         write_options.disable_wal(true);
         let (path, rows) = (path.to_owned(), Mutex::default());
-        Ok(Self { db, path, write_options, rows, closing: None })
+        let opened = Self { db, path, write_options, rows, closing: None };
+        // What a process that died in a build has left there.
+        match std::fs::remove_dir_all(opened.path.join(BULK_FOLDER)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let cause = StorageCause::Io(Arc::new(error));
+                Err(opened.failure("removing sorted files", cause))
+            }
+            _ => Ok(opened),
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -607,6 +638,29 @@ impl Db {
         Ok(())
     }
 
+    /// Adds to what events count as.
+    pub(super) fn tally(&self, writes: &mut Writes, tallies: &Tallies) -> Result<(), StorageError> {
+        for ((journal, segment), tally) in tallies {
+            let key = tally_key(*journal, *segment);
+            let stored = self.get(&key)?;
+            let stored = stored.map(|value| self.tally_from(&key, &value)).transpose()?;
+            let mut sum = stored.map_or_else(Tally::default, |(_, stored)| stored);
+            sum.add(*tally);
+            writes.put(&key, &sum.to_bytes());
+        }
+        Ok(())
+    }
+
+    /// What the events of a segment count as, with its journal and number.
+    pub(super) fn tally_from(
+        &self,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<((JournalId, u64), Tally), StorageError> {
+        let read = || Some((place_of_tally(key)?, Tally::from_bytes(value)?));
+        read().ok_or_else(|| self.damaged("reading what events count as", "an invalid count"))
+    }
+
     /// Begins to make durable what was written, and waits for it if asked to.
     pub(super) fn flush(&self, wait: bool) -> Result<(), StorageError> {
         let mut options = FlushOptions::default();
@@ -621,10 +675,15 @@ impl Db {
         mut files: Files<'_>,
         identity: &Identity,
         progress: &Progress,
+        tallies: &Tallies,
     ) -> Result<(), StorageError> {
         let head = files.next();
         let mut entries = identity.entries();
         entries.extend(progress.to_rows().map(|(key, row)| (key, row.to_vec())));
+        let tally = |((journal, segment), tally): (&(JournalId, u64), &Tally)| {
+            (tally_key(*journal, *segment), tally.to_bytes().to_vec())
+        };
+        entries.extend(tallies.iter().map(tally));
         entries.sort_unstable();
         files.write(&head, entries.iter().map(|(key, value)| (key.clone(), value.as_slice())))?;
         files.keep([head]);
@@ -845,6 +904,11 @@ impl Reader {
         let db = self.db();
         let found = db.db.multi_get_opt(keys, &self.options()).into_iter();
         found.map(|row| row.map_err(|error| db.failed("reading rows", error))).collect()
+    }
+
+    /// Whether all events were counted.
+    pub(super) fn is_counted(&self) -> Result<bool, StorageError> {
+        Ok(self.get(COUNTED)?.is_some())
     }
 
     /// How far the rows are, in the order of these journals if it is of them; `None` while the generation is being

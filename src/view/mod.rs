@@ -35,6 +35,7 @@
 //! `applied` is what readers see, `durable` is what survives a crash. Whatever truncates or acknowledges
 //! goes by `durable`.
 
+mod audit;
 mod bulk;
 mod chunk;
 mod control;
@@ -73,6 +74,7 @@ use program::Keyed;
 use crate::event::{Event, Recorded};
 use crate::journal::Journal;
 
+pub use audit::{Audit, AuditError, SegmentAudit};
 pub use control::{JournalStatus, ViewCheckpoint, ViewControl, ViewState, ViewStatus};
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use deadly::{DeadlyEvent, Stage};

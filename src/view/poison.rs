@@ -27,6 +27,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
@@ -147,6 +148,14 @@ impl Discarded {
     /// Whether this event is discarded altogether.
     pub(super) fn has_all_of(&self, journal: JournalId, position: Position) -> bool {
         !self.is_empty() && self.all.contains(&Decision { journal, position, row_key: None })
+    }
+
+    /// How many of these events are discarded altogether.
+    pub(super) fn count_all_of(&self, journal: JournalId, events: &Range<Position>) -> u64 {
+        let is_one = |it: &&Decision| {
+            it.journal == journal && it.row_key.is_none() && events.contains(&it.position)
+        };
+        self.all.iter().filter(is_one).count() as u64
     }
 
     fn text(decisions: &BTreeSet<Decision>) -> String {
@@ -407,7 +416,7 @@ impl<'a> ParkedRecord<'a> {
         [self.journal.as_bytes(), &position[..], &time, &len, reason, self.record].concat()
     }
 
-    fn from_bytes(bytes: &'a [u8]) -> Option<Self> {
+    pub(super) fn from_bytes(bytes: &'a [u8]) -> Option<Self> {
         let mut input = Decoder::new(bytes);
         let journal = JournalId::from_bytes(input.array().ok()?);
         let position = Position::new(input.u64().ok()?);
@@ -861,7 +870,7 @@ pub(super) fn unrouted(
 /// The first parked event; the first of the token's journal, if it is in front of the token.
 fn first_of(
     reader: &Reader,
-    range: std::ops::Range<Vec<u8>>,
+    range: Range<Vec<u8>>,
     token: Option<&Token>,
 ) -> Result<Option<(JournalId, Position)>, ViewReadError> {
     for entry in reader.scan(range) {
@@ -1039,7 +1048,7 @@ impl fmt::Debug for ParkedEvents {
 }
 
 impl ParkedEvents {
-    fn new(reader: Reader, range: std::ops::Range<Vec<u8>>) -> Self {
+    fn new(reader: Reader, range: Range<Vec<u8>>) -> Self {
         Self { scan: reader.scan(range), reader }
     }
 }

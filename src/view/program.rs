@@ -19,6 +19,7 @@ use super::runner::{Limit, Running, apply, collect, cursors, nothing};
 use super::sources::{Checkpoints, Sources};
 use super::takeover::{self, Source};
 use super::{Comparison, Indexes, View, ViewMemory};
+use crate::event::{Event, KnownKind};
 use crate::journal::{Cursor, CursorBatch, Journal};
 
 /// So much of the journal is applied at once by a build in order.
@@ -30,6 +31,8 @@ pub(super) trait Program: Send + Sync + Sized + 'static {
     const VERSION: u32;
     /// Whether a new generation is built in another way than the journal is followed.
     const HAS_BULK: bool;
+    /// The events that it knows; all if it names none.
+    const KINDS: &'static [KnownKind];
     type Chunk: Batches<Self>;
 
     /// What a generation of it is.
@@ -135,6 +138,8 @@ pub(super) trait Managed: Send + Sync {
 
     fn version(&self) -> u32;
 
+    fn kinds(&self) -> &'static [KnownKind];
+
     fn begin(
         self: Arc<Self>,
         running: &Running,
@@ -156,6 +161,10 @@ impl<P: Program> Managed for P {
 
     fn version(&self) -> u32 {
         P::VERSION
+    }
+
+    fn kinds(&self) -> &'static [KnownKind] {
+        P::KINDS
     }
 
     fn begin(
@@ -183,6 +192,7 @@ impl<V: View> Program for Keyed<V> {
     const NAME: &'static str = V::NAME;
     const VERSION: u32 = V::VERSION;
     const HAS_BULK: bool = true;
+    const KINDS: &'static [KnownKind] = <V::Event as Event>::KINDS;
     type Chunk = Chunk<V>;
 
     fn identity(&self) -> Identity {

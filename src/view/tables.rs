@@ -30,6 +30,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::audit::{Folds, Tallies, Tally};
 use super::bulk;
 use super::chunk::{
     Batch, Folded, Place, Unrouted, decode, end_of, guard, invalid_record, park_unrouted, stop_at,
@@ -49,7 +50,7 @@ use super::space::Space;
 use super::watch::Watch;
 use super::{FoldError, ViewOptions, generation, refuse_inline, runner};
 use crate::codec::{Bincode, Codec, CodecError};
-use crate::event::{Event, Names, Recorded};
+use crate::event::{Event, KnownKind, Names, Recorded};
 use crate::format::record::RecordRef;
 use crate::journal::{CursorBatch, Journal};
 use crate::position::{Checkpoint, Token};
@@ -516,6 +517,7 @@ impl<T: TableView> Program for Tabled<T> {
     const NAME: &'static str = T::NAME;
     const VERSION: u32 = T::VERSION;
     const HAS_BULK: bool = false;
+    const KINDS: &'static [KnownKind] = <T::Event as Event>::KINDS;
     type Chunk = TableChunk<T>;
 
     fn identity(&self) -> Identity {
@@ -563,18 +565,21 @@ impl<T: TableView> TableChunk<T> {
         self.batches.last().map_or(self.start.skipped_events, |batch| batch.skipped_events)
     }
 
-    /// Decodes an event; false if it is of a type that the view doesn't know.
-    fn add_record(&mut self, record: &RecordRef<'_>, at: Place) -> Result<bool, StopError> {
+    /// Decodes an event: what it counts as if there is nothing to be applied.
+    fn add_record(&mut self, record: &RecordRef<'_>, at: Place) -> Result<Tally, StopError> {
+        let tally = Tally::default();
         if self.rules.discarded.has_all_of(at.journal, at.position) {
-            return Ok(true);
+            return Ok(Tally { discarded: 1, ..tally });
         }
         let entered = self.rules.care.enter(|| at.of(record, Stage::Route));
         match entered.and_then(|()| decode::<T::Event>(record)) {
-            Ok(decoded) if decoded.is_foreign() => Ok(false),
+            Ok(decoded) if decoded.is_foreign() => Ok(Tally { skipped: 1, ..tally }),
             Ok(decoded) => {
+                let before = self.events.len();
                 let events = decoded.into_iter();
                 self.events.extend(events.map(|data| at.recorded(record, &mut self.names, data)));
-                Ok(true)
+                let is_none = self.events.len() == before;
+                Ok(Tally { applied: u64::from(is_none), ..tally })
             }
             Err(cause) if self.rules.on_undecodable == OnPoison::Park => {
                 let Place { position, recorded_at_us, .. } = at;
@@ -583,7 +588,7 @@ impl<T: TableView> TableChunk<T> {
                     recorded_at_us,
                     reason: reason_of(&cause),
                 });
-                Ok(true)
+                Ok(Tally { unrouted: 1, ..tally })
             }
             Err(cause) => {
                 let event = at.recorded(record, &mut Names::default(), ());
@@ -604,6 +609,7 @@ impl<T: TableView> TableChunk<T> {
         let mut written = Written::new();
         let mut unrouted = self.unrouted.clone();
         let mut first = 0;
+        let mut folds = Folds::of(self.journal.id(), &self.batches);
         // Those that one stored event stands for are applied all or not at all.
         for events in self.events.chunk_by(|a, b| a.position() == b.position()) {
             let mut applied = self.apply_one(program, events, db, &written);
@@ -611,7 +617,13 @@ impl<T: TableView> TableChunk<T> {
                 applied = self.apply_one(program, events, db, &written); // a panic may have been of the moment
             }
             match applied {
-                Ok(own) => written.extend(own),
+                Ok(own) => {
+                    written.extend(own);
+                    let position = events.first().map(Recorded::position);
+                    position.into_iter().for_each(|position| {
+                        folds.saw(first, position, |tally| tally.applied += 1);
+                    });
+                }
                 Err((_, Failure::Storage(source))) => return Err(storage(source)),
                 Err((nth, Failure::Event(cause))) => {
                     let event = events.get(nth).filter(|_| self.rules.on_poison == OnPoison::Park);
@@ -620,12 +632,14 @@ impl<T: TableView> TableChunk<T> {
                     };
                     let (position, recorded_at_us) = (event.position(), event.recorded_at_us());
                     let reason = reason_of(&cause);
+                    folds.saw(first, position, |tally| tally.unrouted += 1);
                     unrouted.push(Unrouted { position, recorded_at_us, reason });
                 }
             }
             first += events.len();
         }
-        self.settle(&written, &unrouted).map_err(ApplyFailure::Stop)
+        let folded = self.settle(&written, &unrouted).map_err(ApplyFailure::Stop)?;
+        Ok(Folded { tallies: folds.end(), ..folded })
     }
 
     fn apply_one(
@@ -657,7 +671,7 @@ impl<T: TableView> TableChunk<T> {
         let mut parked = self.start.parked;
         parked.unrouted += unrouted.len() as u64;
         let end = end_of(&self.start, &self.batches, parked);
-        Ok(Folded { writes, end, changed, stop: None })
+        Ok(Folded { writes, end, changed, tallies: Tallies::new(), stop: None })
     }
 }
 
@@ -713,7 +727,7 @@ impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {
 
     fn add(&mut self, _: &Tabled<T>, batch: &CursorBatch<'_>) -> Result<(), StopError> {
         let header = &batch.batch.header;
-        let mut skipped_events = self.skipped_events();
+        let mut tally = Tally::default();
         let mut position = header.base_position;
         for record in batch.batch.records() {
             let record = record.map_err(|error| StopError::Journal {
@@ -722,11 +736,13 @@ impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {
             })?;
             let journal = self.journal.id();
             let at = Place { journal, position, recorded_at_us: header.time_us };
-            skipped_events += u64::from(!self.add_record(&record, at)?);
+            tally.add(self.add_record(&record, at)?);
             position = position.advance(1);
         }
+        let skipped_events = self.skipped_events() + tally.skipped;
         let (end, routes, unrouted) = (batch.end(), self.events.len(), self.unrouted.len());
-        self.batches.push(Batch { end, skipped_events, routes, unrouted });
+        let segment = batch.segment;
+        self.batches.push(Batch { end, skipped_events, routes, unrouted, segment, tally });
         self.bytes += batch.batch.bytes().len() as u64;
         Ok(())
     }

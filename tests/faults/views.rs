@@ -46,7 +46,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A world is begun anew behind so many bytes of its journal: each look reads all of it.
 const WORLD_BYTES_MAX: u64 = 3 << 20;
 const SEGMENT_BYTES: u64 = 128 << 10;
-const BATCH_BYTES_MAX: usize = 32 << 10;
+const BATCH_BYTES_MAX: u32 = 32 << 10;
 /// At first there is as much as makes a first build one in bulk.
 const FIRST_BYTES: usize = 1100 << 10;
 
@@ -181,7 +181,7 @@ fn open_store(dir: &Path) -> Result<Store, Stop> {
         segment_bytes_first: SEGMENT_BYTES,
         segment_bytes_max: SEGMENT_BYTES,
         batch_bytes_max: BATCH_BYTES_MAX,
-        group_bytes_max: BATCH_BYTES_MAX,
+        group_bytes_max: BATCH_BYTES_MAX.into(),
         ..JournalOptions::default()
     };
     let store = Store::builder(dir.join("store")).create_if_missing().journal_options(options);
@@ -498,7 +498,7 @@ impl World {
         let durable = view.checkpoint().durable.offset;
         self.look_at_live(&view, under_way)?;
         // Twice: one flush may be under way in the background. And a chunk, whose last batch may go beyond it.
-        let bound = 2 * life.flush_bytes + life.chunk_bytes + BATCH_BYTES_MAX as u64;
+        let bound = 2 * life.flush_bytes + life.chunk_bytes + u64::from(BATCH_BYTES_MAX);
         if self.told.applied > durable + bound && !self.was_built(&view) {
             let applied = self.told.applied;
             return Err(violated(format!("applied {applied}, but durable is only {durable}")));

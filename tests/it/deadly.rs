@@ -378,9 +378,9 @@ fn an_event_that_is_folded_meanwhile_is_acquitted() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("store");
     journal(&dir, Kills::Abort, 10);
-    for _ in 0..3 {
-        // In the chunk, and twice in the event.
-        for _ in 0..3 {
+    for _ in 0..4 {
+        // In the chunk and in the event, or twice in the event.
+        for _ in 0..2 {
             assert_eq!(live(&dir, ""), None);
         }
         // Folded, and nothing of it is durable.
@@ -394,16 +394,20 @@ fn an_event_that_is_folded_meanwhile_is_acquitted() {
 
 #[test]
 fn a_first_build_that_is_killed_goes_the_ordered_way_and_finds_the_event() {
-    let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path().join("store");
-    let killer = journal(&dir, Kills::Abort, 3000);
-    // Twice in bulk, once in a chunk, three times in the event.
-    assert_eq!(live_on(&dir, "").0, 6);
-    let store = Store::open(&dir).unwrap();
-    assert!(store.journal().end().offset > 1 << 20, "there is nothing to build in bulk");
-    let view = open(&store);
-    let lacks = |key: u8| key == 1 || key == BOTH;
-    assert_eq!(rows(&view), model(&store, killer, lacks, false));
+    // While folding, and while the files of the build are written.
+    for kills in [Kills::Abort, Kills::Index] {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("store");
+        let killer = journal(&dir, kills, 3000);
+        // Twice in bulk, once in a chunk, three times in the event.
+        assert_eq!(live_on(&dir, "").0, 6);
+        let store = Store::open(&dir).unwrap();
+        assert!(store.journal().end().offset > 1 << 20, "there is nothing to build in bulk");
+        let view = open(&store);
+        let lacks = |key: u8| key == 1 || key == BOTH;
+        assert_eq!(rows(&view), model(&store, killer, lacks, false));
+        assert!(!view.status().generation.join("bulk").exists(), "something half-built is left");
+    }
 }
 
 #[test]

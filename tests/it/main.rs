@@ -11,6 +11,8 @@
 
 #[cfg(feature = "test-kit")]
 mod ahead;
+#[cfg(all(feature = "views", feature = "test-kit"))]
+mod audit;
 #[cfg(feature = "test-kit")]
 mod backup;
 mod benchmarks;
