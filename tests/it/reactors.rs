@@ -485,7 +485,9 @@ fn an_event_that_kills_the_process_makes_the_reactor_halt_in_front_of_it_after_f
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("store");
     let store = Store::create(&dir).unwrap();
-    (0..5).for_each(|n| drop(put(&store, Added(n))));
+    for n in 0..5 {
+        put(&store, Added(n));
+    }
     store.close().unwrap();
     let live = || {
         let child = std::process::Command::new(std::env::current_exe().unwrap())
