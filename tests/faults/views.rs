@@ -497,8 +497,8 @@ impl World {
             .map_err(|error| violated(format!("the view can't be opened: {error}")))?;
         let durable = view.checkpoint().durable.offset;
         self.look_at_live(&view, under_way)?;
-        // Twice: one flush may be under way in the background. And a chunk, whose last batch may go beyond it.
-        let bound = 2 * life.flush_bytes + life.chunk_bytes + u64::from(BATCH_BYTES_MAX);
+        // Twice: one flush may be under way. And chunks, whose last batch may go beyond what they may have.
+        let bound = 2 * (life.flush_bytes + life.chunk_bytes + u64::from(BATCH_BYTES_MAX));
         if self.told.applied > durable + bound && !self.was_built(&view) {
             let applied = self.told.applied;
             return Err(violated(format!("applied {applied}, but durable is only {durable}")));
@@ -711,7 +711,7 @@ pub(crate) fn poison(plan: &Plan) -> Reached {
 
 fn run(plan: &Plan, name: &str, kind: Kind) -> Reached {
     let mut tally = Tally::default();
-    rounds(plan, name, kind, false, &plan.budget(150, 28), &mut tally)?;
+    rounds(plan, name, kind, false, &plan.budget(200, 28), &mut tally)?;
     let Tally { kills, checks, parked, under_way } = tally;
     let under_way: Vec<String> =
         under_way.into_iter().map(|(what, times)| format!("{times} in {what}")).collect();
