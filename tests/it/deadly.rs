@@ -13,8 +13,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use headwater::view::{
-    Fold, FoldError, Index, Indexes, Keys, OnPoison, RebuildOptions, View, ViewHandle, ViewOptions,
-    ViewState,
+    Fold, FoldError, Index, Indexes, Keys, OnPoison, RebuildOptions, Table, TableView, Tables,
+    View, ViewControl, ViewHandle, ViewOptions, ViewState, ViewTxn,
 };
 use headwater::{
     Append, EventKind, EventKindRef, ExpectedRevision, KnownKind, NewEvent, Payload, PayloadCodec,
@@ -162,6 +162,33 @@ impl View for Sums {
     }
 }
 
+/// The same in a table.
+struct Tabled;
+
+const SUMS: Table<u8, Sum> = Table::new("sums");
+
+impl TableView for Tabled {
+    const NAME: &'static str = "tabled";
+    const VERSION: u32 = 1;
+    type Event = Added;
+
+    fn tables(&self) -> Tables {
+        Tables::of(SUMS)
+    }
+
+    fn apply(&self, event: &Recorded<Added>, tx: &mut ViewTxn<'_>) -> Result<(), FoldError> {
+        let added = event.data();
+        if added.kills == Kills::Abort && !is_mended() {
+            die(added.kills);
+        }
+        for key in [added.key, BOTH] {
+            let sum = step(tx.get(SUMS, &key)?, added, event.position());
+            tx.put(SUMS, &key, &sum)?;
+        }
+        Ok(())
+    }
+}
+
 // ---------------------------------------------------------------------------------------------- the child
 
 /// Nothing is made durable unless it is closed: each life begins where the first one did.
@@ -173,7 +200,7 @@ fn options() -> ViewOptions {
     }
 }
 
-fn settled(view: &ViewHandle<Sums>) -> ViewState {
+fn settled(view: &ViewControl) -> ViewState {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let state = view.status().state;
@@ -193,6 +220,12 @@ fn does_as_it_is_told_in_a_process_that_may_die() {
     let mut options = options();
     if orders.contains("stop") {
         (options.on_poison, options.on_undecodable) = (OnPoison::Stop, OnPoison::Stop);
+    }
+    if orders.contains("tables") {
+        let view = store.table_view_with(Tabled, options).unwrap();
+        settled(&view);
+        view.close().unwrap();
+        return println!("\nsaid closed");
     }
     let view = store.view_with(Sums, options).unwrap();
     let state = settled(&view);
@@ -354,6 +387,23 @@ fn an_event_that_kills_before_its_rows_are_known_is_parked_under_no_key() {
         view.discard_unrouted(killer).unwrap();
         assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
     }
+}
+
+#[test]
+fn an_event_that_kills_a_view_of_tables_is_parked_under_no_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("store");
+    let killer = journal(&dir, Kills::Abort, 10);
+    assert_eq!(live_on(&dir, "tables").0, 4);
+    let store = Store::open(&dir).unwrap();
+    let view = store.table_view_with(Tabled, options()).unwrap();
+    settled(&view);
+    let found: BTreeMap<u8, Sum> =
+        view.table(SUMS).unwrap().range(..).map(Result::unwrap).collect();
+    assert_eq!(found, model(&store, killer, |_| false, true));
+    let deadly = view.deadly_events();
+    assert_eq!((deadly.len(), deadly[0].locator.position), (1, killer));
+    assert_eq!(view.status().parked.unrouted, 1);
 }
 
 #[test]
