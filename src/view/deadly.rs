@@ -518,9 +518,8 @@ impl Note {
     /// Everything that there is was folded, in whatever way.
     pub(super) fn built(&self) {
         let deadly = self.attempts.deadly();
-        let mut left = Deadly::clone(&deadly);
-        left.built(self.duty);
-        if left != *deadly {
+        let is_own = |zone: &Zone| zone.duty == self.duty;
+        if deadly.zones.iter().any(is_own) || deadly.bulk_deaths.contains_key(&self.duty) {
             drop(self.attempts.change(|deadly| deadly.built(self.duty))); // an effort, too
         }
     }

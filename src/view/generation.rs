@@ -6,6 +6,7 @@
 //!   lock           held while the pointer is replaced
 //!   live           the pointer: which generation each version reads
 //!   discarded.2    what version 2 leaves out by decision; see `poison`
+//!   folding.1      what version 1 is at work on, and deadly.1, what the process has died of; see `deadly`
 //!   1.1/           RocksDB of version 1, first generation
 //!   1.2/           the second one, built anew because the first was of another history
 //!   2.1/           version 2
