@@ -19,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::error::OpenError;
 use crate::format::files::Role;
 use crate::fs::Fs;
-use crate::fs::os::OsFs;
+use crate::fs::os::{OsFs, lock_holder};
 use crate::journal::condition::{self, Condition};
 use crate::position::Checkpoint;
 use crate::{Journal, Position};
@@ -248,27 +248,15 @@ fn check_end(found: &mut Diagnosis, condition: &Condition) {
 
 fn check_lock(found: &mut Diagnosis, dir: &Path) {
     let path = dir.join("lock");
-    let file = match File::open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return found.ok("lock", "never taken");
-        }
-        Err(error) => {
+    match lock_holder(&path) {
+        Ok(None) => found.ok("lock", "free: no process writes here"),
+        Ok(Some(owner)) => found.ok("lock", format!("held by {owner}")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => found.ok("lock", "never taken"),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             let hint = "check the permissions of the directory";
-            return found.warn("lock", format!("{}: {error}", path.display()), hint);
+            found.warn("lock", format!("{}: {error}", path.display()), hint);
         }
-    };
-    match file.try_lock_shared() {
-        Ok(()) => {
-            drop(file.unlock());
-            found.ok("lock", "free: no process writes here");
-        }
-        Err(fs::TryLockError::WouldBlock) => {
-            let owner = fs::read_to_string(&path).unwrap_or_default();
-            let owner = owner.chars().take(256).filter(|c| !c.is_control()).collect::<String>();
-            found.ok("lock", format!("held by {owner}"));
-        }
-        Err(fs::TryLockError::Error(error)) => found.fail(
+        Err(error) => found.fail(
             "lock",
             format!("{}: {error}", path.display()),
             "use a file system on which files can be locked",

@@ -37,7 +37,7 @@
 //! | `derive` | yes | `#[derive(Event)]` | a procedural macro |
 //! | `views` | yes | views | a C++ compiler and libclang, for RocksDB |
 //! | `shipping` | yes | serving and mirroring | sockets |
-//! | `cli` | no | the program `headwater` | |
+//! | `cli` | no | the program `headwater`, and `cli`: the same in a binary of your own | |
 //!
 //! Without default features there is the journal alone, without C++ and without sockets.
 //!
@@ -50,6 +50,7 @@
 //! | [`reactor`] | side effects of events |
 //! | `view` | rows folded from events |
 //! | `shipping` | origins and mirrors |
+//! | `cli` | the command line, to be mounted in a service |
 //! | [`doctor`], [`repair`] | what is wrong with a store, and what can be done about it |
 //! | [`retention`] | removing the oldest events, once nothing needs them |
 //! | [`format`](mod@format) | the bytes, as specified in `docs/format.md` |
@@ -57,6 +58,8 @@
 //! | [`event`], [`position`], [`codec`] | the words that all others use |
 //! | [`upcast`], [`schema`] | what becomes of events in older forms, and the proof that all of them can be read |
 
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod codec;
 pub mod command;
 pub mod doctor;

@@ -6,12 +6,15 @@ use std::io::{self, BufRead};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use headwater::view::{Digest, RebuildOptions, RebuildPhase, ViewHandle, ViewReadError};
 use headwater::{Position, Store};
 
 use crate::views::{ByMonth, Totals, TotalsRow};
 
 /// How long a service of its own may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How many customers there are.
+const CUSTOMERS: u32 = 23_570;
 
 pub(crate) fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
     let store = Store::builder(dir).create_if_missing().open()?;
@@ -61,6 +64,7 @@ pub(crate) fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
                 }
                 println!("end {}", started.elapsed().as_micros());
             }
+            ["rebuild"] => rebuild(&totals)?,
             ["stop"] => break,
             _ => println!("unknown"),
         }
@@ -69,6 +73,43 @@ pub(crate) fn run(dir: &Path, orders: &str) -> Result<(), Box<dyn Error>> {
     mirror.stop()?;
     store.close()?;
     Ok(())
+}
+
+/// Builds the rows anew while everything goes on: others ask, and `orders` appends. How often they were answered
+/// meanwhile, and how long the slowest answer took.
+fn rebuild(totals: &ViewHandle<Totals>) -> Result<(), Box<dyn Error>> {
+    let rebuild = totals.rebuild(RebuildOptions::default())?;
+    let is_over = || rebuild.status().phase == RebuildPhase::Ended;
+    let ask = || -> Result<(u64, Duration), ViewReadError> {
+        let (mut answers, mut slowest) = (0, Duration::ZERO);
+        let mut customers = (1..=CUSTOMERS).cycle();
+        while let Some(customer) = customers.next().filter(|_| !is_over()) {
+            let began = Instant::now();
+            totals.get(&customer)?;
+            (answers, slowest) = (answers + 1, slowest.max(began.elapsed()));
+        }
+        Ok((answers, slowest))
+    };
+    let (answers, slowest) = ask()?;
+    let rebuilt = rebuild.wait()?;
+    let Some(compared) = rebuilt.compared else {
+        return Err("there was nothing to compare".into());
+    };
+    println!(
+        "rebuilt {} {} {answers} {} {} {} {} {}",
+        rebuilt.previous,
+        rebuilt.generation,
+        slowest.as_micros(),
+        rebuilt.took.as_micros(),
+        compared.position,
+        hash(&compared.served),
+        hash(&compared.built),
+    );
+    Ok(())
+}
+
+fn hash(digest: &Digest) -> String {
+    digest.hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn show(row: &TotalsRow) -> String {

@@ -154,6 +154,9 @@ impl Demo {
             true,
         );
 
+        wait_for_status(&mut customers, all * 6 / 10)?;
+        self.check_rebuild(&mut customers)?;
+
         follow_until(&mut orders, all, all)?;
         let before = Instant::now();
         let status = wait_for_status(&mut customers, all)?;
@@ -163,6 +166,7 @@ impl Demo {
         self.check_months(&mut customers, &purchases)?;
         customers.stop()?;
         orders.stop()?;
+        self.check_view()?;
         self.check_files()
     }
 
@@ -202,6 +206,39 @@ impl Demo {
             &format!("{behind} purchases behind"),
             answered,
         );
+        Ok(())
+    }
+
+    /// The view is built anew while it serves, and while `orders` goes on appending.
+    fn check_rebuild(&mut self, customers: &mut Service) -> Result<()> {
+        self.say("customers rebuilds its view while it serves, and while orders writes");
+        let rebuilt = customers.ask("rebuild")?;
+        let (old, new) = (word(&rebuilt, 1).to_owned(), word(&rebuilt, 2).to_owned());
+        let answers: u64 = word(&rebuilt, 3).parse()?;
+        let (slowest, took) = (word(&rebuilt, 4).parse()?, word(&rebuilt, 5).parse()?);
+        let (slowest, took) = (Duration::from_micros(slowest), Duration::from_micros(took));
+        let came = format!("{answers}, the slowest in {}", ms(slowest));
+        let what = format!("answers during a rebuild of {}", ms(took));
+        self.note(&what, &came, answers > 0 && old != new);
+        let (served, built) = (word(&rebuilt, 7).to_owned(), word(&rebuilt, 8).to_owned());
+        let position = word(&rebuilt, 6);
+        let same = served == built && !built.is_empty();
+        self.note(&format!("digest of generation 1.{old} at {position}"), &served, same);
+        self.note(&format!("digest of generation 1.{new} at {position}"), &built, same);
+        Ok(())
+    }
+
+    /// The command line proves that the view is what its history makes.
+    fn check_view(&mut self) -> Result<()> {
+        let dir = self.dir.join("customers");
+        self.say("shop admin view check CUSTOMERS totals: builds the view again, and compares");
+        let output = Command::new(std::env::current_exe()?)
+            .args(["admin", "view", "check", text(&dir)?, "totals"])
+            .stderr(Stdio::inherit())
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let came = text.trim().rsplit(": ").next().unwrap_or_default().to_owned();
+        self.note("the view is what its journal makes", &came, output.status.success());
         Ok(())
     }
 

@@ -161,6 +161,25 @@ impl File for OsFile {
     }
 }
 
+/// Who holds the lock file `path`: what the owner wrote into it; `None` if nobody does. Takes it for a moment if so,
+/// together with others who only ask.
+pub(crate) fn lock_holder(path: &Path) -> io::Result<Option<String>> {
+    let file = fs::File::open(path)?;
+    match file.try_lock_shared() {
+        Ok(()) => {
+            drop(file.unlock());
+            Ok(None)
+        }
+        Err(fs::TryLockError::WouldBlock) => {
+            let mut owner = Vec::new();
+            file.take(256).read_to_end(&mut owner)?;
+            let owner = String::from_utf8_lossy(&owner);
+            Ok(Some(owner.chars().filter(|c| !c.is_control()).collect()))
+        }
+        Err(fs::TryLockError::Error(error)) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -79,6 +79,8 @@ const WRITE_BUFFERS_MAX: i32 = 3;
 const BLOCK_BYTES: usize = 16 << 10;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
 const OPEN_FILES_MAX: i32 = 256;
+/// How often it is tried to open a database beside whoever deletes files of it.
+const READ_ONLY_ATTEMPTS: u32 = 20;
 const CACHE_BYTES_DEFAULT: usize = 64 << 20;
 const WRITE_BUFFERS_BYTES_DEFAULT: usize = 128 << 20;
 
@@ -229,6 +231,11 @@ fn kind_of(error: &rocksdb::Error) -> StorageErrorKind {
         }
         _ => StorageErrorKind::Other,
     }
+}
+
+fn is_missing(error: &rocksdb::Error) -> bool {
+    let message: &str = error.as_ref();
+    message.contains("No such file")
 }
 
 /// How far a generation has got.
@@ -404,20 +411,9 @@ pub(super) fn stored_checkpoint(
     path: &Path,
     journal: JournalId,
 ) -> Result<Option<Checkpoint>, StorageError> {
-    let failed = |cause| StorageError {
-        action: "reading the view's progress",
-        path: path.to_owned(),
-        cause,
-    };
-    let mut options = Options::default();
-    options.set_max_open_files(OPEN_FILES_MAX);
-    let db = DB::open_for_read_only(&options, path, false);
-    let db = db.map_err(|error| failed(StorageCause::RocksDb(error)))?;
-    let found = db.get(progress_key(journal)).map_err(|e| failed(StorageCause::RocksDb(e)))?;
-    let Some(bytes) = found else { return Ok(None) };
-    let progress = Progress::from_rows([bytes.as_slice()]);
-    let progress = progress.ok_or_else(|| failed(StorageCause::Damaged("its progress")))?;
-    Ok(Some(progress.checkpoints.first()))
+    let db = Arc::new(Db::open_read_only(path)?);
+    let progress = db.latest().progress(&[])?;
+    Ok(progress.and_then(|progress| progress.checkpoints.of(journal)))
 }
 
 fn progress_key(journal: JournalId) -> Vec<u8> {
@@ -499,6 +495,30 @@ impl Db {
         }
     }
 
+    /// Opens the database at `path` as it lies on disk, beside whoever has it open: takes no lock and writes nothing.
+    /// All its files are opened now, so that it stays what it is while others compact and delete.
+    pub(super) fn open_read_only(path: &Path) -> Result<Self, StorageError> {
+        let mut options = Options::default();
+        options.set_max_open_files(-1);
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match DB::open_for_read_only(&options, path, false) {
+                // A file went away between being listed and being opened: what has taken its place is listed now.
+                Err(error) if attempts < READ_ONLY_ATTEMPTS && is_missing(&error) => {}
+                opened => {
+                    let db = opened.map_err(|error| StorageError {
+                        action: "reading the view's database",
+                        path: path.to_owned(),
+                        cause: StorageCause::RocksDb(error),
+                    })?;
+                    let write_options = WriteOptions::default();
+                    return Ok(Self { db, path: path.to_owned(), write_options, closing: None });
+                }
+            }
+        }
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -550,13 +570,24 @@ impl Db {
         Ok(())
     }
 
+    /// The names of the indexes and those of the tables, in the order of their numbers.
+    #[cfg(feature = "cli")]
+    pub(super) fn stored_names(&self) -> Result<(Vec<String>, Vec<String>), StorageError> {
+        let names = |key: &[u8]| {
+            let names = self.get(key)?;
+            let names = names.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+            Ok(names.lines().map(str::to_owned).collect())
+        };
+        Ok((names(INDEX_NAMES)?, names(TABLE_NAMES)?))
+    }
+
     /// Whether nothing was ever written.
     pub(super) fn is_empty(self: &Arc<Self>) -> Result<bool, StorageError> {
         let mut scan = self.latest().scan(Vec::new()..vec![0xff]);
         Ok(scan.next().transpose()?.is_none())
     }
 
-    fn stored_progress(
+    pub(super) fn stored_progress(
         self: &Arc<Self>,
         wanted: impl Iterator<Item = JournalId>,
     ) -> Result<Progress, StorageError> {
@@ -1197,6 +1228,31 @@ mod tests {
         drop(snapshot);
         assert_eq!(scan.count(), 1, "an iterator outlives its snapshot");
         assert_eq!(rows(&db.latest()).len(), 2);
+    }
+
+    #[test]
+    fn what_was_opened_beside_the_writer_stays_what_it_is_while_files_are_compacted_and_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        for n in 1..=40 {
+            put(&db, &format!("k{n:02}"), "1", n);
+            put(&db, "last", &n.to_string(), n);
+            db.flush(true).unwrap();
+        }
+        let tables = || {
+            let names = std::fs::read_dir(dir.path()).unwrap();
+            let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            names.filter(|name| name.ends_with(".sst")).collect::<std::collections::BTreeSet<_>>()
+        };
+        let before = tables();
+        let beside = Arc::new(Db::open_read_only(dir.path()).unwrap());
+        put(&db, "k00", "2", 41);
+        db.db.compact_range(None::<&[u8]>, None::<&[u8]>);
+        assert!(tables().is_disjoint(&before), "nothing was deleted");
+        let seen = rows(&beside.latest());
+        assert_eq!(seen.len(), 41);
+        assert_eq!(seen.last(), Some(&("last".to_owned(), "40".to_owned())));
+        assert_eq!(rows(&db.latest()).len(), 42);
     }
 
     #[test]

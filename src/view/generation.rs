@@ -60,7 +60,7 @@ pub(super) fn is_valid_name(name: &str) -> bool {
 
 /// The locked folder of a view.
 #[derive(Debug)]
-pub(super) struct Generations {
+pub(crate) struct Generations {
     fs: Arc<dyn Fs>,
     dir: PathBuf,
     /// The version that is open, and the only one that is changed here.
@@ -120,6 +120,12 @@ impl Generation {
     }
 }
 
+/// The file that is locked as long as a version of the view in this folder is open.
+#[cfg(feature = "cli")]
+pub(crate) fn version_lock(dir: &Path, version: u32) -> PathBuf {
+    dir.join(format!("{LOCK_FILE}.{version}"))
+}
+
 /// The generations in the folder of a view, without locking it.
 pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
     let fs = crate::fs::os::OsFs;
@@ -137,7 +143,7 @@ pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
 
 impl Generations {
     /// Opens the folder of the view `name`, creating it if there is none, and locks it for `version`.
-    pub(super) fn open(
+    pub(crate) fn open(
         fs: Arc<dyn Fs>,
         views_dir: &Path,
         name: &str,
@@ -150,6 +156,13 @@ impl Generations {
         let opened = Self { fs, dir, version, live, lock };
         opened.remove_not_kept()?;
         Ok(opened)
+    }
+
+    /// Deletes a generation that isn't live and isn't open. `false` if there is none.
+    #[cfg(feature = "cli")]
+    pub(crate) fn remove(&self, number: u32) -> Result<bool, ViewError> {
+        let forgotten = self.forget(number)?;
+        forgotten.map_or(Ok(false), |folder| remove_folder(&folder).map(|()| true))
     }
 
     /// The folder of the live generation; a new one if there is none.
@@ -307,7 +320,7 @@ pub(super) fn remove_folder(folder: &Path) -> Result<(), ViewError> {
     }
 }
 
-fn lock(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError> {
+pub(super) fn lock(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError> {
     let owner = format!("process {}", std::process::id());
     let path = path.to_owned();
     fs.lock(&path, &owner)

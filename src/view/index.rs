@@ -24,6 +24,8 @@ use super::db::{
 };
 use super::error::{ViewError, ViewReadError};
 use super::handle::{ViewHandle, ViewSnapshot};
+#[cfg(feature = "cli")]
+use super::key::KeySpelling;
 use super::key::{EncodeKey, KeyPrefix, ViewKey, decode_all};
 use super::rows::{Page, PageToken, page_of};
 use super::space::Space;
@@ -164,6 +166,8 @@ type Entries<V> = Box<
 struct Declared<V: View> {
     name: &'static str,
     key_type: TypeId,
+    #[cfg(feature = "cli")]
+    spelling: KeySpelling,
     entries: Entries<V>,
 }
 
@@ -184,8 +188,13 @@ impl<V: View> Indexes<V> {
             let entry = |key: K| index_entry(number, |out| key.encode_key(out), row_key);
             entries.extend(keys.0.into_iter().map(entry));
         });
-        let key_type = TypeId::of::<K>();
-        self.declared.push(Declared { name: index.name, key_type, entries });
+        self.declared.push(Declared {
+            name: index.name,
+            key_type: TypeId::of::<K>(),
+            #[cfg(feature = "cli")]
+            spelling: KeySpelling::of::<K>(),
+            entries,
+        });
         self
     }
 
@@ -219,6 +228,12 @@ impl<V: View> Indexes<V> {
             (index.entries)(number, key, row_key, row, &mut entries);
         }
         entries
+    }
+
+    /// How the keys of each are written, by name.
+    #[cfg(feature = "cli")]
+    pub(super) fn spellings(&self) -> Vec<(&'static str, KeySpelling)> {
+        self.declared.iter().map(|it| (it.name, it.spelling)).collect()
     }
 
     fn number<K: 'static>(&self, index: Index<V, K>) -> Result<u8, ViewReadError> {

@@ -16,10 +16,13 @@
 //! - No key's bytes begin with another key's of the same type, so fields need no separators, and the bytes
 //!   of the leading fields of a tuple are a prefix of exactly the tuples that begin with them.
 //! - Decoding bytes that nobody encoded is an error, never a panic.
+//! - What [`ViewKey::key_to_json`] makes of a key, [`ViewKey::key_from_json`] makes the same key of.
 //!
 //! The encoding is stored: it must never change.
 
 use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
 
 use crate::event::{EventId, EventType, Revision, StreamId};
 use crate::position::{JournalId, NodeId, Position};
@@ -50,8 +53,31 @@ const ESCAPED_END: u8 = 0x01;
 ///     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
 ///         u32::decode_key(input).map(Self)
 ///     }
+///
+///     // How people and tools write it; without these two it is bytes in hexadecimal to them.
+///     fn key_to_json(&self) -> serde_json::Value {
+///         self.0.key_to_json()
+///     }
+///
+///     fn key_from_json(value: &serde_json::Value) -> Result<Self, KeyError> {
+///         u32::key_from_json(value).map(Self)
+///     }
 /// }
+///
+/// assert_eq!(Customer::key_from_json(&serde_json::json!("17")), Ok(Customer(17)));
 /// ```
+///
+/// As JSON, a key is written like this:
+///
+/// | key | JSON | also taken |
+/// |---|---|---|
+/// | integers, [`Position`], [`Revision`] | a number; a string if it is beyond 64 bits | a string with the number |
+/// | `bool` | `true`, `false` | the same as a string |
+/// | `String`, [`StreamId`], [`EventType`], ids | a string | |
+/// | `Vec<u8>`, byte arrays | a string of `0x` and the bytes in hexadecimal | any other string stands for its own bytes |
+/// | `None`, `()` | `null` | |
+/// | `Some(key)` | the key; in a list by itself if that is `null` | |
+/// | tuples | a list of the fields | |
 pub trait ViewKey: Sized {
     /// Appends the key's bytes.
     fn encode_key(&self, out: &mut Vec<u8>);
@@ -61,6 +87,31 @@ pub trait ViewKey: Sized {
     /// # Errors
     /// [`KeyError`] if no key of this type begins there.
     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError>;
+
+    /// The key as people and tools write it, in JSON. Nothing is stored like this. Default: its bytes in hexadecimal.
+    #[must_use]
+    fn key_to_json(&self) -> Value {
+        bytes_to_json(&bytes_of(self))
+    }
+
+    /// Reads a key as [`key_to_json`](Self::key_to_json) writes it. Whatever a person may type on a command line comes
+    /// as a string: so what isn't a string should be taken as the text of one, too.
+    ///
+    /// # Errors
+    /// [`KeyError`] if it isn't such a key.
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        decode_all(&bytes_from_json(value)?)
+    }
+
+    /// Appends the bytes with which the keys begin that begin with this: some leading fields of a tuple, in a list, or
+    /// the beginning of a text. Default: the bytes of this key.
+    ///
+    /// # Errors
+    /// [`KeyError`] if no key begins like this.
+    fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+        Self::key_from_json(value)?.encode_key(out);
+        Ok(())
+    }
 }
 
 /// What can stand for a key of type `K` in a lookup: the key itself, or its borrowed form, such as `str`
@@ -92,6 +143,12 @@ pub enum KeyError {
     /// A field has bytes that no value has; which one.
     #[error("invalid {0}")]
     Invalid(&'static str),
+    /// It is written with another number of fields than it has.
+    #[error("it has {wanted} fields")]
+    Fields {
+        /// How many it has.
+        wanted: usize,
+    },
 }
 
 /// Reads a key from exactly these bytes.
@@ -100,6 +157,73 @@ pub(super) fn decode_all<K: ViewKey>(mut bytes: &[u8]) -> Result<K, KeyError> {
     match bytes.len() {
         0 => Ok(key),
         left => Err(KeyError::TrailingBytes { left }),
+    }
+}
+
+fn bytes_of<K: ViewKey>(key: &K) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    key.encode_key(&mut bytes);
+    bytes
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Reads what [`hex`] writes, and nothing else.
+pub(crate) fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let byte = |pair: &[u8]| match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    };
+    text.as_bytes().chunks(2).map(byte).collect()
+}
+
+fn text(value: &Value) -> Result<&str, KeyError> {
+    value.as_str().ok_or(KeyError::Invalid("text"))
+}
+
+fn bytes_to_json(bytes: &[u8]) -> Value {
+    format!("0x{}", hex(bytes)).into()
+}
+
+fn bytes_from_json(value: &Value) -> Result<Vec<u8>, KeyError> {
+    let text = text(value)?;
+    match text.strip_prefix("0x") {
+        Some(digits) => from_hex(digits).ok_or(KeyError::Invalid("hexadecimal")),
+        None => Ok(text.as_bytes().to_vec()),
+    }
+}
+
+/// How a type of keys is written by people, without the type.
+#[cfg(feature = "cli")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KeySpelling {
+    /// Of the key at the front of the input, which is moved behind it.
+    pub(crate) to_json: fn(&mut &[u8]) -> Result<Value, KeyError>,
+    /// The bytes of a key.
+    pub(crate) from_json: fn(&Value) -> Result<Vec<u8>, KeyError>,
+    /// The bytes with which keys begin that begin like this.
+    pub(crate) start_from_json: fn(&Value) -> Result<Vec<u8>, KeyError>,
+}
+
+#[cfg(feature = "cli")]
+impl KeySpelling {
+    pub(crate) fn of<K: ViewKey>() -> Self {
+        Self {
+            to_json: |input| Ok(K::decode_key(input)?.key_to_json()),
+            from_json: |value| Ok(bytes_of(&K::key_from_json(value)?)),
+            start_from_json: |value| {
+                let mut start = Vec::new();
+                K::key_start_from_json(value, &mut start)?;
+                Ok(start)
+            },
+        }
     }
 }
 
@@ -126,6 +250,17 @@ macro_rules! unsigned_keys {
             fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
                 take(input).map(Self::from_be_bytes)
             }
+
+            fn key_to_json(&self) -> Value {
+                u64::try_from(*self).map_or_else(|_| self.to_string().into(), Value::from)
+            }
+
+            fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+                let wrong = KeyError::Invalid(stringify!($type));
+                let number = value.as_u64().and_then(|number| Self::try_from(number).ok());
+                let text = || value.as_str()?.parse().ok();
+                number.or_else(text).ok_or(wrong)
+            }
         }
     )+};
 }
@@ -143,6 +278,17 @@ macro_rules! signed_keys {
                 <$unsigned>::decode_key(input)
                     .map(|bits| (bits ^ Self::MIN.cast_unsigned()).cast_signed())
             }
+
+            fn key_to_json(&self) -> Value {
+                i64::try_from(*self).map_or_else(|_| self.to_string().into(), Value::from)
+            }
+
+            fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+                let wrong = KeyError::Invalid(stringify!($type));
+                let number = value.as_i64().and_then(|number| Self::try_from(number).ok());
+                let text = || value.as_str()?.parse().ok();
+                number.or_else(text).ok_or(wrong)
+            }
         }
     )+};
 }
@@ -153,6 +299,14 @@ impl ViewKey for () {
 
     fn decode_key(_: &mut &[u8]) -> Result<Self, KeyError> {
         Ok(())
+    }
+
+    fn key_to_json(&self) -> Value {
+        Value::Null
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        value.as_null().ok_or(KeyError::Invalid("key: there is one row, without a key"))
     }
 }
 
@@ -167,6 +321,15 @@ impl ViewKey for bool {
             1 => Ok(true),
             _ => Err(KeyError::Invalid("boolean")),
         }
+    }
+
+    fn key_to_json(&self) -> Value {
+        (*self).into()
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        let text = || value.as_str()?.parse().ok();
+        value.as_bool().or_else(text).ok_or(KeyError::Invalid("boolean"))
     }
 }
 
@@ -185,6 +348,37 @@ impl<T: ViewKey> ViewKey for Option<T> {
             _ => Err(KeyError::Invalid("option")),
         }
     }
+
+    fn key_to_json(&self) -> Value {
+        match self.as_ref().map(T::key_to_json) {
+            None => Value::Null,
+            Some(Value::Null) => Value::Array(vec![Value::Null]),
+            Some(value) => value,
+        }
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        if value.is_null() {
+            return Ok(None);
+        }
+        T::key_from_json(value).map(Some).or_else(|error| {
+            match value.as_array().map(Vec::as_slice) {
+                Some([Value::Null]) => T::key_from_json(&Value::Null).map(Some),
+                _ => Err(error),
+            }
+        })
+    }
+
+    fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+        match Self::key_from_json(value) {
+            Ok(None) => None::<T>.encode_key(out),
+            _ => {
+                out.push(1);
+                T::key_start_from_json(value, out)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl<const N: usize> ViewKey for [u8; N] {
@@ -194,6 +388,20 @@ impl<const N: usize> ViewKey for [u8; N] {
 
     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
         take(input)
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        let wrong = KeyError::Invalid("number of bytes");
+        bytes_from_json(value)?.try_into().map_err(|_| wrong)
+    }
+
+    fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+        let bytes = bytes_from_json(value)?;
+        if bytes.len() > N {
+            return Err(KeyError::Invalid("number of bytes"));
+        }
+        out.extend(bytes);
+        Ok(())
     }
 }
 
@@ -245,13 +453,18 @@ impl ViewKey for SystemTime {
 }
 
 fn encode_bytes(bytes: &[u8], out: &mut Vec<u8>) {
+    encode_start(bytes, out);
+    out.extend_from_slice(&[ESCAPED, ESCAPED_END]);
+}
+
+/// Without the end: with this begin all that begin with these bytes.
+fn encode_start(bytes: &[u8], out: &mut Vec<u8>) {
     for (index, piece) in bytes.split(|&byte| byte == ESCAPED).enumerate() {
         if index > 0 {
             out.extend_from_slice(&[ESCAPED, ESCAPED_ZERO]);
         }
         out.extend_from_slice(piece);
     }
-    out.extend_from_slice(&[ESCAPED, ESCAPED_END]);
 }
 
 fn decode_bytes(input: &mut &[u8]) -> Result<Vec<u8>, KeyError> {
@@ -277,6 +490,19 @@ impl ViewKey for Vec<u8> {
     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
         decode_bytes(input)
     }
+
+    fn key_to_json(&self) -> Value {
+        bytes_to_json(self)
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        bytes_from_json(value)
+    }
+
+    fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+        encode_start(&bytes_from_json(value)?, out);
+        Ok(())
+    }
 }
 
 impl ViewKey for String {
@@ -286,6 +512,19 @@ impl ViewKey for String {
 
     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
         Self::from_utf8(decode_bytes(input)?).map_err(|_| KeyError::Invalid("UTF-8 in a string"))
+    }
+
+    fn key_to_json(&self) -> Value {
+        self.as_str().into()
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        text(value).map(str::to_owned)
+    }
+
+    fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+        encode_start(text(value)?.as_bytes(), out);
+        Ok(())
     }
 }
 
@@ -304,6 +543,18 @@ macro_rules! name_keys {
 
             fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
                 Self::new(String::decode_key(input)?).map_err(|_| KeyError::Invalid($what))
+            }
+
+            fn key_to_json(&self) -> Value {
+                self.as_str().into()
+            }
+
+            fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+                Self::new(text(value)?).map_err(|_| KeyError::Invalid($what))
+            }
+
+            fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+                String::key_start_from_json(value, out)
             }
         }
     )+};
@@ -331,6 +582,14 @@ macro_rules! id_keys {
             fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
                 take(input).map(Self::from_bytes)
             }
+
+            fn key_to_json(&self) -> Value {
+                self.to_string().into()
+            }
+
+            fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+                text(value)?.parse().map_err(|_| KeyError::Invalid("id"))
+            }
         }
     )+};
 }
@@ -346,6 +605,14 @@ macro_rules! count_keys {
             fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
                 u64::decode_key(input).map(Self::new)
             }
+
+            fn key_to_json(&self) -> Value {
+                self.get().into()
+            }
+
+            fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+                u64::key_from_json(value).map(Self::new)
+            }
         }
     )+};
 }
@@ -360,6 +627,28 @@ macro_rules! tuple_keys {
 
             fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
                 Ok(($($name::decode_key(input)?,)+))
+            }
+
+            fn key_to_json(&self) -> Value {
+                Value::Array(vec![$(self.$field.key_to_json()),+])
+            }
+
+            fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+                let wrong = KeyError::Fields { wanted: [$($field),+].len() };
+                let fields = value.as_array().filter(|it| it.len() == [$($field),+].len()).ok_or(wrong)?;
+                Ok(($($name::key_from_json(fields.get($field).ok_or(wrong)?)?,)+))
+            }
+
+            fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
+                let Some(fields) = value.as_array() else { return A::key_start_from_json(value, out) };
+                if fields.len() > [$($field),+].len() {
+                    return Err(KeyError::Fields { wanted: [$($field),+].len() });
+                }
+                $(
+                    let Some(field) = fields.get($field) else { return Ok(()) };
+                    $name::key_from_json(field)?.encode_key(out);
+                )+
+                Ok(())
             }
         }
     };
@@ -402,9 +691,32 @@ mod tests {
         assert_eq!(a.cmp(b), a_bytes.cmp(&b_bytes), "{a:?} {b:?}");
         assert!(a == b || !a_bytes.starts_with(&b_bytes), "{a:?} begins with {b:?}");
         assert_eq!(&decode_all::<K>(&a_bytes).unwrap(), a);
+        check_json(a);
         for cut in 0..a_bytes.len() {
             assert!(decode_all::<K>(&a_bytes[..cut]).is_err(), "{a:?} cut at {cut}");
         }
+    }
+
+    /// What is printed can be given back, also as what a person would type, and by its beginning.
+    fn check_json<K: ViewKey + PartialEq + Debug>(key: &K) {
+        let json = key.key_to_json();
+        let printed: Value = serde_json::from_str(&json.to_string()).unwrap();
+        assert_eq!(&K::key_from_json(&printed).unwrap(), key, "{json}");
+        if json.is_number() || json.is_boolean() {
+            assert_eq!(&K::key_from_json(&json.to_string().into()).unwrap(), key, "{json}");
+        }
+        #[cfg(feature = "cli")]
+        check_spelling(&json, key);
+    }
+
+    #[cfg(feature = "cli")]
+    fn check_spelling<K: ViewKey>(json: &Value, key: &K) {
+        let spelling = KeySpelling::of::<K>();
+        let (mut input, key) = (&bytes_of(key)[..], bytes_of(key));
+        assert_eq!(&(spelling.to_json)(&mut input).unwrap(), json);
+        assert!(input.is_empty());
+        assert_eq!((spelling.from_json)(json).unwrap(), key);
+        assert!(key.starts_with(&(spelling.start_from_json)(json).unwrap()), "{json}");
     }
 
     /// Short strings over few letters, so that prefixes, zeros and ties are frequent.
@@ -470,6 +782,22 @@ mod tests {
         }
 
         #[test]
+        fn leading_fields_and_beginnings_of_texts_are_found_as_json(
+            a in (text(), any::<u8>()), b in (text(), any::<u8>()),
+        ) {
+            let start = |value: Value| {
+                let mut start = Vec::new();
+                <(String, u8)>::key_start_from_json(&value, &mut start).unwrap();
+                start
+            };
+            let fields = start(serde_json::json!([a.0]));
+            prop_assert_eq!(bytes(&b).starts_with(&fields), a.0 == b.0);
+            let beginning = start(serde_json::json!(a.0));
+            prop_assert_eq!(bytes(&b).starts_with(&beginning), b.0.starts_with(&a.0));
+            prop_assert!(start(serde_json::json!([])).is_empty());
+        }
+
+        #[test]
         fn leading_fields_are_a_prefix_of_exactly_their_tuples(a in (text(), text()), b in (text(), text())) {
             let mut prefix = Vec::new();
             KeyPrefix::<(String, String)>::encode_prefix(&a.0, &mut prefix);
@@ -505,6 +833,37 @@ mod tests {
         let mut borrowed = Vec::new();
         EncodeKey::<StreamId>::encode_key_into("order-1", &mut borrowed);
         assert_eq!(borrowed, bytes(&stream("order-1")));
+    }
+
+    #[test]
+    fn keys_are_written_in_json_as_documented() {
+        let check = |key: Value, json: Value| assert_eq!(key, json);
+        check(7_u8.key_to_json(), 7.into());
+        check(u128::MAX.key_to_json(), "340282366920938463463374607431768211455".into());
+        check(i64::MIN.key_to_json(), i64::MIN.into());
+        check(("de".to_owned(), Some(7_u8)).key_to_json(), serde_json::json!(["de", 7]));
+        check(vec![0_u8, 255].key_to_json(), "0x00ff".into());
+        check(Some(None::<u8>).key_to_json(), serde_json::json!([null]));
+        check(().key_to_json(), Value::Null);
+        check_json(&Some(None::<u8>));
+        check_json(&(None::<u8>, Some(())));
+        check_json(&u128::MAX);
+        assert_eq!(Vec::<u8>::key_from_json(&"text".into()).unwrap(), b"text");
+        let wrong =
+            |error: Option<KeyError>, text: &str| assert_eq!(error.unwrap().to_string(), text);
+        wrong(u8::key_from_json(&256.into()).err(), "invalid u8");
+        wrong(u8::key_from_json(&"x".into()).err(), "invalid u8");
+        wrong(i8::key_from_json(&1.5.into()).err(), "invalid i8");
+        wrong(String::key_from_json(&7.into()).err(), "invalid text");
+        wrong(<(u8, u8)>::key_from_json(&serde_json::json!([1])).err(), "it has 2 fields");
+        wrong(<(u8, u8)>::key_from_json(&"1".into()).err(), "it has 2 fields");
+        wrong(Vec::<u8>::key_from_json(&"0x0".into()).err(), "invalid hexadecimal");
+        wrong(<[u8; 2]>::key_from_json(&"0x01".into()).err(), "invalid number of bytes");
+        wrong(EventId::key_from_json(&"x".into()).err(), "invalid id");
+        wrong(
+            <()>::key_from_json(&"x".into()).err(),
+            "invalid key: there is one row, without a key",
+        );
     }
 
     /// The bytes are stored: they must never change.

@@ -36,6 +36,8 @@
 //! goes by `durable`.
 
 mod audit;
+#[cfg(feature = "cli")]
+pub(crate) mod at_rest;
 mod bulk;
 mod chunk;
 mod control;
@@ -47,6 +49,8 @@ mod handle;
 mod index;
 mod inline;
 mod key;
+#[cfg(feature = "cli")]
+mod mount;
 mod openings;
 mod poison;
 mod program;
@@ -80,10 +84,16 @@ pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use deadly::{DeadlyEvent, Stage};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
 pub(crate) use generation::{Generation, generations};
+#[cfg(feature = "cli")]
+pub(crate) use generation::{Generations, version_lock};
 pub use handle::{ViewHandle, ViewSnapshot};
 pub use index::{Index, IndexReader, IndexRows, Indexes};
 pub(crate) use inline::InlineViews;
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
+#[cfg(feature = "cli")]
+pub(crate) use key::{KeySpelling, from_hex, hex};
+#[cfg(feature = "cli")]
+pub(crate) use mount::{Code, RowSpelling, Spelling};
 pub use poison::{
     Checked, Degraded, OnPoison, ParkedCounts, ParkedError, ParkedEvent, ParkedEvents, ParkedKey,
     ParkedKeys, Retried,

@@ -44,7 +44,7 @@ use super::db::{
 use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::ViewHandle;
-use super::key::{EncodeKey, ViewKey, decode_all};
+use super::key::{EncodeKey, ViewKey, decode_all, from_hex, hex};
 use super::runner::{Phase, Shared};
 use super::space::Space;
 use super::watch::Watchers;
@@ -161,8 +161,7 @@ impl Discarded {
     fn text(decisions: &BTreeSet<Decision>) -> String {
         let mut text = format!("{HEAD}\n");
         for Decision { journal, position, row_key } in decisions {
-            let hex = |key: &Vec<u8>| key.iter().map(|byte| format!("{byte:02x}")).collect();
-            let key: String = row_key.as_ref().map_or_else(|| "-".to_owned(), hex);
+            let key = row_key.as_ref().map_or_else(|| "-".to_owned(), |key| hex(key));
             text += &format!("{journal} {position} {key}\n");
         }
         text += &format!("crc32 {:08x}\n", crc32(&[text.as_bytes()]));
@@ -190,11 +189,6 @@ impl Discarded {
         };
         lines.map(decision).collect()
     }
-}
-
-fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok();
-    text.as_bytes().chunks(2).map(byte).collect()
 }
 
 /// What handles and the thread that follows share about what is parked.
@@ -956,8 +950,8 @@ impl<V: View> ViewHandle<V> {
 
 impl ViewControl {
     /// The events that couldn't be decoded or routed, in the order of the journal. Any row may lack them. They
-    /// can't be folded later, behind others: mend the code and [`rebuild`](ViewControl::rebuild), or
-    /// [discard](ViewControl::discard_unrouted) them.
+    /// can't be folded later, behind others: mend the code and [`rebuild`](Self::rebuild), or
+    /// [discard](Self::discard_unrouted) them.
     pub fn unrouted_events(&self) -> ParkedEvents {
         ParkedEvents::new(self.shared().db().latest(), unrouted_range())
     }
@@ -973,9 +967,23 @@ impl ViewControl {
     /// The same, for views of several journals: which one the event is of is said, too.
     ///
     /// # Errors
-    /// As [`discard_unrouted`](ViewControl::discard_unrouted).
+    /// As [`discard_unrouted`](Self::discard_unrouted).
     pub fn discard_unrouted_at(&self, at: Locator) -> Result<(), ParkedError> {
         ask(self.shared(), What::Discard { row_key: None, at }).map(drop)
+    }
+
+    /// [`ViewHandle::retry`] of a key as bytes.
+    #[cfg(feature = "cli")]
+    pub(crate) fn retry_bytes(&self, key: &[u8]) -> Result<Retried, ParkedError> {
+        let row_key = row_key(|out| out.extend_from_slice(key));
+        ask(self.shared(), What::Retry { row_key })
+    }
+
+    /// [`ViewHandle::discard_at`] of a key as bytes.
+    #[cfg(feature = "cli")]
+    pub(crate) fn discard_bytes(&self, key: &[u8], at: Locator) -> Result<Retried, ParkedError> {
+        let row_key = Some(row_key(|out| out.extend_from_slice(key)));
+        ask(self.shared(), What::Discard { row_key, at })
     }
 
     /// A position in the view's first journal, which is its only one most often.
@@ -1048,7 +1056,7 @@ impl fmt::Debug for ParkedEvents {
 }
 
 impl ParkedEvents {
-    fn new(reader: Reader, range: Range<Vec<u8>>) -> Self {
+    pub(super) fn new(reader: Reader, range: Range<Vec<u8>>) -> Self {
         Self { scan: reader.scan(range), reader }
     }
 }

@@ -11,7 +11,7 @@ use super::View;
 use super::db::{Reader, Scan};
 use super::error::ViewReadError;
 use super::handle::{ViewHandle, ViewSnapshot};
-use super::key::{EncodeKey, ViewKey};
+use super::key::{EncodeKey, ViewKey, from_hex};
 use super::space::Space;
 
 /// Longest text that is taken for a token of a page.
@@ -40,6 +40,11 @@ pub struct Page<T> {
 pub struct PageToken(Box<[u8]>);
 
 impl PageToken {
+    /// Behind the row, or the entry of an index, under this key in the database.
+    pub(crate) fn behind(key: &[u8]) -> Self {
+        Self(key.into())
+    }
+
     pub(super) fn key(&self) -> Box<[u8]> {
         self.0.clone()
     }
@@ -66,20 +71,10 @@ impl FromStr for PageToken {
     type Err = InvalidPageToken;
 
     fn from_str(text: &str) -> Result<Self, InvalidPageToken> {
-        let text = text.as_bytes();
-        if text.is_empty() || text.len() > TOKEN_TEXT_MAX || !text.len().is_multiple_of(2) {
+        if text.is_empty() || text.len() > TOKEN_TEXT_MAX {
             return Err(InvalidPageToken);
         }
-        let digit = |byte: u8| match byte {
-            b'0'..=b'9' => Ok(byte - b'0'),
-            b'a'..=b'f' => Ok(byte - b'a' + 10),
-            _ => Err(InvalidPageToken),
-        };
-        let byte = |pair: &[u8]| match pair {
-            [high, low] => Ok(digit(*high)? << 4 | digit(*low)?),
-            _ => Err(InvalidPageToken),
-        };
-        text.chunks(2).map(byte).collect::<Result<_, _>>().map(Self)
+        from_hex(text).map(|key| Self(key.into())).ok_or(InvalidPageToken)
     }
 }
 
@@ -106,7 +101,7 @@ where
     I: Iterator<Item = Result<T, ViewReadError>>,
 {
     let items = rows.take(limit.max(1)).collect::<Result<Vec<T>, _>>()?;
-    let last = key(rows).map(|key| PageToken(key.into()));
+    let last = key(rows).map(PageToken::behind);
     let next = if rows.next().transpose()?.is_some() { last } else { None };
     Ok(Page { items, next })
 }

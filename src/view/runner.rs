@@ -289,7 +289,7 @@ fn judge_one<P: Program>(
 
 /// Compares a checkpoint with the journal. Within one history, more events are more bytes: a checkpoint that
 /// is ahead of the end in only one of the two is of another history.
-pub(super) fn compare(journal: &Journal, checkpoint: &Checkpoint) -> Result<Comparison, ReadError> {
+pub(crate) fn compare(journal: &Journal, checkpoint: &Checkpoint) -> Result<Comparison, ReadError> {
     let end = journal.end();
     let (has_position, has_offset) =
         (checkpoint.position <= end.position, checkpoint.offset <= end.offset);

@@ -42,6 +42,8 @@ use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::checkpoints_of;
 use super::index::check_names;
 use super::key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
+#[cfg(feature = "cli")]
+use super::mount::RowSpelling;
 use super::poison::{OnPoison, Parking, Rules, reason_of};
 use super::program::{Batches, Build, Program, build_in_order};
 use super::rows::Rows;
@@ -201,21 +203,42 @@ pub struct Tables(Vec<Declared>);
 struct Declared {
     name: &'static str,
     types: (TypeId, TypeId),
+    #[cfg(feature = "cli")]
+    spelling: RowSpelling,
 }
 
 impl Tables {
     /// One table.
     #[must_use]
-    pub fn of<K: ViewKey + 'static, R: 'static>(table: Table<K, R>) -> Self {
+    pub fn of<K, R>(table: Table<K, R>) -> Self
+    where
+        K: ViewKey + 'static,
+        R: Serialize + DeserializeOwned + 'static,
+    {
         Self(Vec::new()).with(table)
     }
 
     /// And this one. The order doesn't matter.
     #[must_use]
-    pub fn with<K: ViewKey + 'static, R: 'static>(mut self, table: Table<K, R>) -> Self {
+    pub fn with<K, R>(mut self, table: Table<K, R>) -> Self
+    where
+        K: ViewKey + 'static,
+        R: Serialize + DeserializeOwned + 'static,
+    {
         let types = (TypeId::of::<K>(), TypeId::of::<R>());
-        self.0.push(Declared { name: table.name, types });
+        self.0.push(Declared {
+            name: table.name,
+            types,
+            #[cfg(feature = "cli")]
+            spelling: RowSpelling::of::<K, R>(),
+        });
         self
+    }
+
+    /// How the rows of each are written, by name.
+    #[cfg(feature = "cli")]
+    pub(super) fn spellings(&self) -> Vec<(&'static str, RowSpelling)> {
+        self.0.iter().map(|it| (it.name, it.spelling)).collect()
     }
 
     /// In the order of their numbers, which is that of their names.
@@ -228,7 +251,7 @@ impl Tables {
         self.0.iter().map(|it| it.name).collect()
     }
 
-    fn check(&self, view: &'static str) -> Result<(), ViewError> {
+    pub(super) fn check(&self, view: &'static str) -> Result<(), ViewError> {
         let checked = check_names(&self.names(), TABLES_MAX);
         checked.map_err(|(table, reason)| ViewError::InvalidTable { view, table, reason })
     }
@@ -511,6 +534,17 @@ impl<K: ViewKey, R: DeserializeOwned> Iterator for TxnRows<'_, K, R> {
 pub(super) struct Tabled<T> {
     view: T,
     tables: Tables,
+}
+
+impl<T: TableView> Tabled<T> {
+    pub(super) fn new(view: T) -> Self {
+        let tables = view.tables().sorted();
+        Self { view, tables }
+    }
+
+    pub(super) const fn tables(&self) -> &Tables {
+        &self.tables
+    }
 }
 
 impl<T: TableView> Program for Tabled<T> {
@@ -1018,9 +1052,9 @@ pub(crate) fn open_any_tables<T: TableView>(
     if !generation::is_valid_name(T::NAME) {
         return Err(ViewError::InvalidName { name: T::NAME });
     }
-    let tables = view.tables().sorted();
+    let program = Arc::new(Tabled::new(view));
+    let tables = program.tables().clone();
     tables.check(T::NAME)?;
-    let program = Arc::new(Tabled { view, tables: tables.clone() });
     let running = runner::start(views_dir, sources, Arc::clone(&program), options)?;
     let control = ViewControl::new(running, program);
     Ok(TableViewHandle { control, tables: Arc::new(tables), view: PhantomData })

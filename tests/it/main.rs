@@ -18,6 +18,8 @@ mod backup;
 mod benchmarks;
 #[cfg(feature = "cli")]
 mod cli;
+#[cfg(all(feature = "cli", feature = "views"))]
+mod cli_views;
 #[cfg(feature = "test-kit")]
 mod commands;
 #[cfg(feature = "test-kit")]

@@ -4,11 +4,11 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use headwater::{Journal, JournalId, Position};
+use crate::{Journal, JournalId, Position};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::failure::Failure;
-use crate::{Target, events, target};
+use super::failure::Failure;
+use super::{Target, events, target};
 
 /// How often `-f` looks for more.
 const POLL: Duration = Duration::from_millis(200);

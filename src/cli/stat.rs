@@ -2,13 +2,13 @@
 
 use std::io::{self, Write};
 
+use crate::{Checkpoint, Corruption, Journal, Position, SegmentInfo};
 use comfy_table::{CellAlignment, Table, presets};
-use headwater::{Checkpoint, Corruption, Journal, Position, SegmentInfo};
 use serde_json::{Value, json};
 
-use crate::events::Time;
-use crate::failure::Failure;
-use crate::{Target, target};
+use super::events::Time;
+use super::failure::Failure;
+use super::{Target, target};
 
 pub(crate) fn run(args: &Target) -> Result<(), Failure> {
     let (journal, corruption) = target::open(&args.dir)?;

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use headwater::Position;
-use headwater::fs::{Fs, os::OsFs};
-use headwater::retention::{self, Gate, History, Options, Plan, Removal, Until};
+use crate::Position;
+use crate::fs::{Fs, os::OsFs};
+use crate::retention::{self, Gate, History, Options, Plan, Removal, Until};
 use serde_json::{Value, json};
 
-use crate::failure::Failure;
-use crate::{Target, target};
+use super::failure::Failure;
+use super::{Target, target};
 
 /// What `retain` is told.
 #[derive(Debug, clap::Args)]

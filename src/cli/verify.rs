@@ -3,13 +3,13 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use headwater::fs::os::OsFs;
-use headwater::{Damage, SegmentCheck, SegmentState, VerifyProgress, VerifyReport};
+use crate::fs::os::OsFs;
+use crate::{Damage, SegmentCheck, SegmentState, VerifyProgress, VerifyReport};
 use serde_json::{Value, json};
 
-use crate::failure::Failure;
-use crate::stat::{plain, right};
-use crate::{Target, target};
+use super::failure::Failure;
+use super::stat::{plain, right};
+use super::{Target, target};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -26,8 +26,8 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let args = &args.target;
     let mut show = |progress| meter.show(progress);
     let report = match deep {
-        true => headwater::verify_deep(&OsFs, &dir, &mut show),
-        false => headwater::verify(&OsFs, &dir, &mut show),
+        true => crate::verify_deep(&OsFs, &dir, &mut show),
+        false => crate::verify(&OsFs, &dir, &mut show),
     };
     meter.clear();
     let report = report?;
@@ -70,7 +70,7 @@ fn to_json(report: &VerifyReport) -> Value {
             "code": damage.code(),
             "path": damage.path.display().to_string(),
             "file_offset": damage.file_offset,
-            "position": damage.position.map(headwater::Position::get),
+            "position": damage.position.map(crate::Position::get),
             "message": damage.kind.to_string(),
             "hint": damage.hint(),
         })

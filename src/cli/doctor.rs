@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 
-use headwater::doctor::{self, Check, Level};
+use crate::doctor::{self, Check, Level};
 use serde_json::json;
 
-use crate::failure::Failure;
-use crate::{Target, target};
+use super::failure::Failure;
+use super::{Target, target};
 
 pub(crate) fn run(args: &Target) -> Result<(), Failure> {
     let diagnosis = doctor::examine(&target::journal_dir(&args.dir))?;

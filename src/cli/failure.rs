@@ -3,10 +3,12 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use headwater::repair::RepairError;
-use headwater::retention::RetentionError;
-use headwater::schema::SchemaError;
-use headwater::{BackupError, Corruption, IoError, OpenError, ReadError, RestoreError};
+#[cfg(feature = "views")]
+use super::view::ViewFailure;
+use crate::repair::RepairError;
+use crate::retention::RetentionError;
+use crate::schema::SchemaError;
+use crate::{BackupError, Corruption, IoError, OpenError, ReadError, RestoreError};
 
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -26,6 +28,8 @@ pub(crate) enum Failure {
     /// The journal in the directory is another one than it was.
     Replaced,
     Output(io::Error),
+    #[cfg(feature = "views")]
+    View(ViewFailure),
     /// Whoever read the output has seen enough.
     PipeClosed,
 }
@@ -129,6 +133,8 @@ impl Failure {
                 format!("standard output: writing failed: {error}"),
                 "see the system's error",
             ),
+            #[cfg(feature = "views")]
+            Self::View(failure) => (failure.code(), failure.to_string(), failure.hint()),
             Self::Reported | Self::PipeClosed => return,
         };
         // There is nobody to tell if standard error is closed as well.
@@ -153,6 +159,8 @@ impl Failure {
             Self::Backup(BackupError::Missing { .. }) => true,
             Self::Backup(_) | Self::Restore(_) => false,
             Self::Damaged(_) | Self::Reported => true,
+            #[cfg(feature = "views")]
+            Self::View(failure) => failure.is_damage(),
             Self::Retention(_)
             | Self::Schema(_)
             | Self::Unrecorded(_)

@@ -5,13 +5,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use headwater::fs::{Fs, os::OsFs};
-use headwater::repair::{self, Options, Step};
-use headwater::{Damage, Position};
+use crate::fs::{Fs, os::OsFs};
+use crate::repair::{self, Options, Step};
+use crate::{Damage, Position};
 use serde_json::{Value, json};
 
-use crate::failure::Failure;
-use crate::{Target, target};
+use super::failure::Failure;
+use super::{Target, target};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -172,7 +172,6 @@ fn print_step(out: &mut impl Write, mode: &str, step: &Step) -> io::Result<()> {
         Step::Beyond { damage } => {
             writeln!(out, "{mode} repair {damage}\n  hint: {}", damage.hint())
         }
-        _ => writeln!(out, "{mode} {step:?}"),
     }
 }
 
@@ -231,7 +230,6 @@ fn step_json(step: &Step) -> Value {
             "mark": mark,
         }),
         Step::Beyond { damage } => json!({ "step": "beyond", "damage": damage_json(damage) }),
-        _ => json!({ "step": "other" }),
     };
     if let Some(fields) = value.as_object_mut() {
         fields.insert("possible".to_owned(), step.is_possible().into());

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use headwater::fs::{Fs, os::OsFs};
-use headwater::{Corruption, Journal};
+use crate::fs::{Fs, os::OsFs};
+use crate::{Corruption, Journal};
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// The journal of a store or of a mirror, or the directory itself.
 pub(crate) fn journal_dir(dir: &Path) -> PathBuf {

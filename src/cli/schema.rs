@@ -6,12 +6,12 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use headwater::schema::{self, Sample, StoredKind};
+use crate::schema::{self, Sample, StoredKind};
 use serde_json::{Value, json};
 
-use crate::failure::Failure;
-use crate::stat::{plain, right};
-use crate::{Target, target};
+use super::failure::Failure;
+use super::stat::{plain, right};
+use super::{Target, target};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -4,12 +4,12 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use headwater::fs::{Fs, os::OsFs};
-use headwater::{Position, abandon_restore, restore};
+use crate::fs::{Fs, os::OsFs};
+use crate::{Position, abandon_restore, restore};
 use serde_json::json;
 
-use crate::failure::Failure;
-use crate::target;
+use super::failure::Failure;
+use super::target;
 
 /// What `backup` is told.
 #[derive(Debug, clap::Args)]

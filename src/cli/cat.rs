@@ -2,10 +2,10 @@
 
 use std::io::{self, BufWriter, Write};
 
-use headwater::{EventType, Position, ReadError, Recorded, Revision, StreamId};
+use crate::{EventType, Position, ReadError, Recorded, Revision, StreamId};
 
-use crate::failure::Failure;
-use crate::{Target, events, target};
+use super::failure::Failure;
+use super::{Target, events, target};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

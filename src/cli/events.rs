@@ -2,10 +2,10 @@
 
 use std::io::{self, Write};
 
-use headwater::{PayloadCodec, Recorded};
+use crate::{PayloadCodec, Recorded};
 use serde::Serialize;
 
-use crate::failure::Failure;
+use super::failure::Failure;
 
 /// Prints one event as a line.
 pub(crate) fn print(out: &mut impl Write, event: &Recorded, json: bool) -> Result<(), Failure> {

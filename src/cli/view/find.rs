@@ -1,0 +1,151 @@
+//! Which views there are, and where.
+
+use std::path::{Path, PathBuf};
+
+use super::GenerationName;
+use super::failure::ViewFailure;
+use super::mounted::Views;
+use crate::JournalId;
+use crate::cli::failure::Failure;
+use crate::cli::target;
+use crate::view::at_rest::AtRest;
+use crate::view::{Code, Generation, ViewError, generations};
+
+/// A journal, and the folder of its views.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    /// `own`, or `mirrors/NAME`.
+    pub(super) label: String,
+    pub(super) journal: PathBuf,
+    pub(super) views: PathBuf,
+}
+
+impl Place {
+    fn new(label: String, dir: &Path) -> Self {
+        let journal = target::journal_dir(dir);
+        let beside = if journal == dir { dir.parent().unwrap_or(dir) } else { dir };
+        Self { label, views: beside.join("views"), journal }
+    }
+}
+
+/// A view on disk.
+#[derive(Debug)]
+pub(super) struct Located {
+    /// What `DIR` stands for, and the mirrors in it: of the first the view is, or of several.
+    pub(super) places: Vec<Place>,
+    pub(super) place: Place,
+    pub(super) name: String,
+    /// Sorted by version and number.
+    pub(super) generations: Vec<Generation>,
+}
+
+impl Located {
+    pub(super) fn folder(&self) -> PathBuf {
+        self.place.views.join(&self.name)
+    }
+
+    /// The generation that is meant, and its code.
+    pub(super) fn generation<'v>(
+        &self,
+        wanted: Option<GenerationName>,
+        views: &'v Views,
+    ) -> Result<(&Generation, Option<&'v Code>), Failure> {
+        let live =
+            |version: u32| self.generations.iter().find(move |it| it.version == version && it.live);
+        let found = match wanted {
+            Some(GenerationName { version, number: None }) => live(version),
+            Some(GenerationName { version, number }) => self
+                .generations
+                .iter()
+                .find(|it| (it.version, Some(it.number)) == (version, number)),
+            None => {
+                let mut mounted: Vec<u32> =
+                    views.versions(&self.name).map(|code| code.version).collect();
+                mounted.sort_unstable();
+                let with_code = mounted.into_iter().rev().find_map(live);
+                with_code.or_else(|| self.generations.iter().rev().find(|it| it.live))
+            }
+        };
+        let folder = match wanted {
+            None => self.folder(),
+            Some(GenerationName { version, number: None }) => {
+                self.folder().join(version.to_string())
+            }
+            Some(GenerationName { version, number: Some(number) }) => {
+                self.folder().join(format!("{version}.{number}"))
+            }
+        };
+        let found = found.ok_or(ViewError::NoGeneration { folder })?;
+        Ok((found, views.of_version(&self.name, found.version)))
+    }
+
+    /// The same, opened for reading.
+    pub(super) fn open<'v>(
+        &self,
+        wanted: Option<GenerationName>,
+        views: &'v Views,
+    ) -> Result<(AtRest, &Generation, Option<&'v Code>), Failure> {
+        let (generation, code) = self.generation(wanted, views)?;
+        let at_rest = AtRest::open(generation.folder())?
+            .ok_or_else(|| ViewFailure::Empty { folder: generation.folder().to_owned() })?;
+        Ok((at_rest, generation, code))
+    }
+
+    /// The journals that the rows are of: those of the newest generation that has any, else the one beside it.
+    pub(super) fn journals(&self) -> Option<Vec<JournalId>> {
+        let ids = |it: &Generation| {
+            let at_rest = AtRest::open(it.folder()).ok().flatten()?;
+            Some(at_rest.checkpoints().iter().map(|it| it.journal).collect())
+        };
+        self.generations.iter().rev().filter(|it| it.live).find_map(ids)
+    }
+
+    /// The newest code of the view, for what can't be done without.
+    pub(super) fn code<'v>(&self, views: &'v Views) -> Result<&'v Code, Failure> {
+        let missing = || ViewFailure::NoCode { view: self.name.clone() };
+        Ok(views.newest(&self.name).ok_or_else(missing)?)
+    }
+}
+
+/// The journal that `dir` stands for, and those of the mirrors in a store.
+pub(super) fn places(dir: &Path) -> Vec<Place> {
+    let own = Place::new("own".to_owned(), dir);
+    let mirrors = target::mirrors(own.views.parent().unwrap_or(dir)).into_iter();
+    let mirrors = mirrors.map(|(name, path)| Place::new(format!("mirrors/{name}"), &path));
+    std::iter::once(own.clone()).chain(mirrors).collect()
+}
+
+/// The views of a journal, sorted by name.
+pub(super) fn views_of(place: &Place) -> Result<Vec<Located>, Failure> {
+    let Ok(entries) = std::fs::read_dir(&place.views) else { return Ok(Vec::new()) };
+    let names = entries.filter_map(Result::ok).filter(|entry| entry.path().is_dir());
+    let mut names: Vec<String> =
+        names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names.into_iter().map(|name| located(place, Vec::new(), name)).collect()
+}
+
+fn located(place: &Place, places: Vec<Place>, name: String) -> Result<Located, Failure> {
+    let mut generations = generations(&place.views.join(&name))?;
+    generations.sort_by_key(|it| (it.version, it.number));
+    Ok(Located { places, place: place.clone(), name, generations })
+}
+
+/// The view `name` of the journal that `dir` stands for, or of the only mirror that has one.
+pub(super) fn view(dir: &Path, name: &str) -> Result<Located, Failure> {
+    let has_it = |place: &Place| place.views.join(name).is_dir();
+    let is_name = !name.contains(['/', '\\', '.']) && !name.is_empty();
+    let all = places(dir);
+    let mut found = all.iter().filter(|place| is_name && has_it(place)).cloned();
+    let missing = || ViewFailure::NoView { view: name.to_owned(), dir: dir.to_owned() };
+    let place = found.next().ok_or_else(missing)?;
+    if place.label != "own" {
+        let others: Vec<String> = found.by_ref().map(|place| place.label).collect();
+        if !others.is_empty() {
+            let places = [vec![place.label.clone()], others].concat();
+            return Err(ViewFailure::OfSeveral { view: name.to_owned(), places }.into());
+        }
+    }
+    drop(found);
+    located(&place, all, name.to_owned())
+}

@@ -1,0 +1,273 @@
+//! `headwater view rebuild`, `rollback`, `retry`, `discard` and `rm`: what changes a view.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::failure::ViewFailure;
+use super::find::{self, Located};
+use super::journals::{self, Held};
+use super::keys;
+use super::mounted::Views;
+use super::progress::Progress;
+use super::prove::digest_json;
+use super::{DiscardArgs, KeyArgs, RebuildArgs, RmArgs, Which};
+use crate::cli::failure::Failure;
+use crate::fs::os::OsFs;
+use crate::view::at_rest::AtRest;
+use crate::view::{
+    Code, Generations, KeySpelling, OnDifference, ParkedError, RebuildError, RebuildHandle,
+    RebuildOptions, RebuildPhase, Rebuilt, Retried, Spelling, ViewControl, ViewError, ViewState,
+};
+use crate::{Locator, Position};
+
+/// Opens the view as its service does, and closes it again.
+fn with_open<T>(
+    located: &Located,
+    code: &Code,
+    run: impl FnOnce(&ViewControl) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let ids = located.journals().unwrap_or_default();
+    let found = journals::find(located, &ids)?;
+    let held = found.into_iter().map(Held::open).collect::<Result<Vec<_>, _>>()?;
+    let sources = journals::sources(held.iter().map(|it| it.journal().clone()));
+    let sources = sources.ok_or_else(|| ViewFailure::Journals { view: located.name.clone() })?;
+    let opened = code.open(&located.place.views, sources);
+    let opened = opened.map_err(|error| in_use(&located.name, error))?;
+    let done = run(&opened);
+    let closed = opened.close();
+    drop(opened);
+    held.into_iter().for_each(Held::close);
+    let done = done?;
+    closed?;
+    Ok(done)
+}
+
+fn in_use(view: &str, error: ViewError) -> Failure {
+    match error {
+        ViewError::InUse { owner, .. } => {
+            ViewFailure::InUse { view: view.to_owned(), owner }.into()
+        }
+        error => error.into(),
+    }
+}
+
+pub(super) fn rebuild(args: &RebuildArgs, views: &Views) -> Result<(), Failure> {
+    let which = &args.which;
+    let located = find::view(&which.target.dir, &which.name)?;
+    let code = located.code(views)?;
+    let version = code.version;
+    let live = located.generations.iter().find(|it| it.version == version && it.live);
+    let was_there = live.is_some_and(|it| !matches!(AtRest::open(it.folder()), Ok(None)));
+    let on_difference = match args.accept_difference {
+        true => OnDifference::Replace,
+        false => OnDifference::Refuse,
+    };
+    let options = RebuildOptions { on_difference, ..args.means.options() };
+    let mut progress = Progress::new(which.target.json)?;
+    with_open(&located, code, |opened| {
+        if was_there && opened.status().set_aside.is_none() {
+            let rebuilt = finish(&opened.rebuild(options)?, &mut progress)?;
+            return print_rebuilt(which, version, &rebuilt);
+        }
+        build_first(opened, &mut progress)?;
+        print_built(which, opened)
+    })
+}
+
+/// Opening the view has begun its first generation: waits for that.
+fn build_first(opened: &ViewControl, progress: &mut Progress) -> Result<(), Failure> {
+    let is_done = || {
+        let status = opened.status();
+        !matches!(status.state, ViewState::Building | ViewState::CatchingUp)
+    };
+    // A view that couldn't be closed has stopped, and says why below.
+    progress.follow(|| opened.status().rebuild, is_done, || drop(opened.close()));
+    match opened.status().state {
+        ViewState::Stopped(error) => Err(RebuildError::Stopped(error).into()),
+        _ if progress.is_interrupted() => Err(RebuildError::Cancelled.into()),
+        _ => Ok(()),
+    }
+}
+
+fn finish(handle: &RebuildHandle, progress: &mut Progress) -> Result<Rebuilt, Failure> {
+    let is_done = || handle.status().phase == RebuildPhase::Ended;
+    progress.follow(|| Some(handle.status()), is_done, || handle.cancel());
+    Ok(handle.wait()?)
+}
+
+fn print_rebuilt(which: &Which, version: u32, rebuilt: &Rebuilt) -> Result<(), Failure> {
+    let Rebuilt { generation, previous, compared, took } = rebuilt;
+    let mut out = io::stdout().lock();
+    if which.target.json {
+        let compared = compared.as_ref().map(|it| {
+            json!({
+                "equal": it.is_equal(),
+                "position": it.position.get(),
+                "served": digest_json(&it.served),
+                "built": digest_json(&it.built),
+            })
+        });
+        let value = json!({
+            "view": which.name,
+            "version": version,
+            "generation": generation,
+            "previous": previous,
+            "compared": compared,
+            "took_ms": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+        });
+        writeln!(out, "{value}")?;
+    } else {
+        let name = &which.name;
+        let seconds = took.as_secs_f64();
+        writeln!(
+            out,
+            "{name}: generation {version}.{generation} is live after {seconds:.1} s; \
+             {version}.{previous} is kept"
+        )?;
+        match compared {
+            Some(it) if it.is_equal() => {
+                writeln!(out, "both are the same at position {}: {}", it.position, it.built)?;
+            }
+            Some(it) => writeln!(
+                out,
+                "at position {} it has {}, and {version}.{previous} had {}",
+                it.position, it.built, it.served
+            )?,
+            None => {}
+        }
+    }
+    Ok(out.flush()?)
+}
+
+fn print_built(which: &Which, opened: &ViewControl) -> Result<(), Failure> {
+    let status = opened.status();
+    let generation = status.generation.file_name().unwrap_or_default().to_string_lossy();
+    let position = status.checkpoint.applied.position;
+    let mut out = io::stdout().lock();
+    if which.target.json {
+        let (version, number) = generation.split_once('.').unwrap_or_default();
+        let value = json!({
+            "view": which.name,
+            "version": version.parse::<u32>().ok(),
+            "generation": number.parse::<u32>().ok(),
+            "previous": null,
+            "compared": null,
+            "took_ms": null,
+        });
+        writeln!(out, "{value}")?;
+    } else {
+        let name = &which.name;
+        writeln!(out, "{name}: generation {generation} was built, up to position {position}")?;
+    }
+    Ok(out.flush()?)
+}
+
+pub(super) fn rollback(which: &Which, views: &Views) -> Result<(), Failure> {
+    let located = find::view(&which.target.dir, &which.name)?;
+    let code = located.code(views)?;
+    let mut progress = Progress::new(which.target.json)?;
+    with_open(&located, code, |opened| {
+        let rebuilt = finish(&opened.rollback()?, &mut progress)?;
+        print_rebuilt(which, code.version, &rebuilt)
+    })
+}
+
+pub(super) fn retry(args: &KeyArgs, views: &Views) -> Result<(), Failure> {
+    let located = find::view(&args.which.target.dir, &args.which.name)?;
+    let code = located.code(views)?;
+    let key = keys::whole(&args.key, Some(key_of(code)?))?;
+    let retried = with_open(&located, code, |opened| Ok(opened.retry_bytes(&key)?))?;
+    print_retried(&args.which, &retried)
+}
+
+pub(super) fn discard(args: &DiscardArgs, views: &Views) -> Result<(), Failure> {
+    let which = &args.of.which;
+    let located = find::view(&which.target.dir, &which.name)?;
+    let code = located.code(views)?;
+    let position = Position::new(args.position);
+    let first = |opened: &ViewControl| opened.checkpoint().applied.journal;
+    let journal = |opened: &ViewControl| args.journal.unwrap_or_else(|| first(opened));
+    let at = |opened: &ViewControl| Locator { journal: journal(opened), position };
+    let retried = match args.unrouted {
+        true => with_open(&located, code, |opened| {
+            opened.discard_unrouted_at(at(opened))?;
+            Ok(None)
+        })?,
+        false => {
+            let key = keys::whole(&args.of.key, Some(key_of(code)?))?;
+            let discard = |opened: &ViewControl| Ok(opened.discard_bytes(&key, at(opened))?);
+            Some(with_open(&located, code, discard)?)
+        }
+    };
+    match retried {
+        Some(retried) => print_retried(which, &retried),
+        None => print_counts(which, 0, 0, None),
+    }
+}
+
+/// How keys are written under which events are parked.
+fn key_of(code: &Code) -> Result<&KeySpelling, Failure> {
+    match &code.spelling {
+        Spelling::Rows { rows, .. } => Ok(&rows.key),
+        Spelling::Tables(_) => Err(ParkedError::NotParked.into()), // only under no key
+    }
+}
+
+fn print_retried(which: &Which, retried: &Retried) -> Result<(), Failure> {
+    let Retried { applied, left, reason } = retried;
+    print_counts(which, *applied, *left, reason.as_deref())?;
+    match reason {
+        Some(reason) => {
+            Err(ViewFailure::StillParked { left: *left, reason: reason.clone() }.into())
+        }
+        None => Ok(()),
+    }
+}
+
+fn print_counts(
+    which: &Which,
+    applied: u64,
+    left: u64,
+    reason: Option<&str>,
+) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match which.target.json {
+        true => writeln!(
+            out,
+            "{}",
+            json!({ "view": which.name, "applied": applied, "left": left, "reason": reason })
+        )?,
+        false => writeln!(out, "{}: {applied} events applied, {left} left", which.name)?,
+    }
+    Ok(out.flush()?)
+}
+
+pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {
+    let which = &args.which;
+    let located = find::view(&which.target.dir, &which.name)?;
+    let (version, number) = (args.generation.version, args.generation.number);
+    let named = |it: &&crate::view::Generation| (it.version, Some(it.number)) == (version, number);
+    let number = number.unwrap_or_default();
+    let folder = located.folder().join(format!("{version}.{number}"));
+    let found = located.generations.iter().find(named);
+    let missing = || ViewError::NoGeneration { folder: folder.clone() };
+    found.ok_or_else(missing)?;
+    let (views, name) = (&located.place.views, &located.name);
+    let generations = Generations::open(Arc::new(OsFs), views, name, version);
+    let generations = generations.map_err(|error| in_use(name, error))?;
+    if !generations.remove(number)? {
+        return Err(missing().into());
+    }
+    let mut out = io::stdout().lock();
+    match which.target.json {
+        true => writeln!(
+            out,
+            "{}",
+            json!({ "view": name, "version": version, "generation": number, "deleted": true })
+        )?,
+        false => writeln!(out, "{name}: generation {version}.{number} is deleted")?,
+    }
+    Ok(out.flush()?)
+}
