@@ -10,7 +10,8 @@ use std::time::Duration;
 use headwater::cli::Cli;
 use headwater::fs::{Fs, os::OsFs};
 use headwater::view::{
-    Fold, FoldError, Index, Indexes, Keys, OnPoison, View, ViewHandle, ViewOptions,
+    Fold, FoldError, Index, Indexes, Keys, OnPoison, Table, TableView, Tables, View, ViewHandle,
+    ViewOptions, ViewTxn,
 };
 use headwater::{Append, ExpectedRevision, Journal, NewEvent, Position, Recorded, Store, StreamId};
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,31 @@ impl<const VERSION: u32> View for Spent<VERSION> {
     }
 }
 
+/// How many orders each place has, and how many there are.
+struct Towns;
+
+const TOWNS: Table<String, u64> = Table::new("towns");
+const ALL: Table<(), u64> = Table::new("all");
+
+impl TableView for Towns {
+    const NAME: &'static str = "towns";
+    const VERSION: u32 = 1;
+    type Event = Vec<u8>;
+
+    fn tables(&self) -> Tables {
+        Tables::of(TOWNS).with(ALL)
+    }
+
+    fn apply(&self, event: &Recorded<Vec<u8>>, tx: &mut ViewTxn<'_>) -> Result<(), FoldError> {
+        let Some(((town, _), _)) = parse(event.data()) else { return Ok(()) };
+        let orders = tx.get(TOWNS, &town)?.unwrap_or(0) + 1;
+        tx.put(TOWNS, &town, &orders)?;
+        let all = tx.get(ALL, &())?.unwrap_or(0) + 1;
+        tx.put(ALL, &(), &all)?;
+        Ok(())
+    }
+}
+
 /// The service, if it is started as one: not a test.
 #[test]
 fn process_with_the_command_line() {
@@ -84,6 +110,7 @@ fn process_with_the_command_line() {
         1 => Cli::new().view(Spent::<1> { cents_min, twist }),
         _ => Cli::new().view(Spent::<2> { cents_min, twist }).view(Spent::<1> { cents_min, twist }),
     };
+    let cli = cli.table_view(Towns);
     let code = format!("{:?}", cli.run_from(args));
     let digits: String = code.chars().filter(char::is_ascii_digit).collect();
     std::process::exit(digits.parse().unwrap());
@@ -752,6 +779,85 @@ fn views_of_mirrors_are_found_and_several_of_one_name_are_told_apart() {
     ok(headwater(&["view", "scan", first.to_str().unwrap(), "spent"]));
     let missing = world.path.join("missing");
     failed(&headwater(&["view", "ls", missing.to_str().unwrap()]), 1, "open.not_found");
+}
+
+#[test]
+fn tables_are_read_by_their_names() {
+    let world = World::new();
+    let dir = world.dir();
+    let store = Store::open(&world.path).unwrap();
+    let towns = store.table_view(Towns).unwrap();
+    towns.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
+    towns.close().unwrap();
+    drop(towns);
+    store.close().unwrap();
+    let scan = |args: &[&'static str]| {
+        let args = [&["view", "scan", "--json", dir, "towns"], args].concat();
+        service(&args)
+    };
+    let rows = lines(&ok(scan(&["--table", "towns", "--prefix", "bern"])));
+    let bern = json!({ "key": "bern", "row": 3 });
+    assert_eq!(rows, [bern, json!({ "key": "bernex", "row": 1 })]);
+    assert_eq!(lines(&ok(scan(&["--table", "all"]))), [json!({ "key": null, "row": 9 })]);
+    let get = ["view", "get", dir, "towns", "geneva", "--table", "towns"];
+    assert_eq!(ok(service(&get)), "2\n");
+    assert_eq!(ok(headwater(&get)), "0x02\n");
+    assert_eq!(ok(service(&["view", "get", dir, "towns", "--table", "all"])), "9\n");
+    failed(&scan(&[]), 1, "view.table");
+    failed(&scan(&["--table", "town"]), 1, "view.table");
+    failed(&service(&["view", "scan", dir, "spent", "--table", "all"]), 1, "view.table");
+    let checked = json_of(service(&["view", "check", "--json", dir, "towns"]));
+    assert_eq!((&checked["equal"], &checked["built"]["rows"]), (&json!(true), &json!(5)));
+    let rebuilt = json_of(service(&["view", "rebuild", "--json", dir, "towns"]));
+    assert_eq!((&rebuilt["generation"], &rebuilt["compared"]["equal"]), (&json!(2), &json!(true)));
+    let status = &json_of(service(&["view", "status", "--json", dir, "towns"]))["views"][1];
+    let tables = json!(["all", "towns"]);
+    assert_eq!((&status["state"], &status["tables"]), (&json!("caught_up"), &tables));
+    failed(&service(&["view", "retry", dir, "towns", "bern"]), 1, "parked.not_parked");
+}
+
+#[test]
+fn a_view_of_several_journals_is_looked_at_checked_and_rebuilt() {
+    let world = World::new();
+    let dir = world.dir();
+    std::fs::remove_dir_all(world.path.join("views")).unwrap();
+    let mirror = world.path.join("mirrors/other/journal");
+    std::fs::create_dir_all(&mirror).unwrap();
+    for file in std::fs::read_dir(golden().join("mirror")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), mirror.join(file.file_name())).unwrap();
+    }
+    let store = Store::open(&world.path).unwrap();
+    let fs: std::sync::Arc<dyn Fs> = std::sync::Arc::new(OsFs);
+    let (other, _) = Journal::open_read_only(&fs, &mirror).unwrap();
+    let journals = [store.journal().clone(), other.clone()];
+    let view = store.view_over(&journals, Spent::<1>::default(), ViewOptions::default()).unwrap();
+    for journal in &journals {
+        view.wait_for(&journal.end().token(), PATIENCE).unwrap();
+    }
+    view.close().unwrap();
+    drop(view);
+    let own = store.journal().id().to_string();
+    append(&store, &["zug 1 1"]);
+    store.close().unwrap();
+    drop(store);
+    let status = &world.status(&[])[0];
+    assert_eq!((&status["state"], &status["lag_events"]), (&json!("behind"), &json!(1)));
+    let (durable, end) = (&status["durable_position"], &status["journal_end_position"]);
+    assert_eq!((durable, end), (&json!(13), &json!(14)));
+    let each = status["journals"].as_array().unwrap();
+    let at = |id: &str| each.iter().find(|it| it["journal"] == id).unwrap();
+    assert_eq!((&at(&own)["durable_position"], &at(&own)["end_position"]), (&json!(9), &json!(10)));
+    assert_eq!(at(&other.id().to_string())["end_position"], 4);
+    let checked = json_of(service(&["view", "check", "--json", dir, "spent"]));
+    assert_eq!((&checked["equal"], &checked["position"]), (&json!(true), &json!(13)));
+    let rebuilt = json_of(service(&["view", "rebuild", "--json", dir, "spent"]));
+    assert_eq!((&rebuilt["generation"], &rebuilt["compared"]["equal"]), (&json!(2), &json!(true)));
+    assert_eq!(world.status(&[])[1]["state"], "caught_up");
+    // Not where one of them is missing.
+    std::fs::rename(world.path.join("mirrors/other"), world.path.join("elsewhere")).unwrap();
+    failed(&service(&["view", "rebuild", dir, "spent"]), 1, "view.no_journal");
+    assert_eq!(world.status(&[])[1]["state"], "unknown");
 }
 
 #[test]
