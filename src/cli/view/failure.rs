@@ -82,7 +82,7 @@ impl ViewFailure {
             Self::NoView { .. } => "`view ls` lists those that there are",
             Self::OfSeveral { .. } => "name the mirror in place of the store: STORE/mirrors/NAME",
             Self::NoCode { .. } => {
-                "mount the command line in the service, headwater::cli::Cli::new().view(MyView).run(), and call that; as the example does: cargo run --features cli --example shop -- view ls DIR"
+                "mount the command line in the service, headwater::cli::Cli::new().view(MyView).run(), and call that; as the example does: cargo run --features cli --example shop -- admin view ls DIR"
             }
             Self::InUse { .. } => {
                 "let the service do it itself, while it serves: ViewHandle has rebuild, rollback, retry and discard; or stop it first"

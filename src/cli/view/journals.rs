@@ -46,7 +46,7 @@ pub(super) fn sources(mut journals: impl Iterator<Item = Journal>) -> Option<Sou
 /// A journal, as it can be had.
 pub(super) enum Held {
     Origin(Appender),
-    Mirror(Ingest),
+    Mirror(Box<Ingest>),
     /// A service has it open: as far as it is known to be durable now.
     Beside(Journal),
 }
@@ -63,7 +63,9 @@ impl Held {
                 Appender::open(&fs, dir, &options, remembered).map(Self::Origin)
             }
             Role::Mirror => Ingest::open(&fs, dir, &options).and_then(|ingest| {
-                ingest.map(Self::Mirror).ok_or_else(|| OpenError::NotFound { path: dir.clone() })
+                ingest
+                    .map(|it| Self::Mirror(Box::new(it)))
+                    .ok_or_else(|| OpenError::NotFound { path: dir.clone() })
             }),
         };
         match opened {

@@ -49,7 +49,7 @@ impl Progress {
         }
         let is_terminal = io::stderr().is_terminal();
         let bar = is_terminal.then(|| {
-            let bar = ProgressBar::new(0);
+            let bar = ProgressBar::new(1);
             if let Ok(style) =
                 ProgressStyle::with_template("{prefix:11} [{wide_bar}] {percent:>3} %  {msg}")
             {
@@ -90,14 +90,14 @@ impl Progress {
 
     fn show(&mut self, status: &RebuildStatus) {
         if let Some(bar) = &self.bar {
-            bar.set_length(status.events_total);
-            bar.set_position(status.events);
+            bar.set_message(rate(status));
             bar.set_prefix(match status.phase {
                 RebuildPhase::Building => "building",
                 RebuildPhase::Comparing => "comparing",
                 RebuildPhase::CatchingUp | RebuildPhase::Ended => "catching up",
             });
-            bar.set_message(rate(status));
+            bar.set_length(status.events_total);
+            bar.set_position(status.events);
         } else if self.lines && Instant::now() >= self.next_line {
             self.next_line = Instant::now() + LINE_INTERVAL;
             // Progress that can't be shown is no failure.
