@@ -58,6 +58,8 @@
 //! | [`event`], [`position`], [`codec`] | the words that all others use |
 //! | [`upcast`], [`schema`] | what becomes of events in older forms, and the proof that all of them can be read |
 
+#[cfg(any(feature = "cli", feature = "views"))]
+mod calendar;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod codec;

@@ -6,6 +6,7 @@ use crate::{PayloadCodec, Recorded};
 use serde::Serialize;
 
 use super::failure::Failure;
+use crate::calendar::civil;
 
 /// Prints one event as a line.
 pub(crate) fn print(out: &mut impl Write, event: &Recorded, json: bool) -> Result<(), Failure> {
@@ -155,20 +156,6 @@ impl std::fmt::Display for Time {
         let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
         write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{us:06}Z")
     }
-}
-
-/// Year, month and day of the Gregorian calendar, counted from 1970-01-01 as day 0. Years begin in March
-/// here, so that the leap day is the last day of a year; 146,097 days are 400 years.
-fn civil(days: i64) -> (i64, i64, i64) {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    (era * 400 + year_of_era + i64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
+use crate::calendar::Moment;
 use crate::event::{EventId, EventType, Revision, StreamId};
 use crate::position::{JournalId, NodeId, Position};
 
@@ -74,6 +75,8 @@ const ESCAPED_END: u8 = 0x01;
 /// | integers, [`Position`], [`Revision`] | a number; a string if it is beyond 64 bits | a string with the number |
 /// | `bool` | `true`, `false` | the same as a string |
 /// | `String`, [`StreamId`], [`EventType`], ids | a string | |
+/// | [`SystemTime`] | a string such as `2026-01-31T08:00:00.500Z` | a date such as `2026-01-31` |
+/// | [`Duration`] | seconds: a number, or a string such as `0.25` | a string with the number |
 /// | `Vec<u8>`, byte arrays | a string of `0x` and the bytes in hexadecimal | any other string stands for its own bytes |
 /// | `None`, `()` | `null` | |
 /// | `Some(key)` | the key; in a list by itself if that is `null` | |
@@ -419,6 +422,28 @@ impl ViewKey for Duration {
             _ => Err(KeyError::Invalid("duration")),
         }
     }
+
+    fn key_to_json(&self) -> Value {
+        match (self.as_secs(), self.subsec_nanos()) {
+            (seconds, 0) => seconds.into(),
+            (seconds, nanos) => format!("{seconds}.{nanos:09}").trim_end_matches('0').into(),
+        }
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        let wrong = KeyError::Invalid("duration");
+        if let Some(seconds) = value.as_u64() {
+            return Ok(Self::from_secs(seconds));
+        }
+        let text = value.as_str().ok_or(wrong)?;
+        let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
+        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|it| it.is_ascii_digit());
+        if !is_number(seconds) || !is_number(fraction) || fraction.len() > 9 {
+            return Err(wrong);
+        }
+        let nanos = format!("{fraction:0<9}").parse().map_err(|_| wrong)?;
+        Ok(Self::new(seconds.parse().map_err(|_| wrong)?, nanos))
+    }
 }
 
 /// Seconds since 1970, negative in front of it, and the nanoseconds behind them.
@@ -449,6 +474,20 @@ impl ViewKey for SystemTime {
             .zip(nanos)
             .and_then(|(second, nanos)| second.checked_add(Duration::from_nanos(nanos.into())));
         time.ok_or(KeyError::Invalid("time"))
+    }
+
+    fn key_to_json(&self) -> Value {
+        let stored = bytes_of(self);
+        let mut input = &stored[..];
+        match (i64::decode_key(&mut input), u32::decode_key(&mut input)) {
+            (Ok(seconds), Ok(nanos)) => Moment { seconds, nanos }.to_string().into(),
+            _ => bytes_to_json(&stored),
+        }
+    }
+
+    fn key_from_json(value: &Value) -> Result<Self, KeyError> {
+        let moment = Moment::parse(text(value)?).ok_or(KeyError::Invalid("time"))?;
+        decode_all(&bytes_of(&(moment.seconds, moment.nanos)))
     }
 }
 
