@@ -24,7 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::calendar::Moment;
+use super::moment::Moment;
 use crate::event::{EventId, EventType, Revision, StreamId};
 use crate::position::{JournalId, NodeId, Position};
 

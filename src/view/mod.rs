@@ -49,6 +49,7 @@ mod handle;
 mod index;
 mod inline;
 mod key;
+mod moment;
 #[cfg(feature = "cli")]
 mod mount;
 mod openings;
