@@ -67,6 +67,7 @@ pub(super) fn rebuild(args: &RebuildArgs, views: &Views) -> Result<(), Failure> 
     let options = RebuildOptions { on_difference, ..args.means.options() };
     let mut progress = Progress::new(which.target.json)?;
     with_open(&located, code, |opened| {
+        refuse_unjudged(code, opened)?;
         if was_there && opened.status().set_aside.is_none() {
             let rebuilt = finish(&opened.rebuild(options)?, &mut progress)?;
             return print_rebuilt(which, version, &rebuilt);
@@ -74,6 +75,14 @@ pub(super) fn rebuild(args: &RebuildArgs, views: &Views) -> Result<(), Failure> 
         build_first(opened, &mut progress)?;
         print_built(which, opened)
     })
+}
+
+/// A mirror that has to catch up with the view first says nothing about its rows.
+fn refuse_unjudged(code: &Code, opened: &ViewControl) -> Result<(), Failure> {
+    match opened.status().state {
+        ViewState::AwaitingMirror => Err(ViewError::NotJudged { view: code.name }.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Opening the view has begun its first generation: waits for that.
@@ -169,6 +178,7 @@ pub(super) fn rollback(which: &Which, views: &Views) -> Result<(), Failure> {
     let code = located.code(views)?;
     let mut progress = Progress::new(which.target.json)?;
     with_open(&located, code, |opened| {
+        refuse_unjudged(code, opened)?;
         let rebuilt = finish(&opened.rollback()?, &mut progress)?;
         print_rebuilt(which, code.version, &rebuilt)
     })
