@@ -512,8 +512,9 @@ impl Db {
                         path: path.to_owned(),
                         cause: StorageCause::RocksDb(error),
                     })?;
-                    let write_options = WriteOptions::default();
-                    return Ok(Self { db, path: path.to_owned(), write_options, closing: None });
+                    let (write_options, rows) = (WriteOptions::default(), Mutex::default());
+                    let path = path.to_owned();
+                    return Ok(Self { db, path, write_options, rows, closing: None });
                 }
             }
         }
