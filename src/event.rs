@@ -441,7 +441,7 @@ impl<'a> NewEvent<&'a [u8]> {
 }
 
 impl<P> NewEvent<P> {
-    fn with_codec(
+    pub(crate) fn with_codec(
         event_type: EventType,
         schema_version: u32,
         codec: PayloadCodec,

@@ -38,6 +38,7 @@
 //! | `views` | yes | views | a C++ compiler and libclang, for RocksDB |
 //! | `shipping` | yes | serving and mirroring | sockets |
 //! | `cli` | no | the program `headwater`, and `cli`: the same in a binary of your own | |
+//! | `testing` | no | `testing`: what the tests of a service need | |
 //!
 //! Without default features there is the journal alone, without C++ and without sockets.
 //!
@@ -56,6 +57,7 @@
 //! | [`format`](mod@format) | the bytes, as specified in `docs/format.md` |
 //! | [`fs`] | the disk seam |
 //! | [`event`], [`position`], [`codec`] | the words that all others use |
+//! | `testing` | given/when/then, purity of views, crashes, a clock that is set |
 //! | [`upcast`], [`schema`] | what becomes of events in older forms, and the proof that all of them can be read |
 
 #[cfg(any(feature = "cli", feature = "views"))]
@@ -92,6 +94,8 @@ pub mod schema;
 pub mod shipping;
 pub mod store;
 mod sync;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod upcast;
 #[cfg(feature = "views")]
 pub mod view;
@@ -138,6 +142,14 @@ mod specifications {
     struct Evolution;
     #[doc = include_str!("../docs/commands.md")]
     struct Commands;
+    #[cfg(all(
+        feature = "derive",
+        feature = "views",
+        feature = "shipping",
+        feature = "testing"
+    ))]
+    #[doc = include_str!("../docs/cookbook.md")]
+    struct Cookbook;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[cfg(feature = "shipping")]

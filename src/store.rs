@@ -74,6 +74,8 @@ struct Inner {
     turns: command::Turns,
     #[cfg(feature = "views")]
     inline: InlineViews,
+    #[cfg(all(feature = "testing", feature = "views"))]
+    is_in_memory: bool,
     /// Views and reactors, by kind and name, that remember events which the journal has lost: nothing is
     /// appended until that is settled for all of them.
     lost_tail: parking_lot::RwLock<BTreeMap<(&'static str, &'static str), AppendError>>,
@@ -86,6 +88,8 @@ pub struct StoreBuilder {
     options: JournalOptions,
     create: Create,
     fs: Arc<dyn Fs>,
+    #[cfg(all(feature = "testing", feature = "views"))]
+    is_in_memory: bool,
     aggregates_cached_max: usize,
 }
 
@@ -131,6 +135,8 @@ impl Store {
             options: JournalOptions::default(),
             create: Create::Never,
             fs: Arc::new(OsFs),
+            #[cfg(all(feature = "testing", feature = "views"))]
+            is_in_memory: false,
             aggregates_cached_max: AGGREGATES_CACHED_MAX,
         }
     }
@@ -335,7 +341,7 @@ impl Store {
         view: V,
         options: ViewOptions,
     ) -> Result<ViewHandle<V>, ViewError> {
-        let dir = self.inner.dir.join(VIEWS);
+        let dir = self.views_in(&self.inner.dir)?;
         let inline = options.inline;
         let opened = crate::view::open_any(&dir, self.journal().clone().into(), view, options);
         let opened = self.heed_lost_tail(V::NAME, opened)?;
@@ -364,7 +370,7 @@ impl Store {
         view: T,
         options: ViewOptions,
     ) -> Result<TableViewHandle<T>, ViewError> {
-        let dir = self.inner.dir.join(VIEWS);
+        let dir = self.views_in(&self.inner.dir)?;
         let inline = options.inline;
         let opened =
             crate::view::open_any_tables(&dir, self.journal().clone().into(), view, options);
@@ -428,7 +434,8 @@ impl Store {
         view: V,
         options: ViewOptions,
     ) -> Result<ViewHandle<V>, ViewError> {
-        let (sources, dir) = (sources_of(V::NAME, journals, &options)?, self.inner.dir.join(VIEWS));
+        let sources = sources_of(V::NAME, journals, &options)?;
+        let dir = self.views_in(&self.inner.dir)?;
         self.heed_lost_tail(V::NAME, crate::view::open_any(&dir, sources, view, options))
     }
 
@@ -443,7 +450,8 @@ impl Store {
         view: T,
         options: ViewOptions,
     ) -> Result<TableViewHandle<T>, ViewError> {
-        let (sources, dir) = (sources_of(T::NAME, journals, &options)?, self.inner.dir.join(VIEWS));
+        let sources = sources_of(T::NAME, journals, &options)?;
+        let dir = self.views_in(&self.inner.dir)?;
         self.heed_lost_tail(T::NAME, crate::view::open_any_tables(&dir, sources, view, options))
     }
 
@@ -492,7 +500,7 @@ impl Store {
         if journal.node() == self.journal().node() {
             return self.view_with(view, options);
         }
-        crate::view::open(&self.views_beside(journal), journal.clone(), view, options)
+        crate::view::open(&self.views_beside(journal)?, journal.clone(), view, options)
     }
 
     /// Opens a view of several tables of a mirrored journal, as [`view_of`](Self::view_of) opens a keyed one.
@@ -522,12 +530,31 @@ impl Store {
         if journal.node() == self.journal().node() {
             return self.table_view_with(view, options);
         }
-        crate::view::open_tables(&self.views_beside(journal), journal.clone(), view, options)
+        crate::view::open_tables(&self.views_beside(journal)?, journal.clone(), view, options)
     }
 
     #[cfg(all(feature = "views", feature = "shipping"))]
-    fn views_beside(&self, journal: &Journal) -> PathBuf {
-        journal.dir().parent().unwrap_or(&self.inner.dir).join(VIEWS)
+    fn views_beside(&self, journal: &Journal) -> Result<PathBuf, ViewError> {
+        self.views_in(journal.dir().parent().unwrap_or(&self.inner.dir))
+    }
+
+    /// The folder of views in `dir`; where the store's files are in memory, there is none for RocksDB.
+    #[cfg(feature = "views")]
+    #[allow(
+        clippy::unnecessary_wraps,
+        clippy::unused_self,
+        reason = "stores are in memory with feature `testing` only"
+    )]
+    fn views_in(&self, dir: &Path) -> Result<PathBuf, ViewError> {
+        let dir = dir.join(VIEWS);
+        #[cfg(feature = "testing")]
+        if self.inner.is_in_memory {
+            let why = "the store is on a disk in memory, and views are in RocksDB: fold the view with testing::view, \
+                       or open the store in a temporary directory";
+            let source = std::io::Error::new(std::io::ErrorKind::Unsupported, why);
+            return Err(IoError::new("opening a view", &dir, source).into());
+        }
+        Ok(dir)
     }
 
     /// Opens a reactor to the store's own journal, which begins where its options say if it is new and otherwise
@@ -724,12 +751,32 @@ impl StoreBuilder {
         self
     }
 
+    /// Records events with the time that `clock` shows, and not the system's: for tests. Feature `testing`.
+    #[cfg(feature = "testing")]
+    #[must_use]
+    pub fn clock(mut self, clock: &crate::testing::Clock) -> Self {
+        let (fs, clock) = (self.fs, clock.clone());
+        self.fs = Arc::new(crate::testing::Clocked { fs, clock });
+        self
+    }
+
+    /// Uses files in memory.
+    #[cfg(feature = "testing")]
+    pub(crate) fn in_memory(mut self, fs: Arc<dyn Fs>) -> Self {
+        self.fs = fs;
+        #[cfg(feature = "views")]
+        {
+            self.is_in_memory = true;
+        }
+        self
+    }
+
     /// Opens the store.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(self) -> Result<Store, OpenError> {
-        let Self { dir, options, create, fs, aggregates_cached_max } = self;
+        let Self { dir, options, create, fs, aggregates_cached_max, .. } = self;
         let journal = dir.join("journal");
         let appender = match create {
             Create::Always => Appender::create(&fs, &journal, &options)?,
@@ -754,6 +801,8 @@ impl StoreBuilder {
                 turns: command::Turns::default(),
                 #[cfg(feature = "views")]
                 inline: InlineViews::default(),
+                #[cfg(all(feature = "testing", feature = "views"))]
+                is_in_memory: self.is_in_memory,
                 lost_tail: parking_lot::RwLock::default(),
             }),
         })

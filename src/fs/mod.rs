@@ -1,8 +1,9 @@
 //! The disk seam: the few file operations that journals need, as traits.
 //!
-//! [`os`] implements them on real files; `sim` (feature `test-kit`) on a disk in memory that remembers what
-//! was synced and, at a simulated crash, loses, tears and reorders the rest. Everything in the journal goes
-//! through here, so that every rule about durability can be tested against a disk that exploits it.
+//! [`os`] implements them on real files; `sim` on a disk in memory that remembers what was synced and, at a
+//! simulated crash, loses, tears and reorders the rest (for tests of services: `testing::MemoryDisk`, feature
+//! `testing`). Everything in the journal goes through here, so that every rule about durability can be tested
+//! against a disk that exploits it.
 //!
 //! The contract, which is POSIX at its most unhelpful:
 //! - What was written may reach the disk in any order, sector by sector, or not at all, until a successful
@@ -22,6 +23,9 @@ use std::sync::Arc;
 pub mod os;
 #[cfg(feature = "test-kit")]
 pub mod sim;
+#[cfg(all(feature = "testing", not(feature = "test-kit")))]
+#[allow(dead_code, unreachable_pub, reason = "some of it serves only the tests of this crate")]
+pub(crate) mod sim;
 
 /// How [`Fs::open`] opens a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +69,11 @@ pub trait Fs: Debug + Send + Sync + 'static {
     /// if there is space for it.
     /// The outer error is of the file system; the inner one says who holds the lock.
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>>;
+    /// The time by the clock of the machine that has the files, in microseconds since 1970: what events are recorded
+    /// with. Information only.
+    fn now_us(&self) -> i64 {
+        crate::env::now_us()
+    }
 }
 
 /// An open file. All methods take `&self`; the caller keeps writers apart.

@@ -250,6 +250,14 @@ impl SimFs {
         state.restart(Down::PowerCut);
     }
 
+    /// The same, and nothing that is un-synced reaches the disk.
+    pub fn power_cut_losing_all(&self) {
+        let mut state = self.0.lock();
+        state.lose_unsynced();
+        state.settle();
+        state.restart(Down::PowerCut);
+    }
+
     /// Kills the process and starts again: the cache survives, with what is un-synced still un-synced; old
     /// handles answer [`Down::Kill`], locks are free.
     pub fn kill(&self) {
@@ -1012,6 +1020,14 @@ impl State {
         let left_bytes: Vec<u64> =
             self.inodes.values().map(|inode| crc32fast::hash(&inode.disk.bytes).into()).collect();
         left.into_iter().chain(left_bytes).for_each(|part| self.fold(part));
+    }
+
+    fn lose_unsynced(&mut self) {
+        self.names.pending.clear();
+        for inode in self.inodes.values_mut() {
+            inode.lengths.clear();
+            inode.dirty.clear();
+        }
     }
 
     fn restart(&mut self, end: Down) {
@@ -1815,6 +1831,20 @@ mod tests {
         assert_eq!(read(&*file), [2; SECTOR]);
         file.sync_data().unwrap();
         assert_eq!(fs.raw_durable(p("/j/a")).unwrap(), [2; SECTOR]);
+    }
+
+    #[test]
+    fn what_is_not_synced_can_be_lost_for_certain() {
+        for seed in 0..20 {
+            let fs = disk(seed);
+            let file = durable(&fs, "/j/a", &[1; SECTOR]);
+            write_all_at(&*file, &[2; 3 * SECTOR], 0).unwrap();
+            create(&fs, "/j/b", b"3").sync_data().unwrap();
+            fs.rename(p("/j/a"), p("/j/c")).unwrap();
+            fs.power_cut_losing_all();
+            assert_eq!(names(&fs), named(&[("j/a", 1)]));
+            assert_eq!(fs.raw(p("/j/a")).unwrap(), [1; SECTOR]);
+        }
     }
 
     #[test]

@@ -592,6 +592,18 @@ enum RowChange {
 }
 
 impl Change {
+    /// Makes it to a row and to entries in memory.
+    #[cfg(feature = "testing")]
+    pub(super) fn make(self, stored: &mut Option<Vec<u8>>, entries: &mut BTreeSet<Vec<u8>>) {
+        match self.row {
+            RowChange::None => {}
+            RowChange::Put(row) => *stored = Some(row),
+            RowChange::Delete => *stored = None,
+        }
+        entries.retain(|entry| !self.delete_entries.contains(entry));
+        entries.extend(self.put_entries);
+    }
+
     pub(super) fn write(&self, row_key: &[u8], writes: &mut Writes) {
         match &self.row {
             RowChange::None => {}

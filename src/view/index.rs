@@ -236,7 +236,7 @@ impl<V: View> Indexes<V> {
         self.declared.iter().map(|it| (it.name, it.spelling)).collect()
     }
 
-    fn number<K: 'static>(&self, index: Index<V, K>) -> Result<u8, ViewReadError> {
+    pub(super) fn number<K: 'static>(&self, index: Index<V, K>) -> Result<u8, ViewReadError> {
         let mut numbered = (0_u8..).zip(&self.declared);
         let is_it = |it: &Declared<V>| it.name == index.name && it.key_type == TypeId::of::<K>();
         let found = numbered.find(|(_, it)| is_it(it));

@@ -52,6 +52,8 @@ mod key;
 mod moment;
 #[cfg(feature = "cli")]
 mod mount;
+#[cfg(feature = "testing")]
+pub(crate) mod memory;
 mod openings;
 mod poison;
 mod program;

@@ -77,6 +77,8 @@ mod simulation;
 mod sources;
 #[cfg(feature = "views")]
 mod tables;
+#[cfg(feature = "testing")]
+mod testing;
 #[cfg(feature = "test-kit")]
 mod tickets;
 mod verify;

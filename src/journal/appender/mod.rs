@@ -28,7 +28,6 @@ use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 
-use crate::env::now_us;
 use crate::error::{AppendError, IoError, OpenError, Poison};
 use crate::event::{EventId, Recorded, Revision, StreamId};
 use crate::format::Flags;
@@ -769,7 +768,7 @@ impl State {
             epoch: appender.epoch,
             padded_len: padded as u32,
             incarnation: appender.incarnation,
-            time_us: now_us(),
+            time_us: appender.journal.fs().now_us(),
             chain: Chain::default(),
         };
         let mut position = header.base_position;
@@ -840,7 +839,7 @@ fn next_header(
         base_offset: end.offset,
         durable_offset: end.offset,
         salt: new_incarnation().get(),
-        created_at_us: now_us(),
+        created_at_us: journal.fs().now_us(),
         capacity_bytes: spare.capacity_bytes,
         previous_chain: end.chain,
     }

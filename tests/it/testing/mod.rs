@@ -1,0 +1,27 @@
+//! The kit for the tests of services: it says yes to what is right, and finds what is planted.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+mod aggregates;
+mod crashes;
+mod disks;
+#[cfg(feature = "views")]
+mod purity;
+#[cfg(feature = "views")]
+mod rows;
+
+/// What the kit says when it fails the test.
+fn failure(run: impl FnOnce()) -> String {
+    let panic = catch_unwind(AssertUnwindSafe(run)).expect_err("the test should have failed");
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).expect("a message")
+}
+
+/// It failed, and the message has all of this.
+#[track_caller]
+fn fails(run: impl FnOnce(), parts: &[&str]) {
+    let text = failure(run);
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is missing in:\n{text}");
+    }
+}
