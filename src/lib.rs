@@ -142,12 +142,7 @@ mod specifications {
     struct Evolution;
     #[doc = include_str!("../docs/commands.md")]
     struct Commands;
-    #[cfg(all(
-        feature = "derive",
-        feature = "views",
-        feature = "shipping",
-        feature = "testing"
-    ))]
+    #[cfg(all(feature = "derive", feature = "views", feature = "shipping", feature = "testing"))]
     #[doc = include_str!("../docs/cookbook.md")]
     struct Cookbook;
     #[doc = include_str!("../docs/format.md")]

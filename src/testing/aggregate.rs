@@ -190,9 +190,11 @@ impl<A: Aggregate> AggregateTest<A> {
     fn state_with_snapshot_behind(&self, events: Option<usize>) -> A {
         let mut state = A::default();
         let snapshot = |state: A, behind: usize| match self.round_trip {
-            Some(round_trip) if events == Some(behind) => round_trip(&state).unwrap_or_else(|error| {
-                panic!("{}: the state can't be kept in a snapshot: {error}", A::NAME)
-            }),
+            Some(round_trip) if events == Some(behind) => {
+                round_trip(&state).unwrap_or_else(|error| {
+                    panic!("{}: the state can't be kept in a snapshot: {error}", A::NAME)
+                })
+            }
             _ => state,
         };
         state = snapshot(state, 0);
@@ -219,7 +221,8 @@ fn apply<A: Aggregate>(state: &mut A, event: &Recorded) {
 #[track_caller]
 fn recorded<A: Aggregate>(event: &A::Event) -> NewEvent {
     let name = event.kind().name;
-    A::record(event).unwrap_or_else(|error| panic!("{}: {name} can't be recorded: {error}", A::NAME))
+    A::record(event)
+        .unwrap_or_else(|error| panic!("{}: {name} can't be recorded: {error}", A::NAME))
 }
 
 /// An outcome whose types need not be comparable.
@@ -375,9 +378,9 @@ where
     A::Event: PartialEq + Debug,
 {
     let name = stored.event_type();
-    let decoded = stored
-        .decode::<A::Event>()
-        .unwrap_or_else(|error| panic!("{}: {name}, decided, can't be read back: {error}", A::NAME));
+    let decoded = stored.decode::<A::Event>().unwrap_or_else(|error| {
+        panic!("{}: {name}, decided, can't be read back: {error}", A::NAME)
+    });
     let read: Vec<A::Event> = decoded.into_iter().map(Recorded::into_data).collect();
     assert!(
         read.iter().eq([event]),

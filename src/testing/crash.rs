@@ -161,7 +161,8 @@ impl CrashTest {
             left.crash(crash);
             if let Err(why) = caught(|| check(&left, told)) {
                 let Self { seed, .. } = self;
-                let place = if has_struck { "at" } else { "behind the scenario's end, in front of" };
+                let place =
+                    if has_struck { "at" } else { "behind the scenario's end, in front of" };
                 panic!(
                     "the check failed after a crash ({crash:?}) {place} operation {operation}: {why}\n\
                      to repeat it: CrashTest::new().seed({seed}).at({operation})"

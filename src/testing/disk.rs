@@ -9,6 +9,9 @@ use crate::fs::sim::{Fault, Repeat, SimFs};
 use crate::options::JournalOptions;
 use crate::store::{Store, StoreBuilder};
 
+/// The largest batch of stores on such a disk, unless said otherwise.
+const BATCH_BYTES_MAX: u32 = 256 << 10;
+
 /// A disk in memory, for stores in tests: quick, gone with the test, and it can crash as real ones do. Cheap to clone;
 /// all clones are one disk.
 ///
@@ -19,9 +22,10 @@ use crate::store::{Store, StoreBuilder};
 #[cfg_attr(not(feature = "views"), doc = "(`testing::view`, with feature `views`), ")]
 /// or open a store in a temporary directory.
 ///
-/// Each store is opened without a thread beside the appends
+/// Stores are opened without a thread beside the appends
 /// ([`background_thread`](crate::JournalOptions::background_thread)), so that a test which appends from one thread does
-/// the same operations each time.
+/// the same operations each time; and with batches of at most 256 KiB, in place of 1 MiB, so that segments are small and
+/// crashes are tried quickly. [`builder`](Self::builder) takes other options.
 ///
 /// ```
 /// use headwater::testing::{Crash, MemoryDisk};
@@ -89,7 +93,13 @@ impl MemoryDisk {
     /// if the operations are to be the same each time.
     pub fn builder(&self, dir: impl AsRef<Path>) -> StoreBuilder {
         let clocked = Clocked { fs: Arc::new(self.sim.clone()), clock: self.clock.clone() };
-        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        let options = JournalOptions {
+            background_thread: false,
+            batch_bytes_max: BATCH_BYTES_MAX,
+            group_bytes_max: BATCH_BYTES_MAX.into(),
+            segment_bytes_first: 0, // as small as they can be
+            ..JournalOptions::default()
+        };
         Store::builder(dir).in_memory(Arc::new(clocked)).journal_options(options)
     }
 

@@ -41,8 +41,8 @@ mod purity;
 mod view;
 
 pub use aggregate::{AggregateTest, Decision, aggregate};
-pub use clock::{BEGINNING_US, Clock};
 pub(crate) use clock::Clocked;
+pub use clock::{BEGINNING_US, Clock};
 pub use crash::{CrashResult, CrashTest, Crashes};
 pub use disk::{Crash, MemoryDisk};
 pub use history::{History, stored};

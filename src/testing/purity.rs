@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -202,7 +203,8 @@ where
         let once = || {
             let mut routes = Routes::new();
             let known = routes.add(self.view, stored).map_err(|cause| cause.to_string());
-            let rows = routes.rows.iter().map(|row| (format!("{:?}", row.key), &row.row_key, &row.events));
+            let rows =
+                routes.rows.iter().map(|row| (format!("{:?}", row.key), &row.row_key, &row.events));
             let shown = format!("{:#?}", (known, rows.collect::<Vec<_>>()));
             (routes, shown)
         };
@@ -251,7 +253,9 @@ where
         let read = row_of::<V>(&bytes);
         let shown = format!("{folded:#?}\nstored as {bytes:02x?}");
         let again = match &read {
-            Ok(read) => format!("{read:#?}\nstored as {:02x?}", stored_row::<V>(read).unwrap_or_default()),
+            Ok(read) => {
+                format!("{read:#?}\nstored as {:02x?}", stored_row::<V>(read).unwrap_or_default())
+            }
             Err(error) => error.to_string(),
         };
         self.same(stored, key, "the row was stored and read back, and is another", &shown, &again)?;
@@ -326,50 +330,59 @@ where
     }
 
     /// Compares the rows of a chunk with what was there behind its last event.
-    fn compare(
-        &self,
-        how: &str,
-        keys: &[Vec<u8>],
-        kept: &Kept,
-        chunk: std::ops::Range<usize>,
-    ) -> Checked {
-        for key in keys {
+    fn compare(&self, how: &str, keys: &[Vec<u8>], kept: &Kept, chunk: Range<usize>) -> Checked {
+        let differing = keys.iter().filter_map(|key| {
             let came = kept.slots.get(key).map(shown_slot::<V>).unwrap_or_default();
-            let Some((_, slot)) = self.behind_event(key, chunk.end) else { continue };
-            let first = shown_slot::<V>(slot);
-            if first != came {
-                let number = self.first_that_differs(key, &chunk);
-                let Some(stored) = self.events.get(number) else { continue };
-                let what = format!("folded {how}, it came to another row");
-                self.same(stored, Some(key), &what, &first, &came)?;
+            let first = shown_slot::<V>(self.behind_event(key, chunk.end)?);
+            (first != came).then(|| (self.first_that_differs(key, &chunk), key, first, came))
+        });
+        let Some((number, key, first, came)) = differing.min_by_key(|(number, ..)| *number) else {
+            return Ok(());
+        };
+        let Some(stored) = self.events.get(number) else { return Ok(()) };
+        let what = format!("folded {how}, it came to another row");
+        self.same(stored, Some(key), &what, &first, &came)
+    }
+
+    /// What was under the key behind the event in front of `end`.
+    fn behind_event(&self, key: &[u8], end: usize) -> Option<&Slot> {
+        let behind = self.behind.get(key)?;
+        let last = behind.partition_point(|(number, _)| *number < end).checked_sub(1)?;
+        behind.get(last).map(|(_, slot)| slot)
+    }
+
+    /// The first event of the chunk with which the row differs, if it does so again; or the row's last one in it.
+    fn first_that_differs(&self, key: &[u8], chunk: &Range<usize>) -> usize {
+        let mut routes = Routes::<V>::new();
+        for stored in self.events.get(chunk.clone()).unwrap_or_default() {
+            // What can't be routed concerns no row.
+            drop(routes.add(self.view, stored));
+        }
+        let events = routes.rows.iter().find(|row| row.row_key == key);
+        let events = events.map(|row| row.events.as_slice()).unwrap_or_default();
+        let Ok(key_value) = key_of::<V>(key) else { return chunk.start };
+        let before = self.behind_event(key, chunk.start).and_then(|slot| slot.row.as_deref());
+        let mut now = before.and_then(|row| row_of::<V>(row).ok());
+        let mut last = chunk.start;
+        for (place, index) in events.iter().enumerate() {
+            let Some(event) = routes.events.get(*index) else { continue };
+            last = self.events.partition_point(|stored| stored.position() < event.position());
+            let first = self.behind_event(key, last + 1);
+            match fold_once(self.view, &key_value, now.clone(), event) {
+                Outcome::Put(row) => now = Some(row),
+                Outcome::Delete => now = None,
+                Outcome::Keep => {}
+                Outcome::Failed(_) => return last,
+            }
+            // Several events can stand for one that was stored.
+            let next = events.get(place + 1).and_then(|next| routes.events.get(*next));
+            let is_whole = next.is_none_or(|next| next.position() != event.position());
+            let row = now.as_ref().and_then(|row| stored_row::<V>(row).ok());
+            if is_whole && first.is_none_or(|first| first.row != row) {
+                return last;
             }
         }
-        Ok(())
-    }
-
-    fn behind_event(&self, key: &[u8], end: usize) -> Option<&(usize, Slot)> {
-        let behind = self.behind.get(key)?;
-        behind.get(behind.partition_point(|(number, _)| *number < end).checked_sub(1)?)
-    }
-
-    /// The first event of a chunk with which the row differs, if it does so again; or the row's last one in the chunk.
-    fn first_that_differs(&self, key: &[u8], chunk: &std::ops::Range<usize>) -> usize {
-        let last = self.behind_event(key, chunk.end).map_or(chunk.start, |(number, _)| *number);
-        let mut before = MemoryRows::new(self.view).unwrap_or_else(|error| panic!("{error}"));
-        if let Some((_, slot)) = self.behind_event(key, chunk.start) {
-            before.kept.slots.insert(key.to_owned(), slot.clone());
-        }
-        let start = before.kept;
-        let differs = |number: &usize| {
-            let mut rows = MemoryRows::new(self.view).unwrap_or_else(|error| panic!("{error}"));
-            rows.kept = start.clone();
-            let chunk = self.events.get(chunk.start..=*number).unwrap_or_default();
-            rows.apply(self.view, chunk, |it| it == key);
-            let came = rows.kept.slots.get(key).map(shown_slot::<V>);
-            let first = self.behind_event(key, *number + 1).map(|(_, slot)| shown_slot::<V>(slot));
-            came != first
-        };
-        chunk.clone().find(differs).unwrap_or(last)
+        last
     }
 
     /// Compares what isn't a row.

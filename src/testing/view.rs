@@ -213,7 +213,9 @@ where
             "view {}, row {}: expected to be parked because of {reason:?}, but {}",
             V::NAME,
             shown_key::<V, Q>(key),
-            came.map_or("nothing of it is parked".to_owned(), |came| format!("it is, because: {came}")),
+            came.map_or("nothing of it is parked".to_owned(), |came| format!(
+                "it is, because: {came}"
+            )),
         );
         self
     }
@@ -344,7 +346,8 @@ where
         key.encode_key(&mut out);
         out
     };
-    let same = |a: &(V::Key, V::Row), b: &(V::Key, V::Row)| bytes(&a.0) == bytes(&b.0) && a.1 == b.1;
+    let same =
+        |a: &(V::Key, V::Row), b: &(V::Key, V::Row)| bytes(&a.0) == bytes(&b.0) && a.1 == b.1;
     let all = expected.len() == came.len() && expected.iter().zip(came).all(|(a, b)| same(a, b));
     assert!(
         all,

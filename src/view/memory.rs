@@ -181,7 +181,8 @@ impl<V: View> MemoryRows<V> {
 
     /// All rows, in the order of their keys.
     pub(crate) fn rows(&self) -> Result<Vec<(V::Key, V::Row)>, ViewReadError> {
-        let rows = self.kept.slots.iter().filter_map(|(key, slot)| Some((key, slot.row.as_deref()?)));
+        let rows =
+            self.kept.slots.iter().filter_map(|(key, slot)| Some((key, slot.row.as_deref()?)));
         rows.map(|(row_key, row)| Ok((key_of::<V>(row_key)?, decode_row::<V>(row)?))).collect()
     }
 

@@ -59,13 +59,9 @@ impl Event for AccountEvent {
 
     fn step(kind: EventKindRef<'_>, payload: Payload<'_>) -> Result<Step<Self>, CodecError> {
         match (kind.name, kind.schema_version) {
-            ("account.deposited", 2) => {
-                payload.decode().map(|it| Step::Value(Self::Deposited(it)))
-            }
+            ("account.deposited", 2) => payload.decode().map(|it| Step::Value(Self::Deposited(it))),
             ("account.deposited", 1) => Ok(Step::Upcast(in_francs)),
-            ("account.withdrawn", 1) => {
-                payload.decode().map(|it| Step::Value(Self::Withdrawn(it)))
-            }
+            ("account.withdrawn", 1) => payload.decode().map(|it| Step::Value(Self::Withdrawn(it))),
             _ => Ok(Step::Foreign),
         }
     }
@@ -121,9 +117,8 @@ impl Aggregate for Account {
 
     fn decide(&self, command: &Command) -> Result<Vec<AccountEvent>, Refused> {
         let deposited = |cents| AccountEvent::Deposited(Deposited { cents });
-        let withdrawn = |cents, note: &str| {
-            AccountEvent::Withdrawn(Withdrawn { cents, note: note.to_owned() })
-        };
+        let withdrawn =
+            |cents, note: &str| AccountEvent::Withdrawn(Withdrawn { cents, note: note.to_owned() });
         match command {
             _ if self.is_frozen => Err(Refused::Frozen),
             Command::Deposit(0) => Ok(vec![]),
@@ -198,10 +193,17 @@ fn whatever_differs_from_what_was_expected_is_told() {
     let withdraw = |cents| account().given([deposited(500)]).when(&Command::Withdraw(cents));
     fails(
         || drop(withdraw(200).then([withdrawn(201)])),
-        &["account: other events than expected", "-             cents: 201", "+             cents: 200"],
+        &[
+            "account: other events than expected",
+            "-             cents: 201",
+            "+             cents: 200",
+        ],
     );
     fails(|| drop(withdraw(200).then([])), &["other events", "Withdrawn"]);
-    fails(|| drop(withdraw(600).then([withdrawn(600)])), &["refused: only 500 cents are there", "600"]);
+    fails(
+        || drop(withdraw(600).then([withdrawn(600)])),
+        &["refused: only 500 cents are there", "600"],
+    );
     fails(
         || drop(withdraw(600).then_error(Refused::NotEnough(1))),
         &["another error than expected", "500", "- ", "+ "],
@@ -236,7 +238,11 @@ fn a_state_that_loses_something_in_a_snapshot_is_found() {
         || drop(frozen().with_snapshots().when(&Command::Withdraw(1))),
         &["a snapshot behind 2 events changes what is decided", "Frozen"],
     );
-    account().with_snapshots().given([deposited(5)]).when(&Command::Withdraw(5)).then([withdrawn(5)]);
+    account()
+        .with_snapshots()
+        .given([deposited(5)])
+        .when(&Command::Withdraw(5))
+        .then([withdrawn(5)]);
 }
 
 #[test]

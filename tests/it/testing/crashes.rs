@@ -140,7 +140,8 @@ fn a_reactor_has_reacted_to_every_durable_event_when_it_is_opened_again() {
     type Calls = Arc<AtomicU64>;
     let react = |disk: &MemoryDisk, calls: &Calls, append_to: Option<u8>| -> CrashResult {
         let store = disk.store("shop")?;
-        let reactor = store.react(Counting(Arc::clone(calls)), ReactorOptions::new(Start::Beginning))?;
+        let reactor =
+            store.react(Counting(Arc::clone(calls)), ReactorOptions::new(Start::Beginning))?;
         for n in 0..append_to.unwrap_or(0) {
             append(&store, "s-1", &[n])?;
         }
@@ -185,7 +186,12 @@ fn views_are_folded_in_memory_from_what_a_crash_has_left() {
             keys.add(());
         }
 
-        fn fold(&self, (): &(), sum: Option<u64>, event: &Recorded<Vec<u8>>) -> Result<Fold<u64>, FoldError> {
+        fn fold(
+            &self,
+            (): &(),
+            sum: Option<u64>,
+            event: &Recorded<Vec<u8>>,
+        ) -> Result<Fold<u64>, FoldError> {
             let more: u64 = event.data().iter().map(|byte| u64::from(*byte)).sum();
             Ok(Fold::Put(sum.unwrap_or(0) + more))
         }

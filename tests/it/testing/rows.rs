@@ -20,7 +20,11 @@ use super::fails;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) enum Moved {
     /// Cents from one account to another.
-    Cents { from: u16, to: u16, cents: u32 },
+    Cents {
+        from: u16,
+        to: u16,
+        cents: u32,
+    },
     Closed(u16),
     /// Changes nothing.
     Looked(u16),
@@ -171,7 +175,10 @@ fn what_cannot_be_folded_is_parked_with_all_that_follows() {
         .then_row(&1, row(-35, 2))
         .then_pure();
     assert_eq!(test.get(&2), Some(row(30, 1)));
-    fails(|| drop(test.then_row(&2, row(30, 1))), &["position 1", "2 of the row are parked", "broken"]);
+    fails(
+        || drop(test.then_row(&2, row(30, 1))),
+        &["position 1", "2 of the row are parked", "broken"],
+    );
 
     let lost = || view(Accounts).given("bank", [Moved::Lost, moved(1, 2, 30)]);
     let undecodable = [stored("moved", 2, &99_u8)];
@@ -212,7 +219,12 @@ fn a_view_that_could_not_be_opened_is_refused() {
 
         fn route(&self, _: &Recorded<Vec<u8>>, _: &mut Keys<()>) {}
 
-        fn fold(&self, (): &(), _: Option<()>, _: &Recorded<Vec<u8>>) -> Result<Fold<()>, FoldError> {
+        fn fold(
+            &self,
+            (): &(),
+            _: Option<()>,
+            _: &Recorded<Vec<u8>>,
+        ) -> Result<Fold<()>, FoldError> {
             Ok(Fold::Keep)
         }
     }
@@ -220,28 +232,25 @@ fn a_view_that_could_not_be_opened_is_refused() {
 }
 
 /// Random histories, with everything that can happen in them.
-fn history(seed: u64) -> Vec<(u16, NewEvent)> {
+fn history(seed: u64) -> Vec<NewEvent> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let account = |rng: &mut fastrand::Rng| rng.u16(0..8);
     let events = rng.usize(1..120);
     (0..events)
-        .map(|_| {
-            let event = match rng.u8(0..20) {
-                0 => stored("moved", 1, &(account(&mut rng), account(&mut rng), rng.u32(0..50))),
-                1 => stored("other", 1, &7_u8),
-                2 => NewEvent::typed(&Moved::Closed(account(&mut rng))).unwrap(),
-                3 => NewEvent::typed(&Moved::Looked(account(&mut rng))).unwrap(),
-                4 if seed.is_multiple_of(2) => {
-                    NewEvent::typed(&Moved::Broken(account(&mut rng))).unwrap()
-                }
-                5 if seed.is_multiple_of(3) => NewEvent::typed(&Moved::Lost).unwrap(),
-                6 if seed.is_multiple_of(5) => stored("moved", 2, &99_u8),
-                _ => {
-                    let it = moved(account(&mut rng), account(&mut rng), rng.u32(0..50));
-                    NewEvent::typed(&it).unwrap()
-                }
-            };
-            (rng.u16(0..3), event)
+        .map(|_| match rng.u8(0..20) {
+            0 => stored("moved", 1, &(account(&mut rng), account(&mut rng), rng.u32(0..50))),
+            1 => stored("other", 1, &7_u8),
+            2 => NewEvent::typed(&Moved::Closed(account(&mut rng))).unwrap(),
+            3 => NewEvent::typed(&Moved::Looked(account(&mut rng))).unwrap(),
+            4 if seed.is_multiple_of(2) => {
+                NewEvent::typed(&Moved::Broken(account(&mut rng))).unwrap()
+            }
+            5 if seed.is_multiple_of(3) => NewEvent::typed(&Moved::Lost).unwrap(),
+            6 if seed.is_multiple_of(5) => stored("moved", 2, &99_u8),
+            _ => {
+                let it = moved(account(&mut rng), account(&mut rng), rng.u32(0..50));
+                NewEvent::typed(&it).unwrap()
+            }
         })
         .collect()
 }
@@ -257,15 +266,11 @@ fn the_rows_in_memory_are_those_of_a_real_view_with_all_that_is_parked() {
         let mut events = history(seed).into_iter().peekable();
         let mut given = History::new();
         while events.peek().is_some() {
-            let batch: Vec<_> = events.by_ref().take(rng.usize(1..9)).collect();
-            let mut append = Append::default();
-            for (stream, event) in batch {
-                let name = format!("s-{stream}");
-                given = given.with_new(&name, [event.clone()]);
-                let stream = StreamId::new(&name).unwrap();
-                append = append.and_to(&stream, ExpectedRevision::Any, [event]);
-            }
-            store.append(&append).unwrap();
+            let batch = events.by_ref().take(rng.usize(1..9)).collect::<Vec<_>>();
+            let name = format!("s-{}", rng.u8(0..3));
+            given = given.with_new(&name, batch.clone());
+            let stream = StreamId::new(&name).unwrap();
+            store.append(&Append::to(&stream, ExpectedRevision::Any, batch)).unwrap();
         }
         let options = ViewOptions {
             chunk_bytes: rng.u64(1..2000),
