@@ -37,6 +37,8 @@ mod runner;
 
 pub use error::{EventFailure, HaltError, OpenReactorError, SkipError};
 pub use handle::{ReactorHandle, ReactorState, ReactorStatus};
+#[cfg(feature = "testing")]
+pub(crate) use runner::message_of;
 
 /// The folder of a journal's reactors, beside the journal.
 pub(crate) const REACTORS: &str = "reactors";

@@ -10,11 +10,11 @@
 //!  until the scenario ends before it comes to operation n; the crash is behind its end then
 //! ```
 
-use std::any::Any;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::disk::{Crash, MemoryDisk};
+use crate::reactor::message_of;
 
 /// What scenarios and checks return; any error turns into it with `?`.
 pub type CrashResult = Result<(), Box<dyn Error>>;
@@ -178,7 +178,7 @@ impl CrashTest {
 fn caught(run: impl FnOnce() -> CrashResult) -> Result<(), String> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(result) => result.map_err(|error| chain(&*error)),
-        Err(panic) => Err(format!("panic: {}", text_of(&*panic))),
+        Err(panic) => Err(format!("panic: {}", message_of(&*panic))),
     }
 }
 
@@ -194,10 +194,4 @@ fn chain(error: &dyn Error) -> String {
         cause = it.source();
     }
     text
-}
-
-fn text_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "without a message".to_owned())
 }

@@ -12,13 +12,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::chunk::{Careful, fold_carefully, guard};
 use super::db::{in_index_entry, index_prefix, row_key};
 use super::error::{EventFailure, ViewError, ViewReadError};
-use super::handle::decode_row;
-use super::key::{EncodeKey, ViewKey, decode_all};
+use super::generation;
+use super::key::{EncodeKey, ViewKey};
 use super::poison::reason_of;
-use super::{Fold, Index, Indexes, Keys, ParkedKey, View, check};
+use super::space::Space;
+use super::{Fold, Index, Indexes, Keys, ParkedKey, View};
 use crate::codec::{Bincode, Codec};
 use crate::event::Recorded;
-use crate::position::Position;
+use crate::position::{JournalId, Locator, Position};
 
 /// A view whose rows are in memory.
 pub(crate) struct MemoryRows<V: View> {
@@ -50,6 +51,7 @@ pub(crate) struct Slot {
 /// What is parked of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ParkedSlot {
+    pub(crate) journal: JournalId,
     pub(crate) first: Position,
     pub(crate) events: u64,
     /// When the first one was recorded.
@@ -123,8 +125,12 @@ impl<V: View> Routes<V> {
 impl<V: View> MemoryRows<V> {
     /// No rows. The view is looked at as when it is opened.
     pub(crate) fn new(view: &V) -> Result<Self, ViewError> {
-        check(view)?;
-        Ok(Self { indexes: Indexes::of(view), kept: Kept::default() })
+        if !generation::is_valid_name(V::NAME) {
+            return Err(ViewError::InvalidName { name: V::NAME });
+        }
+        let indexes = Indexes::of(view);
+        indexes.check()?;
+        Ok(Self { indexes, kept: Kept::default() })
     }
 
     /// Folds a chunk, or of it only what concerns the rows that are `wanted`; the database keys of these.
@@ -157,13 +163,13 @@ impl<V: View> MemoryRows<V> {
                 fold_carefully(view, &self.indexes, &row.key, &row.row_key, stored, all);
             change.make(&mut slot.row, &mut self.kept.entries);
             let (Some(failure), Some(event)) = (failure, events.get(folded)) else { return };
-            let (first, since_us) = (event.position(), event.recorded_at_us());
-            let reason = reason_of(&failure);
+            let Locator { journal, position: first } = event.locator();
+            let (since_us, reason) = (event.recorded_at_us(), reason_of(&failure));
             if failure.is_of_the_rows() {
                 self.kept.stopped.get_or_insert((first, reason));
                 return;
             }
-            slot.parked = Some(ParkedSlot { first, events: 0, since_us, reason });
+            slot.parked = Some(ParkedSlot { journal, first, events: 0, since_us, reason });
             behind = folded;
         }
         // Those that one stored event stands for are parked as that one.
@@ -183,7 +189,7 @@ impl<V: View> MemoryRows<V> {
     pub(crate) fn rows(&self) -> Result<Vec<(V::Key, V::Row)>, ViewReadError> {
         let rows =
             self.kept.slots.iter().filter_map(|(key, slot)| Some((key, slot.row.as_deref()?)));
-        rows.map(|(row_key, row)| Ok((key_of::<V>(row_key)?, decode_row::<V>(row)?))).collect()
+        rows.map(|(row_key, row)| Ok((key_of::<V>(row_key)?, row_of::<V>(row)?))).collect()
     }
 
     /// What is parked, in the order of the keys.
@@ -191,8 +197,8 @@ impl<V: View> MemoryRows<V> {
         let slots = self.kept.slots.iter();
         let parked = slots.filter_map(|(key, slot)| Some((key, slot.parked.clone()?)));
         let parked = parked.map(|(row_key, parked)| {
-            let ParkedSlot { first, events, since_us, reason } = parked;
-            Ok(ParkedKey { key: key_of::<V>(row_key)?, events, first, since_us, reason })
+            let ParkedSlot { journal, first, events, since_us, reason } = parked;
+            Ok(ParkedKey { key: key_of::<V>(row_key)?, events, journal, first, since_us, reason })
         });
         parked.collect()
     }
@@ -215,7 +221,7 @@ impl<V: View> MemoryRows<V> {
         K::decode_key(&mut input).map_err(|source| ViewReadError::Key { view: V::NAME, source })?;
         let row_key = row_key(|out| out.extend_from_slice(input));
         let row = self.kept.slots.get(&row_key).and_then(|slot| slot.row.as_deref());
-        Ok((key_of::<V>(&row_key)?, decode_row::<V>(row.unwrap_or_default())?))
+        Ok((key_of::<V>(&row_key)?, row_of::<V>(row.unwrap_or_default())?))
     }
 
     /// The index entries of a row, or why they can't be had.
@@ -247,13 +253,12 @@ pub(crate) fn fold_once<V: View>(
 
 /// The key that lies under a database key.
 pub(crate) fn key_of<V: View>(row_key: &[u8]) -> Result<V::Key, ViewReadError> {
-    let key = decode_all(row_key.get(1..).unwrap_or_default());
-    key.map_err(|source| ViewReadError::Key { view: V::NAME, source })
+    Space::of::<V>().decode_key(row_key)
 }
 
 /// The row that is stored as these bytes.
 pub(crate) fn row_of<V: View>(stored: &[u8]) -> Result<V::Row, ViewReadError> {
-    decode_row::<V>(stored)
+    Space::of::<V>().decode_row(stored)
 }
 
 /// A row as it is stored, or why it can't be.

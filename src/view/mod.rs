@@ -35,9 +35,9 @@
 //! `applied` is what readers see, `durable` is what survives a crash. Whatever truncates or acknowledges
 //! goes by `durable`.
 
-mod audit;
 #[cfg(feature = "cli")]
 pub(crate) mod at_rest;
+mod audit;
 mod bulk;
 mod chunk;
 mod control;
@@ -49,11 +49,11 @@ mod handle;
 mod index;
 mod inline;
 mod key;
+#[cfg(feature = "testing")]
+pub(crate) mod memory;
 mod moment;
 #[cfg(feature = "cli")]
 mod mount;
-#[cfg(feature = "testing")]
-pub(crate) mod memory;
 mod openings;
 mod poison;
 mod program;

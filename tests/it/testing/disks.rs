@@ -110,7 +110,7 @@ fn appends_reads_queries_commands_snapshots_and_reactors_work_on_a_disk_in_memor
 #[cfg(feature = "views")]
 #[test]
 fn a_view_of_a_store_in_memory_is_refused_and_nothing_is_written_to_the_real_disk() {
-    use headwater::view::{Fold, FoldError, Keys, View};
+    use headwater::view::{Fold, FoldError, Keys, View, ViewOptions};
 
     struct Count;
     impl View for Count {
@@ -138,17 +138,15 @@ fn a_view_of_a_store_in_memory_is_refused_and_nothing_is_written_to_the_real_dis
     append(&store, "s-1", b"").unwrap();
     let error = store.view(Count).unwrap_err();
     assert!(error.to_string().contains("testing::view"), "{error}");
+    let over = store.view_over(&[store.journal().clone()], Count, ViewOptions::default());
+    assert!(over.unwrap_err().to_string().contains("testing::view"));
     assert!(!Path::new("refused").exists());
     // What is said there works.
     let history = headwater::testing::History::of(store.journal()).unwrap();
     headwater::testing::view(Count).given_history(history).then_row(&(), 1);
     let dir = tempfile::tempdir().unwrap();
-    let view = headwater::view::open(
-        dir.path(),
-        store.journal().clone(),
-        Count,
-        headwater::view::ViewOptions::default(),
-    );
+    let view =
+        headwater::view::open(dir.path(), store.journal().clone(), Count, ViewOptions::default());
     let end = store.journal().end().token();
     assert_eq!(view.unwrap().get_at_least(&(), &end, Duration::from_secs(60)).unwrap(), Some(1));
 }
