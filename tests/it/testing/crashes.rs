@@ -72,11 +72,11 @@ fn counting_on_what_is_not_durable_is_found_and_the_message_says_how_to_repeat_i
         let there = payloads(&disk.store("shop")?).len();
         if there == usize::from(*told) { Ok(()) } else { Err(format!("{there} of {told}").into()) }
     };
-    let text = super::failure(|| drop(CrashTest::new().seed(5).run(careless, strict)));
+    let text = super::failure(|| CrashTest::new().seed(5).run(careless, strict));
     assert!(text.contains("the check failed after a crash (") && text.contains("0 of 1"), "{text}");
     let at = text.rsplit_once(".at(").unwrap().1.trim_end_matches(')').parse().unwrap();
-    fails(|| drop(CrashTest::new().seed(5).at(at).run(careless, strict)), &["0 of 1", "seed(5)"]);
-    fails(|| drop(CrashTest::new().run(counts_on_buffered, holds)), &["acknowledged"]);
+    fails(|| CrashTest::new().seed(5).at(at).run(careless, strict), &["0 of 1", "seed(5)"]);
+    fails(|| CrashTest::new().run(counts_on_buffered, holds), &["acknowledged"]);
 }
 
 #[cfg(feature = "test-kit")]
@@ -84,7 +84,7 @@ fn counting_on_what_is_not_durable_is_found_and_the_message_says_how_to_repeat_i
 fn a_journal_that_acknowledges_before_its_sync_is_found() {
     use headwater::planted::{Bug, plant};
     plant(Some(Bug::AcknowledgeBeforeSync));
-    let text = super::failure(|| drop(CrashTest::new().draws(0).run(appends, holds)));
+    let text = super::failure(|| CrashTest::new().draws(0).run(appends, holds));
     plant(None);
     assert!(text.contains("acknowledged") && text.contains("(PowerCut)"), "{text}");
 }
@@ -96,7 +96,7 @@ fn a_scenario_that_fails_without_a_crash_fails_the_test() {
         Ok(())
     };
     fails(
-        || drop(CrashTest::new().run(broken, |_, ()| Ok(()))),
+        || CrashTest::new().run(broken, |_, ()| Ok(())),
         &["the scenario failed without a crash", "no journal"],
     );
     // A panic of the scenario that the crash has made is the crash.
@@ -107,7 +107,7 @@ fn a_scenario_that_fails_without_a_crash_fails_the_test() {
     assert!(CrashTest::new().draws(0).run(panics, |_, ()| Ok(())).operations > 5);
     // A panic of the check is not.
     let check = |_: &MemoryDisk, (): &()| panic!("it is wrong");
-    fails(|| drop(CrashTest::new().run(panics, check)), &["panic: it is wrong", "operation 0"]);
+    fails(|| CrashTest::new().run(panics, check), &["panic: it is wrong", "operation 0"]);
 }
 
 #[test]

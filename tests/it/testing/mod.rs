@@ -11,15 +11,17 @@ mod purity;
 mod rows;
 
 /// What the kit says when it fails the test.
-fn failure(run: impl FnOnce()) -> String {
-    let panic = catch_unwind(AssertUnwindSafe(run)).expect_err("the test should have failed");
+fn failure<T>(run: impl FnOnce() -> T) -> String {
+    let Err(panic) = catch_unwind(AssertUnwindSafe(run)) else {
+        panic!("the test should have failed");
+    };
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).expect("a message")
 }
 
 /// It failed, and the message has all of this.
 #[track_caller]
-fn fails(run: impl FnOnce(), parts: &[&str]) {
+fn fails<T>(run: impl FnOnce() -> T, parts: &[&str]) {
     let text = failure(run);
     for part in parts {
         assert!(text.contains(part), "{part:?} is missing in:\n{text}");

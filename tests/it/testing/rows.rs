@@ -175,36 +175,33 @@ fn what_cannot_be_folded_is_parked_with_all_that_follows() {
         .then_row(&1, row(-35, 2))
         .then_pure();
     assert_eq!(test.get(&2), Some(row(30, 1)));
-    fails(
-        || drop(test.then_row(&2, row(30, 1))),
-        &["position 1", "2 of the row are parked", "broken"],
-    );
+    fails(|| test.then_row(&2, row(30, 1)), &["position 1", "2 of the row are parked", "broken"]);
 
     let lost = || view(Accounts).given("bank", [Moved::Lost, moved(1, 2, 30)]);
     let undecodable = [stored("moved", 2, &99_u8)];
     lost().then_undecodable("nobody knows where").then_pure();
     view(Accounts).given_new("bank", undecodable).then_undecodable("can't be decoded").then_pure();
-    fails(|| drop(lost().then_row(&1, row(-30, 1))), &["position 0", "any row may lack it"]);
-    fails(|| drop(lost().then_no_row(&7)), &["any row may lack it"]);
-    fails(|| drop(lost().then_undecodable("of another reason")), &["nobody knows where"]);
+    fails(|| lost().then_row(&1, row(-30, 1)), &["position 0", "any row may lack it"]);
+    fails(|| lost().then_no_row(&7), &["any row may lack it"]);
+    fails(|| lost().then_undecodable("of another reason"), &["nobody knows where"]);
 }
 
 #[test]
 fn whatever_differs_from_what_was_expected_is_told() {
     let test = || view(Accounts).given("bank", [moved(1, 2, 30)]);
     fails(
-        || drop(test().then_row(&2, row(31, 1))),
+        || test().then_row(&2, row(31, 1)),
         &["view accounts, row 2", "-         cents: 31", "+         cents: 30"],
     );
-    fails(|| drop(test().then_row(&3, row(31, 1))), &["row 3", "+ None"]);
-    fails(|| drop(test().then_no_row(&2)), &["no row 2 was expected", "cents: 30"]);
-    fails(|| drop(test().then_rows([(2, row(30, 1))])), &["its rows are other ones", "+"]);
-    fails(|| drop(test().then_rows([(1, row(-30, 1)), (3, row(30, 1))])), &["-         3,"]);
-    fails(|| drop(test().then_by_index(BY_TENS, &3, [])), &["found by index by_tens", "cents: 30"]);
-    fails(|| drop(test().then_parked(&2, "broken")), &["row 2", "nothing of it is parked"]);
-    fails(|| drop(test().then_undecodable("")), &["an event was expected"]);
+    fails(|| test().then_row(&3, row(31, 1)), &["row 3", "+ None"]);
+    fails(|| test().then_no_row(&2), &["no row 2 was expected", "cents: 30"]);
+    fails(|| test().then_rows([(2, row(30, 1))]), &["its rows are other ones", "+"]);
+    fails(|| test().then_rows([(1, row(-30, 1)), (3, row(30, 1))]), &["-         3,"]);
+    fails(|| test().then_by_index(BY_TENS, &3, []), &["found by index by_tens", "cents: 30"]);
+    fails(|| test().then_parked(&2, "broken"), &["row 2", "nothing of it is parked"]);
+    fails(|| test().then_undecodable(""), &["an event was expected"]);
     const OTHER: Index<Accounts, u8> = Index::new("other", |_, _, keys| keys.add(1));
-    fails(|| drop(test().then_by_index(OTHER, &1, [])), &["keeps no index \"other\""]);
+    fails(|| test().then_by_index(OTHER, &1, []), &["keeps no index \"other\""]);
 }
 
 #[test]
@@ -228,7 +225,7 @@ fn a_view_that_could_not_be_opened_is_refused() {
             Ok(Fold::Keep)
         }
     }
-    fails(|| drop(view(Misnamed)), &["Not A Folder"]);
+    fails(|| view(Misnamed), &["Not A Folder"]);
 }
 
 /// Random histories, with everything that can happen in them.
