@@ -23,6 +23,7 @@ use super::db::{
     Db, Progress, Scan, StorageError, ViewMemory, all_parked, behind_parked, behind_prefix,
     index_prefix, parked_range, row_key, unrouted_range,
 };
+use super::deadly::Note;
 use super::error::{StopError, ViewError, ViewReadError};
 use super::generation::{lock, remove_folder};
 use super::poison::{self, Degraded, Head, ParkedCounts, ParkedEvents, ParkedKey, Parking};
@@ -257,7 +258,8 @@ pub(super) fn check<P: Program>(
         let db = &Arc::new(Db::open(&scratch.0, memory).map_err(ViewError::from)?);
         let decided = Parking::open(fs, dir, P::VERSION)?.discarded();
         let (means, control) = (Means::of(options, decided), watched.control());
-        let built = program.build(Build { sources, until, db, memory, means, control });
+        let note = &Note::nowhere();
+        let built = program.build(Build { sources, until, db, memory, means, control, note });
         built.map_err(|ended| match ended {
             Ended::Cancelled => RebuildError::Cancelled,
             Ended::Failed(error) => error.into(),

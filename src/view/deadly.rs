@@ -433,7 +433,8 @@ impl Attempts {
         if let Some(taken) = place.and_then(|place| taken.get_mut(place)) {
             *taken = true;
         }
-        Arc::new(Note { attempts: Arc::clone(self), duty, place, now: Mutex::default() })
+        let attempts = Some(Arc::clone(self));
+        Arc::new(Note { attempts, duty, place, now: Mutex::default() })
     }
 
     fn acquit(&self, event: Locator) -> Result<bool, ViewError> {
@@ -477,7 +478,8 @@ fn read(fs: &dyn Fs, path: &Path) -> Result<Deadly, ViewError> {
 
 /// What one thread is at work on. Gone when it is dropped.
 pub(super) struct Note {
-    attempts: Arc<Attempts>,
+    /// `None` where nothing is noted, because nobody would come and read it.
+    attempts: Option<Arc<Attempts>>,
     duty: Duty,
     /// `None` if there are more threads than notes: nothing is noted then.
     place: Option<usize>,
@@ -499,12 +501,18 @@ impl fmt::Debug for Note {
 }
 
 impl Note {
+    /// Notes nothing: for what isn't begun again by itself if the process dies of it.
+    #[cfg(any(feature = "cli", feature = "testing"))]
+    pub(super) fn nowhere() -> Arc<Self> {
+        Arc::new(Self { attempts: None, duty: Duty::Build, place: None, now: Mutex::default() })
+    }
+
     fn write(&self, now: &mut Now, at_work: Option<&AtWork>) {
-        if let Some(place) = self.place {
+        if let (Some(place), Some(attempts)) = (self.place, &self.attempts) {
             let offset = (place * NOTE_BYTES) as u64;
             // An effort: folding doesn't depend on it.
             let bytes = AtWork::encode(self.duty, at_work);
-            drop(write_all_at(&*self.attempts.notes, &bytes, offset));
+            drop(write_all_at(&*attempts.notes, &bytes, offset));
         }
         now.is_noted = at_work.is_some();
     }
@@ -517,30 +525,31 @@ impl Note {
 
     /// Everything that there is was folded, in whatever way.
     pub(super) fn built(&self) {
-        let deadly = self.attempts.deadly();
+        let Some(attempts) = &self.attempts else { return };
+        let deadly = attempts.deadly();
         let is_own = |zone: &Zone| zone.duty == self.duty;
         if deadly.zones.iter().any(is_own) || deadly.bulk_deaths.contains_key(&self.duty) {
-            drop(self.attempts.change(|deadly| deadly.built(self.duty))); // an effort, too
+            drop(attempts.change(|deadly| deadly.built(self.duty))); // an effort, too
         }
     }
 
     pub(super) fn deadly(&self) -> Arc<Deadly> {
-        self.attempts.deadly()
+        self.attempts.as_ref().map(|attempts| attempts.deadly()).unwrap_or_default()
     }
 
     /// Whether a build is not to be in bulk.
     pub(super) fn forbids_bulk(&self) -> bool {
-        self.attempts.deadly().forbids_bulk(self.duty)
+        self.deadly().forbids_bulk(self.duty)
     }
 
     /// As carefully as is usual.
     pub(super) fn care(self: &Arc<Self>) -> Care {
-        Care { note: Arc::clone(self), is_careful: false, deadly: self.attempts.deadly() }
+        Care { note: Arc::clone(self), is_careful: false, deadly: self.deadly() }
     }
 
     /// As carefully as can be.
     pub(super) fn all_care(self: &Arc<Self>) -> Care {
-        Care { note: Arc::clone(self), is_careful: true, deadly: self.attempts.deadly() }
+        Care { note: Arc::clone(self), is_careful: true, deadly: self.deadly() }
     }
 }
 
@@ -551,7 +560,8 @@ impl Drop for Note {
             let mut now = std::mem::take(now);
             self.write(&mut now, None);
         }
-        let mut taken = self.attempts.taken.lock();
+        let Some(attempts) = &self.attempts else { return };
+        let mut taken = attempts.taken.lock();
         if let Some(taken) = self.place.and_then(|place| taken.get_mut(place)) {
             *taken = false;
         }
@@ -643,7 +653,8 @@ impl Care {
         };
         let single = event.map(single);
         let Some(done) = chunk.map(|(zone, _)| zone).or(single) else { return };
-        let deadly = self.note.attempts.deadly();
+        let Some(attempts) = &self.note.attempts else { return };
+        let deadly = attempts.deadly();
         if deadly.zones.is_empty() && deadly.suspects.is_empty() {
             return;
         }
@@ -651,7 +662,7 @@ impl Care {
         left.folded(&done);
         if left != *deadly {
             // An effort: otherwise they are folded carefully once more.
-            drop(self.note.attempts.change(|deadly| deadly.folded(&done)));
+            drop(attempts.change(|deadly| deadly.folded(&done)));
         }
     }
 }

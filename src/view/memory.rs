@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::chunk::{Careful, fold_carefully, guard};
 use super::db::{in_index_entry, index_prefix, row_key};
+use super::deadly::Note;
 use super::error::{EventFailure, ViewError, ViewReadError};
 use super::generation;
 use super::key::{EncodeKey, ViewKey};
@@ -159,8 +160,9 @@ impl<V: View> MemoryRows<V> {
         let mut behind = 0;
         if slot.parked.is_none() {
             let (stored, all) = (slot.row.clone(), events.iter().copied());
+            let care = Note::nowhere().care();
             let Careful { change, folded, failure } =
-                fold_carefully(view, &self.indexes, &row.key, &row.row_key, stored, all);
+                fold_carefully(view, &self.indexes, &row.key, &row.row_key, stored, all, &care);
             change.make(&mut slot.row, &mut self.kept.entries);
             let (Some(failure), Some(event)) = (failure, events.get(folded)) else { return };
             let Locator { journal, position: first } = event.locator();
