@@ -488,9 +488,13 @@ fn check_views(found: &mut Diagnosis, store: &Path, end: Checkpoint) {
                 );
                 continue;
             }
+            use crate::view::Stored;
             match generation.checkpoint(end.journal) {
-                Ok(None) => found.ok("view", format!("{name}: empty")),
-                Ok(Some(at)) if at.position > end.position => found.fail(
+                Ok(Stored::Nothing) => found.ok("view", format!("{name}: empty")),
+                Ok(Stored::Others(_)) => {
+                    found.ok("view", format!("{name}: made from other journals"));
+                }
+                Ok(Stored::At(at)) if at.position > end.position => found.fail(
                     "view",
                     format!(
                         "{name}: at position {}, but the journal ends at {}",
@@ -498,7 +502,7 @@ fn check_views(found: &mut Diagnosis, store: &Path, end: Checkpoint) {
                     ),
                     "the journal has lost its tail: restore it from a mirror or a newer backup",
                 ),
-                Ok(Some(at)) => found.ok(
+                Ok(Stored::At(at)) => found.ok(
                     "view",
                     format!(
                         "{name}: at position {}, {} events behind",

@@ -546,6 +546,9 @@ fn mirrors(journal: &Journal, options: &Options) -> Vec<Gate> {
     leases.iter().map(gate).collect()
 }
 
+/// The folder of a store's mirrors.
+const MIRRORS: &str = "mirrors";
+
 /// The folder in which a journal's lies, and what follows it.
 fn beside(dir: &Path) -> PathBuf {
     match dir.file_name() {
@@ -593,20 +596,49 @@ fn reactors(journal: &Journal) -> Vec<Gate> {
     }
 }
 
-/// Every generation of every view, as it is on disk.
+/// Every generation of every view that needs this journal, as it is on disk: of those beside it, and of those that the
+/// store keeps which mirrors it.
 fn views(journal: &Journal) -> Vec<Gate> {
-    let dir = views_dir(journal.dir());
+    let own = views_in(journal, &views_dir(journal.dir()), Beside::Own);
+    let mirror = beside(journal.dir());
+    let mirrors = mirror.parent().filter(|it| it.ends_with(MIRRORS));
+    let store = mirrors.and_then(Path::parent).map(|store| store.join("views"));
+    let over = store.map_or_else(Vec::new, |dir| views_in(journal, &dir, Beside::Another));
+    own.into_iter().chain(over).collect()
+}
+
+/// Whose views a folder holds, if they don't say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    Own,
+    Another,
+}
+
+fn views_in(journal: &Journal, dir: &Path, beside: Beside) -> Vec<Gate> {
     let unknown = |path: PathBuf| {
         let holder = Holder::UnknownViews { path };
         Gate { holder, position: None, passed_over: false }
     };
-    match journal.list(&dir) {
+    match journal.list(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-        Err(_) => vec![unknown(dir)],
+        Err(_) => vec![unknown(dir.to_owned())],
         Ok(names) => {
-            names.iter().flat_map(|name| view(journal, name, dir.join(name), &unknown)).collect()
+            let view = |name: &String| view(journal, name, dir.join(name), beside, &unknown);
+            names.iter().flat_map(view).collect()
         }
     }
+}
+
+/// The journals that a store mirrors.
+#[cfg(feature = "views")]
+fn mirrored(journal: &Journal) -> Vec<JournalId> {
+    let dir = beside(journal.dir()).join(MIRRORS);
+    let names = journal.list(&dir).unwrap_or_default();
+    let id = |name: String| {
+        let mirror = dir.join(name).join("journal");
+        crate::journal::node_of(&**journal.fs(), &mirror).map(|node| node.journal)
+    };
+    names.into_iter().filter_map(id).collect()
 }
 
 #[cfg(feature = "views")]
@@ -614,29 +646,41 @@ fn view(
     journal: &Journal,
     name: &str,
     dir: PathBuf,
+    beside: Beside,
     unknown: &dyn Fn(PathBuf) -> Gate,
 ) -> Vec<Gate> {
+    use crate::view::Stored;
     let Ok(generations) = crate::view::generations(&dir) else { return vec![unknown(dir)] };
     let gate = |generation: crate::view::Generation| {
         let path = generation.folder().to_owned();
         let position = match generation.checkpoint(journal.id()) {
-            Ok(Some(checkpoint))
+            Ok(Stored::At(checkpoint))
                 if generation.live && is_of_another_history(journal, &checkpoint) =>
             {
                 Position::START
             }
-            Ok(Some(checkpoint)) => checkpoint.position,
-            Ok(None) => Position::START,
-            Err(_) => return unknown(path),
+            Ok(Stored::At(checkpoint)) => checkpoint.position,
+            // Who is made from mirrors needs nothing of this one. What is of a journal that nobody knows any more is
+            // built anew from this one.
+            Ok(Stored::Others(ids)) => {
+                let is_mirrored = mirrored(journal).iter().any(|id| ids.contains(id));
+                if beside == Beside::Another || is_mirrored {
+                    return None;
+                }
+                Position::START
+            }
+            Ok(Stored::Nothing) if beside == Beside::Another => return None,
+            Ok(Stored::Nothing) => Position::START,
+            Err(_) => return Some(unknown(path)),
         };
         // One that was set aside before it had begun is never read again; one that is being built reads everything.
         let passed_over =
             !generation.live && !generation.is_not_kept() && position == Position::START;
         let (version, generation) = (generation.version, generation.number);
         let holder = Holder::View { name: name.to_owned(), version, generation, path };
-        Gate { holder, position: Some(position), passed_over }
+        Some(Gate { holder, position: Some(position), passed_over })
     };
-    generations.into_iter().map(gate).collect()
+    generations.into_iter().filter_map(gate).collect()
 }
 
 /// Whether what has come so far is of another history: then a view is built anew when it is opened next, and of
@@ -655,6 +699,7 @@ fn view(
     _journal: &Journal,
     _name: &str,
     dir: PathBuf,
+    _beside: Beside,
     unknown: &dyn Fn(PathBuf) -> Gate,
 ) -> Vec<Gate> {
     vec![unknown(dir)]

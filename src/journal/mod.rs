@@ -878,6 +878,12 @@ fn write_node(fs: &dyn Fs, layout: &Layout, node: &Node) -> Result<(), IoError> 
     layout.replace(fs, layout::NODE, &node.encode())
 }
 
+/// Whose the directory of a journal is, as far as it says so.
+#[cfg(feature = "views")]
+pub(crate) fn node_of(fs: &dyn Fs, dir: &Path) -> Option<Node> {
+    read_node(fs, &Layout::new(dir)).ok().flatten()
+}
+
 /// Reads `node`; `None` if there is none.
 fn read_node(fs: &dyn Fs, layout: &Layout) -> Result<Option<Node>, OpenError> {
     let path = layout.file(layout::NODE);

@@ -36,7 +36,7 @@ use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::journal::{CursorBatch, Journal};
 use crate::planted::{self, Bug};
-use crate::position::{Checkpoint, JournalId, Position};
+use crate::position::{Checkpoint, JournalId, Locator, Position};
 use crate::upcast::Decoded;
 use smallvec::SmallVec;
 
@@ -340,7 +340,7 @@ impl<V: View> Chunk<V> {
                 }
             }
         }
-        let folded = self.settle(view, &indexes, rows)?;
+        let folded = self.settle(view, &indexes, db, rows)?;
         Ok(Folded { tallies: folds.end(), ..folded })
     }
 
@@ -401,12 +401,13 @@ impl<V: View> Chunk<V> {
         &self,
         view: &V,
         indexes: &Indexes<V>,
+        db: &Db,
         rows: Vec<Folding<V::Row>>,
     ) -> Result<Folded, FoldFailure> {
         let mut rows: Vec<_> = self.slots.iter().zip(rows).enumerate().collect();
         rows.sort_unstable_by(|(_, (a, _)), (_, (b, _))| a.row_key.cmp(&b.row_key));
         let is_watched = self.rules.watchers.as_ref().is_some_and(|watchers| watchers.are_any());
-        let (mut writes, mut changed, mut parked) = (Writes::new(), Vec::new(), Vec::new());
+        let (mut writes, mut changed, mut parked) = (db.writes(), Vec::new(), Vec::new());
         for (index, (slot, folding)) in rows {
             let Folding { row, mut queue, failed } = folding;
             if let Some(route) = failed.as_ref().map(|(route, _)| *route).or(row.changed_by) {
@@ -679,7 +680,7 @@ where
         let (mut next, mut count) = (state.clone(), 1);
         let mut folded = enter(care, first)
             .and_then(|()| fold_twice(view, key, &mut next, first, careful.folded));
-        while let Some(event) = events.next_if(|it| it.position() == first.position()) {
+        while let Some(event) = events.next_if(|it| it.locator() == first.locator()) {
             folded = folded.and_then(|()| fold_twice(view, key, &mut next, event, careful.folded));
             count += 1;
         }
@@ -787,9 +788,11 @@ pub(super) fn stop_at<E>(
     event: &Recorded<E>,
     cause: EventFailure,
 ) -> StopError {
+    let Locator { journal, position } = event.locator();
     StopError::Event {
         view,
-        position: event.position(),
+        journal,
+        position,
         stream: event.stream().clone(),
         event_type: event.event_type().clone(),
         cause,

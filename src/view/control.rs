@@ -12,7 +12,8 @@ use super::program::Managed;
 use super::rebuild::{
     Comparison, Digest, GenerationInfo, RebuildError, RebuildHandle, RebuildOptions, RebuildStatus,
 };
-use super::runner::{Phase, Running, Shared};
+use super::runner::{Phase, Running, Shared, beginning};
+use super::sources::Checkpoints;
 use super::takeover::{Source, digest_of};
 use crate::event::KnownKind;
 use crate::journal::TokenState;
@@ -151,7 +152,7 @@ impl ViewControl {
         let shared = self.shared();
         let deadline = Instant::now().checked_add(timeout);
         let pending = is_pending(shared, token)?;
-        inline::help(shared);
+        inline::help(shared, token.journal, token.position, deadline);
         shared.wait_until_applied(token.journal, token.position, deadline)?;
         if pending && is_pending(shared, token)? {
             let reached = shared.state().applied.checkpoints.position(token.journal);
@@ -168,8 +169,8 @@ impl ViewControl {
     pub fn wait_for_latest(&self, timeout: Duration) -> Result<(), WaitError> {
         let shared = self.shared();
         let deadline = Instant::now().checked_add(timeout);
-        inline::help(shared);
         let ends = shared.sources.end();
+        inline::help(shared, ends.first().journal, ends.first().position, deadline);
         ends.iter()
             .try_for_each(|end| shared.wait_until_applied(end.journal, end.position, deadline))
     }
@@ -191,13 +192,14 @@ impl ViewControl {
         let state = shared.state();
         let ends = shared.sources.end();
         let follows = matches!(state.phase, Phase::Following | Phase::Building(_));
-        let checkpoints = state.applied.checkpoints.iter().zip(state.durable.iter());
-        let journals =
-            checkpoints.zip(ends.iter()).map(|((applied, durable), end)| JournalStatus {
-                checkpoint: ViewCheckpoint { applied: *applied, durable: *durable },
-                end: *end,
-                lag_events: follows.then(|| end.position.since(applied.position)),
-            });
+        let journals = ends.iter().map(|end| {
+            let of =
+                |it: &Checkpoints| it.of(end.journal).unwrap_or_else(|| beginning(end.journal));
+            let (applied, durable) = (of(&state.applied.checkpoints), of(&state.durable));
+            let lag_events = follows.then(|| end.position.since(applied.position));
+            let checkpoint = ViewCheckpoint { applied, durable };
+            JournalStatus { checkpoint, end: *end, lag_events }
+        });
         let behind = ends.events().saturating_sub(state.applied.checkpoints.events());
         ViewStatus {
             journals: journals.collect(),

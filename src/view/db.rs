@@ -406,14 +406,23 @@ pub(super) fn behind_prefix(prefix: &[u8]) -> Vec<u8> {
     end
 }
 
+/// How far a generation has come with a journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// It hasn't begun.
+    Nothing,
+    /// It is made from other journals: these.
+    Others(Vec<JournalId>),
+    At(Checkpoint),
+}
+
 /// How far the database at `path` has come with `journal`, read beside whoever has it open.
-pub(super) fn stored_checkpoint(
-    path: &Path,
-    journal: JournalId,
-) -> Result<Option<Checkpoint>, StorageError> {
+pub(super) fn stored_checkpoint(path: &Path, journal: JournalId) -> Result<Stored, StorageError> {
     let db = Arc::new(Db::open_read_only(path)?);
-    let progress = db.latest().progress(&[])?;
-    Ok(progress.and_then(|progress| progress.checkpoints.of(journal)))
+    Ok(db.latest().progress(&[])?.map_or(Stored::Nothing, |progress| {
+        let others = || progress.checkpoints.iter().map(|it| it.journal).collect();
+        progress.checkpoints.of(journal).map_or_else(|| Stored::Others(others()), Stored::At)
+    }))
 }
 
 fn progress_key(journal: JournalId) -> Vec<u8> {
@@ -437,28 +446,24 @@ pub(super) fn all_tallies() -> Range<Vec<u8>> {
 }
 
 /// What is written together, or not at all.
-#[derive(Default)]
 pub(super) struct Writes {
     batch: WriteBatch,
-    rows: Vec<Written>,
+    /// The rows among them, if somebody wants to keep them.
+    rows: Option<Vec<Written>>,
 }
 
 impl Writes {
-    pub(super) fn new() -> Self {
-        Self::default()
-    }
-
     pub(super) fn put(&mut self, key: &[u8], value: &[u8]) {
         self.batch.put(key, value);
-        if is_row(key) {
-            self.rows.push((Bytes::from_slice(key), Some(Bytes::from_slice(value))));
+        if let Some(rows) = self.rows.as_mut().filter(|_| is_row(key)) {
+            rows.push((Bytes::from_slice(key), Some(Bytes::from_slice(value))));
         }
     }
 
     pub(super) fn delete(&mut self, key: &[u8]) {
         self.batch.delete(key);
-        if is_row(key) {
-            self.rows.push((Bytes::from_slice(key), None));
+        if let Some(rows) = self.rows.as_mut().filter(|_| is_row(key)) {
+            rows.push((Bytes::from_slice(key), None));
         }
     }
 }
@@ -544,7 +549,7 @@ impl Db {
             }
             Some(found) => Err(self.failure(ACTION, wrong_identity(&found))),
             None if self.is_empty()? => {
-                let mut writes = Writes::new();
+                let mut writes = self.writes();
                 for (key, value) in identity.entries() {
                     writes.put(&key, &value);
                 }
@@ -620,6 +625,12 @@ impl Db {
         Ok(Some(progress.checkpoints))
     }
 
+    /// Nothing yet.
+    pub(super) fn writes(&self) -> Writes {
+        let rows = self.rows.lock().is_some().then(Vec::new);
+        Writes { batch: WriteBatch::default(), rows }
+    }
+
     /// From now on rows that are written are kept for [`rows`](Self::rows), up to so many bytes.
     pub(super) fn keep_written_rows(&self, bytes_max: u64) {
         *self.rows.lock() = RowCache::new(bytes_max);
@@ -664,7 +675,7 @@ impl Db {
         self.db
             .write_opt(batch, &self.write_options)
             .map_err(|error| self.failed("writing rows and checkpoint", error))?;
-        if let Some(kept) = &mut *self.rows.lock() {
+        if let (Some(kept), Some(rows)) = (&mut *self.rows.lock(), rows) {
             kept.written(rows);
         }
         Ok(())
@@ -850,6 +861,11 @@ impl Drop for Files<'_> {
 fn wrong_identity(found: &[u8]) -> StorageCause {
     match Decoder::new(found).u32() {
         Ok(layout) if layout > LAYOUT => StorageCause::Layout { layout },
+        Ok(layout) if layout < LAYOUT => StorageCause::OtherShape {
+            what: "layout",
+            stored: layout.to_string(),
+            declared: LAYOUT.to_string(),
+        },
         _ => StorageCause::Damaged("the identity of another view"),
     }
 }
@@ -1110,7 +1126,7 @@ mod tests {
     }
 
     fn put(db: &Db, key: &str, row: &str, position: u64) {
-        let mut writes = Writes::new();
+        let mut writes = db.writes();
         writes.put(&row_key(|out| out.extend_from_slice(key.as_bytes())), row.as_bytes());
         db.write(writes, &progress(position)).unwrap();
     }
@@ -1279,7 +1295,7 @@ mod tests {
     fn a_later_layout_is_refused_as_unsupported() {
         let dir = tempfile::tempdir().unwrap();
         let db = begun(dir.path());
-        db.db.put(IDENTITY, [2, 0, 0, 0, 1]).unwrap();
+        db.db.put(IDENTITY, (LAYOUT + 1).to_le_bytes()).unwrap();
         let error = db.begin(&identity("orders", 1), progress(0)).unwrap_err();
         assert_eq!(error.kind(), StorageErrorKind::Unsupported, "{error}");
     }

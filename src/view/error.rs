@@ -230,11 +230,13 @@ impl ViewError {
 pub enum StopError {
     /// An event could not be applied. The view's checkpoint is the end of the batch in front of it.
     #[error(
-        "view {view} stopped at position {position} ({event_type} in stream {stream}): {cause}"
+        "view {view} stopped at position {position} of journal {journal} ({event_type} in stream {stream}): {cause}"
     )]
     Event {
         /// The view.
         view: &'static str,
+        /// The event's journal.
+        journal: JournalId,
         /// The event's position.
         position: Position,
         /// The event's stream.

@@ -34,6 +34,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::db::Stored;
 use super::error::ViewError;
 use crate::error::{IoContext, IoError};
 use crate::format::crc32;
@@ -91,14 +92,11 @@ impl Generation {
         !is_kept(&self.folder)
     }
 
-    /// How far it has come with `journal`, durably; `None` if it hasn't begun. Changes nothing, and may run
+    /// How far it has come with `journal`, durably. Changes nothing, and may run
     /// beside the process that has it open, which may be further on in memory.
-    pub(crate) fn checkpoint(
-        &self,
-        journal: crate::JournalId,
-    ) -> Result<Option<crate::Checkpoint>, ViewError> {
+    pub(crate) fn checkpoint(&self, journal: crate::JournalId) -> Result<Stored, ViewError> {
         if matches!(self.folder.join("CURRENT").try_exists(), Ok(false)) {
-            return Ok(None); // a missing generation is an empty one; one that can't be looked into isn't
+            return Ok(Stored::Nothing); // a missing generation is an empty one; one that can't be looked into isn't
         }
         let stored = super::db::stored_checkpoint(&self.folder, journal)?;
         self.sync()?;

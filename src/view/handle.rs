@@ -154,13 +154,21 @@ impl<V: View> ViewHandle<V> {
     /// at most.
     ///
     /// # Errors
-    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says.
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says;
+    /// [`ViewReadError::Degraded`] if an event is parked and the row lacks it, or may.
     pub fn get_latest<Q>(&self, key: &Q, timeout: Duration) -> Result<Option<V::Row>, ViewReadError>
     where
         Q: EncodeKey<V::Key> + ?Sized,
     {
         self.wait_for_latest(timeout)?;
-        self.get(key)
+        if self.shared().state().applied.parked.is_empty() {
+            return self.get(key);
+        }
+        let checked = self.get_checked(key)?;
+        match checked.degraded {
+            Some(degraded) => Err(ViewReadError::Degraded { view: V::NAME, degraded }),
+            None => Ok(checked.row),
+        }
     }
 
     /// The rows with keys in `range`, in the order of their keys, as of now. Holds one row at a time.
@@ -202,7 +210,8 @@ impl<V: View> ViewHandle<V> {
         self.snapshot()
     }
 
-    /// A [`snapshot`](Self::snapshot) once the view has applied everything that is durable in its journal now.
+    /// A [`snapshot`](Self::snapshot) once the view has applied everything that is durable in its journal now. Rows of
+    /// which something is [parked](Self::parked) lack it.
     ///
     /// # Errors
     /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says.

@@ -16,16 +16,22 @@ use parking_lot::{Mutex, RwLock};
 
 use super::control::ViewControl;
 use super::error::WaitError;
-use super::runner::{Running, Shared, Step};
+use super::runner::{Shared, Step};
 use crate::journal::ViewBehind;
-use crate::position::Position;
+use crate::position::{JournalId, Position};
 
 /// How long somebody waits whose steps are not wanted, before it looks again.
 const TICK: Duration = Duration::from_millis(10);
 
+/// How long the closing of a view waits for those who append.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// What can take a view's steps.
 pub(super) trait Steps: Send + Sync {
     fn step(&self) -> Step;
+
+    /// The same, if nobody else is at it.
+    fn try_step(&self) -> Option<Step>;
 }
 
 /// Who follows the journal now.
@@ -39,18 +45,31 @@ impl Lane {
     }
 
     fn step(&self) -> Step {
-        let steps = self.0.lock().as_ref().and_then(Weak::upgrade);
-        steps.map_or(Step::Ended, |steps| steps.step())
+        self.steps().map_or(Step::Ended, |steps| steps.step())
+    }
+
+    fn try_step(&self) -> Option<Step> {
+        self.steps()?.try_step()
+    }
+
+    fn steps(&self) -> Option<Arc<dyn Steps>> {
+        self.0.lock().as_ref().and_then(Weak::upgrade)
     }
 }
 
 /// The inline views of a store. They are not kept open by it.
-#[derive(Default)]
-pub(crate) struct InlineViews(RwLock<Vec<(&'static str, Weak<Running>)>>);
+#[derive(Clone, Default)]
+pub(crate) struct InlineViews(Arc<RwLock<Vec<Entry>>>);
+
+struct Entry {
+    name: &'static str,
+    /// Whoever takes steps holds the lock of the list until it has let go of this again.
+    shared: Weak<Shared>,
+}
 
 impl fmt::Debug for InlineViews {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.0.read().iter().map(|(name, _)| name)).finish()
+        f.debug_list().entries(self.0.read().iter().map(|entry| entry.name)).finish()
     }
 }
 
@@ -58,32 +77,41 @@ impl InlineViews {
     /// From now on appends wait for the view. Returns when it has caught up with the journal, or has stopped.
     pub(crate) fn add(&self, view: &ViewControl) {
         let running = view.running();
+        let shared = &running.shared;
         // What it has to catch up with by itself doesn't keep others from appending.
-        let catch_up = || drop(apply_up_to(running, running.shared.sources.first().end().position));
+        let catch_up = || drop(apply_up_to(shared, shared.sources.first().end().position));
         catch_up();
         {
             let mut views = self.0.write();
-            views.retain(|(_, running)| running.strong_count() > 0);
-            views.push((view.name(), Arc::downgrade(running)));
+            views.retain(|entry| entry.shared.strong_count() > 0);
+            views.push(Entry { name: view.name(), shared: Arc::downgrade(shared) });
         }
+        drop(running.inline.set(self.clone())); // it is opened once
         catch_up(); // with what was appended meanwhile
+    }
+
+    /// The view is closed: nobody takes steps of it any more when this returns, or holds on to it.
+    pub(super) fn leave(&self, shared: &Arc<Shared>) {
+        // Unless it is closed by its own fold, which an append waits for.
+        if let Some(mut views) = self.0.try_write_for(PATIENCE) {
+            views.retain(|entry| entry.shared.as_ptr() != Arc::as_ptr(shared));
+        }
     }
 
     /// One of the views that are open.
     pub(crate) fn first(&self) -> Option<&'static str> {
         let views = self.0.read();
-        let open = |(name, running): &(&'static str, Weak<Running>)| {
-            running.upgrade().filter(|it| !it.shared.is_to_end()).map(|_| *name)
-        };
+        let open =
+            |entry: &Entry| entry.shared.upgrade().filter(|it| !it.is_to_end()).map(|_| entry.name);
         views.iter().find_map(open)
     }
 
     /// Has all views apply everything in front of `position`, which is durable; which ones haven't.
     pub(crate) fn apply_up_to(&self, position: Position) -> Vec<ViewBehind> {
         let views = self.0.read();
-        let apply = |(view, running): &(&'static str, Weak<Running>)| {
-            let running = running.upgrade()?;
-            match apply_up_to(&running, position) {
+        let apply = |entry: &Entry| {
+            let (view, shared) = (entry.name, entry.shared.upgrade()?);
+            match apply_up_to(&shared, position) {
                 // Whoever closes a view doesn't want it to be applied.
                 Ok(()) | Err(WaitError::Closed) => None,
                 Err(error) => {
@@ -95,14 +123,25 @@ impl InlineViews {
     }
 }
 
-/// Has an inline view apply what there is, for somebody who waits for it.
-pub(super) fn help(shared: &Shared) {
-    while shared.options.inline && shared.lane.step() == Step::Moved {}
+/// Has an inline view apply what there is up to `position`, for somebody who waits for it until `deadline`; not if others
+/// are at it.
+pub(super) fn help(
+    shared: &Shared,
+    journal: JournalId,
+    position: Position,
+    deadline: Option<Instant>,
+) {
+    let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+    let has_applied = || shared.has_applied(journal, position).unwrap_or(true);
+    while shared.options.inline && !has_applied() && !is_late() && !shared.is_busy() {
+        if shared.lane.try_step() != Some(Step::Moved) {
+            return;
+        }
+    }
 }
 
 /// Applies everything in front of `position`, which is durable.
-fn apply_up_to(running: &Running, position: Position) -> Result<(), WaitError> {
-    let shared = &running.shared;
+fn apply_up_to(shared: &Shared, position: Position) -> Result<(), WaitError> {
     let journal = shared.sources.first().id();
     while !shared.has_applied(journal, position)? {
         if shared.lane.step() != Step::Moved {

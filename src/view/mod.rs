@@ -83,6 +83,7 @@ use crate::journal::Journal;
 
 pub use audit::{Audit, AuditError, SegmentAudit};
 pub use control::{JournalStatus, ViewCheckpoint, ViewControl, ViewState, ViewStatus};
+pub(crate) use db::Stored;
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use deadly::{DeadlyEvent, Stage};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};

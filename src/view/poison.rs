@@ -38,8 +38,8 @@ use parking_lot::Mutex;
 use super::chunk::{Careful, Place, decode, fold_carefully, guard, stop_at};
 use super::control::ViewControl;
 use super::db::{
-    self, Db, Progress, Reader, Scan, StorageError, Writes, all_parked, behind_parked,
-    parked_range, parked_row_key, row_key, unrouted_range,
+    self, Db, Progress, Reader, Scan, StorageError, all_parked, behind_parked, parked_range,
+    parked_row_key, row_key, unrouted_range,
 };
 use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
@@ -517,7 +517,7 @@ impl<V: View> InDatabase<'_, V> {
             }
             some.cut(folded, cause);
         }
-        let mut writes = Writes::new();
+        let mut writes = self.db.writes();
         change.write(row_key, &mut writes);
         for (key, _) in some.entries.iter().take(some.done.len()) {
             writes.delete(key);
@@ -657,7 +657,7 @@ impl Parking {
         progress: &mut Progress,
     ) -> Result<Retried, Refused> {
         let key = self.decide(view, db, at, None)?;
-        let mut writes = Writes::new();
+        let mut writes = db.writes();
         writes.delete(&key);
         let mut now = progress.clone();
         now.parked.unrouted = now.parked.unrouted.saturating_sub(1);

@@ -97,6 +97,11 @@ pub(super) fn build_in_order<P: Program>(
         let limit = Limit { bytes: BUILD_CHUNK_BYTES, position };
         while progress.checkpoints.position(journal.id()) < position {
             let more = fold_more(program, journal, &mut cursor, db, &mut progress, limit, &rules)?;
+            if more.events == 0 {
+                let (checkpoint, end) = (until.first(), journal.end().position);
+                let checkpoint = until.of(journal.id()).unwrap_or(checkpoint);
+                return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
+            }
             control.advance(more.events, more.bytes)?;
         }
     }

@@ -134,7 +134,7 @@ pub struct Rebuilt {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Comparison {
-    /// They were compared as of here.
+    /// They were compared as of here; of several journals, when so many events of all of them were applied.
     pub position: Position,
     /// BLAKE3 over keys, rows and index entries of the one that is served.
     pub served: Digest,

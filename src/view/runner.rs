@@ -14,7 +14,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -24,11 +24,11 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::audit::Tallies;
 use super::bulk::{self, Means};
 use super::chunk::{Folded, panic_message};
-use super::db::{Db, Progress, StorageError, StorageErrorKind, Writes};
+use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::deadly::{Attempts, Care, Duty, Note};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
-use super::inline::{Lane, Steps};
+use super::inline::{InlineViews, Lane, Steps};
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::program::{Batches, Build, Program};
@@ -101,6 +101,8 @@ pub(super) enum Phase {
 pub(super) struct Running {
     pub(super) shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Where those who append find it.
+    pub(super) inline: OnceLock<InlineViews>,
 }
 
 /// Opens the view's live generation, judges it, and starts the thread.
@@ -142,7 +144,7 @@ pub(super) fn start<P: Program>(
         folder: Mutex::new(folder),
     });
     let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.bytes());
-    let running = Running { shared, threads: Mutex::new(Vec::new()) };
+    let running = Running { shared, threads: Mutex::new(Vec::new()), inline: OnceLock::new() };
     running.spawn(P::NAME, "view", move || runner.run())?;
     Ok(running)
 }
@@ -188,6 +190,11 @@ fn open_live<P: Program>(
         // What can't be built again is served as it is, and says so.
         Judgement::SetAside => {
             if let Some(first) = sources.truncated() {
+                let is_other = !progress.checkpoints.are_of(sources.ids());
+                if is_other && sources.iter().any(|it| progress.checkpoints.of(it.id()).is_some()) {
+                    let reason = "its rows are made from others, and can't be made anew, because events were removed";
+                    return Err(ViewError::Journals { view: P::NAME, reason });
+                }
                 let source = ReadError::Truncated { first };
                 let phase = Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }));
                 return Ok(Opened { db, progress, phase, set_aside: None });
@@ -246,13 +253,15 @@ fn judge<P: Program>(
     checkpoints: &Checkpoints,
     lost_tail: LostTail,
 ) -> Result<Judgement, ViewError> {
+    let mut judgement = Judgement::GoOn;
+    // Also if others have come or gone: it may be the only witness of a loss.
+    for journal in sources.iter() {
+        if let Some(checkpoint) = checkpoints.of(journal.id()) {
+            judgement = judgement.and(judge_one::<P>(journal, &checkpoint, lost_tail)?);
+        }
+    }
     if !checkpoints.are_of(sources.ids()) {
         return Ok(Judgement::SetAside);
-    }
-    let mut judgement = Judgement::GoOn;
-    for (journal, checkpoint) in sources.iter().zip(checkpoints.iter()) {
-        let found = judge_one::<P>(journal, checkpoint, lost_tail)?;
-        judgement = judgement.and(found);
     }
     Ok(judgement)
 }
@@ -648,7 +657,7 @@ pub(super) fn apply<P: Program>(
     let Folded { mut writes, end, stop, changed, mut tallies } = chunk.fold(view, db)?;
     care.done();
     if planted::is(Bug::DropChunk) && end.checkpoints.events() % 3 == 0 {
-        (writes, tallies) = (Writes::new(), Tallies::new());
+        (writes, tallies) = (db.writes(), Tallies::new());
     }
     db.tally(&mut writes, &tallies).map_err(storage_failed::<P>)?;
     db.write(writes, &end).map_err(storage_failed::<P>)?;
@@ -666,6 +675,10 @@ pub(super) fn storage_failed<P: Program>(source: StorageError) -> StopError {
 impl<P: Program> Steps for Mutex<Runner<P>> {
     fn step(&self) -> Step {
         self.lock().guarded(Runner::follow)
+    }
+
+    fn try_step(&self) -> Option<Step> {
+        self.try_lock().map(|mut runner| runner.guarded(Runner::follow))
     }
 }
 
@@ -696,6 +709,11 @@ impl Shared {
     /// Keeps the others from applying; `None` if it isn't this one's turn any more.
     fn take_turn(&self, turn: u64) -> Option<MutexGuard<'_, u64>> {
         Some(self.turn.lock()).filter(|now| **now == turn)
+    }
+
+    /// Whether something is being applied, or another generation is taking over.
+    pub(super) fn is_busy(&self) -> bool {
+        self.turn.is_locked()
     }
 
     /// Keeps everybody from applying.
@@ -870,6 +888,9 @@ impl Running {
                 // The threads catch every panic of the view's code; there is nothing to hand on.
                 drop(thread.join());
             }
+        }
+        if let Some(inline) = self.inline.get() {
+            inline.leave(&self.shared);
         }
         let failure = self.shared.state().flush_failure;
         failure.map_or(Ok(()), |error| Err(ViewError::Storage(error)))

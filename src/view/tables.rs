@@ -14,7 +14,8 @@
 //! - What holds for every view holds here, too: rows and checkpoint are written together, at batch ends only.
 //!
 //! What it costs: events are applied in one thread, each with its own reads, and a rebuild does the same as following
-//! the journal. A [`View`](super::View) is folded in parallel and rebuilt many times as fast; where one serves, take it.
+//! the journal. What a chunk of the journal ([`ViewOptions::chunk_bytes`], 4 MiB in a rebuild) writes is held in memory
+//! until it is written: an event that writes very many rows needs as much. A [`View`](super::View) is folded in parallel and rebuilt many times as fast; where one serves, take it.
 
 use std::any::TypeId;
 use std::cell::RefCell;
@@ -36,7 +37,7 @@ use super::chunk::{
     Batch, Folded, Place, Unrouted, decode, end_of, guard, invalid_record, park_unrouted, stop_at,
 };
 use super::control::ViewControl;
-use super::db::{Db, Identity, Progress, Reader, Scan, StorageError, Writes};
+use super::db::{Db, Identity, Progress, Reader, Scan, StorageError};
 use super::deadly::{At, Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::checkpoints_of;
@@ -672,7 +673,7 @@ impl<T: TableView> TableChunk<T> {
             }
             first += events.len();
         }
-        let folded = self.settle(&written, &unrouted).map_err(ApplyFailure::Stop)?;
+        let folded = self.settle(db, &written, &unrouted).map_err(ApplyFailure::Stop)?;
         Ok(Folded { tallies: folds.end(), ..folded })
     }
 
@@ -690,8 +691,13 @@ impl<T: TableView> TableChunk<T> {
         program.apply(events, db, written)
     }
 
-    fn settle(&self, written: &Written, unrouted: &[Unrouted]) -> Result<Folded, StopError> {
-        let mut writes = Writes::new();
+    fn settle(
+        &self,
+        db: &Db,
+        written: &Written,
+        unrouted: &[Unrouted],
+    ) -> Result<Folded, StopError> {
+        let mut writes = db.writes();
         let is_watched = self.rules.watchers.as_ref().is_some_and(|watchers| watchers.are_any());
         let mut changed = Vec::new();
         for (key, row) in written {
@@ -877,10 +883,15 @@ impl<T: TableView> TableViewHandle<T> {
     /// A [`snapshot`](Self::snapshot) once the view has applied everything that is durable in its journal now.
     ///
     /// # Errors
-    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says.
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for_latest`](ViewControl::wait_for_latest) says;
+    /// [`ViewReadError::Degraded`] if an event is parked: any row may lack it.
     pub fn snapshot_latest(&self, timeout: Duration) -> Result<TableSnapshot<T>, ViewReadError> {
         self.wait_for_latest(timeout)?;
-        self.snapshot()
+        let snapshot = self.snapshot()?;
+        match super::poison::unrouted(&snapshot.reader, None)? {
+            Some(degraded) => Err(ViewReadError::Degraded { view: T::NAME, degraded }),
+            None => Ok(snapshot),
+        }
     }
 
     /// Tells from now on which rows of a table change; see [`ViewHandle::watch`](super::ViewHandle::watch). A row that
