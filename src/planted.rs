@@ -19,6 +19,8 @@ pub enum Bug {
     DropChunk,
     /// Rows of a view and the checkpoint that they are of are written one after the other.
     CheckpointApartFromRows,
+    /// Rows of a view are durable before the checkpoint that they are of is written.
+    RowsDurableAlone,
     /// A full segment is cut in front of the end of its last batch.
     DropBatchAtRoll,
     /// Directories are never synced.

@@ -666,9 +666,11 @@ impl Db {
     /// Writes rows and the progress that they are of. Visible at once; durable some time after.
     pub(super) fn write(&self, writes: Writes, progress: &Progress) -> Result<(), StorageError> {
         let Writes { mut batch, rows } = writes;
-        if planted::is(Bug::CheckpointApartFromRows) {
+        if planted::is(Bug::CheckpointApartFromRows) || planted::is(Bug::RowsDurableAlone) {
             let apart = std::mem::take(&mut batch);
             drop(self.db.write_opt(apart, &self.write_options));
+        }
+        if planted::is(Bug::RowsDurableAlone) {
             drop(self.flush(true));
         }
         progress.to_rows().for_each(|(key, row)| batch.put(key, row));

@@ -256,7 +256,7 @@ pub(crate) fn child(args: &[String]) -> ! {
     let life = Life::from_args(args);
     MENDED.store(life.mended, Ordering::Relaxed);
     if life.plant {
-        planted::plant_everywhere(Bug::CheckpointApartFromRows);
+        planted::plant_everywhere(Bug::RowsDurableAlone);
     }
     let Ok(store) = open_store(&life.dir) else { std::process::exit(1) };
     std::thread::scope(|scope| {
