@@ -55,6 +55,8 @@ const PIECE_BYTES: u64 = 2 << 20;
 const PIECES_PER_THREAD: usize = 2;
 /// A sorted file has about so many bytes of keys and rows.
 const FILE_BYTES: usize = 64 << 20;
+/// So many rows are looked at before the first of them is folded.
+const FETCHED: usize = 32;
 /// Keys that are looked at to find the middle of all.
 const SAMPLE: usize = 1024;
 
@@ -406,7 +408,12 @@ impl Part {
     ) -> Result<(), ((usize, Position), StopError)> {
         for (nth, piece) in pieces.iter().enumerate() {
             let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
+            let mut fetched_until = routes.len() + 1;
             while let Some(first) = routes.first() {
+                if routes.len() < fetched_until {
+                    self.fetch(piece, routes.get(..FETCHED).unwrap_or(routes));
+                    fetched_until = routes.len().saturating_sub(FETCHED) + 1;
+                }
                 let key = piece.key(first);
                 let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
                 let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
@@ -417,6 +424,16 @@ impl Part {
             }
         }
         Ok(())
+    }
+
+    /// Looks at the rows of some routes. Each lies somewhere else in memory; the processor fetches several at once as long
+    /// as nothing is done with them in between.
+    fn fetch<V: View>(&self, piece: &Piece<V>, routes: &[Route<V::Key>]) {
+        for route in routes {
+            let key = piece.key(route);
+            let found = self.rows.find(route.hash, |row| row.key.as_slice() == key);
+            std::hint::black_box(found.is_some());
+        }
     }
 
     /// Folds events of the same key that follow each other.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use headwater::retention::{History, Holder, Options, Plan, Until};
-use headwater::view::{Fold, FoldError, Keys, StopError, View, ViewHandle, ViewState};
+use headwater::view::{Fold, FoldError, Keys, StopError, View, ViewHandle, ViewOptions, ViewState};
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
     StreamId,
@@ -201,4 +201,36 @@ fn a_view_of_another_history_needs_everything_and_holds_it_back() {
     catch_up::<1>(&store);
     std::fs::remove_dir_all(first.join("views/counts/1.1")).unwrap();
     assert!(forget(&store).target > Position::new(250));
+}
+
+/// The rows of a view over several journals lie with one of their stores: the others must see it, and the one where it lies
+/// must not take it for a view of its own.
+#[test]
+fn a_view_over_several_journals_holds_back_what_it_needs_of_each_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let own = open(&dir.path().join("store"));
+    let peer = open(&dir.path().join("store/mirrors/peer"));
+    append(&own, 300);
+    append(&peer, 300);
+    let view_over = |journals: &[headwater::Journal]| {
+        let view = own.view_over(journals, Counts::<1>, ViewOptions::default()).unwrap();
+        view.wait_for_latest(PATIENCE).unwrap();
+        view.close().unwrap();
+    };
+    view_over(&[peer.journal().clone()]);
+    let planned = plan(&own);
+    assert!(planned.target > Position::START, "it needs nothing of this one: {planned:?}");
+    append(&peer, 300);
+    let held = plan(&peer);
+    assert!(held.target <= Position::new(300), "{held:?}");
+    let holders = held.gates.iter().map(|gate| &gate.holder);
+    assert_eq!(holders.filter(|it| matches!(it, Holder::View { .. })).count(), 1);
+
+    view_over(&[own.journal().clone(), peer.journal().clone()]);
+    append(&own, 300);
+    append(&peer, 300);
+    for (store, applied) in [(&own, 300), (&peer, 600)] {
+        let held = plan(store);
+        assert!(held.target <= Position::new(applied), "{held:?}");
+    }
 }
