@@ -55,6 +55,8 @@ const PIECE_BYTES: u64 = 2 << 20;
 const PIECES_PER_THREAD: usize = 2;
 /// A sorted file has about so many bytes of keys and rows.
 const FILE_BYTES: usize = 64 << 20;
+/// A part with fewer rows is in a cache of the processor.
+const FAR: usize = 1 << 10;
 /// So many rows are looked at before the first of them is folded.
 const FETCHED: usize = 32;
 /// Keys that are looked at to find the middle of all.
@@ -429,7 +431,9 @@ impl Part {
     /// Looks at the rows of some routes. Each lies somewhere else in memory; the processor fetches several at once as long
     /// as nothing is done with them in between.
     fn fetch<V: View>(&self, piece: &Piece<V>, routes: &[Route<V::Key>]) {
-        for route in routes {
+        // Few are near anyway.
+        let far = self.rows.len() >= FAR;
+        for route in routes.iter().filter(|_| far) {
             let key = piece.key(route);
             let found = self.rows.find(route.hash, |row| row.key.as_slice() == key);
             std::hint::black_box(found.is_some());
