@@ -429,6 +429,7 @@ impl<R: Reactor> Runner<R> {
             return Ok(());
         }
         self.told_of_deaths = Some(at.position);
+        self.attempts.pause(at); // the note may be of an event in front that was reacted to once more
         let At { journal, position, .. } = at;
         let names = &mut self.names;
         let event = Recorded::from_record_with(record, journal, position, time_us, names, ());

@@ -414,10 +414,9 @@ fn a_view_that_stops_at_poison_stops_at_what_kills_and_names_it() {
         let killer = journal(&dir, kills, 10);
         let (deaths, said) = live_on(&dir, "stop");
         assert_eq!(deaths, 4);
-        let expected = format!(
-            "view_stop.deadly view sums stopped at position {killer} (added in stream sums)"
-        );
-        assert!(said.starts_with(&expected), "{said}");
+        let expected =
+            format!("view_stop.deadly view sums stopped at position {killer} of journal ");
+        assert!(said.starts_with(&expected) && said.contains(" (added in stream sums)"), "{said}");
         assert!(said.contains(&format!("the process died 3 times while {what} it")), "{said}");
     }
 }
