@@ -79,7 +79,7 @@ const ESCAPED_END: u8 = 0x01;
 /// | [`Duration`] | seconds: a number, or a string such as `0.25` | a string with the number |
 /// | `Vec<u8>`, byte arrays | a string of `0x` and the bytes in hexadecimal | any other string stands for its own bytes |
 /// | `None`, `()` | `null` | |
-/// | `Some(key)` | the key; in a list by itself if that is `null` | |
+/// | `Some(key)` | the key; in a list by itself if that is `null`, or `null` in lists | |
 /// | tuples | a list of the fields | |
 pub trait ViewKey: Sized {
     /// Appends the key's bytes.
@@ -355,32 +355,43 @@ impl<T: ViewKey> ViewKey for Option<T> {
     fn key_to_json(&self) -> Value {
         match self.as_ref().map(T::key_to_json) {
             None => Value::Null,
-            Some(Value::Null) => Value::Array(vec![Value::Null]),
+            Some(value) if is_null_in_lists(&value) => Value::Array(vec![value]),
             Some(value) => value,
         }
     }
 
     fn key_from_json(value: &Value) -> Result<Self, KeyError> {
-        if value.is_null() {
-            return Ok(None);
-        }
-        T::key_from_json(value).map(Some).or_else(|error| {
-            match value.as_array().map(Vec::as_slice) {
-                Some([Value::Null]) => T::key_from_json(&Value::Null).map(Some),
-                _ => Err(error),
-            }
-        })
+        some_in(value).map(T::key_from_json).transpose()
     }
 
     fn key_start_from_json(value: &Value, out: &mut Vec<u8>) -> Result<(), KeyError> {
-        match Self::key_from_json(value) {
-            Ok(None) => None::<T>.encode_key(out),
-            _ => {
-                out.push(1);
-                T::key_start_from_json(value, out)?;
-            }
-        }
-        Ok(())
+        let Some(value) = some_in(value) else {
+            None::<T>.encode_key(out);
+            return Ok(());
+        };
+        out.push(1);
+        T::key_start_from_json(value, out)
+    }
+}
+
+/// Whether a value has to be put in a list, not to be taken for `None`.
+fn is_null_in_lists(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(values) => matches!(&values[..], [value] if is_null_in_lists(value)),
+        _ => false,
+    }
+}
+
+/// The value of an option.
+fn some_in(value: &Value) -> Option<&Value> {
+    match value {
+        Value::Null => None,
+        Value::Array(values) => match &values[..] {
+            [inner] if is_null_in_lists(inner) => Some(inner),
+            _ => Some(value),
+        },
+        value => Some(value),
     }
 }
 
@@ -885,6 +896,10 @@ mod tests {
         check(Some(None::<u8>).key_to_json(), serde_json::json!([null]));
         check(().key_to_json(), Value::Null);
         check_json(&Some(None::<u8>));
+        for nested in [None, Some(None), Some(Some(None)), Some(Some(Some(7_u8)))] {
+            check_json(&nested);
+        }
+        check_json(&Some((None::<u8>,)));
         check_json(&(None::<u8>, Some(())));
         check_json(&u128::MAX);
         assert_eq!(Vec::<u8>::key_from_json(&"text".into()).unwrap(), b"text");

@@ -25,12 +25,13 @@ impl Moment {
         let [year, month, day] = numbers(date, '-')?;
         let (time, fraction) = time.split_once('.').unwrap_or((time, "0"));
         let [hour, minute, second] = numbers(time, ':')?;
-        let date = (sign * year, month, day);
-        let day = day_of(date)?;
+        let is_date = (1..=12).contains(&month) && (1..=31).contains(&day);
         let is_time = hour < 24 && minute < 60 && second < 60 && fraction.len() <= 9;
-        if civil(day) != date || !is_time || !are_digits(fraction) {
+        if !is_date || !is_time || !are_digits(fraction) {
             return None;
         }
+        let date = (sign * year, month, day);
+        let day = day_of(date).filter(|day| civil(*day) == date)?;
         let in_day = hour * 3600 + minute * 60 + second;
         let seconds = day.checked_mul(DAY_SECONDS)?.checked_add(in_day)?;
         Some(Self { seconds, nanos: format!("{fraction:0<9}").parse().ok()? })
