@@ -600,7 +600,9 @@ fn reactors(journal: &Journal) -> Vec<Gate> {
 /// store keeps which mirrors it.
 fn views(journal: &Journal) -> Vec<Gate> {
     let own = views_in(journal, &views_dir(journal.dir()), Beside::Own);
-    let mirror = beside(journal.dir());
+    // From its name on: `.` doesn't say where it lies.
+    let dir = std::path::absolute(journal.dir()).unwrap_or_else(|_| journal.dir().to_owned());
+    let mirror = beside(&dir);
     let mirrors = mirror.parent().filter(|it| it.ends_with(MIRRORS));
     let store = mirrors.and_then(Path::parent).map(|store| store.join("views"));
     let over = store.map_or_else(Vec::new, |dir| views_in(journal, &dir, Beside::Another));
@@ -669,7 +671,7 @@ fn view(
                 }
                 Position::START
             }
-            Ok(Stored::Nothing) if beside == Beside::Another => return None,
+            // It may be going to be made from this one, too.
             Ok(Stored::Nothing) => Position::START,
             Err(_) => return Some(unknown(path)),
         };

@@ -155,7 +155,10 @@ impl Store {
         self.refuse_buffered_beside_inline(append)?;
         let appended = self.inner.appender.append(append)?;
         #[cfg(feature = "views")]
-        let appended = self.applied_inline(appended);
+        let appended = match append.is_durable() {
+            true => self.applied_inline(appended),
+            false => appended, // an inline view was opened in this moment
+        };
         Ok(appended)
     }
 

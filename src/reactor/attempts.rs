@@ -80,6 +80,11 @@ impl Attempts {
         self.write(false, at, self.deaths(at));
     }
 
+    /// It has returned with an error, and will be tried again: the event doesn't kill.
+    pub(super) fn returned(&mut self, at: At) {
+        self.end(at);
+    }
+
     /// All that was to be done about the event is done.
     pub(super) fn end(&mut self, at: At) {
         self.died = self.died.filter(|(died, _)| *died != at);

@@ -458,6 +458,9 @@ impl<R: Reactor> Runner<R> {
                     .map_err(|ReactError { cause, is_permanent }| (cause.to_string(), is_permanent))
             }));
             self.attempts.pause(at);
+            if !matches!(tried, Ok(Ok(()))) {
+                self.attempts.returned(at);
+            }
             let (cause, is_permanent) = match tried {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error,

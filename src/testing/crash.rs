@@ -160,12 +160,12 @@ impl CrashTest {
             let left = disk.fork(self.seed.wrapping_add(crashes));
             left.crash(crash);
             if let Err(why) = caught(|| check(&left, told)) {
-                let Self { seed, .. } = self;
+                let Self { seed, draws, .. } = self;
                 let place =
                     if has_struck { "at" } else { "behind the scenario's end, in front of" };
                 panic!(
                     "the check failed after a crash ({crash:?}) {place} operation {operation}: {why}\n\
-                     to repeat it: CrashTest::new().seed({seed}).at({operation})"
+                     to repeat it: CrashTest::new().seed({seed}).draws({draws}).at({operation})"
                 );
             }
             crashes += 1;

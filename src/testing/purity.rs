@@ -10,7 +10,7 @@
 //! Only what the real view does is tried: the order of the journal is kept for each row. In which order events of
 //! *different* rows are folded differs between the view that follows and one that is rebuilt, so that is tried.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Debug};
 use std::ops::Range;
 use std::thread;
@@ -280,7 +280,11 @@ where
         let mut shown = String::new();
         for event in row.events.iter().filter_map(|index| routes.events.get(*index)) {
             let outcome = fold_once(self.view, &row.key, now.clone(), event);
-            shown += &format!("{outcome:#?}\n");
+            // That it fails is said, not how: the reason may be of the moment.
+            match &outcome {
+                Outcome::Failed(_) => shown += "failed\n",
+                outcome => shown += &format!("{outcome:#?}\n"),
+            }
             match outcome {
                 Outcome::Put(row) => {
                     shown += &format!("stored as {:02x?}\n", stored_row::<V>(&row));
@@ -332,9 +336,12 @@ where
     /// Compares the rows of a chunk with what was there behind its last event.
     fn compare(&self, how: &str, keys: &[Vec<u8>], kept: &Kept, chunk: Range<usize>) -> Checked {
         let differing = keys.iter().filter_map(|key| {
-            let came = kept.slots.get(key).map(shown_slot::<V>).unwrap_or_default();
-            let first = shown_slot::<V>(self.behind_event(key, chunk.end)?);
-            (first != came).then(|| (self.first_that_differs(key, &chunk), key, first, came))
+            // A key that wasn't there the first time is a difference, too.
+            let shown = |slot: Option<&Slot>| shown_slot::<V>(slot.unwrap_or(&Slot::default()));
+            let came = shown(kept.slots.get(key));
+            let first = shown(self.behind_event(key, chunk.end));
+            (!is_same(&first, &came))
+                .then(|| (self.first_that_differs(key, &chunk), key, first, came))
         });
         let Some((number, key, first, came)) = differing.min_by_key(|(number, ..)| *number) else {
             return Ok(());
@@ -392,9 +399,13 @@ where
             let unrouted: Vec<_> = kept.unrouted.iter().map(|(position, _)| *position).collect();
             let entries = kept.entries.iter().map(|entry| format!("{entry:02x?}"));
             let entries = entries.collect::<Vec<_>>();
-            format!("{:#?}", (entries, unrouted, kept.skipped_events, &kept.stopped))
+            let is_there = |slot: &Slot| slot.row.is_some() || slot.parked.is_some();
+            let keys = kept.slots.iter().filter(|(_, slot)| is_there(slot));
+            let keys: BTreeSet<String> = keys.map(|(key, _)| shown_key::<V>(key)).collect();
+            format!("{:#?}", (keys, entries, unrouted, kept.skipped_events, &kept.stopped))
         };
-        let what = format!("folded {how}, index entries or what is parked were others at the end");
+        let what =
+            format!("folded {how}, keys, index entries or what is parked were others at the end");
         self.same(last, None, &what, &shown(&self.end), &shown(kept))
     }
 
@@ -406,13 +417,10 @@ where
         first: &str,
         later: &str,
     ) -> Checked {
-        if first == later {
+        if is_same(first, later) {
             return Ok(());
         }
-        let key = row_key.map(|row_key| match key_of::<V>(row_key) {
-            Ok(key) => format!("{key:?}"),
-            Err(_) => format!("{row_key:02x?}"),
-        });
+        let key = row_key.map(shown_key::<V>);
         Err(Box::new(Impure {
             view: V::NAME,
             position: stored.position(),
@@ -422,6 +430,28 @@ where
             what: what.to_owned(),
             difference: lines(first, later),
         }))
+    }
+}
+
+/// Whether two texts say the same: what stands for a set or a map may show its entries in any order, line by line. The
+/// stored bytes are a line of their own.
+fn is_same(first: &str, later: &str) -> bool {
+    let sorted = |text: &str| {
+        let mut lines: Vec<String> =
+            text.lines().map(|line| line.trim_end_matches(',').to_owned()).collect();
+        lines.sort_unstable();
+        lines
+    };
+    first == later || sorted(first) == sorted(later)
+}
+
+fn shown_key<V: View>(row_key: &[u8]) -> String
+where
+    V::Key: Debug,
+{
+    match key_of::<V>(row_key) {
+        Ok(key) => format!("{key:?}"),
+        Err(_) => format!("{row_key:02x?}"),
     }
 }
 

@@ -238,7 +238,9 @@ impl<V: View> Chunk<V> {
         record: &RecordRef<'_>,
         at: Place,
     ) -> Result<Option<SmallVec<[(Recorded<V::Event>, Keys<V::Key>); 1]>>, EventFailure> {
-        self.rules.care.enter(|| at.of(record, Stage::Route))?;
+        if is_known::<V::Event>(record) {
+            self.rules.care.enter(|| at.of(record, Stage::Route))?;
+        }
         let decoded = decode::<V::Event>(record)?;
         if decoded.is_foreign() {
             return Ok(None);
@@ -429,6 +431,7 @@ impl<V: View> Chunk<V> {
             }
             parked.extend(queue.filter(|it| !it.events.is_empty()).map(|queue| (slot, queue)));
         }
+        self.rules.care.pause();
         let counts = self.write_parked(&parked, &mut writes)?;
         let end = end_of(&self.start, &self.batches, counts);
         Ok(Folded { writes, end, changed, tallies: Tallies::new(), stop: None })
@@ -735,6 +738,12 @@ fn fold_one<V: View>(
     state.row = row;
     state.changed_by = Some(route);
     Ok(())
+}
+
+/// Whether code of the view's may be called for it: what it doesn't know can't kill it.
+pub(super) fn is_known<E: Event>(record: &RecordRef<'_>) -> bool {
+    let kinds = E::KINDS;
+    kinds.is_empty() || kinds.iter().any(|it| it.kind.name == record.event_type)
 }
 
 pub(super) fn decode<E: Event>(record: &RecordRef<'_>) -> Result<Decoded<E>, EventFailure> {

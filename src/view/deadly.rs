@@ -393,7 +393,21 @@ impl Attempts {
         let mut bytes = [0; NOTES * NOTE_BYTES];
         let len = read_full_at(&*notes, &mut bytes, 0).context(ACTION, &path)?;
         let noted = bytes.get(..len).unwrap_or_default().chunks(NOTE_BYTES);
-        let at_work: Vec<(Duty, AtWork)> = noted.filter_map(AtWork::decode).collect();
+        let mut at_work: Vec<(Duty, AtWork)> = Vec::new();
+        for it in noted.filter_map(AtWork::decode) {
+            // Several threads may have been at the same: it is one death.
+            if !at_work.contains(&it) {
+                at_work.push(it);
+            }
+        }
+        let nothing = AtWork::encode(Duty::Follow, None).repeat(NOTES);
+        let cleared = write_all_at(&*notes, &nothing, 0);
+        // Counted once: a note that comes back, or stays, isn't one of another death.
+        let cleared =
+            cleared.and_then(|()| if at_work.is_empty() { Ok(()) } else { notes.sync_data() });
+        if cleared.is_err() {
+            at_work.clear();
+        }
         at_work.iter().for_each(|(duty, it)| deadly.died(*duty, *it));
         let opened = Self {
             fs,
@@ -406,8 +420,6 @@ impl Attempts {
         if !at_work.is_empty() {
             opened.change(|_| {})?;
         }
-        let nothing = AtWork::encode(Duty::Follow, None).repeat(NOTES);
-        write_all_at(&*opened.notes, &nothing, 0).context(ACTION, &path)?;
         Ok(Arc::new(opened))
     }
 
@@ -639,14 +651,30 @@ impl Care {
         Ok(())
     }
 
+    /// The view's code has returned, and something else comes next: a death in that is none of the event's. That says
+    /// nothing for the event yet.
+    pub(super) fn pause(&self) {
+        let mut now = self.note.now.lock();
+        if self.is_careful && now.is_noted {
+            self.note.write(&mut now, None);
+        }
+    }
+
+    /// What it was given won't be folded now.
+    pub(super) fn abandon(&self) {
+        let mut now = self.note.now.lock();
+        if std::mem::take(&mut *now).is_noted {
+            self.note.write(&mut now, None);
+        }
+    }
+
     /// The view's code has returned from everything that it was given.
     pub(super) fn done(&self) {
         let mut now = self.note.now.lock();
         let Now { is_noted, chunk, event } = std::mem::take(&mut *now);
-        if !is_noted {
-            return;
+        if is_noted {
+            self.note.write(&mut now, None);
         }
-        self.note.write(&mut now, None);
         let single = |at: At| {
             let events = at.position..at.position.advance(1);
             Zone { duty: self.note.duty, journal: at.journal, events }

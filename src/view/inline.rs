@@ -8,6 +8,7 @@
 //! No thread is woken on the way, and nothing is written twice: the view is behind the journal like every other, only
 //! never seen to be. After a crash it catches up before it is handed out.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -45,15 +46,40 @@ impl Lane {
     }
 
     fn step(&self) -> Step {
+        let _stepping = Stepping::begin();
         self.steps().map_or(Step::Ended, |steps| steps.step())
     }
 
     fn try_step(&self) -> Option<Step> {
+        let _stepping = Stepping::begin();
         self.steps()?.try_step()
     }
 
     fn steps(&self) -> Option<Arc<dyn Steps>> {
         self.0.lock().as_ref().and_then(Weak::upgrade)
+    }
+}
+
+thread_local! {
+    static STEPPING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread is taking a step of some view, for somebody who waits.
+pub(super) fn is_stepping() -> bool {
+    STEPPING.get()
+}
+
+struct Stepping(bool);
+
+impl Stepping {
+    fn begin() -> Self {
+        Self(STEPPING.replace(true))
+    }
+}
+
+impl Drop for Stepping {
+    fn drop(&mut self) {
+        STEPPING.set(self.0);
     }
 }
 
@@ -92,7 +118,6 @@ impl InlineViews {
 
     /// The view is closed: nobody takes steps of it any more when this returns, or holds on to it.
     pub(super) fn leave(&self, shared: &Arc<Shared>) {
-        // Unless it is closed by its own fold, which an append waits for.
         if let Some(mut views) = self.0.try_write_for(PATIENCE) {
             views.retain(|entry| entry.shared.as_ptr() != Arc::as_ptr(shared));
         }

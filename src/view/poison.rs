@@ -506,6 +506,7 @@ impl<V: View> InDatabase<'_, V> {
         let mut some = self.some_events(row_key)?;
         let key: V::Key = decode_all(row_key.get(1..).unwrap_or_default())
             .map_err(|_| self.damaged("a parked key"))?;
+        self.care.pause();
         let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
         let (indexes, events) = (Indexes::of(self.view), some.events.iter());
         let Careful { change, folded, failure } =
@@ -617,7 +618,10 @@ impl<V: View> InDatabase<'_, V> {
         };
         self.parking.decide(V::NAME, self.db, at, Some(row_key))?;
         // What stood behind it may be folded now.
-        self.retry(row_key, progress)
+        let retried = self.retry(row_key, progress)?;
+        // As durable as the decision: whoever compares what is on disk knows of both or of neither.
+        self.db.flush(true).map_err(Self::failed)?;
+        Ok(retried)
     }
 }
 
@@ -661,8 +665,10 @@ impl Parking {
         writes.delete(&key);
         let mut now = progress.clone();
         now.parked.unrouted = now.parked.unrouted.saturating_sub(1);
-        db.write(writes, &now).map_err(|source| StopError::Storage { view, source })?;
+        let storage = |source| StopError::Storage { view, source };
+        db.write(writes, &now).map_err(storage)?;
         *progress = now;
+        db.flush(true).map_err(storage)?;
         Ok(Retried { applied: 0, left: 0, reason: None })
     }
 }

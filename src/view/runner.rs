@@ -28,7 +28,7 @@ use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::deadly::{Attempts, Care, Duty, Note};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generations;
-use super::inline::{InlineViews, Lane, Steps};
+use super::inline::{self, InlineViews, Lane, Steps};
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::program::{Batches, Build, Program};
@@ -641,9 +641,13 @@ pub(super) fn collect<P: Program>(
             Err(error) => Err(journal_failed::<P>(error)),
         };
         if let Err(failure) = added {
+            if chunk.is_empty() {
+                care.abandon();
+            }
             return (chunk, Some(failure));
         }
     }
+    care.pause();
     (chunk, None)
 }
 
@@ -881,6 +885,9 @@ impl Running {
             control.cancel();
         }
         self.shared.watchers.end();
+        if inline::is_stepping() {
+            return Ok(()); // an append waits for the fold that closes a view: nobody may wait for the append
+        }
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             // A view may hold a handle to itself: its own thread can't wait for its own end.

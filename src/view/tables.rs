@@ -34,7 +34,8 @@ use serde::de::DeserializeOwned;
 use super::audit::{Folds, Tallies, Tally};
 use super::bulk;
 use super::chunk::{
-    Batch, Folded, Place, Unrouted, decode, end_of, guard, invalid_record, park_unrouted, stop_at,
+    Batch, Folded, Place, Unrouted, decode, end_of, guard, invalid_record, is_known, park_unrouted,
+    stop_at,
 };
 use super::control::ViewControl;
 use super::db::{Db, Identity, Progress, Reader, Scan, StorageError};
@@ -606,7 +607,10 @@ impl<T: TableView> TableChunk<T> {
         if self.rules.discarded.has_all_of(at.journal, at.position) {
             return Ok(Tally { discarded: 1, ..tally });
         }
-        let entered = self.rules.care.enter(|| at.of(record, Stage::Route));
+        let entered = match is_known::<T::Event>(record) {
+            true => self.rules.care.enter(|| at.of(record, Stage::Route)),
+            false => Ok(()),
+        };
         match entered.and_then(|()| decode::<T::Event>(record)) {
             Ok(decoded) if decoded.is_foreign() => Ok(Tally { skipped: 1, ..tally }),
             Ok(decoded) => {

@@ -91,13 +91,18 @@ impl Located {
         Ok((at_rest, generation, code))
     }
 
-    /// The journals that the rows are of: those of the newest generation that has any, else the one beside it.
-    pub(super) fn journals(&self) -> Option<Vec<JournalId>> {
-        let ids = |it: &Generation| {
-            let at_rest = AtRest::open(it.folder()).ok().flatten()?;
-            Some(at_rest.checkpoints().iter().map(|it| it.journal).collect())
-        };
-        self.generations.iter().rev().filter(|it| it.live).find_map(ids)
+    /// The journals that the rows are of: those of the live generation of `version`, else of the newest one that has any;
+    /// `None` if there are no rows. What can't be read isn't passed over: opened with other journals, the view would be
+    /// set aside.
+    pub(super) fn journals(&self, version: u32) -> Result<Option<Vec<JournalId>>, Failure> {
+        let live = || self.generations.iter().rev().filter(|it| it.live);
+        let own = live().filter(|it| it.version == version);
+        for generation in own.chain(live().filter(|it| it.version != version)) {
+            if let Some(at_rest) = AtRest::open(generation.folder())? {
+                return Ok(Some(at_rest.checkpoints().iter().map(|it| it.journal).collect()));
+            }
+        }
+        Ok(None)
     }
 
     /// The newest code of the view, for what can't be done without.

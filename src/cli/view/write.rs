@@ -28,7 +28,7 @@ fn with_open<T>(
     code: &Code,
     run: impl FnOnce(&ViewControl) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let ids = located.journals().unwrap_or_default();
+    let ids = located.journals(code.version)?.unwrap_or_default();
     let found = journals::find(located, &ids)?;
     let held = found.into_iter().map(Held::open).collect::<Result<Vec<_>, _>>()?;
     let sources = journals::sources(held.iter().map(|it| it.journal().clone()));

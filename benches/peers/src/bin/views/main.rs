@@ -49,7 +49,7 @@ struct Cli {
     #[arg(long, default_value_t = 10_000_000)]
     events: u64,
     /// Numbers of keys; may be repeated.
-    #[arg(long, default_values_t = [10, 1_000_000, 10_000_000])]
+    #[arg(long, default_values_t = [10, 10_000, 1_000_000, 10_000_000])]
     keys: Vec<u64>,
     /// Events that the slow ones fold; their rate is taken from as many.
     #[arg(long, default_value_t = 1_000_000)]
@@ -219,7 +219,10 @@ fn write(cli: &Cli, keys: u64, dir: &Path) -> Outcome<f64> {
 }
 
 fn options() -> ViewOptions {
-    ViewOptions { memory: ViewMemory::new(256 << 20, 256 << 20), ..ViewOptions::default() }
+    // Enough for the rows of a million keys.
+    let row_cache_bytes = 192 << 20;
+    let memory = ViewMemory::new(256 << 20, 256 << 20);
+    ViewOptions { memory, row_cache_bytes, ..ViewOptions::default() }
 }
 
 fn wait(view: &ViewHandle<Totals>, position: Position) -> Outcome<()> {
