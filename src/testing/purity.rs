@@ -280,9 +280,8 @@ where
         let mut shown = String::new();
         for event in row.events.iter().filter_map(|index| routes.events.get(*index)) {
             let outcome = fold_once(self.view, &row.key, now.clone(), event);
-            // That it fails is said, not how: the reason may be of the moment.
             match &outcome {
-                Outcome::Failed(_) => shown += "failed\n",
+                Outcome::Failed(why) => shown += &format!("{FAILED}{}\n", why.replace('\n', " ")),
                 outcome => shown += &format!("{outcome:#?}\n"),
             }
             match outcome {
@@ -433,12 +432,18 @@ where
     }
 }
 
-/// Whether two texts say the same: what stands for a set or a map may show its entries in any order, line by line. The
-/// stored bytes are a line of their own.
+/// In front of the reason why a fold has failed.
+const FAILED: &str = "failed: ";
+
+/// Whether two texts say the same: what stands for a set or a map may show its entries in any order, line by line, and the
+/// reason for a failure may be of the moment. The stored bytes are a line of their own.
 fn is_same(first: &str, later: &str) -> bool {
     let sorted = |text: &str| {
-        let mut lines: Vec<String> =
-            text.lines().map(|line| line.trim_end_matches(',').to_owned()).collect();
+        let what = |line: &str| match line.starts_with(FAILED) {
+            true => FAILED.to_owned(),
+            false => line.trim_end_matches(',').to_owned(),
+        };
+        let mut lines: Vec<String> = text.lines().map(what).collect();
         lines.sort_unstable();
         lines
     };

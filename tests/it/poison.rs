@@ -465,7 +465,8 @@ fn what_is_parked_can_be_retried_when_the_journal_has_removed_it() {
     assert_eq!(contents(&view).0.rows, expected);
 }
 
-/// What was retried or discarded before a power cut, but not flushed, is there again: parked, and complete.
+/// A decision is durable together with what it has made of the rows, though they weren't to be flushed yet: whoever
+/// compares what is on disk knows of both.
 #[test]
 fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
     let dir = tempfile::tempdir().unwrap();
@@ -486,8 +487,6 @@ fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
     let store = open(left.path());
     let view = store.view(Sums::<1>::default()).unwrap();
     catch_up(&view);
-    assert_eq!(view.status().parked.keys, 1, "what was parked durably");
-    let retried = view.retry(&(0, 1)).unwrap();
-    assert_eq!((retried.applied, retried.left), (3, 0));
+    assert_eq!(view.status().parked.keys, 0);
     assert_eq!(contents(&view).0, before);
 }
