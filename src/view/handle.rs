@@ -126,7 +126,7 @@ impl<V: View> ViewHandle<V> {
     /// of the service that handed you the token. Blocks for `timeout` at most.
     ///
     /// # Errors
-    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](Self::wait_for) says;
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](ViewControl::wait_for) says;
     /// [`ViewReadError::Degraded`] if an event in front of the token is parked and the row lacks it, or may.
     pub fn get_at_least<Q>(
         &self,
@@ -200,7 +200,7 @@ impl<V: View> ViewHandle<V> {
     /// A [`snapshot`](Self::snapshot) once the view has applied what `token` stands for.
     ///
     /// # Errors
-    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](Self::wait_for) says.
+    /// [`ViewReadError::Wait`] if the view hasn't got there, as [`wait_for`](ViewControl::wait_for) says.
     pub fn snapshot_at_least(
         &self,
         token: &Token,

@@ -956,8 +956,8 @@ impl<V: View> ViewHandle<V> {
 
 impl ViewControl {
     /// The events that couldn't be decoded or routed, in the order of the journal. Any row may lack them. They
-    /// can't be folded later, behind others: mend the code and [`rebuild`](Self::rebuild), or
-    /// [discard](Self::discard_unrouted) them.
+    /// can't be folded later, behind others: mend the code and [`rebuild`](ViewControl::rebuild), or
+    /// [discard](ViewControl::discard_unrouted) them.
     pub fn unrouted_events(&self) -> ParkedEvents {
         ParkedEvents::new(self.shared().db().latest(), unrouted_range())
     }
@@ -973,7 +973,7 @@ impl ViewControl {
     /// The same, for views of several journals: which one the event is of is said, too.
     ///
     /// # Errors
-    /// As [`discard_unrouted`](Self::discard_unrouted).
+    /// As [`discard_unrouted`](ViewControl::discard_unrouted).
     pub fn discard_unrouted_at(&self, at: Locator) -> Result<(), ParkedError> {
         ask(self.shared(), What::Discard { row_key: None, at }).map(drop)
     }

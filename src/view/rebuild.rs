@@ -10,7 +10,7 @@
 //!   of the old one stands still while the last events are folded by the new one.
 //! - The flip comes when the new generation has applied at least as much as the old one and is durable. It is one
 //!   replacement of the pointer. Before it, the new one goes away if the process dies; behind it, the old one stays
-//!   until it is removed, and [`ViewHandle::rollback`](super::ViewHandle::rollback) lets it catch up and take over
+//!   until it is removed, and [`ViewControl::rollback`](super::ViewControl::rollback) lets it catch up and take over
 //!   in the same way.
 //! - Whoever has rebuilt goes on as the one who follows the journal; who did before finds that its turn is over.
 
@@ -120,8 +120,8 @@ impl fmt::Display for RebuildStatus {
 pub struct Rebuilt {
     /// Number of the generation that was built.
     pub generation: u32,
-    /// Number of the one that was served until then; [`ViewHandle::rollback`](super::ViewHandle::rollback) goes back
-    /// to it, [`ViewHandle::remove_generation`](super::ViewHandle::remove_generation) deletes it.
+    /// Number of the one that was served until then; [`ViewControl::rollback`](super::ViewControl::rollback) goes back
+    /// to it, [`ViewControl::remove_generation`](super::ViewControl::remove_generation) deletes it.
     pub previous: u32,
     /// What the comparison with the old one said; `None` if there was nothing to compare: the old one was far
     /// behind, or its rows were not known to be of this journal.
@@ -459,7 +459,7 @@ impl Control {
     }
 }
 
-/// A generation on disk, as [`ViewHandle::generations`](super::ViewHandle::generations) lists them.
+/// A generation on disk, as [`ViewControl::generations`](super::ViewControl::generations) lists them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GenerationInfo {
