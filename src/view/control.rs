@@ -191,7 +191,7 @@ impl ViewControl {
         let shared = self.shared();
         let state = shared.state();
         let ends = shared.sources.end();
-        let follows = matches!(state.phase, Phase::Following | Phase::Building(_));
+        let follows = matches!(state.phase, Phase::Following | Phase::Building { .. });
         let journals = ends.iter().map(|end| {
             let of =
                 |it: &Checkpoints| it.of(end.journal).unwrap_or_else(|| beginning(end.journal));
@@ -204,7 +204,7 @@ impl ViewControl {
         ViewStatus {
             journals: journals.collect(),
             state: match state.phase {
-                Phase::Building(_) => ViewState::Building,
+                Phase::Building { .. } => ViewState::Building,
                 Phase::Following if behind == 0 => ViewState::CaughtUp,
                 Phase::Following => ViewState::CatchingUp,
                 Phase::AwaitingMirror => ViewState::AwaitingMirror,

@@ -64,8 +64,8 @@ pub enum ViewError {
         /// Who holds it.
         owner: String,
     },
-    /// The view has applied events that its own journal no longer has: the journal has lost its tail, or
-    /// was restored from an older copy. Nothing was changed; the view is the witness of the loss.
+    /// The view has applied events that a journal which is appended to here no longer has: the journal has lost its tail,
+    /// or was restored from an older copy. Nothing was changed; the view is the witness of the loss.
     #[error(
         "view {view} has applied the journal up to position {}, but the journal ends at position {end}: \
          its tail is lost", checkpoint.position
@@ -276,6 +276,14 @@ pub enum StopError {
         /// What failed.
         source: StorageError,
     },
+    /// A generation that was built can't be made the one that is read.
+    #[error("view {view} stopped: {source}")]
+    Folder {
+        /// The view.
+        view: &'static str,
+        /// Why not.
+        source: Box<ViewError>,
+    },
     /// A row that was built in bulk can't be indexed.
     #[error("view {view} stopped: a row can't be indexed: {cause}")]
     Index {
@@ -369,6 +377,7 @@ impl StopError {
                 EventFailure::Deadly { .. } => "view_stop.deadly",
             },
             Self::Index { .. } => "view_stop.index",
+            Self::Folder { source, .. } => source.code(),
             Self::Fork { .. } => "view_stop.fork",
             Self::Journal { .. } => "view_stop.journal",
             Self::Storage { .. } => "view_stop.storage",
@@ -405,6 +414,7 @@ impl StopError {
                 }
             },
             Self::Index { .. } => "mend the function that makes the index keys",
+            Self::Folder { source, .. } => source.hint(),
             Self::Fork { .. } => {
                 "two histories of one journal exist: decide which is right; to follow the mirror, move the view's directory away"
             }

@@ -21,9 +21,10 @@
 //! - The pointer is replaced by writing a new one, syncing it and renaming it: at any moment it is the old
 //!   or the new one. A flip to another generation is this and nothing else.
 //! - A pointed-to folder may be missing: then the generation is empty, and is built from the journal.
-//! - A generation that is being built beside the live one, or deleted while somebody still reads it, is marked as
-//!   one that isn't kept; the mark goes before the pointer comes. The next opening deletes what is marked and not
-//!   pointed to.
+//! - A generation that is being built, or deleted while somebody still reads it, is marked as one that isn't kept; the
+//!   mark goes before the pointer comes, and that comes when there is something to be read: rows that were built in bulk,
+//!   or the checkpoint at the beginning of those that come in order. So a first build that is cancelled or dies leaves
+//!   its version without a live generation, as it was. The next opening deletes what is marked and not pointed to.
 //! - A generation that is no longer pointed to is *set aside*: nothing reads or deletes it without being
 //!   asked to.
 
@@ -31,6 +32,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -48,6 +50,9 @@ const NOT_KEPT_FILE: &str = "not-kept";
 const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
+/// How long, and how often, it is tried to replace the pointer while others do.
+const POINTER_PATIENCE: Duration = Duration::from_secs(10);
+const POINTER_TICK: Duration = Duration::from_millis(10);
 /// Longest name of a view in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 64;
 
@@ -163,24 +168,23 @@ impl Generations {
         forgotten.map_or(Ok(false), |folder| remove_folder(&folder).map(|()| true))
     }
 
-    /// The folder of the live generation; a new one if there is none.
-    pub(super) fn live(&mut self) -> Result<PathBuf, ViewError> {
-        match self.live {
-            Some(number) => Ok(self.folder(number)?),
-            None => self.next(),
+    /// Deletes a generation that isn't open, also the one that the version reads: then it has none.
+    #[cfg(feature = "cli")]
+    pub(crate) fn remove_even_live(&mut self, number: u32) -> Result<(), ViewError> {
+        if self.live == Some(number) {
+            self.point_to(None)?;
         }
+        remove_folder(&self.dir.join(format!("{}.{number}", self.version)))
     }
 
-    /// Sets the live generation aside and points to a new one; its folder.
-    pub(super) fn next(&mut self) -> Result<PathBuf, ViewError> {
-        let number = self.last_used()?.saturating_add(1);
-        self.point_to(number)?;
-        Ok(self.folder(number)?)
+    /// The folder of the live generation, if there is one.
+    pub(super) fn live(&self) -> Result<Option<PathBuf>, ViewError> {
+        Ok(self.live.map(|number| self.folder(number)).transpose()?)
     }
 
-    /// The folder of a new generation, beside the live one: [`set_live`](Self::set_live) makes it the live one.
-    /// Until then it isn't kept: it goes away at the next opening if its process dies.
-    pub(super) fn begin(&mut self) -> Result<(u32, PathBuf), ViewError> {
+    /// The folder of a new generation, beside the live one if there is one: [`set_live`](Self::set_live) makes it the
+    /// live one. Until then it isn't kept: it goes away at the next opening if its process dies.
+    pub(super) fn begin(&self) -> Result<(u32, PathBuf), ViewError> {
         let number = self.last_used()?.saturating_add(1);
         let folder = self.folder(number)?;
         self.keep_no_longer(&folder)?;
@@ -196,7 +200,7 @@ impl Generations {
             _ => self.fs.sync_dir(&folder),
         }
         .context("finishing a generation", &mark)?;
-        self.point_to(number)
+        self.point_to(Some(number))
     }
 
     /// The number of the live generation.
@@ -277,16 +281,33 @@ impl Generations {
         Ok(with_folder.max(self.live).unwrap_or(0))
     }
 
-    /// Replaces the own line of the pointer. The others are their versions', which may be open as well.
-    fn point_to(&mut self, number: u32) -> Result<(), ViewError> {
+    /// Replaces the own line of the pointer, or removes it. The others are their versions', which may be open as well.
+    fn point_to(&mut self, number: Option<u32>) -> Result<(), ViewError> {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _guard = ONE_AT_A_TIME.lock();
-        let _lock = lock(&*self.fs, &self.dir.join(LOCK_FILE))?; // another process is told to try again
+        let _lock = self.lock_pointer()?;
         let mut live = read_pointer(&*self.fs, &self.dir.join(POINTER_FILE))?;
-        live.insert(self.version, number);
+        match number {
+            Some(number) => live.insert(self.version, number),
+            None => live.remove(&self.version),
+        };
         self.write_pointer(&live)?;
-        self.live = Some(number);
+        self.live = number;
         Ok(())
+    }
+
+    /// Others hold it for a moment only, and what they would be in the way of may have taken hours.
+    fn lock_pointer(&self) -> Result<Box<dyn Lock>, ViewError> {
+        let path = self.dir.join(LOCK_FILE);
+        let began = Instant::now();
+        loop {
+            match lock(&*self.fs, &path) {
+                Err(ViewError::InUse { .. }) if began.elapsed() < POINTER_PATIENCE => {
+                    std::thread::sleep(POINTER_TICK);
+                }
+                locked => return locked,
+            }
+        }
     }
 
     fn write_pointer(&self, live: &BTreeMap<u32, u32>) -> Result<(), IoError> {
@@ -390,18 +411,26 @@ mod tests {
         }
     }
 
+    /// A new generation that is live.
+    fn next(generations: &mut Generations) -> PathBuf {
+        let (number, folder) = generations.begin().unwrap();
+        generations.set_live(number).unwrap();
+        folder
+    }
+
     #[test]
     fn each_version_keeps_its_own_live_generation_across_openings() {
         let dir = tempfile::tempdir().unwrap();
         let folder = |name: &str| dir.path().join("orders").join(name);
         let mut first = open(dir.path()).unwrap();
-        assert_eq!(first.live().unwrap(), folder("1.1"));
+        assert_eq!(first.live().unwrap(), None);
+        assert_eq!(next(&mut first), folder("1.1"));
         let mut second = open_version(dir.path(), 2).unwrap();
-        assert_eq!(second.live().unwrap(), folder("2.1"));
-        assert_eq!(first.next().unwrap(), folder("1.2"));
+        assert_eq!(next(&mut second), folder("2.1"));
+        assert_eq!(next(&mut first), folder("1.2"));
         drop((first, second));
-        assert_eq!(open(dir.path()).unwrap().live().unwrap(), folder("1.2"));
-        assert_eq!(open_version(dir.path(), 2).unwrap().live().unwrap(), folder("2.1"));
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), Some(folder("1.2")));
+        assert_eq!(open_version(dir.path(), 2).unwrap().live().unwrap(), Some(folder("2.1")));
     }
 
     #[test]
@@ -409,16 +438,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("orders/3.7")).unwrap();
         let mut generations = open_version(dir.path(), 3).unwrap();
-        assert_eq!(generations.live().unwrap(), dir.path().join("orders/3.8"));
+        assert_eq!(next(&mut generations), dir.path().join("orders/3.8"));
     }
 
     #[test]
     fn what_was_begun_goes_away_at_the_next_opening_unless_it_became_live() {
         let dir = tempfile::tempdir().unwrap();
         let mut generations = open(dir.path()).unwrap();
-        generations.live().unwrap();
+        next(&mut generations);
         let (number, begun) = generations.begin().unwrap();
-        let mut second = open_version(dir.path(), 2).unwrap();
+        let second = open_version(dir.path(), 2).unwrap();
         let (_, of_second) = second.begin().unwrap();
         assert!(generations.all().unwrap().iter().all(|it| it.folder != begun));
         assert_eq!(generations.forget(number).unwrap(), None, "nobody else deletes it");
@@ -431,8 +460,24 @@ mod tests {
         let first = generations.forget(1).unwrap().unwrap();
         assert!(generations.all().unwrap().iter().all(|it| it.folder != first));
         drop(generations);
-        assert_eq!(open(dir.path()).unwrap().live().unwrap(), begun);
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), Some(begun));
         assert!(!first.exists());
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn a_version_without_its_live_generation_is_as_it_was_before_it_began() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut first, mut second) =
+            (open(dir.path()).unwrap(), open_version(dir.path(), 2).unwrap());
+        let kept = next(&mut first);
+        let (set_aside, removed) = (next(&mut second), next(&mut second));
+        second.remove_even_live(2).unwrap();
+        assert!(!removed.exists() && set_aside.exists());
+        assert_eq!(second.live().unwrap(), None);
+        drop((first, second));
+        assert_eq!(open_version(dir.path(), 2).unwrap().live().unwrap(), None);
+        assert_eq!(open(dir.path()).unwrap().live().unwrap(), Some(kept));
     }
 
     #[test]
@@ -446,6 +491,21 @@ mod tests {
         );
         drop(first);
         open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn whoever_replaces_the_pointer_waits_for_another_process_that_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut generations = open(dir.path()).unwrap();
+        let (number, _) = generations.begin().unwrap();
+        let held = lock(&OsFs, &dir.path().join("orders").join(LOCK_FILE)).unwrap();
+        std::thread::scope(|scope| {
+            let setting = scope.spawn(|| generations.set_live(number));
+            std::thread::sleep(POINTER_TICK * 5);
+            assert!(!setting.is_finished());
+            drop(held);
+            setting.join().unwrap().unwrap();
+        });
     }
 
     #[test]
@@ -464,7 +524,7 @@ mod tests {
     #[test]
     fn a_damaged_pointer_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
-        drop(open(dir.path()).unwrap().live().unwrap());
+        next(&mut open(dir.path()).unwrap());
         std::fs::write(dir.path().join("orders/live"), "headwater view 1\n1 9\ncrc32 00000000\n")
             .unwrap();
         assert!(matches!(open(dir.path()), Err(ViewError::DamagedPointer { .. })));

@@ -366,6 +366,12 @@ pub(crate) fn open_any<V: View>(
     let indexes = Indexes::of(&view);
     indexes.check()?;
     let program = Arc::new(Keyed(view));
-    let running = runner::start(views_dir, sources, Arc::clone(&program), options)?;
+    let running = runner::start(
+        views_dir,
+        sources,
+        Arc::clone(&program),
+        options,
+        RebuildOptions::default(),
+    )?;
     Ok(ViewHandle::new(ViewControl::new(running, program), indexes))
 }

@@ -90,14 +90,15 @@ impl Code {
         Self { name, version, spelling, options, refused, program }
     }
 
-    /// Opens the view, as its service does.
+    /// Opens the view, as its service does; what is to be built first, with these options.
     pub(crate) fn open(
         &self,
         views_dir: &Path,
         sources: Sources,
+        building: RebuildOptions,
     ) -> Result<ViewControl, ViewError> {
         self.refused.clone().map_or(Ok(()), Err)?;
-        Arc::clone(&self.program).open(views_dir, sources, self.options.clone())
+        Arc::clone(&self.program).open(views_dir, sources, self.options.clone(), building)
     }
 
     /// [`at_rest::check`].
@@ -121,6 +122,7 @@ trait Mounted: Send + Sync {
         views_dir: &Path,
         sources: Sources,
         options: ViewOptions,
+        building: RebuildOptions,
     ) -> Result<ViewControl, ViewError>;
 
     fn check_at_rest(
@@ -139,8 +141,9 @@ impl<P: Program> Mounted for P {
         views_dir: &Path,
         sources: Sources,
         options: ViewOptions,
+        building: RebuildOptions,
     ) -> Result<ViewControl, ViewError> {
-        let running = runner::start(views_dir, sources, Arc::clone(&self), options)?;
+        let running = runner::start(views_dir, sources, Arc::clone(&self), options, building)?;
         Ok(ViewControl::new(running, self))
     }
 

@@ -27,7 +27,7 @@ use super::chunk::{Folded, panic_message};
 use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::deadly::{Attempts, Care, Duty, Note};
 use super::error::{StopError, ViewError, WaitError};
-use super::generation::Generations;
+use super::generation::{Generations, is_kept};
 use super::inline::{self, InlineViews, Lane, Steps};
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
@@ -58,6 +58,8 @@ pub(super) struct Shared {
     pub(super) sources: Sources,
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
+    /// How a generation that is new at the opening is built in bulk.
+    building: RebuildOptions,
     pub(super) parking: Parking,
     pub(super) attempts: Arc<Attempts>,
     pub(super) watchers: Arc<Watchers>,
@@ -89,8 +91,11 @@ pub(super) struct State {
 
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
-    /// The first generation of its version is built in bulk; nothing is to be seen of it yet.
-    Building(Arc<Control>),
+    /// A generation, of which nothing is to be seen yet, is built in bulk, and is the live one then.
+    Building {
+        control: Arc<Control>,
+        number: u32,
+    },
     Following,
     AwaitingMirror,
     Stopped(Arc<StopError>),
@@ -111,12 +116,13 @@ pub(super) fn start<P: Program>(
     sources: Sources,
     view: Arc<P>,
     options: ViewOptions,
+    building: RebuildOptions,
 ) -> Result<Running, ViewError> {
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, P::NAME, P::VERSION)?;
     let openings = Arc::new(Openings::default());
     let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let attempts = Attempts::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
-    let opened = open_live(&*view, &mut folder, &openings, &sources, &options)?;
+    let opened = open_live(&*view, &mut folder, &openings, &sources, (&options, &building))?;
     let durable = opened.db.durable(sources.ids())?.unwrap_or_else(|| sources.beginning());
     let state = State {
         judged: matches!(opened.phase, Phase::Following),
@@ -132,6 +138,7 @@ pub(super) fn start<P: Program>(
         sources,
         set_aside: opened.set_aside,
         options,
+        building,
         parking,
         attempts,
         watchers: Arc::default(),
@@ -161,14 +168,20 @@ fn open_live<P: Program>(
     folder: &mut Generations,
     openings: &Arc<Openings>,
     sources: &Sources,
-    options: &ViewOptions,
+    (options, building): (&ViewOptions, &RebuildOptions),
 ) -> Result<Opened, ViewError> {
-    let db = openings.open(&folder.live()?, &options.memory)?;
-    if let Some(opened) = to_build::<P>(&db, sources)? {
-        return Ok(opened);
+    let open = |path: &Path| openings.open(path, &options.memory);
+    let live = folder.live()?.map(|path| open(&path)).transpose()?;
+    let begin = |folder: &mut Generations| begin_live(view, folder, &open, sources, building);
+    let Some(db) = live else { return begin(folder) };
+    // One that is pointed to and has nothing in it was deleted by hand.
+    if db.is_empty()? {
+        let path = db.path().to_owned();
+        drop(db);
+        openings.delete(&path)?;
+        return begin(folder);
     }
-    let identity = view.identity();
-    let (progress, judgement) = match db.begin(&identity, nothing(sources)) {
+    let (progress, judgement) = match db.begin(&view.identity(), nothing(sources)) {
         Ok(progress) => {
             let judgement = judge::<P>(sources, &progress.checkpoints, options.lost_tail)?;
             (progress, judgement)
@@ -201,25 +214,42 @@ fn open_live<P: Program>(
             }
             let set_aside = Some(db.path().to_owned());
             drop(db);
-            let db = openings.open(&folder.next()?, &options.memory)?;
-            if let Some(opened) = to_build::<P>(&db, sources)? {
-                return Ok(Opened { set_aside, ..opened });
-            }
-            let progress = db.begin(&identity, nothing(sources))?;
-            return Ok(Opened { db, progress, phase: Phase::Following, set_aside });
+            return Ok(Opened { set_aside, ..begin(folder)? });
         }
     };
     Ok(Opened { db, progress, phase, set_aside: None })
 }
 
-/// A generation that was never written to, if there is enough to build it in bulk. It stays empty until then.
-fn to_build<P: Program>(db: &Arc<Db>, sources: &Sources) -> Result<Option<Opened>, StorageError> {
-    if !P::HAS_BULK || sources.end().bytes() < BULK_BYTES_MIN || !db.is_empty()? {
-        return Ok(None);
-    }
-    let phase = Phase::Building(Control::new(&RebuildOptions::default()));
-    let (db, progress) = (Arc::clone(db), nothing(sources));
-    Ok(Some(Opened { db, progress, phase, set_aside: None }))
+/// Begins a new generation: to be built in bulk if there is enough to build it from, and live when it is; or live from
+/// now on.
+fn begin_live<P: Program>(
+    view: &P,
+    folder: &mut Generations,
+    open: &impl Fn(&Path) -> Result<Arc<Db>, StorageError>,
+    sources: &Sources,
+    building: &RebuildOptions,
+) -> Result<Opened, ViewError> {
+    let (number, path) = folder.begin()?;
+    let (db, progress) = (open(&path)?, nothing(sources));
+    let phase = if P::HAS_BULK && sources.end().bytes() >= BULK_BYTES_MIN {
+        Phase::Building { control: Control::new(building), number }
+    } else {
+        begin_in_order(view, &db, sources)?;
+        folder.set_live(number)?;
+        Phase::Following
+    };
+    Ok(Opened { db, progress, phase, set_aside: None })
+}
+
+/// The beginning of a generation that is built as the journal is followed; durable, so that one that is live isn't empty.
+fn begin_in_order<P: Program>(
+    view: &P,
+    db: &Arc<Db>,
+    sources: &Sources,
+) -> Result<Progress, StorageError> {
+    let progress = db.begin(&view.identity(), nothing(sources))?;
+    db.flush(true)?;
+    Ok(progress)
 }
 
 /// How far a view is that has applied nothing.
@@ -425,7 +455,7 @@ impl<P: Program> Runner<P> {
     /// Gets to where the journal is followed from.
     fn enter(&mut self) -> Result<Step, StopError> {
         let follows = match self.shared.state().phase {
-            Phase::Building(control) => self.build(&control)?,
+            Phase::Building { control, number } => self.build_live(&control, number)?,
             Phase::Following => true,
             Phase::AwaitingMirror => self.await_mirror()?,
             Phase::Stopped(_) | Phase::Closed => false,
@@ -433,30 +463,21 @@ impl<P: Program> Runner<P> {
         Ok(if follows { Step::Moved } else { Step::Ended })
     }
 
-    /// Builds the first generation; false if it was closed meanwhile, which leaves it empty. If an event can't be
-    /// applied, it is for the ordered path to say which, and to apply what is in front of it.
-    fn build(&self, control: &Control) -> Result<bool, StopError> {
-        let (shared, db) = (&*self.shared, &self.db);
-        let until = shared.sources.end();
-        let in_order = || {
-            let begun = db.begin(&self.view.identity(), nothing(&shared.sources));
-            begun.map_err(storage_failed::<P>)
-        };
-        let progress = if self.note.forbids_bulk() {
-            in_order()?
-        } else {
-            let means = Means::of(&RebuildOptions::default(), shared.parking.discarded());
-            let (sources, memory, note) = (&shared.sources, &shared.options.memory, &self.note);
-            let what = Build { sources, until, db, memory, means, control, note };
-            match self.view.build(what) {
-                Ok(progress) => progress,
-                Err(bulk::Ended::Cancelled) => return Ok(false),
-                Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => {
-                    in_order()?
-                }
-                Err(bulk::Ended::Failed(error)) => return Err(error),
-            }
-        };
+    /// Builds the generation, and lets the version read it; false if it was closed meanwhile. Nothing is left of it then, nor
+    /// if it can't be built.
+    fn build_live(&self, control: &Control, number: u32) -> Result<bool, StopError> {
+        let shared = &*self.shared;
+        let built = self.build(control).and_then(|built| {
+            let set_live = || shared.folder.lock().set_live(number);
+            let failed = |source| StopError::Folder { view: P::NAME, source: Box::new(source) };
+            built.map(|progress| set_live().map_err(failed).map(|()| progress)).transpose()
+        });
+        let path = self.db.path();
+        if !matches!(built, Ok(Some(_))) && !is_kept(path) {
+            // An effort: the next opening deletes it, too.
+            drop(shared.openings.delete(path));
+        }
+        let Some(progress) = built? else { return Ok(false) };
         shared.change(|state| {
             (state.phase, state.judged) = (Phase::Following, true);
             state.durable = progress.checkpoints.clone();
@@ -464,6 +485,31 @@ impl<P: Program> Runner<P> {
             state.applied = progress;
         });
         Ok(true)
+    }
+
+    /// Builds the rows; `None` if it was closed meanwhile. If an event can't be applied, it is for the ordered path to say
+    /// which, and to apply what is in front of it.
+    fn build(&self, control: &Control) -> Result<Option<Progress>, StopError> {
+        let (shared, db) = (&*self.shared, &self.db);
+        let until = shared.sources.end();
+        let in_order = || {
+            let begun = begin_in_order(&*self.view, db, &shared.sources);
+            begun.map(Some).map_err(storage_failed::<P>)
+        };
+        if self.note.forbids_bulk() {
+            return in_order();
+        }
+        let means = Means::of(&shared.building, shared.parking.discarded());
+        let (sources, memory, note) = (&shared.sources, &shared.options.memory, &self.note);
+        let what = Build { sources, until, db, memory, means, control, note };
+        match self.view.build(what) {
+            Ok(progress) => Ok(Some(progress)),
+            Err(bulk::Ended::Cancelled) => Ok(None),
+            Err(bulk::Ended::Failed(StopError::Event { .. } | StopError::Index { .. })) => {
+                in_order()
+            }
+            Err(bulk::Ended::Failed(error)) => Err(error),
+        }
     }
 
     /// Waits until the mirrors have what the view has applied; false if that won't happen any more.
@@ -806,7 +852,7 @@ impl Shared {
 
     /// How far the rebuild is that is under way.
     pub(super) fn rebuild_status(&self) -> Option<RebuildStatus> {
-        if let Phase::Building(control) = self.state().phase {
+        if let Phase::Building { control, .. } = self.state().phase {
             return Some(control.status());
         }
         let rebuild = self.rebuild.lock();
@@ -850,7 +896,7 @@ impl State {
     fn has_applied(&self, journal: JournalId, wanted: Position) -> Result<bool, WaitError> {
         match &self.phase {
             _ if self.judged && self.applied.checkpoints.position(journal) >= wanted => Ok(true),
-            Phase::Building(_) | Phase::Following | Phase::AwaitingMirror => Ok(false),
+            Phase::Building { .. } | Phase::Following | Phase::AwaitingMirror => Ok(false),
             Phase::Stopped(error) => Err(WaitError::Stopped(error.clone())),
             Phase::Closed => Err(WaitError::Closed),
         }
@@ -878,7 +924,7 @@ impl Running {
     /// Ends the threads, and waits until they have flushed what they have applied.
     pub(super) fn close(&self) -> Result<(), ViewError> {
         self.shared.change(|state| state.stop_requested = true);
-        if let Phase::Building(control) = self.shared.state().phase {
+        if let Phase::Building { control, .. } = self.shared.state().phase {
             control.cancel();
         }
         if let Some(control) = &*self.shared.rebuild.lock() {

@@ -51,7 +51,7 @@ pub(super) fn begin<P: Program>(
         let under_way = rebuild.as_ref().is_some_and(|control| !control.has_ended());
         match shared.state().phase {
             _ if shared.is_to_end() => return Err(ViewError::Closed { view: P::NAME }),
-            Phase::Building(_) => return Err(ViewError::Rebuilding { view: P::NAME }),
+            Phase::Building { .. } => return Err(ViewError::Rebuilding { view: P::NAME }),
             _ if under_way => return Err(ViewError::Rebuilding { view: P::NAME }),
             _ => *rebuild = Some(Arc::clone(&control)),
         }

@@ -75,7 +75,11 @@ impl<const VERSION: u32> View for Spent<VERSION> {
 }
 
 /// How many orders each place has, and how many there are.
-struct Towns;
+#[derive(Default)]
+struct Towns {
+    /// So long each event takes.
+    fold_ms: u64,
+}
 
 const TOWNS: Table<String, u64> = Table::new("towns");
 const ALL: Table<(), u64> = Table::new("all");
@@ -91,6 +95,7 @@ impl TableView for Towns {
 
     fn apply(&self, event: &Recorded<Vec<u8>>, tx: &mut ViewTxn<'_>) -> Result<(), FoldError> {
         let Some(((town, _), _)) = parse(event.data()) else { return Ok(()) };
+        std::thread::sleep(Duration::from_millis(self.fold_ms));
         let orders = tx.get(TOWNS, &town)?.unwrap_or(0) + 1;
         tx.put(TOWNS, &town, &orders)?;
         let all = tx.get(ALL, &())?.unwrap_or(0) + 1;
@@ -103,14 +108,14 @@ impl TableView for Towns {
 #[test]
 fn process_with_the_command_line() {
     let Ok(args) = std::env::var("HEADWATER_SERVICE") else { return };
-    let (args, version, cents_min, twist): (Vec<String>, u32, u64, u64) =
+    let (args, version, cents_min, twist, fold_ms): (Vec<String>, u32, u64, u64, u64) =
         serde_json::from_str(&args).unwrap();
     writeln!(std::io::stdout(), "{BEGINS}").unwrap();
     let cli = match version {
         1 => Cli::new().view(Spent::<1> { cents_min, twist }),
         _ => Cli::new().view(Spent::<2> { cents_min, twist }).view(Spent::<1> { cents_min, twist }),
     };
-    let cli = cli.table_view(Towns);
+    let cli = cli.table_view(Towns { fold_ms });
     let code = format!("{:?}", cli.run_from(args));
     let digits: String = code.chars().filter(char::is_ascii_digit).collect();
     std::process::exit(digits.parse().unwrap());
@@ -125,13 +130,14 @@ struct Service {
     version: u32,
     cents_min: u64,
     twist: u64,
+    fold_ms: u64,
 }
 
 impl Service {
     fn command(self, args: &[&str]) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let args: Vec<&str> = ["service"].iter().chain(args).copied().collect();
-        let code = json!([args, self.version.max(1), self.cents_min, self.twist]);
+        let code = json!([args, self.version.max(1), self.cents_min, self.twist, self.fold_ms]);
         command
             .args(["--exact", "cli_views::process_with_the_command_line", "--nocapture"])
             .env("HEADWATER_SERVICE", code.to_string());
@@ -634,18 +640,24 @@ fn check_proves_the_rows_beside_the_service_and_exits_with_3_if_they_differ() {
     assert_eq!(names(), before);
 }
 
-/// Waits for the first line of progress, and interrupts.
-fn interrupted(args: &[&str]) -> (Option<i32>, String) {
-    let mut child = Service::default()
-        .command(args)
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+/// Begins to build something, and waits for the first line of progress.
+fn building(
+    service: Service,
+    args: &[&str],
+    total: &str,
+) -> (std::process::Child, BufReader<std::process::ChildStderr>) {
+    let mut child =
+        service.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stderr = BufReader::new(child.stderr.take().unwrap());
     let mut line = String::new();
     stderr.read_line(&mut line).unwrap();
-    assert!(line.starts_with("building: ") && line.contains(" of 9 events"), "{line}");
+    assert!(line.contains("ing: ") && line.contains(total), "{line}");
+    (child, stderr)
+}
+
+/// The same, and interrupts it.
+fn interrupted(service: Service, args: &[&str], total: &str) -> (Option<i32>, String) {
+    let (mut child, mut stderr) = building(service, args, total);
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let mut rest = String::new();
@@ -659,7 +671,7 @@ fn an_interrupted_rebuild_or_check_leaves_nothing_behind() {
     let dir = world.dir();
     for verb in ["rebuild", "check"] {
         let args = ["view", verb, dir, "spent", "--bytes-per-second-max", "1"];
-        let (code, text) = interrupted(&args);
+        let (code, text) = interrupted(Service::default(), &args, "of 9 events");
         let last = text.lines().find(|line| line.starts_with("error")).unwrap();
         assert_eq!(code, Some(1), "{text}");
         assert!(last.starts_with("error[rebuild.cancelled]: "), "{text}");
@@ -671,6 +683,100 @@ fn an_interrupted_rebuild_or_check_leaves_nothing_behind() {
     let rebuilt = json_of(service(&["view", "rebuild", "--json", dir, "spent"]));
     assert_eq!(rebuilt["compared"]["equal"], true);
     assert!(!OsFs.list(&world.path.join("views/spent")).unwrap().contains(&"check".to_owned()));
+}
+
+/// A store whose journal is long enough to be built from in bulk.
+fn long() -> World {
+    let world = World::new();
+    let store = Store::open(&world.path).unwrap();
+    let stream = StreamId::new("orders").unwrap();
+    for batch in 0..20_u32 {
+        let order = |n: u32| {
+            let order = format!("town-{} {n} {}", batch % 7, "1".repeat(1 + n as usize % 9));
+            NewEvent::raw("ordered", order).unwrap().metadata("filler", "x".repeat(600))
+        };
+        let orders = (0..100).map(order);
+        store.append(&Append::to(&stream, ExpectedRevision::Any, orders)).unwrap();
+    }
+    store.close().unwrap();
+    world
+}
+
+/// Nothing holds back the events of the journal but the version that is served.
+fn held_by(world: &World) -> Vec<String> {
+    let plan = json_of(headwater(&["retain", world.dir(), "--before", "9", "--json"]));
+    let gates = plan["gates"].as_array().unwrap();
+    gates.iter().map(|it| it["holder"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_first_build_that_is_interrupted_leaves_nothing_and_one_that_was_killed_can_be_removed() {
+    let world = long();
+    let dir = world.dir();
+    let (store, view) = world.open(ViewOptions::default());
+    caught_up(&store, &view);
+    let new = Service { version: 2, ..Service::default() };
+    let slowly = ["view", "rebuild", dir, "spent", "--bytes-per-second-max", "1"];
+    let before = held_by(&world);
+    assert_eq!(before.len(), 1, "{before:?}");
+    let (code, text) = interrupted(new, &slowly, "of 2009 events");
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.lines().any(|it| it.starts_with("error[rebuild.cancelled]: ")), "{text}");
+    assert_eq!(world.generations(), ["1.1 live"]);
+    assert_eq!(held_by(&world), before);
+    assert!(!world.path.join("views/spent/2.1").exists());
+
+    // Killed: it is told as what it is, nobody reads it, and it goes away.
+    let mut child = building(new, &slowly, "of 2009 events").0;
+    let busy = headwater(&["view", "rm", dir, "spent", "2.1"]);
+    failed(&busy, 1, "view.in_use");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(world.generations(), ["1.1 live", "2.1"]);
+    assert_eq!(world.status(&[])[1]["state"], "unfinished");
+    let get = ["view", "scan", dir, "spent", "--limit", "1"];
+    assert_eq!(ok(new.run(&get)), ok(service(&get)), "the rows of the version that is served");
+    assert_eq!(ok(headwater(&get)).lines().count(), 2);
+    assert_eq!(held_by(&world).len(), 2);
+    ok(headwater(&["view", "rm", dir, "spent", "2.1"]));
+    assert_eq!(world.generations(), ["1.1 live"]);
+    assert_eq!(held_by(&world), before);
+}
+
+#[test]
+fn a_first_build_in_order_that_is_interrupted_leaves_nothing_either() {
+    let world = long();
+    let dir = world.dir();
+    let store = Store::open(&world.path).unwrap();
+    drop(store.table_view(Towns::default()).unwrap());
+    store.close().unwrap();
+    ok(headwater(&["view", "rm", dir, "towns", "1"]));
+    let slow = Service { fold_ms: 20, ..Service::default() };
+    let (code, text) = interrupted(slow, &["view", "rebuild", dir, "towns"], "of 2009 events");
+    assert_eq!(code, Some(1), "{text}");
+    let states = json_of(headwater(&["view", "ls", "--json", dir]));
+    let names: Vec<_> = states["views"].as_array().unwrap().iter().map(|it| &it["view"]).collect();
+    assert_eq!(names, ["spent"]);
+    assert_eq!(held_by(&world).len(), 1);
+}
+
+#[test]
+fn a_version_that_nobody_opens_any_more_is_removed_whole() {
+    let world = World::new();
+    let dir = world.dir();
+    let new = Service { version: 2, ..Service::default() };
+    ok(new.run(&["view", "rebuild", dir, "spent"]));
+    ok(new.run(&["view", "rebuild", dir, "spent"]));
+    assert_eq!(world.generations(), ["1.1 live", "2.1", "2.2 live"]);
+    failed(&headwater(&["view", "rm", dir, "spent", "2.2"]), 1, "view.live");
+    let (store, view) = world.open(ViewOptions::default());
+    failed(&headwater(&["view", "rm", dir, "spent", "1"]), 1, "view.in_use");
+    let text = ok(headwater(&["view", "rm", dir, "spent", "2"]));
+    assert_eq!(text, "spent: version 2 is deleted: 2.1, 2.2\n");
+    assert_eq!(world.generations(), ["1.1 live"]);
+    failed(&headwater(&["view", "rm", dir, "spent", "2"]), 1, "view.no_generation");
+    drop((view, store));
+    assert_eq!(ok(headwater(&["view", "scan", dir, "spent"])).lines().count(), 6);
 }
 
 #[test]
@@ -786,7 +892,7 @@ fn tables_are_read_by_their_names() {
     let world = World::new();
     let dir = world.dir();
     let store = Store::open(&world.path).unwrap();
-    let towns = store.table_view(Towns).unwrap();
+    let towns = store.table_view(Towns::default()).unwrap();
     towns.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
     towns.close().unwrap();
     drop(towns);
@@ -894,6 +1000,8 @@ fn a_damaged_view_and_one_ahead_of_its_journal_are_told() {
     assert_eq!(damaged["state"], "unreadable");
     assert!(damaged["error"].as_str().unwrap().contains("1.1"), "{damaged}");
     failed(&headwater(&["view", "scan", dir, "spent"]), 3, "view_storage.damaged");
+}
+
 }
 
 /// The commands of a service, as they stand in docs/cli.md.

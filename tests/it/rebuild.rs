@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use fastrand::Rng;
@@ -497,4 +497,79 @@ fn a_killed_rebuild_leaves_a_view_that_serves() {
         assert_eq!(begun.count(), 0, "something half-built is left");
     }
     println!("{kills} kills, after {seen:?}");
+}
+
+/// Folds wait at the first event until they are let go on.
+struct Gated<const VERSION: u32> {
+    reached: Mutex<mpsc::Sender<()>>,
+    go_on: Mutex<mpsc::Receiver<()>>,
+}
+
+impl<const VERSION: u32> View for Gated<VERSION> {
+    const NAME: &'static str = "traces";
+    const VERSION: u32 = VERSION;
+    type Key = (u8, u16);
+    type Row = u64;
+    type Event = Vec<u8>;
+
+    fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<(u8, u16)>) {
+        keys.extend(keys_of(event.data()));
+    }
+
+    fn fold(
+        &self,
+        _: &(u8, u16),
+        row: Option<u64>,
+        event: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<u64>, FoldError> {
+        if event.position() == Position::START && row.is_none() {
+            self.reached.lock().unwrap().send(()).unwrap();
+            let go_on = self.go_on.lock().unwrap();
+            go_on.recv().unwrap();
+        }
+        Ok(Fold::Put(row.unwrap_or(0) + 1))
+    }
+}
+
+/// A first build that was closed in the middle leaves nothing: it holds nothing back, and is no generation of anything.
+#[test]
+fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 9);
+    world.append(400);
+    let old = world.open(Traces::<1>::default());
+    world.assert_shows(&old);
+    let end = world.store.journal().end().position;
+    let (reached_tx, reached) = mpsc::channel();
+    let (go_on, go_on_rx) = mpsc::channel();
+    let (reached_tx, go_on_rx) = (Mutex::new(reached_tx), Mutex::new(go_on_rx));
+    let gated = Gated::<2> { reached: reached_tx, go_on: go_on_rx };
+    let new = world.store.view(gated).unwrap();
+    reached.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(new.status().state, ViewState::Building));
+    let names = |old: &ViewHandle<Traces<1>>| -> Vec<(u32, u32, bool)> {
+        old.generations().unwrap().iter().map(|it| (it.version, it.number, it.live)).collect()
+    };
+    assert_eq!(names(&old), [(1, 1, true)], "what is being built is no generation yet");
+    std::thread::scope(|scope| {
+        let closing = scope.spawn(|| new.close());
+        // As often as the first event is folded.
+        while !closing.is_finished() {
+            drop(go_on.send(()));
+            std::thread::yield_now();
+        }
+        closing.join().unwrap().unwrap();
+    });
+    let folder = new.status().generation;
+    drop(new);
+    assert!(!folder.exists(), "{}", folder.display());
+    assert_eq!(names(&old), [(1, 1, true)]);
+    old.close().unwrap();
+    let plan = world.store.plan_retention(&Options::new(Until::Position(end))).unwrap();
+    let gates: Vec<_> = plan.gates.iter().map(|it| (it.holder.to_string(), it.position)).collect();
+    assert_eq!(gates, [("view traces, version 1, generation 1".to_owned(), Some(end))]);
+    // The version that comes next begins anew.
+    let next = world.open(Traces::<2>::default());
+    world.assert_shows(&next);
+    assert_eq!(live(&next), [1]);
 }

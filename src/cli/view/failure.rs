@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::JournalId;
 use crate::cli::failure::Failure;
 use crate::view::{
     ParkedError, RebuildError, StorageError, StorageErrorKind, ViewError, ViewReadError,
 };
+use crate::{JournalId, Position};
 
 #[derive(Debug, thiserror::Error)]
 pub(in crate::cli) enum ViewFailure {
@@ -34,6 +34,11 @@ pub(in crate::cli) enum ViewFailure {
     NoRow { key: String },
     #[error("view {view} has no index {index:?}; it has [{has}]")]
     NoIndex { view: String, index: String, has: String },
+    /// A version was to be deleted that can't be built again.
+    #[error(
+        "view {view}: it can't be built anew, as the events of {of} in front of position {start} were removed"
+    )]
+    Truncated { view: String, of: String, start: Position },
     #[error("view {view}: its journals can't be opened together")]
     Journals { view: String },
     #[error("name a table, if there are some: the view has [{has}]")]
@@ -62,6 +67,7 @@ impl ViewFailure {
             Self::Key { .. } => "view.key",
             Self::NoRow { .. } => "view.no_row",
             Self::NoIndex { .. } => "view.no_index",
+            Self::Truncated { .. } => "view.truncated",
             Self::Journals { .. } => "view.journals",
             Self::Table { .. } => "view.table",
             Self::NoJournal { .. } => "view.no_journal",
@@ -95,6 +101,9 @@ impl ViewFailure {
             }
             Self::NoRow { .. } => "`view scan` prints the rows that there are",
             Self::NoIndex { .. } => "name one of these",
+            Self::Truncated { .. } => {
+                "if it is of no more use all the same, delete its folders by hand: the directory of the view, VERSION.NUMBER"
+            }
             Self::Journals { .. } => "see `view status`; one of them is there twice",
             Self::Table { .. } => "name one with --table",
             Self::NoJournal { .. } => {

@@ -66,16 +66,10 @@ impl Located {
                 with_code.or_else(|| self.generations.iter().rev().find(|it| it.live))
             }
         };
-        let folder = match wanted {
-            None => self.folder(),
-            Some(GenerationName { version, number: None }) => {
-                self.folder().join(version.to_string())
-            }
-            Some(GenerationName { version, number: Some(number) }) => {
-                self.folder().join(format!("{version}.{number}"))
-            }
+        let folder = || {
+            wanted.map_or_else(|| self.folder(), |wanted| self.folder().join(wanted.to_string()))
         };
-        let found = found.ok_or(ViewError::NoGeneration { folder })?;
+        let found = found.ok_or_else(|| ViewError::NoGeneration { folder: folder() })?;
         Ok((found, views.of_version(&self.name, found.version)))
     }
 

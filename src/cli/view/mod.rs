@@ -18,6 +18,7 @@ mod prove;
 mod read;
 mod write;
 
+use std::fmt;
 use std::str::FromStr;
 
 pub(super) use self::failure::ViewFailure;
@@ -57,7 +58,7 @@ enum Verb {
     Retry(KeyArgs),
     /// Decides that a parked event is never applied, now and when the view is built anew
     Discard(DiscardArgs),
-    /// Deletes a generation that isn't live any more
+    /// Deletes a generation that isn't live any more, or all of a version that nobody opens any more
     Rm(RmArgs),
 }
 
@@ -204,8 +205,8 @@ struct DiscardArgs {
 struct RmArgs {
     #[command(flatten)]
     which: Which,
-    /// The generation: VERSION.NUMBER
-    #[arg(value_name = "VERSION.NUMBER")]
+    /// The generation, or the version with all that it has
+    #[arg(value_name = "VERSION[.NUMBER]")]
     generation: GenerationName,
 }
 
@@ -214,6 +215,13 @@ struct RmArgs {
 struct GenerationName {
     version: u32,
     number: Option<u32>,
+}
+
+impl fmt::Display for GenerationName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.version)?;
+        self.number.map_or(Ok(()), |number| write!(f, ".{number}"))
+    }
 }
 
 impl FromStr for GenerationName {

@@ -1,6 +1,7 @@
 //! `headwater view rebuild`, `rollback`, `retry`, `discard` and `rm`: what changes a view.
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::json;
@@ -12,13 +13,15 @@ use super::keys;
 use super::mounted::Views;
 use super::progress::Progress;
 use super::prove::digest_json;
-use super::{DiscardArgs, KeyArgs, RebuildArgs, RmArgs, Which};
+use super::{DiscardArgs, GenerationName, KeyArgs, RebuildArgs, RmArgs, Which};
 use crate::cli::failure::Failure;
+use crate::cli::target;
 use crate::fs::os::OsFs;
 use crate::view::at_rest::AtRest;
 use crate::view::{
-    Code, Generations, KeySpelling, OnDifference, ParkedError, RebuildError, RebuildHandle,
-    RebuildOptions, RebuildPhase, Rebuilt, Retried, Spelling, ViewControl, ViewError, ViewState,
+    Code, Generation, Generations, KeySpelling, OnDifference, ParkedError, RebuildError,
+    RebuildHandle, RebuildOptions, RebuildPhase, Rebuilt, Retried, Spelling, ViewControl,
+    ViewError, ViewState,
 };
 use crate::{Locator, Position};
 
@@ -26,6 +29,7 @@ use crate::{Locator, Position};
 fn with_open<T>(
     located: &Located,
     code: &Code,
+    building: RebuildOptions,
     run: impl FnOnce(&ViewControl) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let ids = located.journals(code.version)?.unwrap_or_default();
@@ -33,7 +37,7 @@ fn with_open<T>(
     let held = found.into_iter().map(Held::open).collect::<Result<Vec<_>, _>>()?;
     let sources = journals::sources(held.iter().map(|it| it.journal().clone()));
     let sources = sources.ok_or_else(|| ViewFailure::Journals { view: located.name.clone() })?;
-    let opened = code.open(&located.place.views, sources);
+    let opened = code.open(&located.place.views, sources, building);
     let opened = opened.map_err(|error| in_use(&located.name, error))?;
     let done = run(&opened);
     let closed = opened.close();
@@ -66,15 +70,33 @@ pub(super) fn rebuild(args: &RebuildArgs, views: &Views) -> Result<(), Failure> 
     };
     let options = RebuildOptions { on_difference, ..args.means.options() };
     let mut progress = Progress::new(which.target.json)?;
-    with_open(&located, code, |opened| {
+    let mut begun = None;
+    let done = with_open(&located, code, options.clone(), |opened| {
         refuse_unjudged(code, opened)?;
         if was_there && opened.status().set_aside.is_none() {
             let rebuilt = finish(&opened.rebuild(options)?, &mut progress)?;
             return print_rebuilt(which, version, &rebuilt);
         }
+        begun = number_of(&opened.status().generation);
         build_first(opened, &mut progress)?;
+        begun = None; // it stays
         print_built(which, opened)
-    })
+    });
+    if let Some(number) = begun {
+        // An effort: what is left is told by `view ls`, and goes away with `view rm`.
+        drop(generations_of(&located, version).map(|mut it| it.remove_even_live(number)));
+    }
+    done
+}
+
+fn number_of(generation: &Path) -> Option<u32> {
+    generation.file_name()?.to_str()?.split_once('.')?.1.parse().ok()
+}
+
+fn generations_of(located: &Located, version: u32) -> Result<Generations, Failure> {
+    let (views, name) = (&located.place.views, &located.name);
+    let opened = Generations::open(Arc::new(OsFs), views, name, version);
+    opened.map_err(|error| in_use(name, error))
 }
 
 /// A mirror that has to catch up with the view first says nothing about its rows.
@@ -177,7 +199,7 @@ pub(super) fn rollback(which: &Which, views: &Views) -> Result<(), Failure> {
     let located = find::view(&which.target.dir, &which.name)?;
     let code = located.code(views)?;
     let mut progress = Progress::new(which.target.json)?;
-    with_open(&located, code, |opened| {
+    with_open(&located, code, RebuildOptions::default(), |opened| {
         refuse_unjudged(code, opened)?;
         let rebuilt = finish(&opened.rollback()?, &mut progress)?;
         print_rebuilt(which, code.version, &rebuilt)
@@ -188,7 +210,8 @@ pub(super) fn retry(args: &KeyArgs, views: &Views) -> Result<(), Failure> {
     let located = find::view(&args.which.target.dir, &args.which.name)?;
     let code = located.code(views)?;
     let key = keys::whole(&args.key, Some(key_of(code)?))?;
-    let retried = with_open(&located, code, |opened| Ok(opened.retry_bytes(&key)?))?;
+    let building = RebuildOptions::default();
+    let retried = with_open(&located, code, building, |opened| Ok(opened.retry_bytes(&key)?))?;
     print_retried(&args.which, &retried)
 }
 
@@ -200,15 +223,16 @@ pub(super) fn discard(args: &DiscardArgs, views: &Views) -> Result<(), Failure> 
     let first = |opened: &ViewControl| opened.checkpoint().applied.journal;
     let journal = |opened: &ViewControl| args.journal.unwrap_or_else(|| first(opened));
     let at = |opened: &ViewControl| Locator { journal: journal(opened), position };
+    let building = RebuildOptions::default();
     let retried = match args.unrouted {
-        true => with_open(&located, code, |opened| {
+        true => with_open(&located, code, building, |opened| {
             opened.discard_unrouted_at(at(opened))?;
             Ok(None)
         })?,
         false => {
             let key = keys::whole(&args.of.key, Some(key_of(code)?))?;
             let discard = |opened: &ViewControl| Ok(opened.discard_bytes(&key, at(opened))?);
-            Some(with_open(&located, code, discard)?)
+            Some(with_open(&located, code, building, discard)?)
         }
     };
     match retried {
@@ -257,27 +281,49 @@ fn print_counts(
 pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {
     let which = &args.which;
     let located = find::view(&which.target.dir, &which.name)?;
-    let (version, number) = (args.generation.version, args.generation.number);
-    let named = |it: &&crate::view::Generation| (it.version, Some(it.number)) == (version, number);
-    let number = number.unwrap_or_default();
-    let folder = located.folder().join(format!("{version}.{number}"));
-    let found = located.generations.iter().find(named);
-    let missing = || ViewError::NoGeneration { folder: folder.clone() };
-    found.ok_or_else(missing)?;
-    let (views, name) = (&located.place.views, &located.name);
-    let generations = Generations::open(Arc::new(OsFs), views, name, version);
-    let generations = generations.map_err(|error| in_use(name, error))?;
-    if !generations.remove(number)? {
-        return Err(missing().into());
+    let GenerationName { version, number } = args.generation;
+    let is_meant =
+        |it: &&Generation| it.version == version && number.is_none_or(|number| it.number == number);
+    let found: Vec<&Generation> = located.generations.iter().filter(is_meant).collect();
+    let folder = located.folder().join(args.generation.to_string());
+    if found.is_empty() {
+        return Err(ViewError::NoGeneration { folder }.into());
     }
+    if number.is_none() {
+        refuse_what_cannot_be_made_anew(&located)?;
+    }
+    // Deletes what is unfinished.
+    let mut generations = generations_of(&located, version)?;
+    for it in &found {
+        match number {
+            None => generations.remove_even_live(it.number)?,
+            Some(number) => drop(generations.remove(number)?),
+        }
+    }
+    let deleted: Vec<String> = found.iter().map(|it| format!("{version}.{}", it.number)).collect();
+    let (name, deleted) = (&which.name, deleted.join(", "));
     let mut out = io::stdout().lock();
-    match which.target.json {
-        true => writeln!(
+    match (which.target.json, number) {
+        (true, _) => writeln!(
             out,
             "{}",
             json!({ "view": name, "version": version, "generation": number, "deleted": true })
         )?,
-        false => writeln!(out, "{name}: generation {version}.{number} is deleted")?,
+        (false, Some(_)) => writeln!(out, "{name}: generation {deleted} is deleted")?,
+        (false, None) => writeln!(out, "{name}: version {version} is deleted: {deleted}")?,
     }
     Ok(out.flush()?)
+}
+
+/// Where events were removed, a version that is deleted doesn't come back.
+fn refuse_what_cannot_be_made_anew(located: &Located) -> Result<(), Failure> {
+    for place in &located.places {
+        let Ok((journal, _)) = target::open(&place.journal) else { continue };
+        let start = journal.start().position;
+        if start > Position::START {
+            let (view, of) = (located.name.clone(), place.label.clone());
+            return Err(ViewFailure::Truncated { view, of, start }.into());
+        }
+    }
+    Ok(())
 }
