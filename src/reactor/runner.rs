@@ -672,9 +672,10 @@ impl Running {
     /// Ends the thread once the event that is under way is done or has failed, and waits for that.
     pub(super) fn close(&self) -> Result<(), IoError> {
         self.shared.change(|state| state.wish = Wish::Stop);
-        let mut thread = self.thread.lock();
-        // Not for itself: a reactor may hold its own handle.
-        if let Some(thread) = thread.take_if(|held| held.thread().id() != thread::current().id()) {
+        // Not for itself: a reactor may hold its own handle. Nor under the lock: it may close itself meanwhile.
+        let is_another = |held: &mut JoinHandle<()>| held.thread().id() != thread::current().id();
+        let thread = self.thread.lock().take_if(is_another);
+        if let Some(thread) = thread {
             drop(thread.join());
         }
         self.shared.state().last_write.map_or(Ok(()), Err)

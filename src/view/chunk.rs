@@ -16,6 +16,7 @@
 //!   and what lies behind it is not.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -24,7 +25,7 @@ use super::db::{
     Db, Progress, StorageError, Writes, parked_key, parked_row_key, row_key, unrouted_key,
 };
 use super::deadly::{At, Care, Stage};
-use super::error::{EventFailure, StopError};
+use super::error::{EventFailure, StopError, ViewError};
 use super::key::ViewKey;
 use super::poison::{Head, OnPoison, ParkedCounts, ParkedRecord, Rules, reason_of};
 use super::{Fold, Indexes, Keys, View};
@@ -810,8 +811,38 @@ pub(super) fn stop_at<E>(
 
 /// Runs code of the view's author, whose panics stop the view and nothing else.
 pub(super) fn guard<T>(code: impl FnOnce() -> T) -> Result<T, EventFailure> {
+    let _within = Within::begin();
     catch_unwind(AssertUnwindSafe(code))
         .map_err(|panic| EventFailure::Panic { message: panic_message(&*panic) })
+}
+
+thread_local! {
+    static IS_WITHIN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While this thread runs the code of some view: others may be waiting for that, so it may not wait for others.
+struct Within(bool);
+
+impl Within {
+    fn begin() -> Self {
+        Self(IS_WITHIN.replace(true))
+    }
+}
+
+impl Drop for Within {
+    fn drop(&mut self) {
+        IS_WITHIN.set(self.0);
+    }
+}
+
+/// Whether this thread is running the code of some view.
+pub(super) fn is_within_fold() -> bool {
+    IS_WITHIN.get()
+}
+
+/// What waits for a view can't be asked for by its code, nor by that of another one which it may wait for.
+pub(super) fn refuse_within_fold(view: &'static str) -> Result<(), ViewError> {
+    if is_within_fold() { Err(ViewError::WithinFold { view }) } else { Ok(()) }
 }
 
 pub(super) fn panic_message(panic: &(dyn Any + Send)) -> String {

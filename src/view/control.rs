@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::chunk::refuse_within_fold;
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generation;
 use super::inline;
@@ -231,7 +232,8 @@ impl ViewControl {
     /// ([`ReadError::Truncated`](crate::ReadError::Truncated)).
     ///
     /// # Errors
-    /// [`ViewError::Rebuilding`] if a rebuild is under way, [`ViewError::Closed`]; others if there can't be a thread.
+    /// [`ViewError::Rebuilding`] if a rebuild is under way, [`ViewError::Closed`], [`ViewError::WithinFold`]; others if
+    /// there can't be a thread.
     pub fn rebuild(&self, options: RebuildOptions) -> Result<RebuildHandle, ViewError> {
         self.program.clone().begin(&self.running, options, Source::Journal)
     }
@@ -242,6 +244,7 @@ impl ViewControl {
     /// # Errors
     /// As [`rebuild`](Self::rebuild); [`ViewError::NoGeneration`] if none is kept.
     pub fn rollback(&self) -> Result<RebuildHandle, ViewError> {
+        refuse_within_fold(self.name())?;
         let shared = self.shared();
         let number = {
             let folder = shared.folder.lock();
@@ -310,7 +313,8 @@ impl ViewControl {
         forgotten.map_or(Ok(false), |folder| shared.openings.delete(&folder).map(|()| true))
     }
 
-    /// Stops following the journal, for all clones, and makes durable what is applied. Blocks until then.
+    /// Stops following the journal, for all clones, and makes durable what is applied. Blocks until then; not from within
+    /// the code of a view, which others may be waiting for.
     /// Reads go on; the view can be opened again when the last clone, snapshot and iterator is dropped.
     ///
     /// # Errors

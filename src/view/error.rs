@@ -122,6 +122,12 @@ pub enum ViewError {
         /// The view.
         view: &'static str,
     },
+    /// The code of a view (its `route`, its fold) has asked for something that would wait for that code to return.
+    #[error("view {view}: from within the code of a view this would wait for itself")]
+    WithinFold {
+        /// The view of which it was asked.
+        view: &'static str,
+    },
     /// A rebuild of the view is under way.
     #[error("view {view}: a rebuild is under way")]
     Rebuilding {
@@ -174,6 +180,7 @@ impl ViewError {
             Self::NoGeneration { .. } => "view.no_generation",
             Self::Journals { .. } => "view.journals",
             Self::Inline { .. } => "view.inline",
+            Self::WithinFold { .. } => "view.within_fold",
             Self::Rebuilding { .. } => "view.rebuilding",
             Self::NotJudged { .. } => "view.not_judged",
             Self::Closed { .. } => "view.closed",
@@ -212,6 +219,9 @@ impl ViewError {
             Self::NoGeneration { .. } => "list the generations to see which there are",
             Self::Journals { .. } => "name each journal once, and at least one",
             Self::Inline { .. } => "open it with Store::view_with, or without the option",
+            Self::WithinFold { .. } => {
+                "do it outside of the view: a fold depends on its row and its event only; what is to happen because of an event belongs into a reactor"
+            }
             Self::Rebuilding { .. } => "wait for it, or cancel it",
             Self::NotJudged { .. } => {
                 "wait until the mirror has got as far as the view, or see why the view has stopped"

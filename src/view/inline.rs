@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::chunk::is_within_fold;
 use super::control::ViewControl;
-use super::error::WaitError;
+use super::error::{ViewError, WaitError};
 use super::runner::{Shared, Step};
 use crate::journal::ViewBehind;
 use crate::position::{JournalId, Position};
@@ -93,6 +94,13 @@ struct Entry {
     shared: Weak<Shared>,
 }
 
+impl Entry {
+    /// Its name, if it isn't closed.
+    fn if_open(&self) -> Option<&'static str> {
+        self.shared.upgrade().filter(|it| !it.is_to_end()).map(|_| self.name)
+    }
+}
+
 impl fmt::Debug for InlineViews {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.0.read().iter().map(|entry| entry.name)).finish()
@@ -125,14 +133,20 @@ impl InlineViews {
 
     /// One of the views that are open.
     pub(crate) fn first(&self) -> Option<&'static str> {
-        let views = self.0.read();
-        let open =
-            |entry: &Entry| entry.shared.upgrade().filter(|it| !it.is_to_end()).map(|_| entry.name);
-        views.iter().find_map(open)
+        self.0.read_recursive().iter().find_map(Entry::if_open)
     }
 
     /// Has all views apply everything in front of `position`, which is durable; which ones haven't.
     pub(crate) fn apply_up_to(&self, position: Position) -> Vec<ViewBehind> {
+        if is_within_fold() {
+            // Its steps may be under way right here: nobody else takes them, and nobody may wait for them.
+            let behind = |view| {
+                let error = ViewError::WithinFold { view };
+                ViewBehind { view, code: error.code(), reason: error.to_string() }
+            };
+            let views = self.0.read_recursive();
+            return views.iter().filter_map(Entry::if_open).map(behind).collect();
+        }
         let views = self.0.read();
         let apply = |entry: &Entry| {
             let (view, shared) = (entry.name, entry.shared.upgrade()?);

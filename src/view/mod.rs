@@ -179,6 +179,9 @@ pub trait View: Send + Sync + 'static {
     type Event: Event + Send + Sync;
 
     /// Names the rows that the event concerns. A row named twice is folded once.
+    ///
+    /// Neither here nor in a fold can anything be done that would wait for folds, such as a rebuild or the opening of an
+    /// inline view: [`ViewError::WithinFold`].
     fn route(&self, event: &Recorded<Self::Event>, keys: &mut Keys<Self::Key>);
 
     /// What the event makes of one of these rows; `row` is `None` if there is none yet.

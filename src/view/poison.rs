@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::chunk::{Careful, Place, decode, fold_carefully, guard, stop_at};
+use super::chunk::{Careful, Place, decode, fold_carefully, guard, refuse_within_fold, stop_at};
 use super::control::ViewControl;
 use super::db::{
     self, Db, Progress, Reader, Scan, StorageError, all_parked, behind_parked, parked_range,
@@ -45,7 +45,8 @@ use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::ViewHandle;
 use super::key::{EncodeKey, ViewKey, decode_all, from_hex, hex};
-use super::runner::{Phase, Shared};
+use super::runner::Phase;
+use super::sources::Checkpoints;
 use super::space::Space;
 use super::watch::Watchers;
 use super::{Indexes, Keys, View, ViewOptions};
@@ -926,7 +927,7 @@ impl<V: View> ViewHandle<V> {
         Q: EncodeKey<V::Key> + ?Sized,
     {
         let row_key = row_key(|out| key.encode_key_into(out));
-        ask(self.shared(), What::Retry { row_key })
+        ask(self, What::Retry { row_key })
     }
 
     /// Decides that a parked event is never folded into this row, now and when the view is built anew, and
@@ -950,7 +951,7 @@ impl<V: View> ViewHandle<V> {
         Q: EncodeKey<V::Key> + ?Sized,
     {
         let row_key = Some(row_key(|out| key.encode_key_into(out)));
-        ask(self.shared(), What::Discard { row_key, at })
+        ask(self, What::Discard { row_key, at })
     }
 }
 
@@ -975,21 +976,21 @@ impl ViewControl {
     /// # Errors
     /// As [`discard_unrouted`](ViewControl::discard_unrouted).
     pub fn discard_unrouted_at(&self, at: Locator) -> Result<(), ParkedError> {
-        ask(self.shared(), What::Discard { row_key: None, at }).map(drop)
+        ask(self, What::Discard { row_key: None, at }).map(drop)
     }
 
     /// [`ViewHandle::retry`] of a key as bytes.
     #[cfg(feature = "cli")]
     pub(crate) fn retry_bytes(&self, key: &[u8]) -> Result<Retried, ParkedError> {
         let row_key = row_key(|out| out.extend_from_slice(key));
-        ask(self.shared(), What::Retry { row_key })
+        ask(self, What::Retry { row_key })
     }
 
     /// [`ViewHandle::discard_at`] of a key as bytes.
     #[cfg(feature = "cli")]
     pub(crate) fn discard_bytes(&self, key: &[u8], at: Locator) -> Result<Retried, ParkedError> {
         let row_key = Some(row_key(|out| out.extend_from_slice(key)));
-        ask(self.shared(), What::Discard { row_key, at })
+        ask(self, What::Discard { row_key, at })
     }
 
     /// A position in the view's first journal, which is its only one most often.
@@ -999,7 +1000,9 @@ impl ViewControl {
 }
 
 /// Asks the thread that follows the journal, and waits for its answer.
-fn ask(shared: &Shared, what: What) -> Result<Retried, ParkedError> {
+fn ask(view: &ViewControl, what: What) -> Result<Retried, ParkedError> {
+    refuse_within_fold(view.name()).map_err(ParkedError::View)?;
+    let shared = view.shared();
     let follows = || matches!(shared.state().phase, Phase::Following);
     let (answer, answered) = mpsc::sync_channel(1);
     shared.parking.asked.lock().push_back(Asked { what, answer });

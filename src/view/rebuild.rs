@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use super::chunk::is_within_fold;
 use super::error::{StopError, ViewError};
 use crate::position::Position;
 
@@ -193,6 +194,9 @@ pub enum RebuildError {
         "it was decided meanwhile that an event is left out, which what was built has: begin again"
     )]
     Overtaken,
+    /// The code of a view can't wait for it: it may be waiting for that code to return. It goes on.
+    #[error("from within the code of a view a rebuild can't be waited for")]
+    WithinFold,
     /// Its folder can't be prepared, or the pointer not be replaced.
     #[error(transparent)]
     View(ViewError),
@@ -207,6 +211,7 @@ impl RebuildError {
             Self::Stopped(error) => error.code(),
             Self::Different(_) => "rebuild.different",
             Self::Overtaken => "rebuild.overtaken",
+            Self::WithinFold => "view.within_fold",
             Self::View(error) => error.code(),
         }
     }
@@ -216,6 +221,7 @@ impl RebuildError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Cancelled => "begin again when it suits",
+            Self::WithinFold => "wait for it outside of the view",
             Self::Overtaken => "begin again; decide about parked events before or after",
             Self::Stopped(error) => error.hint(),
             Self::Different(_) => {
@@ -295,8 +301,12 @@ impl RebuildHandle {
     /// Waits until it has ended.
     ///
     /// # Errors
-    /// [`RebuildError`]; the generation that was served is served on, then.
+    /// [`RebuildError`]; the generation that was served is served on, then. [`RebuildError::WithinFold`] if the code of a
+    /// view asks for it.
     pub fn wait(&self) -> Result<Rebuilt, RebuildError> {
+        if is_within_fold() {
+            return Err(RebuildError::WithinFold);
+        }
         self.control.wait()
     }
 }

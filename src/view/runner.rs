@@ -23,7 +23,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::audit::Tallies;
 use super::bulk::{self, Means};
-use super::chunk::{Folded, panic_message};
+use super::chunk::{Folded, is_within_fold, panic_message, refuse_within_fold};
 use super::db::{Db, Progress, StorageError, StorageErrorKind};
 use super::deadly::{Attempts, Care, Duty, Note};
 use super::error::{StopError, ViewError, WaitError};
@@ -118,6 +118,9 @@ pub(super) fn start<P: Program>(
     options: ViewOptions,
     building: RebuildOptions,
 ) -> Result<Running, ViewError> {
+    if options.inline {
+        refuse_within_fold(P::NAME)?; // those who append would wait for it, and it for them
+    }
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, P::NAME, P::VERSION)?;
     let openings = Arc::new(Openings::default());
     let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
@@ -931,8 +934,8 @@ impl Running {
             control.cancel();
         }
         self.shared.watchers.end();
-        if inline::is_stepping() {
-            return Ok(()); // an append waits for the fold that closes a view: nobody may wait for the append
+        if inline::is_stepping() || is_within_fold() {
+            return Ok(()); // others wait for the fold that closes a view: it may not wait for them
         }
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {

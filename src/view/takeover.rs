@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::bulk::{Ended, Means};
-use super::chunk::panic_message;
+use super::chunk::{panic_message, refuse_within_fold};
 use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::deadly::{Duty, Note};
 use super::error::{StopError, ViewError};
@@ -44,6 +44,7 @@ pub(super) fn begin<P: Program>(
     options: RebuildOptions,
     source: Source,
 ) -> Result<RebuildHandle, ViewError> {
+    refuse_within_fold(P::NAME)?;
     let shared = Arc::clone(&running.shared);
     let control = Control::new(&options);
     {
@@ -70,6 +71,7 @@ pub(super) fn check<P: Program>(
     view: Arc<P>,
     options: RebuildOptions,
 ) -> Result<Comparison, RebuildError> {
+    refuse_within_fold(P::NAME)?;
     let control = Control::new(&options);
     let shared = Arc::clone(&running.shared);
     let note = shared.attempts.note(Duty::Build);

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use headwater::reactor::{IdempotencyKey, ReactError, Reactor, ReactorOptions, Start};
 use headwater::view::{
     self, Fold, FoldError, Keys, OnPoison, RebuildOptions, View, ViewError, ViewHandle,
     ViewOptions, ViewState,
@@ -188,4 +190,220 @@ fn the_latest_is_what_was_durable_when_it_was_asked_for() {
     store.append(&to("a", FAILS)).unwrap();
     let stopped = view.get_latest("a", PATIENCE).unwrap_err();
     assert_eq!(stopped.code(), "view_wait.stopped", "{stopped}");
+}
+
+/// Whatever a fold shouldn't do.
+type Misdeed = Box<dyn Fn() -> String + Send>;
+
+/// A view whose fold does something to views and stores: once, and writes down what has come of it.
+#[derive(Default)]
+struct Meddler<const VERSION: u32> {
+    misdeed: Arc<Mutex<Option<Misdeed>>>,
+    outcome: Arc<Mutex<Option<String>>>,
+}
+
+impl<const VERSION: u32> View for Meddler<VERSION> {
+    const NAME: &'static str = "meddler";
+    const VERSION: u32 = VERSION;
+    type Key = u8;
+    type Row = u64;
+    type Event = Vec<u8>;
+
+    fn route(&self, _: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+        keys.add(0);
+    }
+
+    fn fold(
+        &self,
+        _: &u8,
+        row: Option<u64>,
+        _: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<u64>, FoldError> {
+        let misdeed = self.misdeed.lock().unwrap().take();
+        if let Some(misdeed) = misdeed {
+            *self.outcome.lock().unwrap() = Some(misdeed());
+        }
+        Ok(Fold::Put(row.unwrap_or(0) + 1))
+    }
+}
+
+/// In which thread a fold does it.
+#[derive(Clone, Copy, Debug)]
+enum By {
+    /// One that appends.
+    Appender,
+    /// The view's own.
+    Follower,
+    /// One that builds a generation in bulk.
+    Builder,
+}
+
+/// Runs `test` in a thread; a deadlock is a failure.
+fn within_patience(what: String, test: impl FnOnce() + Send + 'static) {
+    let (ended, has_ended) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        test();
+        ended.send(()).unwrap();
+    });
+    let ended = has_ended.recv_timeout(Duration::from_secs(20));
+    assert!(ended != Err(mpsc::RecvTimeoutError::Timeout), "{what}: a deadlock");
+    thread.join().unwrap();
+}
+
+/// What a fold does to views is refused where it would wait for itself, in whichever thread it runs.
+#[test]
+fn a_fold_that_opens_rebuilds_or_appends_is_refused_instead_of_waiting_for_itself() {
+    type Misdeeds = fn(Store, ViewHandle<Counts>, Option<ViewHandle<Meddler<1>>>) -> Misdeed;
+    let misdeeds: [(&str, Misdeeds, &str); 10] = [
+        (
+            "open",
+            |store, _, _| {
+                Box::new(move || {
+                    store
+                        .view_with(Meddler::<3>::default(), inline())
+                        .map(drop)
+                        .unwrap_err()
+                        .code()
+                        .to_owned()
+                })
+            },
+            "view.within_fold",
+        ),
+        (
+            "rebuild",
+            |_, other, _| {
+                Box::new(move || {
+                    let rebuild = other.rebuild(RebuildOptions::default());
+                    rebuild.map(|it| drop(it.wait())).unwrap_err().code().to_owned()
+                })
+            },
+            "view.within_fold",
+        ),
+        (
+            "rebuild itself",
+            |_, _, own| {
+                Box::new(move || {
+                    let rebuild = own.as_ref().unwrap().rebuild(RebuildOptions::default());
+                    rebuild.map(|it| drop(it.wait())).unwrap_err().code().to_owned()
+                })
+            },
+            "view.within_fold",
+        ),
+        (
+            "roll back",
+            |_, _, own| {
+                Box::new(move || {
+                    own.as_ref().unwrap().rollback().map(drop).unwrap_err().code().to_owned()
+                })
+            },
+            "view.within_fold",
+        ),
+        (
+            "check itself",
+            |_, _, own| {
+                Box::new(move || {
+                    let checked = own.as_ref().unwrap().check(RebuildOptions::default());
+                    checked.unwrap_err().code().to_owned()
+                })
+            },
+            "view.within_fold",
+        ),
+        (
+            "retry",
+            |_, _, own| {
+                Box::new(move || own.as_ref().unwrap().retry(&0).unwrap_err().code().to_owned())
+            },
+            "view.within_fold",
+        ),
+        (
+            "append",
+            |store, _, _| {
+                Box::new(move || {
+                    let appended = store.append(&to("meddled", b"")).unwrap();
+                    let behind = &appended.receipt().behind;
+                    assert!(behind.iter().all(|it| it.code == behind[0].code), "{behind:?}");
+                    behind[0].code.to_owned()
+                })
+            },
+            "view.within_fold",
+        ),
+        ("close", |_, other, _| Box::new(move || format!("{:?}", other.close())), "Ok(())"),
+        (
+            "close itself",
+            |_, _, own| Box::new(move || format!("{:?}", own.as_ref().unwrap().close())),
+            "Ok(())",
+        ),
+        (
+            "open another",
+            |store, _, _| {
+                Box::new(move || {
+                    let options = ViewOptions { inline: false, ..inline() };
+                    format!("{:?}", store.view_with(Meddler::<3>::default(), options).map(drop))
+                })
+            },
+            "Ok(())",
+        ),
+    ];
+    for by in [By::Appender, By::Follower, By::Builder] {
+        for (name, misdeed, expected) in misdeeds {
+            let what = format!("{name}, by {by:?}");
+            println!("{what}");
+            within_patience(what.clone(), move || {
+                let dir = tempfile::tempdir().unwrap();
+                let store = create(dir.path());
+                let other = store.view_with(Counts, inline()).unwrap();
+                let meddler = Meddler::<1>::default();
+                let (place, outcome) = (meddler.misdeed.clone(), meddler.outcome.clone());
+                store.append(&to("a", b"")).unwrap();
+                let options = ViewOptions { inline: !matches!(by, By::Follower), ..inline() };
+                let own = store.view_with(meddler, options).unwrap();
+                own.wait_for_latest(PATIENCE).unwrap();
+                *place.lock().unwrap() =
+                    Some(misdeed(store.clone(), other.clone(), Some(own.clone())));
+                match by {
+                    By::Appender | By::Follower => drop(store.append(&to("a", b"")).unwrap()),
+                    By::Builder => drop(own.rebuild(RebuildOptions::default()).unwrap().wait()),
+                }
+                drop(own.wait_for_latest(PATIENCE));
+                assert_eq!(outcome.lock().unwrap().as_deref(), Some(expected), "{what}");
+                drop(place.lock().unwrap().take());
+                drop(store.append(&to("a", b"")).unwrap());
+            });
+        }
+    }
+}
+
+/// A reaction isn't waited for by any view: it may do all of that.
+#[test]
+fn a_reaction_opens_rebuilds_and_closes_an_inline_view() {
+    struct Opens(Mutex<Option<Store>>, mpsc::Sender<u64>);
+
+    impl Reactor for Opens {
+        const NAME: &'static str = "opens";
+        type Event = Vec<u8>;
+
+        fn react(&self, _: &Recorded<Vec<u8>>, _: &IdempotencyKey) -> Result<(), ReactError> {
+            let Some(store) = self.0.lock().unwrap().take() else { return Ok(()) };
+            let view = store.view_with(Counts, inline())?;
+            store.append(&to("b", b""))?;
+            view.rebuild(RebuildOptions::default())?.wait()?;
+            let row = view.get("b")?.unwrap_or_default();
+            view.close()?;
+            self.1.send(row.0).unwrap();
+            Ok(())
+        }
+    }
+
+    within_patience("a reaction".to_owned(), || {
+        let dir = tempfile::tempdir().unwrap();
+        let store = create(dir.path());
+        let (sender, opened) = mpsc::channel();
+        let reactor = Opens(Mutex::new(Some(store.clone())), sender);
+        let options = ReactorOptions::new(Start::Beginning);
+        let reactor = store.react(reactor, options).unwrap();
+        store.append(&to("a", b"")).unwrap();
+        assert_eq!(opened.recv_timeout(PATIENCE), Ok(1));
+        assert!(reactor.wait_reacted(Position::new(2), PATIENCE));
+        reactor.close().unwrap();
+    });
 }
