@@ -996,10 +996,52 @@ fn a_damaged_view_and_one_ahead_of_its_journal_are_told() {
         bytes.iter_mut().for_each(|byte| *byte ^= 0x55);
         std::fs::write(&table, bytes).unwrap();
     }
-    let damaged = &world.status(&[])[0];
+    let listed = headwater(&["view", "ls", "--json", dir]);
+    failed(&listed, 3, "view_storage.damaged");
+    let damaged = &lines(&out(&listed))[0]["views"][0];
     assert_eq!(damaged["state"], "unreadable");
     assert!(damaged["error"].as_str().unwrap().contains("1.1"), "{damaged}");
     failed(&headwater(&["view", "scan", dir, "spent"]), 3, "view_storage.damaged");
+}
+
+#[test]
+fn one_damaged_view_hides_no_other() {
+    let world = World::new();
+    let dir = world.dir();
+    let store = Store::open(&world.path).unwrap();
+    let towns = store.table_view(Towns::default()).unwrap();
+    towns.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
+    towns.close().unwrap();
+    drop(towns);
+    store.close().unwrap();
+    let pointer = world.path.join("views/spent/live");
+    std::fs::write(&pointer, "headwater view 1\n1 9\ncrc32 00000000\n").unwrap();
+    for verb in ["ls", "status"] {
+        let listed = headwater(&["view", verb, "--json", dir]);
+        failed(&listed, 3, "view.damaged_pointer");
+        assert!(err(&listed).contains("views/spent/live"), "{}", err(&listed));
+        let listed: Value = serde_json::from_str(&out(&listed)).unwrap();
+        let all = listed["views"].as_array().unwrap();
+        let states: Vec<_> = all.iter().map(|it| (&it["view"], &it["state"])).collect();
+        let (spent, towns) = (json!("spent"), json!("towns"));
+        let (unreadable, caught_up) = (json!("unreadable"), json!("caught_up"));
+        assert_eq!(states, [(&spent, &unreadable), (&towns, &caught_up)]);
+        assert!(all[0]["error"].as_str().unwrap().contains("views/spent/live"), "{listed}");
+        assert_eq!((&all[0]["version"], &all[0]["generation"]), (&Value::Null, &Value::Null));
+        let text = out(&headwater(&["view", verb, dir]));
+        assert!(text.contains("unreadable") && text.contains("caught_up"), "{text}");
+    }
+    failed(&headwater(&["view", "status", dir, "spent"]), 3, "view.damaged_pointer");
+    ok(headwater(&["view", "status", dir, "towns"]));
+    // So does a database.
+    std::fs::remove_file(&pointer).unwrap();
+    let current = world.path.join("views/spent/1.1/CURRENT");
+    std::fs::write(&current, "MANIFEST-999999\n").unwrap();
+    let listed = headwater(&["view", "ls", "--json", dir]);
+    assert_ne!(listed.status.code(), Some(0), "{}", out(&listed));
+    assert!(err(&listed).contains("views/spent/1.1"), "{}", err(&listed));
+    let listed: Value = serde_json::from_str(&out(&listed)).unwrap();
+    assert_eq!(listed["views"][1]["state"], "caught_up");
 }
 
 }

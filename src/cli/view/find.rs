@@ -114,17 +114,19 @@ pub(super) fn places(dir: &Path) -> Vec<Place> {
     std::iter::once(own.clone()).chain(mirrors).collect()
 }
 
-/// The views of a journal, sorted by name.
-pub(super) fn views_of(place: &Place) -> Result<Vec<Located>, Failure> {
-    let Ok(entries) = std::fs::read_dir(&place.views) else { return Ok(Vec::new()) };
+/// The views of a journal, sorted by name, and those of which nobody knows what there is, with why.
+pub(super) fn views_of(place: &Place) -> Vec<Result<Located, (String, ViewError)>> {
+    let Ok(entries) = std::fs::read_dir(&place.views) else { return Vec::new() };
     let names = entries.filter_map(Result::ok).filter(|entry| entry.path().is_dir());
     let mut names: Vec<String> =
         names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
-    names.into_iter().map(|name| located(place, Vec::new(), name)).collect()
+    let view =
+        |name: String| located(place, Vec::new(), name.clone()).map_err(|error| (name, error));
+    names.into_iter().map(view).collect()
 }
 
-fn located(place: &Place, places: Vec<Place>, name: String) -> Result<Located, Failure> {
+fn located(place: &Place, places: Vec<Place>, name: String) -> Result<Located, ViewError> {
     let mut generations = generations(&place.views.join(&name))?;
     generations.sort_by_key(|it| (it.version, it.number));
     Ok(Located { places, place: place.clone(), name, generations })
@@ -146,5 +148,5 @@ pub(super) fn view(dir: &Path, name: &str) -> Result<Located, Failure> {
         }
     }
     drop(found);
-    located(&place, all, name.to_owned())
+    Ok(located(&place, all, name.to_owned())?)
 }

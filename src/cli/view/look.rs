@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::StatusArgs;
-use super::find::{self, Located};
+use super::find::{self, Located, Place};
 use super::mounted::Views;
 use crate::cli::failure::Failure;
 use crate::cli::stat::{plain, right};
@@ -14,8 +14,8 @@ use crate::cli::{Target, target};
 use crate::fs::os::lock_holder;
 use crate::journal::Comparison;
 use crate::view::at_rest::{AtRest, compare_at_rest};
-use crate::view::{Generation, ParkedCounts, version_lock};
-use crate::{Checkpoint, Corruption, Journal};
+use crate::view::{Generation, ParkedCounts, ViewError, version_lock};
+use crate::{Checkpoint, Journal};
 
 pub(super) fn ls(args: &Target, views: &Views) -> Result<(), Failure> {
     show(args, None, views, print_list)
@@ -36,12 +36,19 @@ fn show(
         Some(located) => vec![located.place.clone()],
         None => find::places(&args.dir),
     };
-    let only = |located: &Located| name.is_none_or(|name| located.name == name);
+    let is_meant = |it: &str| name.is_none_or(|name| it == name);
     let mut all = Vec::new();
     // The views first: what they have applied is in the journals that are looked at afterwards.
     for place in &places {
-        let located: Vec<Located> = find::views_of(place)?.into_iter().filter(only).collect();
-        all.extend(located.iter().flat_map(|located| of_view(located, views)));
+        for found in find::views_of(place) {
+            match found {
+                Ok(located) if is_meant(&located.name) => all.extend(of_view(&located, views)),
+                Err((name, error)) if is_meant(&name) => {
+                    all.push(unreadable(place, &name, error));
+                }
+                _ => {}
+            }
+        }
     }
     let (mut journals, mut damage) = (Vec::new(), None);
     for place in find::places(&args.dir) {
@@ -64,14 +71,20 @@ fn show(
         print(&mut out, &all)?;
     }
     out.flush()?;
-    damage.map_or(Ok(()), |corruption: Corruption| Err(Failure::Damaged(corruption)))
+    if let Some(corruption) = damage {
+        return Err(Failure::Damaged(corruption));
+    }
+    // What is damaged hides nothing else, and isn't passed over.
+    let failure = all.into_iter().find_map(|status| status.failure);
+    failure.map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// How a generation is doing, as far as that can be seen from beside.
 struct Status {
     view: String,
     of: String,
-    version: u32,
+    /// `None` if nobody knows which there are.
+    version: Option<u32>,
     /// `None` if this version, whose code is at hand, wasn't opened yet.
     number: Option<u32>,
     live: bool,
@@ -82,6 +95,8 @@ struct Status {
     /// Durable ends of its journals, in the order of their checkpoints; none if one isn't there.
     ends: Option<Vec<Checkpoint>>,
     disk_bytes: u64,
+    /// Why it can't be read.
+    failure: Option<ViewError>,
 }
 
 /// What the database says.
@@ -144,22 +159,18 @@ fn of_view(located: &Located, views: &Views) -> Vec<Status> {
     for code in views.versions(&located.name) {
         let version = code.version;
         if !located.generations.iter().any(|it| it.version == version) {
-            all.push(Status {
-                view: located.name.clone(),
-                of: located.place.label.clone(),
-                version,
-                number: None,
-                live: false,
-                folder: located.folder(),
-                state: State::NotBuilt,
-                held_by: None,
-                at_rest: None,
-                ends: None,
-                disk_bytes: 0,
-            });
+            let version = Some(version);
+            all.push(Status { version, ..Status::new(&located.place, &located.name) });
         }
     }
     all
+}
+
+/// A view of which nobody knows which generations there are, or which of them is live.
+fn unreadable(place: &Place, name: &str, error: ViewError) -> Status {
+    let status = Status::new(place, name);
+    let (state, disk_bytes) = (State::Unreadable(error.to_string()), bytes_in(&status.folder));
+    Status { state, disk_bytes, failure: Some(error), ..status }
 }
 
 fn of_generation(located: &Located, generation: &Generation) -> Status {
@@ -170,7 +181,10 @@ fn of_generation(located: &Located, generation: &Generation) -> Status {
     };
     let lock = version_lock(&located.folder(), generation.version);
     let held_by = lock_holder(&lock).ok().flatten().filter(|_| generation.live);
+    let is_going = || generation.is_not_kept() || !generation.folder().exists();
+    let failure = opened.as_ref().err().filter(|_| !is_going()).cloned();
     let (state, at_rest) = match opened {
+        Err(_) if failure.is_none() => (State::Unfinished, None),
         Err(error) => (State::Unreadable(error.to_string()), None),
         Ok(_) if generation.is_not_kept() => (State::Unfinished, None),
         Ok(None) => (State::Empty, None),
@@ -187,17 +201,16 @@ fn of_generation(located: &Located, generation: &Generation) -> Status {
         }
     };
     Status {
-        view: located.name.clone(),
-        of: located.place.label.clone(),
-        version: generation.version,
+        version: Some(generation.version),
         number: Some(generation.number),
         live: generation.live,
         folder: generation.folder().to_owned(),
         state,
         held_by,
         at_rest,
-        ends: None,
         disk_bytes: bytes_in(generation.folder()),
+        failure,
+        ..Status::new(&located.place, &located.name)
     }
 }
 
@@ -212,6 +225,24 @@ fn bytes_in(folder: &Path) -> u64 {
 }
 
 impl Status {
+    /// Of a view that wasn't built yet.
+    fn new(place: &Place, name: &str) -> Self {
+        Self {
+            view: name.to_owned(),
+            of: place.label.clone(),
+            version: None,
+            number: None,
+            live: false,
+            folder: place.views.join(name),
+            state: State::NotBuilt,
+            held_by: None,
+            at_rest: None,
+            ends: None,
+            disk_bytes: 0,
+            failure: None,
+        }
+    }
+
     /// Compares it with its journals, of which these are there.
     fn judge(&mut self, journals: &[(String, Journal)]) {
         let Some(rest) = &self.at_rest else { return };
@@ -269,9 +300,10 @@ impl Status {
     }
 
     fn generation(&self) -> String {
-        match self.number {
-            Some(number) => format!("{}.{number}", self.version),
-            None => self.version.to_string(),
+        match (self.version, self.number) {
+            (Some(version), Some(number)) => format!("{version}.{number}"),
+            (Some(version), None) => version.to_string(),
+            (None, _) => "-".to_owned(),
         }
     }
 
