@@ -15,7 +15,10 @@
 //! - A record is parked whole: it can be folded later even if the journal has removed it.
 //! - Only the thread that follows the journal changes what is parked.
 //! - A decision is durable before it takes effect. It is stored outside of the generations and holds for all of
-//!   them, those that are built later and those of other versions too.
+//!   them, also for those that are built later.
+//! - Each version goes by its own decisions. When it is opened, it takes over those of other versions about events that it
+//!   hasn't come to; a version that begins, all. So what its rows leave out is in its own file, and whoever builds them
+//!   again leaves out the same.
 //!
 //! ```text
 //! discarded.<version>     headwater discarded 1          a text of lines: the layout of this file,
@@ -119,11 +122,7 @@ impl Rules {
 
 /// Events that are not to be folded, by decision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Discarded {
-    /// Those of other versions, too.
-    all: BTreeSet<Decision>,
-    own: BTreeSet<Decision>,
-}
+pub(super) struct Discarded(BTreeSet<Decision>);
 
 /// An event, for the row under this database key; for none at all without one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -135,20 +134,20 @@ struct Decision {
 
 impl Discarded {
     pub(super) fn is_empty(&self) -> bool {
-        self.all.is_empty()
+        self.0.is_empty()
     }
 
     /// Whether this event is discarded for this row.
     pub(super) fn has(&self, journal: JournalId, position: Position, row_key: &[u8]) -> bool {
         !self.is_empty() && {
             let row_key = Some(row_key.to_vec());
-            self.all.contains(&Decision { journal, position, row_key })
+            self.0.contains(&Decision { journal, position, row_key })
         }
     }
 
     /// Whether this event is discarded altogether.
     pub(super) fn has_all_of(&self, journal: JournalId, position: Position) -> bool {
-        !self.is_empty() && self.all.contains(&Decision { journal, position, row_key: None })
+        !self.is_empty() && self.0.contains(&Decision { journal, position, row_key: None })
     }
 
     /// How many of these events are discarded altogether.
@@ -156,12 +155,12 @@ impl Discarded {
         let is_one = |it: &&Decision| {
             it.journal == journal && it.row_key.is_none() && events.contains(&it.position)
         };
-        self.all.iter().filter(is_one).count() as u64
+        self.0.iter().filter(is_one).count() as u64
     }
 
-    fn text(decisions: &BTreeSet<Decision>) -> String {
+    fn text(&self) -> String {
         let mut text = format!("{HEAD}\n");
-        for Decision { journal, position, row_key } in decisions {
+        for Decision { journal, position, row_key } in &self.0 {
             let key = row_key.as_ref().map_or_else(|| "-".to_owned(), |key| hex(key));
             text += &format!("{journal} {position} {key}\n");
         }
@@ -169,7 +168,7 @@ impl Discarded {
         text
     }
 
-    fn parse(text: &str) -> Option<BTreeSet<Decision>> {
+    fn parse(text: &str) -> Option<Self> {
         let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
         if u32::from_str_radix(crc, 16) != Ok(crc32(&[body.as_bytes()])) {
             return None;
@@ -188,7 +187,7 @@ impl Discarded {
             };
             fields.next().is_none().then_some(Decision { journal, position, row_key })
         };
-        lines.map(decision).collect()
+        lines.map(decision).collect::<Option<_>>().map(Self)
     }
 }
 
@@ -223,22 +222,26 @@ impl What {
 }
 
 impl Parking {
-    /// Reads the decisions in the folder of a view.
+    /// Reads the version's decisions in the folder of a view.
     pub(super) fn open(fs: Arc<dyn Fs>, dir: &Path, version: u32) -> Result<Self, ViewError> {
-        let mut discarded = Discarded::default();
-        let own = format!("{NAME}.{version}");
-        for name in fs.list(dir).context("listing the view's directory", dir)? {
+        let own = read(&*fs, &dir.join(format!("{NAME}.{version}")))?;
+        let discarded = Mutex::new(Arc::new(own));
+        Ok(Self { fs, dir: dir.to_owned(), version, discarded, asked: Mutex::default() })
+    }
+
+    /// Takes over what other versions have decided about events that aren't in front of `applied`.
+    pub(super) fn take_over(&self, applied: &Checkpoints) -> Result<(), ViewError> {
+        let mut discarded = Discarded::clone(&self.discarded());
+        let before = discarded.0.len();
+        for name in self.fs.list(&self.dir).context("listing the view's directory", &self.dir)? {
             let of_version = name.strip_prefix(NAME).and_then(|it| it.strip_prefix('.'));
             if of_version.is_some_and(|it| it.parse::<u32>().is_ok()) {
-                let decisions = read(&*fs, &dir.join(&name))?;
-                discarded.all.extend(decisions.iter().cloned());
-                if name == own {
-                    discarded.own = decisions;
-                }
+                let Discarded(decisions) = read(&*self.fs, &self.dir.join(&name))?;
+                let is_ahead = |it: &Decision| it.position >= applied.position(it.journal);
+                discarded.0.extend(decisions.into_iter().filter(is_ahead));
             }
         }
-        let discarded = Mutex::new(Arc::new(discarded));
-        Ok(Self { fs, dir: dir.to_owned(), version, discarded, asked: Mutex::default() })
+        if discarded.0.len() == before { Ok(()) } else { self.write(discarded) }
     }
 
     pub(super) fn discarded(&self) -> Arc<Discarded> {
@@ -259,10 +262,13 @@ impl Parking {
 
     /// Writes a decision down; it is durable and holds when this returns.
     fn discard(&self, decision: Decision) -> Result<(), ViewError> {
-        const ACTION: &str = "writing down a discarded event";
         let mut discarded = Discarded::clone(&self.discarded());
-        discarded.own.insert(decision.clone());
-        discarded.all.insert(decision);
+        discarded.0.insert(decision);
+        self.write(discarded)
+    }
+
+    fn write(&self, discarded: Discarded) -> Result<(), ViewError> {
+        const ACTION: &str = "writing down a discarded event";
         let path = self.dir.join(format!("{NAME}.{}", self.version));
         let new = self.dir.join(format!("{NAME}.{}.new", self.version));
         match self.fs.remove(&new) {
@@ -271,7 +277,7 @@ impl Parking {
         }
         .context(ACTION, &new)?;
         let file = self.fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
-        let text = Discarded::text(&discarded.own);
+        let text = discarded.text();
         write_all_at(&*file, text.as_bytes(), 0).context(ACTION, &new)?;
         file.sync_data().context(ACTION, &new)?;
         self.fs.rename(&new, &path).context(ACTION, &path)?;
@@ -341,9 +347,13 @@ impl Parking {
     }
 }
 
-fn read(fs: &dyn Fs, path: &Path) -> Result<BTreeSet<Decision>, ViewError> {
+/// None, if there is no such file.
+fn read(fs: &dyn Fs, path: &Path) -> Result<Discarded, ViewError> {
     const ACTION: &str = "reading the discarded events";
-    let file = fs.open(path, OpenMode::Read).context(ACTION, path)?;
+    let file = match fs.open(path, OpenMode::Read) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Discarded::default()),
+        file => file.context(ACTION, path)?,
+    };
     let damaged = || ViewError::DamagedDecisions { path: path.to_owned() };
     let size = file.size().context(ACTION, path)?;
     if size > FILE_BYTES_MAX {
@@ -1122,7 +1132,8 @@ mod tests {
             decisions in prop::collection::btree_set(decision(), 0..5),
             at: prop::sample::Index,
         ) {
-            let text = Discarded::text(&decisions);
+            let decisions = Discarded(decisions);
+            let text = decisions.text();
             prop_assert_eq!(Discarded::parse(&text), Some(decisions));
             let mut damaged = text.clone().into_bytes();
             damaged[at.index(text.len())] ^= 1;

@@ -127,6 +127,7 @@ pub(super) fn start<P: Program>(
     let attempts = Attempts::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let opened = open_live(&*view, &mut folder, &openings, &sources, (&options, &building))?;
     let durable = opened.db.durable(sources.ids())?.unwrap_or_else(|| sources.beginning());
+    parking.take_over(&opened.progress.checkpoints)?;
     let state = State {
         judged: matches!(opened.phase, Phase::Following),
         phase: opened.phase,

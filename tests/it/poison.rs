@@ -490,3 +490,57 @@ fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
     assert_eq!(view.status().parked.keys, 0);
     assert_eq!(contents(&view).0, before);
 }
+
+/// What one version decides is taken over by those that haven't come to the event, and is no business of those that have
+/// applied it.
+#[test]
+fn a_decision_counts_for_the_versions_that_have_not_applied_the_event() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (key, at) = ((0, 7), Position::new);
+    append(
+        &store,
+        vec![added(7, 1, Poison::No), added(7, 2, Poison::Error), added(7, 4, Poison::No)],
+    );
+    let old = store.view(Sums::<1>::default()).unwrap();
+    catch_up(&old);
+    // The next version can fold it.
+    let mended = || Sums::<2> { is_mended: Arc::new(AtomicBool::new(true)) };
+    let new = store.view(mended()).unwrap();
+    catch_up(&new);
+    assert_eq!(new.get(&key).unwrap().unwrap().count, 3);
+    assert_eq!(old.discard(&key, at(1)).unwrap().left, 0);
+    assert_eq!(old.get(&key).unwrap().unwrap().count, 2);
+    let proven = |view: &ViewHandle<Sums<2>>| {
+        let compared = view.check(RebuildOptions::default()).unwrap();
+        assert!(compared.is_equal(), "{compared:?}");
+        let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+        assert!(rebuilt.compared.unwrap().is_equal());
+        assert_eq!(view.get(&key).unwrap().unwrap().count, 3);
+    };
+    proven(&new);
+    drop(new);
+    let new = store.view(mended()).unwrap();
+    catch_up(&new);
+    proven(&new);
+    drop(new);
+
+    // A decision about what it hasn't come to is its own from then on, also when it has passed it.
+    append(&store, vec![added(7, 8, Poison::Error), added(7, 16, Poison::No)]);
+    catch_up(&old);
+    assert_eq!(old.discard(&key, at(3)).unwrap().left, 0);
+    for _ in 0..2 {
+        let new = store.view(mended()).unwrap();
+        catch_up(&new);
+        assert_eq!(new.get(&key).unwrap().unwrap().count, 4, "all but the last decision's");
+        let compared = new.check(RebuildOptions::default()).unwrap();
+        assert!(compared.is_equal(), "{compared:?}");
+    }
+    assert!(old.check(RebuildOptions::default()).unwrap().is_equal());
+    // And a version that begins takes over all.
+    let third = store.view(Sums::<3> { is_mended: Arc::new(AtomicBool::new(true)) }).unwrap();
+    catch_up(&third);
+    assert_eq!(third.get(&key).unwrap().unwrap().count, 3);
+    assert!(third.check(RebuildOptions::default()).unwrap().is_equal());
+}
+
