@@ -207,6 +207,8 @@ fn bytes_from_json(value: &Value) -> Result<Vec<u8>, KeyError> {
 #[cfg(feature = "cli")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KeySpelling {
+    /// The type's name, with its modules.
+    type_name: fn() -> &'static str,
     /// Of the key at the front of the input, which is moved behind it.
     pub(crate) to_json: fn(&mut &[u8]) -> Result<Value, KeyError>,
     /// The bytes of a key.
@@ -219,6 +221,7 @@ pub(crate) struct KeySpelling {
 impl KeySpelling {
     pub(crate) fn of<K: ViewKey>() -> Self {
         Self {
+            type_name: std::any::type_name::<K>,
             to_json: |input| Ok(K::decode_key(input)?.key_to_json()),
             from_json: |value| Ok(bytes_of(&K::key_from_json(value)?)),
             start_from_json: |value| {
@@ -227,6 +230,24 @@ impl KeySpelling {
                 Ok(start)
             },
         }
+    }
+
+    /// The type's name as its author writes it.
+    pub(crate) fn type_name(&self) -> String {
+        let is_of_name = |c: char| c.is_alphanumeric() || matches!(c, '_' | ':');
+        let mut name = String::new();
+        for c in (self.type_name)().chars() {
+            name.push(c);
+            if name.ends_with("::") {
+                name.truncate(name.trim_end_matches(is_of_name).len());
+            }
+        }
+        name
+    }
+
+    /// Whether keys are written as lists of their fields.
+    pub(crate) fn takes_lists(&self) -> bool {
+        (self.start_from_json)(&Value::Array(Vec::new())).is_ok()
     }
 }
 
@@ -757,6 +778,15 @@ mod tests {
         }
         #[cfg(feature = "cli")]
         check_spelling(&json, key);
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn types_of_keys_are_named_as_their_authors_write_them() {
+        assert_eq!(KeySpelling::of::<u64>().type_name(), "u64");
+        let nested = KeySpelling::of::<(String, Option<crate::StreamId>, Vec<u8>)>();
+        assert_eq!(nested.type_name(), "(String, Option<StreamId>, Vec<u8>)");
+        assert!(nested.takes_lists() && !KeySpelling::of::<String>().takes_lists());
     }
 
     #[cfg(feature = "cli")]

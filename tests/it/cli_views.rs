@@ -1044,6 +1044,30 @@ fn one_damaged_view_hides_no_other() {
     assert_eq!(listed["views"][1]["state"], "caught_up");
 }
 
+#[test]
+fn what_can_not_be_the_beginning_of_a_key_is_told_what_keys_are() {
+    let world = World::new();
+    let dir = world.dir();
+    let scan = |prefix: &str| service(&["view", "scan", dir, "spent", "--prefix", prefix]);
+    for wrong in ["[\"bern\"", "[\"bern\",\"x\"]", "[\"bern\",1,2]", "[5]", "[\"bern\" 1]"] {
+        let output = scan(wrong);
+        failed(&output, 1, "view.key");
+        assert!(err(&output).contains("(String, u32)"), "{}", err(&output));
+        assert_eq!(out(&output), "");
+    }
+    let by = |prefix: &str| {
+        service(&["view", "scan", dir, "spent", "--index", "by_cents", "--prefix", prefix])
+    };
+    for wrong in ["x", "[1", "1x", "-1"] {
+        let output = by(wrong);
+        failed(&output, 1, "view.key");
+        assert!(err(&output).contains("u64"), "{}", err(&output));
+    }
+    assert_eq!(ok(by("75")).lines().count(), 2);
+    assert_eq!(ok(scan("be")).lines().count(), 3);
+    assert_eq!(ok(scan("[\"bern\"]")).lines().count(), 2);
+}
+
 }
 
 /// The commands of a service, as they stand in docs/cli.md.

@@ -28,8 +28,9 @@ pub(in crate::cli) enum ViewFailure {
     InUse { view: String, owner: String },
     #[error("{}: nothing of it is durable yet", folder.display())]
     Empty { folder: PathBuf },
-    #[error("{typed:?} is no key of this view: {reason}")]
-    Key { typed: String, reason: String },
+    /// With the type of the keys, if it is known.
+    #[error("{typed:?} is no key of this view{}: {reason}", of_type(keys.as_deref()))]
+    Key { typed: String, keys: Option<String>, reason: String },
     #[error("there is no row under {key}")]
     NoRow { key: String },
     #[error("view {view} has no index {index:?}; it has [{has}]")]
@@ -50,6 +51,10 @@ pub(in crate::cli) enum ViewFailure {
     StillParked { left: u64, reason: String },
     #[error("the progress can't be interrupted: {0}")]
     Signals(#[source] std::io::Error),
+}
+
+fn of_type(keys: Option<&str>) -> String {
+    keys.map_or_else(String::new, |keys| format!(", whose keys are {keys}"))
 }
 
 impl ViewFailure {

@@ -3,6 +3,11 @@
 //! With the view's code, what was typed is JSON if it is a list, a string in quotes or `null`, and otherwise the text of
 //! a value: `17`, `de`, `'["de",7]'`, or `de 7`. Without it: `0x00ff` are bytes, `u32:17` is a number of this width, and
 //! everything else the text of a `String`; several of these, one behind the other.
+//!
+//! What begins like a list is one where keys are lists of their fields: a list that can't be read isn't looked for as a text
+//! that nobody meant.
+
+use std::fmt::Display;
 
 use serde_json::Value;
 
@@ -26,7 +31,7 @@ impl Shown {
     }
 }
 
-impl std::fmt::Display for Shown {
+impl Display for Shown {
     /// JSON, or hexadecimal and what of it can be read.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -64,29 +69,43 @@ pub(super) fn show(
 /// The bytes of the key that was typed.
 pub(super) fn whole(typed: &[String], spelling: Option<&KeySpelling>) -> Result<Vec<u8>, Failure> {
     match spelling {
-        Some(spelling) => first_that_fits(typed, spelling.from_json),
+        Some(spelling) => first_that_fits(typed, spelling, spelling.from_json),
         None => untyped(typed, |spelling| spelling.from_json),
     }
 }
 
 /// The bytes with which the keys begin that begin as was typed.
 pub(super) fn start(typed: &str, spelling: Option<&KeySpelling>) -> Result<Vec<u8>, Failure> {
-    let typed = [typed.to_owned()];
+    let words = [typed.to_owned()];
     match spelling {
-        Some(spelling) => first_that_fits(&typed, spelling.start_from_json),
-        None => untyped(&typed, |spelling| spelling.start_from_json),
+        Some(spelling) if typed.starts_with('[') && spelling.takes_lists() => {
+            let list: Value = serde_json::from_str(typed).map_err(|error| {
+                wrong(&words, Some(spelling), &format!("no list in JSON: {error}"))
+            })?;
+            (spelling.start_from_json)(&list).map_err(|error| wrong(&words, Some(spelling), &error))
+        }
+        Some(spelling) => first_that_fits(&words, spelling, spelling.start_from_json),
+        None => untyped(&words, |spelling| spelling.start_from_json),
     }
 }
 
 type FromJson = fn(&Value) -> Result<Vec<u8>, KeyError>;
 
-fn first_that_fits(typed: &[String], from_json: FromJson) -> Result<Vec<u8>, Failure> {
+fn first_that_fits(
+    typed: &[String],
+    spelling: &KeySpelling,
+    from_json: FromJson,
+) -> Result<Vec<u8>, Failure> {
     let key = from_json(&meant(typed));
-    key.or_else(|error| from_json(&as_text(typed)).map_err(|_| wrong(typed, &error)))
+    let as_text =
+        |error| from_json(&as_text(typed)).map_err(|_| wrong(typed, Some(spelling), &error));
+    key.or_else(as_text)
 }
 
-fn wrong(typed: &[String], error: &KeyError) -> Failure {
-    ViewFailure::Key { typed: typed.join(" "), reason: error.to_string() }.into()
+fn wrong(typed: &[String], spelling: Option<&KeySpelling>, reason: &dyn Display) -> Failure {
+    let typed = typed.join(" ");
+    let keys = spelling.map(KeySpelling::type_name);
+    ViewFailure::Key { typed, keys, reason: reason.to_string() }.into()
 }
 
 /// What was most likely meant.
@@ -123,7 +142,7 @@ fn untyped(typed: &[String], how: fn(&KeySpelling) -> FromJson) -> Result<Vec<u8
             written.unwrap_or_else(|| (KeySpelling::of::<String>(), text.as_str()));
         how(&spelling)(&value.into())
     };
-    let fields = typed.iter().map(|text| field(text).map_err(|error| wrong(typed, &error)));
+    let fields = typed.iter().map(|text| field(text).map_err(|error| wrong(typed, None, &error)));
     Ok(fields.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
