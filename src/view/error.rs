@@ -67,13 +67,13 @@ pub enum ViewError {
     /// The view has applied events that a journal which is appended to here no longer has: the journal has lost its tail,
     /// or was restored from an older copy. Nothing was changed; the view is the witness of the loss.
     #[error(
-        "view {view} has applied the journal up to position {}, but the journal ends at position {end}: \
-         its tail is lost", checkpoint.position
+        "view {view} has applied journal {} up to position {}, but the journal ends at position {end}: \
+         its tail is lost", checkpoint.journal, checkpoint.position
     )]
     LostTail {
         /// The view.
         view: &'static str,
-        /// How far the view has got.
+        /// How far the view has got with this journal.
         checkpoint: Checkpoint,
         /// Where the journal ends.
         end: Position,
@@ -204,7 +204,7 @@ impl ViewError {
                 "drop the other handle with its snapshots and iterators, or stop the other process"
             }
             Self::LostTail { .. } => {
-                "restore the journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"
+                "restore this journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"
             }
             Self::DamagedPointer { .. } => {
                 "move the view's directory away and open it again: it is built anew from the journal"
@@ -259,8 +259,8 @@ pub enum StopError {
     },
     /// A mirror that had to be fetched again up to the view's checkpoint is another history there.
     #[error(
-        "view {view} has applied another history: the mirror differs from it at position {}",
-        checkpoint.position
+        "view {view} has applied another history of journal {}: the mirror differs from it at position {}",
+        checkpoint.journal, checkpoint.position
     )]
     Fork {
         /// The view.

@@ -330,3 +330,40 @@ fn every_journal_wakes_the_view() {
     }
     world.assert_shows(&view);
 }
+
+/// The journal that has lost events is named, whichever of them it is.
+#[test]
+fn a_loss_names_the_journal_that_was_lost_from() {
+    let dir = tempfile::tempdir().unwrap();
+    for lost in 0..2 {
+        let mut world = World::new(&dir.path().join(lost.to_string()), 7, 2);
+        for journal in 0..2 {
+            world.append(journal, vec![vec![1], vec![2]]);
+        }
+        let view = world.open(1 << 20);
+        world.wait(&view);
+        let backup = dir.path().join(format!("backup-{lost}"));
+        world.stores[lost].journal().backup(&backup).unwrap();
+        world.append(lost, vec![vec![3]]);
+        world.wait(&view);
+        view.close().unwrap();
+        drop(view);
+        let id = world.stores[lost].journal().id();
+        let path = dir.path().join(lost.to_string()).join(format!("store-{lost}"));
+        let World { mut stores, is_mended, mended_for, .. } = world;
+        stores.remove(lost).close().unwrap();
+        std::fs::remove_dir_all(path.join("journal")).unwrap();
+        let fs: Arc<dyn headwater::fs::Fs> = Arc::new(headwater::fs::os::OsFs);
+        headwater::restore(&fs, &backup, &path.join("journal"), None).unwrap();
+        stores.insert(lost, Store::open(&path).unwrap());
+        let journals: Vec<Journal> = stores.iter().map(|it| it.journal().clone()).collect();
+        let view = Traces { is_mended, mended_for };
+        let refused =
+            stores[0].view_over(&journals, view, ViewOptions::default()).map(drop).unwrap_err();
+        let ViewError::LostTail { checkpoint, .. } = &refused else { panic!("{refused}") };
+        assert_eq!(checkpoint.journal, id);
+        assert!(refused.to_string().contains(&id.to_string()), "{refused}");
+        let other = journals[1 - lost].id().to_string();
+        assert!(!refused.to_string().contains(&other), "{refused}");
+    }
+}
