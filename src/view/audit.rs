@@ -95,13 +95,8 @@ pub(super) struct Folds<'a> {
 }
 
 impl<'a> Folds<'a> {
-    /// With what needs no folding.
-    pub(super) fn of(journal: JournalId, batches: &'a [Batch]) -> Self {
-        let mut tallies = Tallies::new();
-        for batch in batches {
-            tallies.entry((journal, batch.segment)).or_default().add(batch.tally);
-        }
-        Self { journal, batches, tallies, batch: 0, last: None }
+    pub(super) const fn of(journal: JournalId, batches: &'a [Batch]) -> Self {
+        Self { journal, batches, tallies: Tallies::new(), batch: 0, last: None }
     }
 
     /// What stands at this place among the things to be folded is of the stored event at `position`.
@@ -116,7 +111,11 @@ impl<'a> Folds<'a> {
         }
     }
 
-    pub(super) fn end(self) -> Tallies {
+    /// Of the first batches, all of which were folded; with what of them needs no folding.
+    pub(super) fn end(mut self, batches: usize) -> Tallies {
+        for batch in self.batches.iter().take(batches) {
+            self.tallies.entry((self.journal, batch.segment)).or_default().add(batch.tally);
+        }
         self.tallies
     }
 }

@@ -344,7 +344,7 @@ impl<V: View> Chunk<V> {
             }
         }
         let folded = self.settle(view, &indexes, db, rows)?;
-        Ok(Folded { tallies: folds.end(), ..folded })
+        Ok(Folded { tallies: folds.end(self.batches.len()), ..folded })
     }
 
     fn stops_at(&self, cause: &EventFailure) -> bool {

@@ -76,8 +76,9 @@ pub(super) trait Batches<P>: Sized {
     /// Adds a batch. After an error those added before it can still be folded; no further ones may be added.
     fn add(&mut self, program: &P, batch: &CursorBatch<'_>) -> Result<(), StopError>;
 
-    /// What is to be written: of all batches, or of those in front of the one with the first event that fails.
-    fn fold(self, program: &P, db: &Arc<Db>) -> Result<Folded, StopError>;
+    /// What is to be written: of all batches, or of those in front of the one with the first event that fails. If that would
+    /// be too much at once, of the first ones: the rest is to be folded when that is written.
+    fn fold(self, program: &P, db: &Arc<Db>) -> Result<(Folded, Option<Self>), StopError>;
 }
 
 /// Builds as the journal is followed: chunk after chunk. What is written before the end is of no use: the generation is
@@ -129,10 +130,9 @@ pub(super) fn fold_more<P: Program>(
         collect(program, journal, cursor, progress.clone(), limit, rules.clone());
     let mut more = More { events: 0, bytes: chunk.bytes() };
     if !chunk.is_empty() {
-        let (end, stop, _) = apply(program, chunk, db, &rules.care)?;
-        more.events = end.checkpoints.events() - progress.checkpoints.events();
-        *progress = end;
-        stop.map_or(Ok(()), Err)?;
+        let before = progress.checkpoints.events();
+        apply(program, chunk, db, &rules.care, |end, _| *progress = end)?;
+        more.events = progress.checkpoints.events() - before;
     }
     failure.map_or(Ok(more), Err)
 }
@@ -241,7 +241,7 @@ impl<V: View> Batches<Keyed<V>> for Chunk<V> {
         self.add(&program.0, batch)
     }
 
-    fn fold(self, program: &Keyed<V>, db: &Arc<Db>) -> Result<Folded, StopError> {
-        self.fold(&program.0, db)
+    fn fold(self, program: &Keyed<V>, db: &Arc<Db>) -> Result<(Folded, Option<Self>), StopError> {
+        Ok((self.fold(&program.0, db)?, None))
     }
 }

@@ -573,11 +573,12 @@ impl<P: Program> Runner<P> {
         {
             let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Step::Ended) };
             if let Some((chunk, journal)) = chunk {
-                let (end, stop, changed) = apply(&*view, chunk, &db, &self.note.care())?;
-                applied = end;
-                self.flush.start();
-                shared.applied(&applied, journal, changed);
-                stop.map_or(Ok(()), Err)?;
+                let flush = &mut self.flush;
+                apply(&*view, chunk, &db, &self.note.care(), |end, changed| {
+                    applied = end;
+                    flush.start();
+                    shared.applied(&applied, journal, changed);
+                })?;
             }
             let flush = &mut self.flush;
             let care = self.note.all_care();
@@ -701,21 +702,31 @@ pub(super) fn collect<P: Program>(
     (chunk, None)
 }
 
-/// Folds a chunk into a generation: how far it is then, why no further, and which rows have changed.
+/// Folds a chunk into a generation, and tells how far it is then, and which rows have changed: more than once if it is
+/// written in parts. The error may be behind that: why no further.
 pub(super) fn apply<P: Program>(
     view: &P,
-    chunk: P::Chunk,
+    mut chunk: P::Chunk,
     db: &Arc<Db>,
     care: &Care,
-) -> Result<(Progress, Option<StopError>, Vec<Vec<u8>>), StopError> {
-    let Folded { mut writes, end, stop, changed, mut tallies } = chunk.fold(view, db)?;
-    care.done();
-    if planted::is(Bug::DropChunk) && end.checkpoints.events() % 3 == 0 {
-        (writes, tallies) = (db.writes(), Tallies::new());
+    mut applied: impl FnMut(Progress, Vec<Vec<u8>>),
+) -> Result<(), StopError> {
+    loop {
+        let (folded, rest) = chunk.fold(view, db)?;
+        let Folded { mut writes, end, stop, changed, mut tallies } = folded;
+        if rest.is_none() {
+            care.done();
+        }
+        if planted::is(Bug::DropChunk) && end.checkpoints.events() % 3 == 0 {
+            (writes, tallies) = (db.writes(), Tallies::new());
+        }
+        db.tally(&mut writes, &tallies).map_err(storage_failed::<P>)?;
+        db.write(writes, &end).map_err(storage_failed::<P>)?;
+        applied(end, changed);
+        stop.map_or(Ok(()), Err)?;
+        let Some(rest) = rest else { return Ok(()) };
+        chunk = rest;
     }
-    db.tally(&mut writes, &tallies).map_err(storage_failed::<P>)?;
-    db.write(writes, &end).map_err(storage_failed::<P>)?;
-    Ok((end, stop, changed))
 }
 
 pub(super) fn journal_failed<P: Program>(source: ReadError) -> StopError {

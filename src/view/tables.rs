@@ -14,8 +14,9 @@
 //! - What holds for every view holds here, too: rows and checkpoint are written together, at batch ends only.
 //!
 //! What it costs: events are applied in one thread, each with its own reads, and a rebuild does the same as following
-//! the journal. What a chunk of the journal ([`ViewOptions::chunk_bytes`], 4 MiB in a rebuild) writes is held in memory
-//! until it is written: an event that writes very many rows needs as much. A [`View`](super::View) is folded in parallel and rebuilt many times as fast; where one serves, take it.
+//! the journal. What events write is held in memory up to the first end of a batch behind 16 MiB of it: so a batch that
+//! writes very many rows needs as much. A [`View`](super::View) is folded in parallel and rebuilt many times as fast; where one
+//! serves, take it.
 
 use std::any::TypeId;
 use std::cell::RefCell;
@@ -61,6 +62,8 @@ use crate::position::{Checkpoint, Token};
 
 /// How many tables a view may have.
 const TABLES_MAX: usize = 64;
+/// What events have written is written into the database at the first end of a batch behind so many bytes.
+const WRITTEN_BYTES_MAX: usize = 16 << 20;
 /// What is kept for a watcher.
 const KEPT_BYTES_MAX: usize = 1 << 20;
 
@@ -587,6 +590,8 @@ pub(super) struct TableChunk<T: TableView> {
     unrouted: Vec<Unrouted>,
     bytes: u64,
     names: Names,
+    /// Why there are no more batches, once an event has failed at which the view stops.
+    stop: Option<StopError>,
 }
 
 /// Why applying ended early.
@@ -643,11 +648,12 @@ impl<T: TableView> TableChunk<T> {
         self.unrouted.truncate(unrouted);
     }
 
-    fn apply(&self, program: &Tabled<T>, db: &Arc<Db>) -> Result<Folded, ApplyFailure> {
+    /// Applies the events of all batches, or of the first ones if those write much: of how many.
+    fn apply(&self, program: &Tabled<T>, db: &Arc<Db>) -> Result<(Folded, usize), ApplyFailure> {
         let storage = |source| ApplyFailure::Stop(StopError::Storage { view: T::NAME, source });
-        let mut written = Written::new();
-        let mut unrouted = self.unrouted.clone();
-        let mut first = 0;
+        let (mut written, mut written_bytes) = (Written::new(), 0);
+        let (mut failed, mut first) = (Vec::new(), 0);
+        let mut batches = self.batches.len();
         let mut folds = Folds::of(self.journal.id(), &self.batches);
         // Those that one stored event stands for are applied all or not at all.
         for events in self.events.chunk_by(|a, b| a.position() == b.position()) {
@@ -657,6 +663,7 @@ impl<T: TableView> TableChunk<T> {
             }
             match applied {
                 Ok(own) => {
+                    written_bytes += own.iter().map(bytes_of).sum::<usize>();
                     written.extend(own);
                     let position = events.first().map(Recorded::position);
                     position.into_iter().for_each(|position| {
@@ -672,13 +679,39 @@ impl<T: TableView> TableChunk<T> {
                     let (position, recorded_at_us) = (event.position(), event.recorded_at_us());
                     let reason = reason_of(&cause);
                     folds.saw(first, position, |tally| tally.unrouted += 1);
-                    unrouted.push(Unrouted { position, recorded_at_us, reason });
+                    failed.push(Unrouted { position, recorded_at_us, reason });
                 }
             }
             first += events.len();
+            if written_bytes >= WRITTEN_BYTES_MAX
+                && let Some(ended) = self.batches_up_to(first)
+            {
+                batches = ended;
+                break;
+            }
         }
-        let folded = self.settle(db, &written, &unrouted).map_err(ApplyFailure::Stop)?;
-        Ok(Folded { tallies: folds.end(), ..folded })
+        let batches = self.batches.get(..batches).unwrap_or_default();
+        let folded = self.settle(db, &written, batches, failed).map_err(ApplyFailure::Stop)?;
+        Ok((Folded { tallies: folds.end(batches.len()), ..folded }, batches.len()))
+    }
+
+    /// How many batches end in front of this event, if one ends right there.
+    fn batches_up_to(&self, event: usize) -> Option<usize> {
+        let ended = self.batches.partition_point(|batch| batch.routes <= event);
+        let last = self.batches.get(ended.checked_sub(1)?)?;
+        (last.routes == event).then_some(ended)
+    }
+
+    /// What is behind the first batches, which are written: up to `start`.
+    fn rest(mut self, batches: usize, start: Progress) -> Option<Self> {
+        let last = self.batches.get(batches.checked_sub(1)?)?;
+        let (events, unrouted) = (last.routes, last.unrouted);
+        let mut rest = self.batches.split_off(batches);
+        for batch in &mut rest {
+            (batch.routes, batch.unrouted) = (batch.routes - events, batch.unrouted - unrouted);
+        }
+        let (events, unrouted) = (self.events.split_off(events), self.unrouted.split_off(unrouted));
+        (!rest.is_empty()).then_some(Self { start, batches: rest, events, unrouted, ..self })
     }
 
     fn apply_one(
@@ -699,8 +732,11 @@ impl<T: TableView> TableChunk<T> {
         &self,
         db: &Db,
         written: &Written,
-        unrouted: &[Unrouted],
+        batches: &[Batch],
+        failed: Vec<Unrouted>,
     ) -> Result<Folded, StopError> {
+        let unrouted = self.unrouted.iter().take(batches.last().map_or(0, |it| it.unrouted));
+        let unrouted: Vec<Unrouted> = unrouted.cloned().chain(failed).collect();
         let mut writes = db.writes();
         let is_watched = self.rules.watchers.as_ref().is_some_and(|watchers| watchers.are_any());
         let mut changed = Vec::new();
@@ -711,12 +747,17 @@ impl<T: TableView> TableChunk<T> {
             }
             changed.extend(is_watched.then(|| key.clone()));
         }
-        park_unrouted(T::NAME, &self.journal, &self.start, unrouted, &mut writes)?;
+        park_unrouted(T::NAME, &self.journal, &self.start, &unrouted, &mut writes)?;
         let mut parked = self.start.parked;
         parked.unrouted += unrouted.len() as u64;
-        let end = end_of(&self.start, &self.batches, parked);
+        let end = end_of(&self.start, batches, parked);
         Ok(Folded { writes, end, changed, tallies: Tallies::new(), stop: None })
     }
+}
+
+/// What a row takes in memory that is to be written.
+fn bytes_of((key, row): (&Vec<u8>, &Option<Vec<u8>>)) -> usize {
+    key.len() + row.as_ref().map_or(0, Vec::len)
 }
 
 /// Why an event couldn't be applied.
@@ -758,7 +799,8 @@ impl<T: TableView> Tabled<T> {
 impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {
     fn new(start: Progress, journal: Journal, rules: Rules) -> Self {
         let (batches, events, unrouted) = (Vec::new(), Vec::new(), Vec::new());
-        Self { start, journal, rules, batches, events, unrouted, bytes: 0, names: Names::default() }
+        let (bytes, names, stop) = (0, Names::default(), None);
+        Self { start, journal, rules, batches, events, unrouted, bytes, names, stop }
     }
 
     fn is_empty(&self) -> bool {
@@ -791,15 +833,22 @@ impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {
         Ok(())
     }
 
-    fn fold(mut self, program: &Tabled<T>, db: &Arc<Db>) -> Result<Folded, StopError> {
-        let mut stop = None;
+    fn fold(
+        mut self,
+        program: &Tabled<T>,
+        db: &Arc<Db>,
+    ) -> Result<(Folded, Option<Self>), StopError> {
         self.cut();
         loop {
             match self.apply(program, db) {
-                Ok(folded) => return Ok(Folded { stop, ..folded }),
+                Ok((folded, batches)) if batches < self.batches.len() => {
+                    let rest = self.rest(batches, folded.end.clone());
+                    return Ok((folded, rest));
+                }
+                Ok((folded, _)) => return Ok((Folded { stop: self.stop, ..folded }, None)),
                 Err(ApplyFailure::Stop(error)) => return Err(error),
                 Err(ApplyFailure::Event(failed, cause)) => {
-                    stop = self.events.get(failed).map(|event| stop_at(T::NAME, event, cause));
+                    self.stop = self.events.get(failed).map(|event| stop_at(T::NAME, event, cause));
                     // A view is pure: applying the batches in front again gives what it gave before.
                     self.batches.truncate(self.batches.partition_point(|it| it.routes <= failed));
                     self.cut();

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fastrand::Rng;
@@ -373,4 +375,72 @@ fn watchers_are_told_of_their_table_only() {
     assert!(matches!(told, Some(Change::Rows { keys, .. }) if keys == [()]));
     view.close().unwrap();
     assert!(cells.next().is_none(), "nothing else of this table");
+}
+
+/// Each event writes a row of a megabyte, and looks at what of the rows in front of it is in the database already.
+#[derive(Debug)]
+struct Large {
+    handle: Arc<OnceLock<TableViewHandle<Large>>>,
+    /// The most events whose rows were in memory only.
+    held_max: Arc<AtomicU64>,
+}
+
+const LARGE: Table<u64, Vec<u8>> = Table::new("large");
+
+impl TableView for Large {
+    const NAME: &'static str = "large";
+    const VERSION: u32 = 1;
+    type Event = Vec<u8>;
+
+    fn tables(&self) -> Tables {
+        Tables::of(LARGE)
+    }
+
+    fn apply(&self, event: &Recorded<Vec<u8>>, tx: &mut ViewTxn<'_>) -> Result<(), FoldError> {
+        let position = event.position().get();
+        let table = self.handle.wait().table(LARGE)?;
+        let is_held = |at: &u64| table.get(at).unwrap().is_none();
+        let held = (0..position).rev().take_while(is_held).count() as u64;
+        self.held_max.fetch_max(held, Ordering::Relaxed);
+        if position > 0 {
+            let is_there = tx.get(LARGE, &(position - 1))?.is_some();
+            assert_eq!(is_there, position != 60, "it sees what is in front of it");
+        }
+        if event.data() == b"fails" {
+            return Err("asked to fail".into());
+        }
+        tx.put(LARGE, &position, &vec![position as u8; 1 << 20])?;
+        Ok(())
+    }
+}
+
+/// What a chunk writes doesn't have to fit into memory: it is written in parts, at the ends of batches.
+#[test]
+fn what_a_chunk_writes_is_held_up_to_a_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create(dir.path()).unwrap();
+    let stream = StreamId::new("large").unwrap();
+    let event = |data: &[u8]| NewEvent::raw("large", data.to_vec()).unwrap();
+    let to_append = |events: Vec<NewEvent>| Append::to(&stream, ExpectedRevision::Any, events);
+    for n in 0..60 {
+        let data: &[u8] = if n == 59 { b"fails" } else { b"" };
+        store.append(&to_append(vec![event(data)])).unwrap();
+    }
+    // A batch is written whole.
+    let batch = (0..30).map(|_| event(b"")).collect();
+    store.append(&to_append(batch)).unwrap_or_else(|error| panic!("{error}"));
+    let (handle, held_max) = (Arc::new(OnceLock::new()), Arc::new(AtomicU64::new(0)));
+    let large = Large { handle: Arc::clone(&handle), held_max: Arc::clone(&held_max) };
+    let view = store.table_view(large).unwrap();
+    handle.set(view.clone()).unwrap();
+    let token = store.journal().end().token();
+    view.wait_for(&token, PATIENCE).unwrap();
+    let held_max = held_max.load(Ordering::Relaxed);
+    assert!((16..16 + 30).contains(&held_max), "{held_max} rows of a megabyte in memory");
+    assert_eq!(view.table(LARGE).unwrap().range(..).count(), 89);
+    assert_eq!(view.status().parked.unrouted, 1);
+    let audit = view.audit().unwrap();
+    assert!(audit.is_complete(), "{audit:?}");
+    assert!(view.check(RebuildOptions::default()).is_err(), "it halts at what fails");
+    view.close().unwrap();
 }
