@@ -161,6 +161,8 @@ pub enum StorageErrorKind {
     Unsupported,
     /// It has other indexes or tables than the view declares.
     OtherShape,
+    /// A file of it isn't there any more: whoever has it open has deleted it, beside this reader, or somebody by hand.
+    Gone,
     /// A file operation failed in another way.
     Other,
 }
@@ -196,6 +198,7 @@ impl StorageError {
             StorageErrorKind::DiskFull => "view_storage.disk_full",
             StorageErrorKind::Unsupported => "view_storage.unsupported",
             StorageErrorKind::OtherShape => "view_storage.other_shape",
+            StorageErrorKind::Gone => "view_storage.gone",
             StorageErrorKind::Other => "view_storage.other",
         }
     }
@@ -215,6 +218,9 @@ impl StorageError {
             StorageErrorKind::OtherShape => {
                 "a generation keeps the indexes and tables that it was built with: build a new one"
             }
+            StorageErrorKind::Gone => {
+                "try again: its files were exchanged meanwhile; with more open files allowed (ulimit -n) all are held from the beginning on; if it stays so, move its directory away and open the view again: it is built anew from the journal"
+            }
             StorageErrorKind::Other => "see the cause; opening the view again is safe",
         }
     }
@@ -229,6 +235,7 @@ fn kind_of(error: &rocksdb::Error) -> StorageErrorKind {
         rocksdb::ErrorKind::IOError if message.contains("No space left") => {
             StorageErrorKind::DiskFull
         }
+        rocksdb::ErrorKind::IOError if is_missing(error) => StorageErrorKind::Gone,
         _ => StorageErrorKind::Other,
     }
 }
@@ -502,9 +509,21 @@ impl Db {
 
     /// Opens the database at `path` as it lies on disk, beside whoever has it open: takes no lock and writes nothing.
     /// All its files are opened now, so that it stays what it is while others compact and delete.
+    ///
+    /// If there are more than the process may have open, they are opened as they are needed: then a read may fail because a
+    /// file was deleted meanwhile, and never finds anything else.
     pub(super) fn open_read_only(path: &Path) -> Result<Self, StorageError> {
+        Self::open_read_only_within(path, open_files_max())
+    }
+
+    fn open_read_only_within(path: &Path, files_max: usize) -> Result<Self, StorageError> {
         let mut options = Options::default();
-        options.set_max_open_files(-1);
+        let is_enough = tables_in(path) <= files_max;
+        options.set_max_open_files(if is_enough {
+            -1
+        } else {
+            i32::try_from(files_max).unwrap_or(-1)
+        });
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -858,6 +877,20 @@ impl Drop for Files<'_> {
     fn drop(&mut self) {
         drop(std::fs::remove_dir_all(&self.dir));
     }
+}
+
+/// How many files of one database this process may have open: half of the limit, as there are others.
+fn open_files_max() -> usize {
+    use rustix::process::{Resource, getrlimit};
+    let limit = getrlimit(Resource::Nofile).current;
+    limit.and_then(|limit| usize::try_from(limit / 2).ok()).unwrap_or(usize::MAX)
+}
+
+/// How many sorted files there are.
+fn tables_in(path: &Path) -> usize {
+    let Ok(entries) = std::fs::read_dir(path) else { return 0 };
+    let is_table = |it: &std::fs::DirEntry| it.path().extension().is_some_and(|it| it == "sst");
+    entries.filter_map(Result::ok).filter(is_table).count()
 }
 
 fn wrong_identity(found: &[u8]) -> StorageCause {
@@ -1272,6 +1305,41 @@ mod tests {
         assert_eq!(seen.len(), 41);
         assert_eq!(seen.last(), Some(&("last".to_owned(), "40".to_owned())));
         assert_eq!(rows(&db.latest()).len(), 42);
+    }
+
+    #[test]
+    fn more_files_than_may_be_open_are_opened_as_they_are_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = begun(dir.path());
+        db.db.set_options(&[("disable_auto_compactions", "true")]).unwrap();
+        for n in 1..=80 {
+            put(&db, &format!("k{n:02}"), "1", n);
+            db.flush(true).unwrap();
+        }
+        assert_eq!(tables_in(dir.path()), 80);
+        let open_files = || {
+            let files = std::fs::read_dir("/proc/self/fd").unwrap();
+            let file =
+                |it: std::io::Result<std::fs::DirEntry>| std::fs::read_link(it.ok()?.path()).ok();
+            files.filter_map(file).filter(|it| it.starts_with(dir.path())).count()
+        };
+        drop(db);
+        for (files_max, held_max) in [(1000, 90), (30, 40)] {
+            let beside = Arc::new(Db::open_read_only_within(dir.path(), files_max).unwrap());
+            assert_eq!(rows(&beside.latest()).len(), 80);
+            let held = open_files();
+            assert!(held <= held_max && (held >= 80 || files_max < 80), "{held} of {files_max}");
+        }
+        // What was opened is there, what wasn't can be missing: an error, and nothing else.
+        let beside = Arc::new(Db::open_read_only_within(dir.path(), 30).unwrap());
+        for entry in std::fs::read_dir(dir.path()).unwrap().map(Result::unwrap) {
+            if entry.path().extension().is_some_and(|it| it == "sst") {
+                std::fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        let found: Result<Vec<_>, _> = beside.latest().scan(all_rows()).collect();
+        let error = found.unwrap_err();
+        assert_eq!(error.kind(), StorageErrorKind::Gone, "{error}");
     }
 
     #[test]

@@ -1068,6 +1068,30 @@ fn what_can_not_be_the_beginning_of_a_key_is_told_what_keys_are() {
     assert_eq!(ok(scan("[\"bern\"]")).lines().count(), 2);
 }
 
+/// A view has as many files as it has, and a process may have no more open than it may.
+#[test]
+fn a_view_of_more_files_than_may_be_open_is_read() {
+    let world = World::new();
+    let dir = world.dir();
+    let store = Store::open(&world.path).unwrap();
+    let orders: Vec<String> = (0..300).map(|n| format!("town-{n} {n} 1")).collect();
+    append(&store, &orders.iter().map(String::as_str).collect::<Vec<_>>());
+    store.close().unwrap();
+    ok(service(&["view", "rebuild", dir, "spent", "--threads", "150"]));
+    let tables = std::fs::read_dir(world.path.join("views/spent/1.2")).unwrap();
+    let tables =
+        tables.filter(|it| it.as_ref().unwrap().path().extension().is_some_and(|it| it == "sst"));
+    assert!(tables.count() > 100);
+    let all = ok(headwater(&["view", "scan", dir, "spent"]));
+    for files_max in ["64", "1024"] {
+        let limited = "ulimit -n \"$1\" && shift && exec \"$@\"";
+        let program = env!("CARGO_BIN_EXE_headwater");
+        let args = ["-c", limited, "sh", files_max, program, "view", "scan", dir, "spent"];
+        assert!(ok(Command::new("sh").args(args).output().unwrap()) == all, "with {files_max}");
+    }
+    assert_eq!(all.lines().count(), 306);
+}
+
 }
 
 /// The commands of a service, as they stand in docs/cli.md.
