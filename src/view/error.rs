@@ -201,7 +201,7 @@ impl ViewError {
                 "declare the indexes or tables that the rows have, or put the removed events back and open the view again"
             }
             Self::InUse { .. } => {
-                "drop the other handle with its snapshots and iterators, or stop the other process"
+                "drop the other handle with its snapshots and iterators, or stop the other process; a `view rebuild` on the command line has the view until it has ended or is interrupted"
             }
             Self::LostTail { .. } => {
                 "restore this journal from a mirror or a newer backup; only if the loss is accepted, open the view with LostTail::SetAside"

@@ -1092,6 +1092,25 @@ fn a_view_of_more_files_than_may_be_open_is_read() {
     assert_eq!(all.lines().count(), 306);
 }
 
+/// The journals are held only for as long as it takes to open them: not while rows are built.
+#[test]
+fn a_rebuild_holds_its_view_and_no_journal() {
+    let world = World::new();
+    let dir = world.dir();
+    let args = ["view", "rebuild", dir, "spent", "--bytes-per-second-max", "1"];
+    let (mut child, _) = building(Service::default(), &args, "of 9 events");
+    let store = Store::open(&world.path).unwrap();
+    append(&store, &["zug 1 1"]);
+    let held = store.view(Spent::<1>::default()).map(drop).unwrap_err();
+    assert_eq!(held.code(), "view.in_use");
+    assert!(held.to_string().contains(&format!("process {}", child.id())), "{held}");
+    assert!(held.hint().contains("view rebuild"), "{}", held.hint());
+    let towns = store.table_view(Towns::default()).unwrap();
+    towns.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let view = store.view(Spent::<1>::default()).unwrap();
+    caught_up(&store, &view);
 }
 
 /// The commands of a service, as they stand in docs/cli.md.

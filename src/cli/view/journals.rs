@@ -43,51 +43,28 @@ pub(super) fn sources(mut journals: impl Iterator<Item = Journal>) -> Option<Sou
     Sources::new(journals.next()?, journals.collect())
 }
 
-/// A journal, as it can be had.
-pub(super) enum Held {
-    Origin(Appender),
-    Mirror(Box<Ingest>),
-    /// A service has it open: as far as it is known to be durable now.
-    Beside(Journal),
-}
-
-impl Held {
-    pub(super) fn open(found: Found) -> Result<Self, Failure> {
-        let fs: Arc<dyn Fs> = Arc::new(OsFs);
-        let Found { place, journal, .. } = found;
-        let (dir, options) = (&place.journal, JournalOptions::default());
-        let opened = match journal.role() {
-            Role::Origin => {
-                let beside = place.views.parent().unwrap_or(dir);
-                let remembered = retention::is_remembered(&*fs, beside);
-                Appender::open(&fs, dir, &options, remembered).map(Self::Origin)
-            }
-            Role::Mirror => Ingest::open(&fs, dir, &options).and_then(|ingest| {
-                ingest
-                    .map(|it| Self::Mirror(Box::new(it)))
-                    .ok_or_else(|| OpenError::NotFound { path: dir.clone() })
-            }),
-        };
-        match opened {
-            Err(OpenError::Locked { .. }) => Ok(Self::Beside(journal)),
-            opened => Ok(opened?),
+/// A journal as an opening for writing leaves it: what is there and valid is durable, and known to be. Its lock is held only
+/// for that: whatever is done with the view may take long, and others may append meanwhile. If a service has it open, as far
+/// as it is known to be durable now.
+pub(super) fn recovered(found: Found) -> Result<Journal, Failure> {
+    let fs: Arc<dyn Fs> = Arc::new(OsFs);
+    let Found { place, journal, .. } = found;
+    let (dir, options) = (&place.journal, JournalOptions::default());
+    // Nothing was appended: whatever can't be written at the end is made up for by the next opening.
+    let recovered = match journal.role() {
+        Role::Origin => {
+            let beside = place.views.parent().unwrap_or(dir);
+            let remembered = retention::is_remembered(&*fs, beside);
+            Appender::open(&fs, dir, &options, remembered).map(|it| drop(it.close()))
         }
-    }
-
-    pub(super) fn journal(&self) -> &Journal {
-        match self {
-            Self::Origin(appender) => appender.journal(),
-            Self::Mirror(ingest) => ingest.journal(),
-            Self::Beside(journal) => journal,
-        }
-    }
-
-    /// Nothing was appended: whatever can't be written at the end is made up for by the next opening.
-    pub(super) fn close(self) {
-        match self {
-            Self::Origin(appender) => drop(appender.close()),
-            Self::Mirror(ingest) => drop(ingest.close()),
-            Self::Beside(_) => {}
-        }
+        Role::Mirror => Ingest::open(&fs, dir, &options).and_then(|ingest| {
+            let missing = || OpenError::NotFound { path: dir.clone() };
+            ingest.ok_or_else(missing).map(|it| drop(it.close()))
+        }),
+    };
+    match recovered {
+        Err(OpenError::Locked { .. }) => Ok(journal),
+        Err(error) => Err(error.into()),
+        Ok(()) => Ok(target::open(dir)?.0),
     }
 }

@@ -4,7 +4,7 @@
 //!  ls status get scan parked  ──▶ files as they lie on disk: beside the service; as bytes without the view's code
 //!  check                      ──▶ the same, and the rows built again beside them; needs the code
 //!  rm                         ──▶ the view's lock
-//!  rebuild rollback retry discard ──▶ the view's lock, and its code
+//!  rebuild rollback retry discard ──▶ the view's lock to the end, the journals' for a moment, and its code
 //! ```
 
 mod failure;

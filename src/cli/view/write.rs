@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::failure::ViewFailure;
 use super::find::{self, Located};
-use super::journals::{self, Held};
+use super::journals;
 use super::keys;
 use super::mounted::Views;
 use super::progress::Progress;
@@ -34,15 +34,14 @@ fn with_open<T>(
 ) -> Result<T, Failure> {
     let ids = located.journals(code.version)?.unwrap_or_default();
     let found = journals::find(located, &ids)?;
-    let held = found.into_iter().map(Held::open).collect::<Result<Vec<_>, _>>()?;
-    let sources = journals::sources(held.iter().map(|it| it.journal().clone()));
+    let found = found.into_iter().map(journals::recovered).collect::<Result<Vec<_>, _>>()?;
+    let sources = journals::sources(found.into_iter());
     let sources = sources.ok_or_else(|| ViewFailure::Journals { view: located.name.clone() })?;
     let opened = code.open(&located.place.views, sources, building);
     let opened = opened.map_err(|error| in_use(&located.name, error))?;
     let done = run(&opened);
     let closed = opened.close();
     drop(opened);
-    held.into_iter().for_each(Held::close);
     let done = done?;
     closed?;
     Ok(done)
