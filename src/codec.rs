@@ -17,6 +17,14 @@ pub enum CodecError {
     /// The value can't be represented.
     #[error("the value can't be encoded: {0}")]
     Encode(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The value would not be read back: decoding it would claim more than [`DECODE_BYTES_MAX`].
+    #[error(
+        "the value, of {bytes} bytes, is too large: it would take more than 64 MiB to read it back"
+    )]
+    TooLarge {
+        /// How many bytes it has when encoded.
+        bytes: usize,
+    },
     /// The bytes don't match the type.
     #[error("the bytes don't match the type: {0}")]
     Decode(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -109,7 +117,28 @@ impl Codec for Bincode {
     }
 }
 
+/// A value of fewer bytes can always be read back: a byte claims that of a `u128`, at the most.
+#[cfg(feature = "views")]
+const SURELY_DECODED_BYTES: usize = DECODE_BYTES_MAX / size_of::<u128>();
+
 impl Bincode {
+    /// Refuses what was encoded if it is too large to be decoded again.
+    #[cfg(feature = "views")]
+    pub(crate) fn check_size<T: DeserializeOwned>(bytes: &[u8]) -> Result<(), CodecError> {
+        use bincode::error::DecodeError;
+        if bytes.len() <= SURELY_DECODED_BYTES {
+            return Ok(());
+        }
+        match Self::decode::<T>(bytes) {
+            Err(CodecError::Decode(error))
+                if matches!(error.downcast_ref(), Some(DecodeError::LimitExceeded)) =>
+            {
+                Err(CodecError::TooLarge { bytes: bytes.len() })
+            }
+            _ => Ok(()), // what else is wrong with it is told when it is read
+        }
+    }
+
     /// Encodes a value piece by piece.
     #[cfg(feature = "views")]
     pub(crate) fn encode_with<T: Serialize>(

@@ -481,7 +481,11 @@ impl Part {
         let Some(event) = changed_by else { return Ok(()) };
         let mut bytes = row.is_some().then(Bytes::new);
         if let (Some(row), Some(bytes)) = (&row, &mut bytes) {
-            guard(|| Bincode::encode_with(row, |more| bytes.extend_from_slice(more)))
+            let encoded = guard(|| {
+                Bincode::encode_with(row, |more| bytes.extend_from_slice(more))?;
+                Bincode::check_size::<V::Row>(bytes)
+            });
+            encoded
                 .and_then(|encoded| encoded.map_err(EventFailure::NewRow))
                 .map_err(|cause| (event, cause))?;
         }

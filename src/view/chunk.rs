@@ -39,6 +39,8 @@ use crate::journal::{CursorBatch, Journal};
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId, Locator, Position};
 use crate::upcast::Decoded;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use smallvec::SmallVec;
 
 /// Batches on their way into the view.
@@ -633,7 +635,7 @@ fn change_of<V: View>(
         return Ok(change);
     }
     change.row = match row {
-        Some(row) => RowChange::Put(guard(|| Bincode::encode(row))?.map_err(EventFailure::NewRow)?),
+        Some(row) => RowChange::Put(encode_row(row)?),
         None if stored.is_some() => RowChange::Delete,
         None => RowChange::None,
     };
@@ -647,6 +649,15 @@ fn change_of<V: View>(
         change.put_entries = now.difference(&before).cloned().collect();
     }
     Ok(change)
+}
+
+/// As it will be stored; not if it couldn't be read back.
+fn encode_row<R: Serialize + DeserializeOwned>(row: &R) -> Result<Vec<u8>, EventFailure> {
+    let encoded = guard(|| {
+        let bytes = Bincode::encode(row)?;
+        Bincode::check_size::<R>(&bytes).map(|()| bytes)
+    });
+    encoded?.map_err(EventFailure::NewRow)
 }
 
 fn decode_row<V: View>(stored: &[u8]) -> Result<V::Row, EventFailure> {

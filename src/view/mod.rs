@@ -189,7 +189,8 @@ pub trait View: Send + Sync + 'static {
     /// # Errors
     /// [`FoldError`], from any error or text, if the event can't be applied: it is tried once more, and then
     /// parked with its key, together with all later events of that key; or the view stops in front of the
-    /// event's batch. [`ViewOptions::on_poison`] says which. A panic does the same.
+    /// event's batch. [`ViewOptions::on_poison`] says which. A panic does the same, and so does a row that is too large to be
+    /// read back ([`DECODE_BYTES_MAX`](crate::codec::DECODE_BYTES_MAX)).
     fn fold(
         &self,
         key: &Self::Key,

@@ -357,11 +357,12 @@ impl ViewTxn<'_> {
     pub fn put<K, R, Q>(&mut self, table: Table<K, R>, key: &Q, row: &R) -> Result<(), TableError>
     where
         K: ViewKey + 'static,
-        R: Serialize + 'static,
+        R: Serialize + DeserializeOwned + 'static,
         Q: EncodeKey<K> + ?Sized,
     {
         let key = self.space(table)?.key(|out| key.encode_key_into(out));
-        let row = Bincode::encode(row).map_err(|source| {
+        let row = Bincode::encode(row).and_then(|row| Bincode::check_size::<R>(&row).map(|()| row));
+        let row = row.map_err(|source| {
             let (table, source) = (table.name, Arc::new(source));
             self.failing(TableError::NewRow { table, source })
         })?;

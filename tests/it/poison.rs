@@ -544,3 +544,68 @@ fn a_decision_counts_for_the_versions_that_have_not_applied_the_event() {
     assert!(third.check(RebuildOptions::default()).unwrap().is_equal());
 }
 
+/// A row that can be written but not be read back.
+#[derive(Debug)]
+struct Sizes;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+enum Large {
+    Text(String),
+    /// Small on disk, and large in memory.
+    Numbers(Vec<u64>),
+}
+
+impl View for Sizes {
+    const NAME: &'static str = "sizes";
+    const VERSION: u32 = 1;
+    type Key = u8;
+    type Row = (u64, Large);
+    type Event = Vec<u8>;
+
+    fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+        keys.add(event.data()[0]);
+    }
+
+    fn fold(
+        &self,
+        _: &u8,
+        row: Option<(u64, Large)>,
+        event: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<(u64, Large)>, FoldError> {
+        let count = row.map_or(0, |row| row.0) + 1;
+        let mib = usize::from(event.data()[2]) << 20;
+        Ok(Fold::Put((
+            count,
+            match event.data()[1] {
+                0 => Large::Text("7".repeat(mib)),
+                _ => Large::Numbers(vec![7; mib / 8]),
+            },
+        )))
+    }
+}
+
+#[test]
+fn a_row_that_is_too_large_to_be_read_back_parks_its_event_and_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let view = store.view(Sizes).unwrap();
+    // Key, kind, MiB.
+    let events =
+        [[1, 0, 1], [1, 0, 63], [2, 1, 63], [1, 0, 65], [2, 1, 65], [1, 0, 1], [3, 0, 1]];
+    for event in events {
+        let token = append(&store, vec![NewEvent::raw("sized", event.to_vec()).unwrap()]);
+        view.wait_for(&token, PATIENCE).unwrap();
+    }
+    let parked: Vec<_> = view.parked().map(Result::unwrap).collect();
+    let places: Vec<_> = parked.iter().map(|it| (it.key, it.first.get(), it.events)).collect();
+    assert_eq!(places, [(1, 3, 2), (2, 4, 1)]);
+    for it in &parked {
+        assert!(it.reason.contains("too large") && it.reason.contains("64 MiB"), "{}", it.reason);
+    }
+    assert_eq!(view.get(&1).unwrap().map(|row| row.0), Some(2));
+    assert_eq!(view.get(&2).unwrap().map(|row| row.0), Some(1));
+    assert_eq!(view.get(&3).unwrap().map(|row| row.0), Some(1));
+    assert!(matches!(view.status().state, ViewState::CaughtUp));
+    let halted = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap_err();
+    assert!(halted.to_string().contains("too large"), "{halted}");
+}
