@@ -80,12 +80,7 @@ impl Attempts {
         self.write(false, at, self.deaths(at));
     }
 
-    /// It has returned with an error, and will be tried again: the event doesn't kill.
-    pub(super) fn returned(&mut self, at: At) {
-        self.end(at);
-    }
-
-    /// All that was to be done about the event is done.
+    /// All that was to be done about the event is done, or the code has returned with an error: the event doesn't kill.
     pub(super) fn end(&mut self, at: At) {
         self.died = self.died.filter(|(died, _)| *died != at);
         self.pause(at);

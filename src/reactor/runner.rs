@@ -459,7 +459,7 @@ impl<R: Reactor> Runner<R> {
             }));
             self.attempts.pause(at);
             if !matches!(tried, Ok(Ok(()))) {
-                self.attempts.returned(at);
+                self.attempts.end(at);
             }
             let (cause, is_permanent) = match tried {
                 Ok(Ok(())) => break,
