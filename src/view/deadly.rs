@@ -725,8 +725,17 @@ impl ViewControl {
 
 #[cfg(test)]
 mod tests {
+    use super::super::db::Db;
+    use super::super::poison::{OnPoison, Rules};
+    use super::super::program::Keyed;
+    use super::super::runner::{Limit, collect, nothing};
+    use super::super::sources::Sources;
+    use super::super::{Fold, FoldError, Indexes, Keys, View, ViewMemory};
     use super::*;
+    use crate::codec::CodecError;
+    use crate::event::{Event, EventKind, EventKindRef, KnownKind, Payload};
     use crate::fs::os::OsFs;
+    use crate::{Append, ExpectedRevision, NewEvent, PayloadCodec, Store, StreamId};
     use proptest::prelude::*;
 
     fn journal() -> impl Strategy<Value = JournalId> {
@@ -815,7 +824,11 @@ mod tests {
 
     /// A process that dies in this event: everything is left as it is.
     fn die_in(dir: &Path, position: u64) {
-        let care = open(dir).note(Duty::Follow).all_care();
+        die_in_event(&open(dir), position);
+    }
+
+    fn die_in_event(attempts: &Arc<Attempts>, position: u64) {
+        let care = attempts.note(Duty::Follow).all_care();
         care.batch(JOURNAL, Position::new(0)..Position::new(20));
         care.enter(|| event(position)).unwrap();
         std::mem::forget(care);
@@ -836,6 +849,51 @@ mod tests {
         let fifth = Locator { journal: JOURNAL, position: Position::new(5) };
         assert!(open(dir.path()).acquit(fifth).unwrap());
         assert!(!is_killer(dir.path(), 5));
+    }
+
+    #[test]
+    fn threads_that_were_at_the_same_event_died_one_death() {
+        let dir = tempfile::tempdir().unwrap();
+        for _ in 1..DEATHS_MAX {
+            let attempts = open(dir.path());
+            (0..3).for_each(|_| die_in_event(&attempts, 5));
+        }
+        assert!(!is_killer(dir.path(), 5));
+        die_in(dir.path(), 5);
+        assert!(is_killer(dir.path(), 5));
+    }
+
+    /// Whatever happens while it is counted.
+    #[cfg(feature = "test-kit")]
+    #[test]
+    fn a_death_is_counted_once_wherever_the_process_dies_while_it_is_counted() {
+        use crate::fs::sim::{Down, Fault, Repeat, SimFs};
+        let dir = Path::new("/view");
+        for fault in [Fault::Kill, Fault::PowerCut, Fault::Eio] {
+            let mut most = 0;
+            for (at, seed) in (0..20).flat_map(|at| (0..8).map(move |seed| (at, seed))) {
+                let fs = SimFs::new(seed);
+                fs.create_dir_all(dir).unwrap();
+                let open = || Attempts::open(Arc::new(fs.clone()), dir, 1);
+                let attempts = open().unwrap();
+                die_in_event(&attempts, 5);
+                // The system may have written the note to the disk.
+                attempts.notes.sync_data().unwrap();
+                fs.sync_dir(dir).unwrap();
+                fs.fail_at(fs.ops() + at, fault, Repeat::Once);
+                drop(open());
+                fs.clear_faults();
+                match (fs.down(), fault) {
+                    (Some(Down::Kill), _) => fs.kill(),
+                    (Some(Down::PowerCut), _) | (None, Fault::PowerCut) => fs.power_cut(),
+                    (None, _) => {}
+                }
+                let counted = open().unwrap().deadly().suspects.iter().map(|it| it.1).sum();
+                assert!(counted <= 1, "{fault:?} at {at}, seed {seed}: {counted} deaths");
+                most = most.max(counted);
+            }
+            assert_eq!(most, 1, "{fault:?}: none was counted");
+        }
     }
 
     #[test]
@@ -886,5 +944,165 @@ mod tests {
         std::fs::write(dir.path().join("deadly.1"), "headwater deadly 1\n").unwrap();
         let opened = Attempts::open(Arc::new(OsFs), dir.path(), 1);
         assert!(matches!(opened, Err(ViewError::DamagedDeadly { .. })));
+    }
+
+    // ------------------------------------------------------------------------------------- who is blamed
+
+    /// What was noted while this or that was at work.
+    type Seen = Vec<(&'static str, Option<AtWork>)>;
+
+    static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
+    static SEEN: Mutex<Seen> = Mutex::new(Vec::new());
+
+    fn see(what: &'static str) {
+        let Some(folder) = &*FOLDER.lock() else { return };
+        let bytes = std::fs::read(folder.join("folding.1")).unwrap();
+        let noted = AtWork::decode(&bytes[..NOTE_BYTES]).map(|(_, noted)| noted);
+        let mut seen = SEEN.lock();
+        if seen.last() != Some(&(what, noted)) {
+            seen.push((what, noted));
+        }
+    }
+
+    /// Fails in the code that is named.
+    #[derive(Clone)]
+    struct Known(&'static str);
+
+    impl Event for Known {
+        const KINDS: &'static [KnownKind] = &[KnownKind::present("known", 1)];
+
+        fn kind(&self) -> EventKind {
+            EventKind { name: "known", schema_version: 1 }
+        }
+
+        fn encode(&self) -> Result<(PayloadCodec, Vec<u8>), CodecError> {
+            Ok((PayloadCodec::Raw, self.0.into()))
+        }
+
+        fn step(
+            kind: EventKindRef<'_>,
+            payload: Payload<'_>,
+        ) -> Result<crate::upcast::Step<Self>, CodecError> {
+            if kind.name != "known" {
+                see("foreign");
+                return Ok(crate::upcast::Step::Foreign);
+            }
+            see("decode");
+            Ok(crate::upcast::Step::Value(Self(if payload.bytes == b"fold" {
+                "fold"
+            } else {
+                "route"
+            })))
+        }
+    }
+
+    struct Witness;
+
+    impl View for Witness {
+        const NAME: &'static str = "witness";
+        const VERSION: u32 = 1;
+        type Key = u8;
+        type Row = u64;
+        type Event = Known;
+
+        fn route(&self, event: &Recorded<Known>, keys: &mut Keys<u8>) {
+            see("route");
+            assert!(event.data().0 != "route", "as planned");
+            keys.add(1);
+        }
+
+        fn fold(
+            &self,
+            _: &u8,
+            _: Option<u64>,
+            _: &Recorded<Known>,
+        ) -> Result<Fold<u64>, FoldError> {
+            see("fold");
+            Err("as planned".into())
+        }
+
+        // Asked for in front of reading rows, or behind that.
+        fn indexes(&self) -> Indexes<Self> {
+            see("database");
+            Indexes::none()
+        }
+    }
+
+    /// Neither the journal nor the database is, nor a part of the view that has returned, nor an event that it doesn't know.
+    #[test]
+    fn an_event_is_blamed_for_what_the_code_of_the_view_does_with_it_and_for_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path().join("store")).unwrap();
+        let journal = store.journal().clone();
+        let append = |events: Vec<NewEvent>| {
+            let to = StreamId::new("s").unwrap();
+            store.append(&Append::to(&to, ExpectedRevision::Any, events)).unwrap().token()
+        };
+        let known = |fails| NewEvent::typed(&Known(fails)).unwrap();
+        append(vec![NewEvent::raw("foreign", *b"").unwrap(), known("fold")]);
+        append(vec![known("route")]);
+
+        // The process has died in a chunk.
+        let folder = dir.path().join("apart");
+        std::fs::create_dir(&folder).unwrap();
+        let care = open(&folder).note(Duty::Follow).care();
+        care.batch(journal.id(), Position::new(0)..Position::new(3));
+        std::mem::forget(care);
+        let attempts = open(&folder);
+        *FOLDER.lock() = Some(folder);
+        let note = attempts.note(Duty::Follow);
+        let memory = ViewMemory::new(1 << 20, 1 << 20);
+        let db = Arc::new(Db::open(&dir.path().join("rows"), &memory).unwrap());
+        let mut cursor = journal.cursor(Position::START).unwrap();
+        let start = nothing(&Sources::from(journal.clone()));
+        let mut collected = || {
+            let rules =
+                Rules { on_poison: OnPoison::Park, ..Rules::strict(Arc::default(), note.care()) };
+            let limit = Limit::of(1 << 20);
+            let got = collect(&Keyed(Witness), &journal, &mut cursor, start.clone(), limit, rules);
+            see("journal");
+            got
+        };
+        let (chunk, failure) = collected();
+        assert!(failure.is_none(), "{failure:?}");
+        assert_eq!(chunk.fold(&Witness, &db).unwrap().end.parked.events, 1);
+        see("what is parked");
+        let at = |position, stage| {
+            let event = journal.read_all(Position::new(position)).unwrap().next().unwrap().unwrap();
+            Some(AtWork::Event(At::of(&event, stage)))
+        };
+        let ahead = AtWork::Chunk {
+            journal: journal.id(),
+            from: Position::START,
+            to: Position::new(AHEAD_EVENTS),
+        };
+        let (route, fold) = (at(1, Stage::Route), at(1, Stage::Fold));
+        let expected = [
+            ("foreign", Some(ahead)),
+            ("decode", route),
+            ("route", route),
+            ("journal", None),
+            ("database", None),
+            ("fold", fold),
+            ("what is parked", None),
+        ];
+        assert_eq!(std::mem::take(&mut *SEEN.lock()), expected);
+        // One that isn't folded.
+        let (chunk, failure) = collected();
+        assert!(chunk.is_empty() && failure.is_some());
+        let route = at(2, Stage::Route);
+        let expected = [("decode", route), ("route", route), ("journal", None)];
+        assert_eq!(std::mem::take(&mut *SEEN.lock()), expected);
+        *FOLDER.lock() = None;
+
+        // What is parked is tried again.
+        let view = store.view(Witness).unwrap();
+        view.wait_for_latest(std::time::Duration::from_secs(60)).unwrap();
+        *FOLDER.lock() = Some(dir.path().join("store/views/witness"));
+        assert_eq!(view.retry(&1).unwrap().left, 1);
+        *FOLDER.lock() = None;
+        let (route, fold) = (at(1, Stage::Route), at(1, Stage::Fold));
+        let expected = [("decode", route), ("route", route), ("database", None), ("fold", fold)];
+        assert_eq!(std::mem::take(&mut *SEEN.lock()), expected);
     }
 }

@@ -960,6 +960,16 @@ fn a_view_of_several_journals_is_looked_at_checked_and_rebuilt() {
     let rebuilt = json_of(service(&["view", "rebuild", "--json", dir, "spent"]));
     assert_eq!((&rebuilt["generation"], &rebuilt["compared"]["equal"]), (&json!(2), &json!(true)));
     assert_eq!(world.status(&[])[1]["state"], "caught_up");
+    // Each version with those that it is made from, whatever another one has.
+    let store = Store::open(&world.path).unwrap();
+    let view = store.view(Spent::<2>::default()).unwrap();
+    view.wait_for_latest(PATIENCE).unwrap();
+    view.close().unwrap();
+    drop(view);
+    store.close().unwrap();
+    drop(store);
+    let rebuilt = json_of(service(&["view", "rebuild", "--json", dir, "spent"]));
+    assert_eq!((&rebuilt["generation"], &rebuilt["compared"]["equal"]), (&json!(3), &json!(true)));
     // Not where one of them is missing.
     std::fs::rename(world.path.join("mirrors/other"), world.path.join("elsewhere")).unwrap();
     failed(&service(&["view", "rebuild", dir, "spent"]), 1, "view.no_journal");

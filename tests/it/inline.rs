@@ -3,17 +3,18 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use headwater::reactor::{IdempotencyKey, ReactError, Reactor, ReactorOptions, Start};
 use headwater::view::{
     self, Fold, FoldError, Keys, OnPoison, RebuildOptions, View, ViewError, ViewHandle,
-    ViewOptions, ViewState,
+    ViewOptions, ViewState, WaitError,
 };
 use headwater::{
     Append, AppendError, Durability, ExpectedRevision, NewEvent, Position, Recorded, Store,
     StreamId,
 };
+use parking_lot::{Condvar, Mutex};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const FAILS: &[u8] = b"fails";
@@ -76,7 +77,7 @@ fn every_thread_sees_what_it_has_appended_at_once_while_rebuilds_take_over() {
     let is_over = AtomicBool::new(false);
     let appended = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        for thread in 0..3 {
+        let threads = [0, 1, 2].map(|thread| {
             let (store, view, is_over, appended) = (&store, &view, &is_over, &appended);
             scope.spawn(move || {
                 let stream = format!("stream-{thread}");
@@ -87,12 +88,16 @@ fn every_thread_sees_what_it_has_appended_at_once_while_rebuilds_take_over() {
                         return;
                     }
                 }
-            });
-        }
+            })
+        });
         for _ in 0..5 {
             let before = appended.load(Ordering::Relaxed);
             view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
             while appended.load(Ordering::Relaxed) < before + 10 {
+                assert!(
+                    !threads.iter().any(|it| it.is_finished()),
+                    "what it appended wasn't there"
+                );
                 std::thread::yield_now();
             }
         }
@@ -175,6 +180,170 @@ fn only_a_store_opens_inline_views_and_does_not_keep_them_open() {
     let view = store.view_with(Counts, inline()).unwrap();
     append_and_see(&store, &view, "a", 1);
     assert_eq!(view.snapshot_latest(PATIENCE).unwrap().checkpoint().position, Position::new(1));
+}
+
+/// Those who append take steps of it: they let go of it before it is closed, and it is caught up before it is handed out.
+#[test]
+fn a_view_is_closed_and_opened_again_while_others_append() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path());
+    let (is_over, appended) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::SeqCst) {
+                    store.append(&to("a", b"")).unwrap();
+                    appended.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        let reopen = || -> Result<(), ViewError> {
+            for _ in 0..50 {
+                let view = store.view_with(Counts, inline())?;
+                let returned = appended.load(Ordering::SeqCst);
+                assert!(view.get("a").unwrap().map_or(0, |row| row.0) >= returned);
+                view.close()?;
+            }
+            Ok(())
+        };
+        let reopened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reopen));
+        is_over.store(true, Ordering::SeqCst);
+        reopened.unwrap().unwrap();
+    });
+}
+
+/// Holds the fold at an event until it is told to go on, or for as long as a test can wait.
+#[derive(Clone, Default)]
+struct Gate(Arc<(Mutex<(bool, bool)>, Condvar)>);
+
+impl Gate {
+    fn hold(&self) {
+        let (state, changed) = &*self.0;
+        let mut state = state.lock();
+        state.0 = true;
+        changed.notify_all();
+        changed.wait_while_for(&mut state, |(_, is_open)| !*is_open, PATIENCE / 10);
+    }
+
+    fn wait_until_held(&self) {
+        let (state, changed) = &*self.0;
+        changed.wait_while(&mut state.lock(), |(is_held, _)| !*is_held);
+    }
+
+    fn open(&self) {
+        self.0.0.lock().1 = true;
+        self.0.1.notify_all();
+    }
+}
+
+/// A handle to itself, which it closes, or lets go of, when it is asked to; or its fold takes its time.
+#[derive(Clone, Default)]
+struct Own {
+    handle: Arc<Mutex<Option<ViewHandle<Self>>>>,
+    gate: Gate,
+}
+
+const CLOSES: &[u8] = b"closes";
+const DROPS: &[u8] = b"drops";
+const HOLDS: &[u8] = b"holds";
+
+impl View for Own {
+    const NAME: &'static str = "own";
+    const VERSION: u32 = 1;
+    type Key = StreamId;
+    type Row = u64;
+    type Event = Vec<u8>;
+
+    fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<StreamId>) {
+        keys.add(event.stream().clone());
+    }
+
+    fn fold(
+        &self,
+        _: &StreamId,
+        row: Option<u64>,
+        event: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<u64>, FoldError> {
+        let handle = || self.handle.lock().take();
+        match &event.data()[..] {
+            CLOSES => handle().map_or(Ok(()), |handle| handle.close())?,
+            DROPS => drop(handle()),
+            HOLDS => self.gate.hold(),
+            _ => {}
+        }
+        Ok(Fold::Put(row.unwrap_or(0) + 1))
+    }
+}
+
+#[test]
+fn a_view_that_is_closed_by_its_own_fold_ends_and_nobody_waits_for_ever() {
+    for (inline, event) in [(true, CLOSES), (true, DROPS), (false, CLOSES), (false, DROPS)] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = create(dir.path());
+        let own = Own::default();
+        let view = store.view_with(own.clone(), ViewOptions { inline, ..self::inline() }).unwrap();
+        let watch = (event == CLOSES).then(|| view.control());
+        *own.handle.lock() = Some(view);
+        let (done, is_done) = std::sync::mpsc::channel();
+        let appender = store.clone();
+        std::thread::spawn(move || {
+            let appended = appender.append(&to("a", event)).unwrap();
+            done.send(appended.receipt().behind.clone()).unwrap();
+        });
+        let behind = is_done.recv_timeout(PATIENCE / 3);
+        assert_eq!(behind.as_deref(), Ok(&[][..]), "inline {inline}, {event:?}");
+        if let Some(view) = &watch {
+            until(|| matches!(view.status().state, ViewState::Closed));
+            // What it was at when it was closed is applied.
+            assert_eq!(view.checkpoint().applied.position, Position::new(1));
+            view.close().unwrap();
+        }
+        drop(watch);
+        // It can be opened again once its thread has ended.
+        let view = until_some(|| store.view_with(Own::default(), self::inline()).ok());
+        assert_eq!(view.get("a").unwrap(), Some(1));
+        assert_eq!(store.append(&to("a", b"")).unwrap().receipt().behind, []);
+        assert_eq!(view.get("a").unwrap(), Some(2));
+    }
+}
+
+fn until(mut is_so: impl FnMut() -> bool) {
+    until_some(|| is_so().then_some(()));
+}
+
+fn until_some<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "never");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_wait_for_an_inline_view_ends_when_its_time_is_over_though_the_fold_takes_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path());
+    let own = Own::default();
+    let view = store.view_with(own.clone(), inline()).unwrap();
+    let token = store.submit(&to("a", HOLDS)).unwrap().wait().unwrap().token();
+    own.gate.wait_until_held();
+    let short = Duration::from_millis(20);
+    let waits = [
+        view.wait_for(&token, short).unwrap_err(),
+        view.wait_for_latest(short).unwrap_err(),
+        // Applied only when there is nothing else to do: somebody is at it.
+        view.wait_for_latest(Duration::ZERO).unwrap_err(),
+    ];
+    for late in waits {
+        let WaitError::Timeout { reached, wanted } = late else { panic!("{late}") };
+        assert_eq!((reached, wanted), (Position::START, Position::new(1)));
+    }
+    own.gate.open();
+    view.wait_for(&token, PATIENCE).unwrap();
+    assert_eq!(view.get_latest("a", PATIENCE).unwrap(), Some(1));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Reactors: each event at least once, in order, never before it is durable, and never silently left out.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -456,6 +456,9 @@ fn a_reaction_to_what_is_not_durable_would_be_noticed() {
 /// Set in a child: where its store is.
 const KILLED: &str = "HEADWATER_REACTOR_DIR";
 
+/// Set in a child: its reactor fails, and the process dies before that tries again.
+const FAILS: &str = "HEADWATER_REACTOR_FAILS";
+
 /// Kills the process at the third event.
 struct Killer;
 
@@ -464,10 +467,11 @@ impl Reactor for Killer {
     type Event = SumEvent;
 
     fn react(&self, event: &Recorded<SumEvent>, _: &IdempotencyKey) -> Result<(), ReactError> {
-        if event.position().get() == 2 && std::env::var_os(KILLED).is_some() {
-            std::process::abort();
+        match event.position().get() {
+            2 if std::env::var_os(FAILS).is_some() => Err("not today".into()),
+            2 if std::env::var_os(KILLED).is_some() => std::process::abort(),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -476,29 +480,59 @@ impl Reactor for Killer {
 fn reacts_in_a_process_that_dies() {
     let Some(dir) = std::env::var_os(KILLED) else { return };
     let store = Store::open(Path::new(&dir)).unwrap();
-    let killer = store.react(Killer, quick(Start::Beginning)).unwrap();
+    let fails = std::env::var_os(FAILS).is_some();
+    let back_off_min = if fails { LONG } else { quick(Start::Now).back_off_min };
+    let options = ReactorOptions { back_off_min, back_off_max: LONG, ..quick(Start::Beginning) };
+    let killer = store.react(Killer, options).unwrap();
+    while fails {
+        if killer.status().failing.is_some() {
+            std::process::abort();
+        }
+        std::thread::yield_now();
+    }
     println!("\nhalted: {}", halted(&killer));
+}
+
+/// One life of it: why it halted, if it did.
+fn live_as_killer(dir: &Path, fails: bool) -> Option<String> {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "reactors::reacts_in_a_process_that_dies", "--nocapture"]);
+    child.env(KILLED, dir).stderr(std::process::Stdio::null());
+    if fails {
+        child.env(FAILS, "");
+    }
+    let said = String::from_utf8(child.output().unwrap().stdout).unwrap();
+    said.lines().find_map(|line| line.strip_prefix("halted: ").map(str::to_owned))
+}
+
+fn store_for_killer(dir: &Path) -> PathBuf {
+    let dir = dir.join("store");
+    let store = Store::create(&dir).unwrap();
+    (0..5).for_each(|n| drop(put(&store, Added(n))));
+    store.close().unwrap();
+    dir
+}
+
+#[test]
+fn an_event_from_which_the_reactor_has_returned_meanwhile_counts_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = store_for_killer(dir.path());
+    for _ in 0..2 {
+        for _ in 0..4 {
+            assert_eq!(live_as_killer(&dir, false), None);
+        }
+        assert_eq!(live_as_killer(&dir, true), None);
+    }
+    let store = Store::open(&dir).unwrap();
+    let killer = store.react(Killer, quick(Start::Beginning)).unwrap();
+    assert!(killer.wait_reacted(Position::new(5), LONG), "{:?}", killer.status());
 }
 
 #[test]
 fn an_event_that_kills_the_process_makes_the_reactor_halt_in_front_of_it_after_five_deaths() {
     let dir = tempfile::tempdir().unwrap();
-    let dir = dir.path().join("store");
-    let store = Store::create(&dir).unwrap();
-    for n in 0..5 {
-        put(&store, Added(n));
-    }
-    store.close().unwrap();
-    let live = || {
-        let child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "reactors::reacts_in_a_process_that_dies", "--nocapture"])
-            .env(KILLED, &dir)
-            .stderr(std::process::Stdio::null())
-            .output()
-            .unwrap();
-        let said = String::from_utf8(child.stdout).unwrap();
-        said.lines().find_map(|line| line.strip_prefix("halted: ").map(str::to_owned))
-    };
+    let dir = store_for_killer(dir.path());
+    let live = || live_as_killer(&dir, false);
     for _ in 0..5 {
         assert_eq!(live(), None);
     }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use headwater::retention::{History, Holder, Options, Plan, Until};
-use headwater::view::{Fold, FoldError, Keys, StopError, View, ViewHandle, ViewOptions, ViewState};
+use headwater::view::{
+    Fold, FoldError, Keys, StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
+};
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
     StreamId,
@@ -232,5 +234,17 @@ fn a_view_over_several_journals_holds_back_what_it_needs_of_each_and_nothing_els
     for (store, applied) in [(&own, 300), (&peer, 600)] {
         let held = plan(store);
         assert!(held.target <= Position::new(applied), "{held:?}");
+        let of = |holder: &Holder| matches!(holder, Holder::View { generation: 2, .. });
+        let gate = held.gates.iter().find(|gate| of(&gate.holder)).unwrap();
+        assert_eq!(gate.position, Some(Position::new(applied)));
     }
+
+    // What can't be made anew isn't set aside for another set of journals.
+    assert!(forget(&peer).target > Position::START);
+    let third = open(&dir.path().join("third"));
+    let journals = [&own, &peer, &third].map(|store| store.journal().clone());
+    let refused = own.view_over(&journals, Counts::<1>, ViewOptions::default()).unwrap_err();
+    let ViewError::Journals { reason, .. } = refused else { panic!("{refused}") };
+    assert!(reason.contains("can't be made anew"), "{reason}");
+    view_over(&[peer.journal().clone(), own.journal().clone()]);
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use headwater::view::{
-    Fold, FoldError, Keys, RebuildOptions, View, ViewError, ViewHandle, ViewOptions, ViewReadError,
+    Change, Fold, FoldError, Keys, RebuildOptions, View, ViewError, ViewHandle, ViewOptions,
+    ViewReadError, ViewState,
 };
 use headwater::{
     Append, ExpectedRevision, Journal, JournalId, Locator, NewEvent, Position, Recorded, Store,
@@ -22,11 +23,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 type Row = BTreeMap<[u8; 16], (u64, u64)>;
 
 /// What has reached each key, told apart by journal, so that order between journals makes no difference.
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 struct Traces {
     is_mended: Arc<AtomicBool>,
     /// For the events of one journal.
     mended_for: Arc<Mutex<Option<JournalId>>>,
+    /// The journals of the events, as they have come.
+    routed: Arc<Mutex<Vec<JournalId>>>,
 }
 
 /// An event says which keys it concerns, and at which of them it fails unless that is mended.
@@ -49,6 +52,7 @@ impl View for Traces {
     type Event = Vec<u8>;
 
     fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+        self.routed.lock().push(event.locator().journal);
         assert!(!event.data().contains(&NOWHERE), "asked to be lost");
         keys.extend(event.data().iter().map(|key| key & !FAILS));
     }
@@ -73,8 +77,7 @@ struct World {
     stores: Vec<Store>,
     tokens: Vec<Option<Token>>,
     rng: Rng,
-    is_mended: Arc<AtomicBool>,
-    mended_for: Arc<Mutex<Option<JournalId>>>,
+    view: Traces,
 }
 
 impl World {
@@ -84,7 +87,7 @@ impl World {
         let stores: Vec<Store> = (0..journals).map(store).collect();
         let tokens = vec![None; journals];
         let rng = Rng::with_seed(seed);
-        Self { stores, tokens, rng, is_mended: Arc::default(), mended_for: Arc::default() }
+        Self { stores, tokens, rng, view: Traces::default() }
     }
 
     fn journals(&self) -> Vec<Journal> {
@@ -95,9 +98,17 @@ impl World {
         // A few rows are remembered with small chunks, or none.
         let row_cache_bytes = if chunk_bytes < 1 << 20 { chunk_bytes } else { 32 << 20 };
         let options = ViewOptions { chunk_bytes, row_cache_bytes, ..ViewOptions::default() };
-        let (is_mended, mended_for) = (self.is_mended.clone(), self.mended_for.clone());
-        let view = Traces { is_mended, mended_for };
-        self.stores[0].view_over(&self.journals(), view, options).unwrap()
+        self.stores[0].view_over(&self.journals(), self.view.clone(), options).unwrap()
+    }
+
+    /// Does something to a store's files while it is closed.
+    fn reopen(&mut self, store: usize, meanwhile: impl FnOnce()) {
+        let dir = self.stores[store].journal().dir().parent().unwrap().to_owned();
+        let closed = self.stores.remove(store);
+        closed.close().unwrap();
+        drop(closed);
+        meanwhile();
+        self.stores.insert(store, Store::open(dir).unwrap());
     }
 
     fn append(&mut self, journal: usize, events: Vec<Vec<u8>>) -> Token {
@@ -210,7 +221,7 @@ fn events_of_all_journals_are_parked_and_retried_in_the_order_of_their_intake() 
             let counted: u64 = parked.iter().map(|key| key.events).sum();
             assert_eq!(view.status().parked.events, counted);
         }
-        world.is_mended.store(true, Ordering::Relaxed);
+        world.view.is_mended.store(true, Ordering::Relaxed);
         let parked: Vec<_> = view.parked().map(Result::unwrap).collect();
         assert!(!parked.is_empty(), "some are");
         for key in parked {
@@ -265,7 +276,7 @@ fn an_event_that_can_be_folded_does_not_wait_for_one_at_the_same_position_of_ano
     view.wait_for(&first, PATIENCE).unwrap();
     let second = world.append(1, vec![bad]);
     view.wait_for(&second, PATIENCE).unwrap();
-    *world.mended_for.lock() = Some(first.journal);
+    *world.view.mended_for.lock() = Some(first.journal);
     let retried = view.retry(&1).unwrap();
     assert_eq!((retried.applied, retried.left), (1, 1));
     let parked: Vec<_> = view.parked().map(Result::unwrap).collect();
@@ -299,8 +310,7 @@ fn another_set_of_journals_makes_another_generation_and_wrong_sets_are_refused()
     drop(view);
     let mut journals = world.journals();
     let open = |journals: &[Journal]| {
-        let view = Traces { is_mended: Arc::default(), mended_for: Arc::default() };
-        world.stores[0].view_over(journals, view, ViewOptions::default())
+        world.stores[0].view_over(journals, Traces::default(), ViewOptions::default())
     };
     journals.reverse();
     let view = open(&journals).unwrap();
@@ -324,11 +334,95 @@ fn every_journal_wakes_the_view() {
     let dir = tempfile::tempdir().unwrap();
     let mut world = World::new(dir.path(), 12, 3);
     let view = world.open(1 << 20);
+    let mut changes = view.watch();
+    let mut waits = [const { Vec::new() }; 3];
     for round in 0..300 {
         let token = world.append(round % 3, vec![vec![1]]);
+        let since = Instant::now();
         view.wait_for(&token, PATIENCE).unwrap();
+        waits[round % 3].push(since.elapsed());
+        let change = changes.next_within(PATIENCE).unwrap();
+        let Some(Change::Rows { checkpoint, .. }) = change else { panic!("{change:?}") };
+        assert_eq!((checkpoint.journal, checkpoint.position), (token.journal, token.position));
     }
     world.assert_shows(&view);
+    // Who polls needs nearly 50 ms for most of them, whatever else the machine is doing.
+    for mut waits in waits {
+        let (_, median, _) = waits.select_nth_unstable(50);
+        assert!(*median < Duration::from_millis(25), "{median:?}");
+    }
+}
+
+/// One that has much to be folded doesn't keep the view from the others.
+#[test]
+fn the_journals_have_their_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 14, 3);
+    (0..100).for_each(|_| drop(world.append(0, vec![vec![1]])));
+    let quiet = [1, 2].map(|journal| world.append(journal, vec![vec![2]]).journal);
+    let view = world.open(1);
+    world.assert_shows(&view);
+    let routed = world.view.routed.lock();
+    assert!(quiet.iter().all(|journal| routed[..3].contains(journal)), "{routed:?}");
+}
+
+/// It ends with the last of them.
+#[test]
+fn a_view_goes_on_with_the_journals_that_are_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 15, 2);
+    let view = world.open(1);
+    world.append_some(20, 0);
+    world.assert_shows(&view);
+    world.stores[1].close().unwrap();
+    world.append(0, vec![vec![1]]);
+    world.wait(&view);
+    assert_eq!(view.status().lag_events, Some(0));
+    world.stores[0].close().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !matches!(view.status().state, ViewState::Closed) {
+        assert!(Instant::now() < deadline, "{:?}", view.status());
+        std::thread::yield_now();
+    }
+}
+
+/// A view may be the only witness of a loss, whichever journals it is opened with.
+#[test]
+fn a_lost_tail_is_told_though_the_set_of_journals_has_changed_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 16, 3);
+    let (journal, older) = (dir.path().join("store-1/journal"), dir.path().join("older"));
+    let kept = world.append(1, vec![vec![1]]);
+    world.reopen(1, || copy_dir(&journal, &older));
+    let lost = world.append(1, vec![vec![1]]);
+    let open = |world: &World, journals: &[usize]| {
+        let journals = journals.iter().map(|n| world.stores[*n].journal().clone());
+        let journals: Vec<Journal> = journals.collect();
+        world.stores[0].view_over(&journals, Traces::default(), ViewOptions::default())
+    };
+    let view = open(&world, &[0, 1]).unwrap();
+    view.wait_for(&lost, PATIENCE).unwrap();
+    view.close().unwrap();
+    drop(view);
+    world.reopen(1, || {
+        std::fs::remove_dir_all(&journal).unwrap();
+        copy_dir(&older, &journal);
+    });
+    for journals in [&[0, 1][..], &[0, 1, 2], &[1, 2], &[1]] {
+        let refused = open(&world, journals).map(drop).unwrap_err();
+        let ViewError::LostTail { checkpoint, end, .. } = refused else { panic!("{refused}") };
+        let told = (checkpoint.journal, checkpoint.position, end);
+        assert_eq!(told, (lost.journal, lost.position, kept.position), "{journals:?}");
+    }
+    // Of what it doesn't follow any more it says nothing.
+    assert!(open(&world, &[0, 2]).unwrap().status().set_aside.is_some());
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
 }
 
 /// The journal that has lost events is named, whichever of them it is.
