@@ -56,3 +56,32 @@ impl RowCache {
         rows.into_iter().for_each(|(key, row)| self.0.insert(key, row));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_was_written_last_and_fits_into_the_bytes_that_were_given() {
+        const BYTES_MAX: u64 = 64 << 10;
+        let key = |n: u32| Bytes::from_vec([&[1; 20][..], &n.to_le_bytes()].concat());
+        for row_bytes in [0, 8, 1000] {
+            let row = |n: u32, round: u8| {
+                (n % 3 != u32::from(round)).then(|| Bytes::from_vec(vec![round; row_bytes]))
+            };
+            let mut cache = RowCache::new(BYTES_MAX).unwrap();
+            for round in 0..3 {
+                (0..2000).for_each(|n| cache.written(vec![(key(n), row(n, round))]));
+            }
+            let (mut count, mut bytes) = (0, 0);
+            for n in 0..2000 {
+                let Some(kept) = cache.get(&key(n)) else { continue };
+                assert_eq!(*kept, row(n, 2));
+                count += 1;
+                bytes += size_of::<Written>() + 24 + kept.as_ref().map_or(0, |_| row_bytes);
+            }
+            assert!(count > 10 && bytes as u64 <= BYTES_MAX, "{count} rows of {bytes} bytes");
+        }
+        assert!(RowCache::new(ENTRY_BYTES - 1).is_none());
+    }
+}
