@@ -388,9 +388,9 @@ impl<const VERSION: u32> View for Meddler<VERSION> {
         row: Option<u64>,
         _: &Recorded<Vec<u8>>,
     ) -> Result<Fold<u64>, FoldError> {
-        let misdeed = self.misdeed.lock().unwrap().take();
+        let misdeed = self.misdeed.lock().take();
         if let Some(misdeed) = misdeed {
-            *self.outcome.lock().unwrap() = Some(misdeed());
+            *self.outcome.lock() = Some(misdeed());
         }
         Ok(Fold::Put(row.unwrap_or(0) + 1))
     }
@@ -527,15 +527,15 @@ fn a_fold_that_opens_rebuilds_or_appends_is_refused_instead_of_waiting_for_itsel
                 let options = ViewOptions { inline: !matches!(by, By::Follower), ..inline() };
                 let own = store.view_with(meddler, options).unwrap();
                 own.wait_for_latest(PATIENCE).unwrap();
-                *place.lock().unwrap() =
+                *place.lock() =
                     Some(misdeed(store.clone(), other.clone(), Some(own.clone())));
                 match by {
                     By::Appender | By::Follower => drop(store.append(&to("a", b"")).unwrap()),
                     By::Builder => drop(own.rebuild(RebuildOptions::default()).unwrap().wait()),
                 }
                 drop(own.wait_for_latest(PATIENCE));
-                assert_eq!(outcome.lock().unwrap().as_deref(), Some(expected), "{what}");
-                drop(place.lock().unwrap().take());
+                assert_eq!(outcome.lock().as_deref(), Some(expected), "{what}");
+                drop(place.lock().take());
                 drop(store.append(&to("a", b"")).unwrap());
             });
         }
@@ -552,7 +552,7 @@ fn a_reaction_opens_rebuilds_and_closes_an_inline_view() {
         type Event = Vec<u8>;
 
         fn react(&self, _: &Recorded<Vec<u8>>, _: &IdempotencyKey) -> Result<(), ReactError> {
-            let Some(store) = self.0.lock().unwrap().take() else { return Ok(()) };
+            let Some(store) = self.0.lock().take() else { return Ok(()) };
             let view = store.view_with(Counts, inline())?;
             store.append(&to("b", b""))?;
             view.rebuild(RebuildOptions::default())?.wait()?;

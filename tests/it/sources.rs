@@ -17,6 +17,8 @@ use headwater::{
 };
 use parking_lot::Mutex;
 
+use crate::views::{copy_dir, replace_dir};
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// By journal: how many events, and a hash of their positions in their order.
@@ -404,10 +406,7 @@ fn a_lost_tail_is_told_though_the_set_of_journals_has_changed_too() {
     view.wait_for(&lost, PATIENCE).unwrap();
     view.close().unwrap();
     drop(view);
-    world.reopen(1, || {
-        std::fs::remove_dir_all(&journal).unwrap();
-        copy_dir(&older, &journal);
-    });
+    world.reopen(1, || replace_dir(&older, &journal));
     for journals in [&[0, 1][..], &[0, 1, 2], &[1, 2], &[1]] {
         let refused = open(&world, journals).map(drop).unwrap_err();
         let ViewError::LostTail { checkpoint, end, .. } = refused else { panic!("{refused}") };
@@ -416,13 +415,6 @@ fn a_lost_tail_is_told_though_the_set_of_journals_has_changed_too() {
     }
     // Of what it doesn't follow any more it says nothing.
     assert!(open(&world, &[0, 2]).unwrap().status().set_aside.is_some());
-}
-
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 /// The journal that has lost events is named, whichever of them it is.

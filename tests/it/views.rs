@@ -252,7 +252,7 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-fn copy_dir(from: &Path, to: &Path) {
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -264,7 +264,7 @@ fn copy_dir(from: &Path, to: &Path) {
     }
 }
 
-fn replace_dir(with: &Path, at: &Path) {
+pub(crate) fn replace_dir(with: &Path, at: &Path) {
     std::fs::remove_dir_all(at).unwrap();
     copy_dir(with, at);
 }
