@@ -73,7 +73,9 @@ fn append_and_see(store: &Store, view: &ViewHandle<Counts>, stream: &str, count:
 fn every_thread_sees_what_it_has_appended_at_once_while_rebuilds_take_over() {
     let dir = tempfile::tempdir().unwrap();
     let store = create(dir.path());
-    let view = store.view_with(Counts, inline()).unwrap();
+    // Batch by batch: what is durable at once needs several steps.
+    let options = ViewOptions { chunk_bytes: 1, ..inline() };
+    let view = store.view_with(Counts, options).unwrap();
     let is_over = AtomicBool::new(false);
     let appended = AtomicU64::new(0);
     std::thread::scope(|scope| {
