@@ -4,12 +4,13 @@
     python3 read_journal.py DIR
 
 DIR is a store (it holds journal/), a journal's directory, or a mirror. Written from docs/format.md alone, with the
-standard library alone. All checksums are verified. The chain of BLAKE3 hashes is verified only if the package
-`blake3` can be imported; a note on standard error says whether it was.
+standard library alone. All checksums are verified, and the chain of BLAKE3 hashes: with the package `blake3` if it is
+installed, else with slow_blake3.py.
 
 Shows only what is proven to be durable, and changes nothing. Exit codes: 0 fine, 1 failed, 2 usage, 3 damage.
 """
 
+import collections
 import datetime
 import json
 import os
@@ -23,7 +24,7 @@ import zlib
 try:
     from blake3 import blake3
 except ImportError:
-    blake3 = None
+    from slow_blake3 import blake3
 
 HEADER_PAGE = 4096
 HEADER_COPY = 512
@@ -56,8 +57,39 @@ def check(condition, what):
 # ------------------------------------------------------------------------------------------- node and mark
 
 
+Node = collections.namedtuple("Node", "role journal id")
+Mark = collections.namedtuple("Mark", "end sequence witness")
+
+
+class Place(collections.namedtuple("Place", "offset position chain")):
+    """The end of a batch, or where a journal begins."""
+
+
+class Checkpoint(collections.namedtuple("Checkpoint", "journal incarnation offset position chain epoch")):
+    """A place, with the journal, and with incarnation and epoch of the batch that ends there (0 at the beginning)."""
+
+    LAYOUT = "<16sQQQ16sI4x"
+
+    @classmethod
+    def unpack(cls, data, at=0):
+        return cls(*struct.unpack_from(cls.LAYOUT, data, at))
+
+    def pack(self):
+        return struct.pack(self.LAYOUT, *self)
+
+    @property
+    def place(self):
+        return Place(self.offset, self.position, self.chain)
+
+
+def genesis(journal):
+    """The beginning of a journal."""
+    chain = blake3(b"headwater genesis v1\0" + journal).digest()[:16]
+    return Checkpoint(journal, 0, 0, 0, chain, 0)
+
+
 def read_node(directory):
-    """(role, journal id), or None in a copy."""
+    """A Node, or None in a copy."""
     try:
         with open(os.path.join(directory, "node"), "rb") as file:
             data = file.read()
@@ -70,17 +102,17 @@ def read_node(directory):
         raise Unsupported(f"{directory}/node: version {version}")
     if role not in (1, 2):
         raise Damage(f"{directory}/node: role {role}")
-    return {1: "origin", 2: "mirror"}[role], data[32:48]
+    return Node({1: "origin", 2: "mirror"}[role], data[32:48], data[16:32])
 
 
 def read_mark(directory):
-    """The newest valid slot as (offset, position, chain, journal id), or None."""
+    """The newest valid slot as a Mark, or None."""
     try:
         with open(os.path.join(directory, "mark"), "rb") as file:
             data = file.read()
     except FileNotFoundError:
         return None
-    best = None
+    marks = []
     for at in (0, 4096):
         slot = data[at : at + 128]
         if len(slot) < 128 or slot[:8] != MARK_MAGIC or zlib.crc32(slot[:124]) != u32(slot, 124):
@@ -88,14 +120,16 @@ def read_mark(directory):
         version, _, flags, sequence = struct.unpack_from("<HHIQ", slot, 8)
         if version != 1 or flags & ~3:
             continue
-        journal, _, offset, position, chain = struct.unpack_from("<16sQQQ16s", slot, 24)
-        if best is None or (offset, sequence) > best[0]:
-            best = (offset, sequence), (offset, position, chain, journal)
-    return best and best[1]
+        witness = Place(*struct.unpack_from("<QQ16s", slot, 88)) if flags & 2 else None
+        marks.append(Mark(Checkpoint.unpack(slot, 24), sequence, witness))
+    return max(marks, key=lambda mark: (mark.end.offset, mark.sequence), default=None)
+
+
+Base = collections.namedtuple("Base", "start first_segment durable")
 
 
 def read_base(directory, journal):
-    """Where the journal begins, if its oldest events were removed: (segment, position, offset, chain, durable)."""
+    """Where the journal begins, if its oldest events were removed."""
     path = os.path.join(directory, "base")
     try:
         with open(path, "rb") as file:
@@ -106,17 +140,17 @@ def read_base(directory, journal):
         page = data[at : at + 4096]
         if len(page) < 4096 or page[:8] != BASE_MAGIC:
             continue
-        owner, offset, position, chain = struct.unpack_from("<16s8xQQ16s", page, 16)
-        key = owner + struct.pack("<QQ", offset, at // 4096)
+        start = Checkpoint.unpack(page, 16)
+        key = start.journal + struct.pack("<QQ", start.offset, at // 4096)
         if zlib.crc32(key + page[:4092]) != u32(page, 4092):
             continue
         (version,) = struct.unpack_from("<H", page, 8)
         if version != 1:
             raise Unsupported(f"{path}: version {version}")
         first_segment, durable = struct.unpack_from("<QQ", page, 80)
-        if owner != journal or not first_segment or durable < offset:
+        if start.journal != journal or not first_segment or durable < start.offset:
             break
-        return first_segment, position, offset, chain, durable
+        return Base(start, first_segment, durable)
     raise Damage(f"{path} is damaged")
 
 
@@ -136,8 +170,8 @@ class Segment:
             self.group_alignment,
             self.journal,
             stored_number,
-            _epoch,
-            _incarnation,
+            self.epoch,
+            self.incarnation,
             self.base_position,
             self.base_offset,
             self.durable_offset,
@@ -151,9 +185,16 @@ class Segment:
         check(self.durable_offset <= self.base_offset, "durable offset")
         check(self.base_offset % 64 == 0, "base offset")
 
+    @property
+    def start(self):
+        return Place(self.base_offset, self.base_position, self.chain)
+
     def batch(self, at):
         """The valid batch at a file offset."""
-        data = self.data
+        return self.read_batch(self.data, at)
+
+    def read_batch(self, data, at):
+        """The valid batch of this segment at a place of `data`."""
         check(data[at : at + 4] == BATCH_MAGIC, "no batch")
         check(len(data) >= at + 128, "cut batch header")
         (length,) = struct.unpack_from("<H", data, at + 4)
@@ -168,7 +209,9 @@ class Segment:
         (stored, raw, body_crc, batch.count, batch.position, batch.offset, batch.durable) = struct.unpack_from(
             "<IIIIQQQ", header, 16
         )
-        _epoch, padded, _incarnation, batch.time_us, batch.chain = struct.unpack_from("<IIQq16s", header, 56)
+        batch.epoch, padded, batch.incarnation, batch.time_us, batch.chain = struct.unpack_from(
+            "<IIQq16s", header, 56
+        )
         used = length + stored
         check(used <= BATCH_BYTES_MAX, "batch length")
         check(padded % 64 == 0 and used <= padded < used + 4160, "padded length")
@@ -180,12 +223,22 @@ class Segment:
         batch.body = data[at + length : at + used]
         check(zlib.crc32(batch.body) == body_crc, "body checksum")
         check(not any(data[at + used : at + padded]), "padding")
-        batch.header, batch.end = header, batch.offset + padded
+        batch.header, batch.length = header, padded
         return batch
 
 
 class Batch:
     """A batch whose checksums were verified."""
+
+    def end(self, journal):
+        """The place behind it, as a Checkpoint."""
+        end = self.offset + self.length, self.position + self.count
+        return Checkpoint(journal, self.incarnation, *end, self.chain, self.epoch)
+
+    def check_continues(self, place, segment):
+        """That it lies at a place, and has the right chain; `segment` if it is the segment's first."""
+        check((self.offset, self.position) == place[:2], "place")
+        check(self.chain == self.chain_after(place.chain, segment), "chain")
 
     def chain_after(self, chain, segment):
         """The chain at the end of this batch; `segment` if it is the segment's first."""
@@ -205,14 +258,8 @@ class Batch:
         return records
 
 
-def read_segment(path, number):
-    """A Segment, or None if it is a spare."""
-    with open(path, "rb") as file:
-        data = file.read()
-    page = data[:HEADER_PAGE]
-    if not any(page):
-        check(not any(data), "lost header")
-        return None
+def read_header(path, page):
+    """The first valid copy of a segment's header."""
     valid = None
     for at in (0, HEADER_COPY):
         copy = page[at : at + HEADER_COPY]
@@ -224,7 +271,18 @@ def read_segment(path, number):
         if valid is None and length == HEADER_COPY and copy[18] == 1:
             valid = copy
     check(valid is not None, "segment header")
-    return Segment(path, number, valid, data)
+    return valid
+
+
+def read_segment(path, number):
+    """A Segment, or None if it is a spare."""
+    with open(path, "rb") as file:
+        data = file.read()
+    page = data[:HEADER_PAGE]
+    if not any(page):
+        check(not any(data), "lost header")
+        return None
+    return Segment(path, number, read_header(path, page), data)
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -334,7 +392,6 @@ class Journal:
         inner = os.path.join(directory, "journal")
         self.directory = inner if os.path.isdir(inner) else directory
         self.events, self.damage = [], None
-        self.position, self.offset, self.first_position = 0, 0, 0
         self._read()
 
     def _read(self):
@@ -344,29 +401,30 @@ class Journal:
         node = read_node(self.directory)
         mark = read_mark(self.directory)  # before the segments: what it vouches for is there
         self.segments, self.broken = self._segments(names)
-        journal = node[1] if node else next((s.journal for s in self.segments.values()), None)
+        journal = node.journal if node else next((s.journal for s in self.segments.values()), None)
         if journal is None:
             raise FileNotFoundError(f"{self.directory}: no journal here")
-        self.role = node[0] if node else None
+        self.role = node.role if node else None
         self.id = text_id(journal)
         base = read_base(self.directory, journal)
+        self.end = base.start if base else genesis(journal)
+        self.first_position = self.end.position
         if base:  # it takes the place of genesis; segments in front of it are no part of the journal
-            self.segments = {n: s for n, s in self.segments.items() if n >= base[0]}
-            self.position, self.offset, self.first_position = base[1], base[2], base[1]
-            if mark is None or (mark[0] < base[2] and mark[3] == journal):
-                mark = (base[2], base[1], base[3], journal)
-        proven = mark[0] if mark else 0
+            self.segments = {n: s for n, s in self.segments.items() if n >= base.first_segment}
+            if mark is None or (mark.end.offset < base.start.offset and mark.end.journal == journal):
+                mark = Mark(base.start, 0, None)
+        proven = mark.end.offset if mark else 0
         if base and self.role != "mirror":
-            proven = max(proven, base[4])
+            proven = max(proven, base.durable)
         if self.role != "mirror":  # in a mirror, headers speak of the origin's disk
             proven = max([proven] + [segment.durable_offset for segment in self.segments.values()])
-        batches, claimed = self._walk(journal, mark, base)
+        batches, claimed = self._walk(mark, base.first_segment if base else 0)
         if self.role != "mirror":
             proven = max(proven, claimed)
-        if self.offset < proven and self.damage is None:
+        if self.end.offset < proven and self.damage is None:
             self.damage = f"{self.stop}: the journal ends here, but was durable up to offset {proven}"
         for batch in batches:
-            if batch.end <= proven:
+            if batch.offset + batch.length <= proven:
                 self.events += batch.records()
         self.proven = proven
 
@@ -384,51 +442,41 @@ class Journal:
                 broken[number] = f"{path}: {why}"
         return segments, broken
 
-    def _walk(self, journal, mark, base):
-        """Follows the batches from genesis or the base; returns them with the highest durable offset they claim."""
-        chain = None
-        if blake3:
-            chain = blake3(b"headwater genesis v1\0" + journal).digest()[:16]
-        number = base[0] if base else 0
-        first = self.segments.get(number)
-        link, batches, claimed = base[3] if base else chain or (first.chain if first else None), [], 0
-        seen = mark is None or mark[0] == self.offset
+    def _walk(self, mark, number):
+        """Follows the batches from the beginning on; returns them with the highest durable offset they claim."""
+        batches, claimed, journal = [], 0, self.end.journal
+        seen = mark is None or mark.end.offset == self.end.offset
         self.stop = self.broken.get(number, f"{self.directory}: segment {number} is missing")
         while (segment := self.segments.get(number)) and segment.journal == journal:
-            same = (self.position, self.offset, link)
-            if (segment.base_position, segment.base_offset, segment.chain) != same:
+            if segment.start != self.end.place:
                 break  # the segment in front ended too early, or this one is another's
             at = HEADER_PAGE
             while True:
-                self.stop = f"{segment.path}: byte {at}, position {self.position}"
+                self.stop = f"{segment.path}: byte {at}, position {self.end.position}"
                 try:
                     batch = segment.batch(at)
-                    check(batch.offset == self.offset and batch.position == self.position, "place")
-                    if blake3:
-                        opening = segment if at == HEADER_PAGE else None
-                        check(batch.chain == batch.chain_after(link, opening), "chain")
+                    batch.check_continues(self.end.place, segment if at == HEADER_PAGE else None)
                     batch.records()
                 except Invalid as why:
                     self.stop += f": {why}"
                     break
                 batches.append(batch)
                 claimed = max(claimed, batch.durable)
-                at += batch.end - batch.offset
-                self.offset, self.position = batch.end, batch.position + batch.count
-                link = batch.chain
-                if mark and mark[0] == self.offset:
-                    seen = mark[1:3] == (self.position, link)
+                at += batch.length
+                self.end = batch.end(journal)
+                if mark and mark.end.offset == self.end.offset:
+                    seen = mark.end.place == self.end.place
             number += 1
             if number in self.broken:
                 self.stop = self.broken[number]
         claimed = max([claimed] + [self._claims(s) for n, s in self.segments.items() if n >= number - 1])
-        if mark and (mark[3] != journal or (mark[0] <= self.offset and not seen)):
+        if mark and (mark.end.journal != journal or (mark.end.offset <= self.end.offset and not seen)):
             self.damage = "another history than the one that was marked durable here"
         return batches, claimed
 
     def _claims(self, segment):
         """The highest durable offset in the headers of valid batches behind the end."""
-        claimed, start = 0, max(0, self.offset - segment.base_offset)
+        claimed, start = 0, max(0, self.end.offset - segment.base_offset)
         at = HEADER_PAGE + start
         while (at := segment.data.find(BATCH_MAGIC, at)) >= 0:
             if at % 64 == 0:
@@ -461,8 +509,7 @@ def main(arguments):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    chain = "verified" if blake3 else "not verified: the package blake3 is not installed"
-    print(f"{journal.role or 'copy'} of journal {journal.id}, chain {chain}", file=sys.stderr)
+    print(f"{journal.role or 'copy'} of journal {journal.id}, chain verified", file=sys.stderr)
     if journal.damage:
         print(f"damage: {journal.damage}", file=sys.stderr)
         return 3

@@ -48,7 +48,6 @@ class GoldenJournals(unittest.TestCase):
             self.assertEqual(journal.first_position, 3 if name == "trimmed" else 0)
             self.assertEqual(journal.events, expected(name))
 
-    @unittest.skipUnless(read_journal.blake3, "the chain is verified only with the package blake3")
     def test_the_chain_is_verified(self):
         directory = self.copy("origin")
         path = os.path.join(directory, "0000000000000002.seg")
