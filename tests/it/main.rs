@@ -48,6 +48,8 @@ mod poison;
 mod poison_parts;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
+#[cfg(feature = "shipping")]
+mod python_subscriber;
 #[cfg(feature = "test-kit")]
 mod queries;
 #[cfg(feature = "test-kit")]

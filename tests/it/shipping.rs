@@ -18,13 +18,13 @@ use headwater::shipping::{
     ServeOptions, Server, ShippingError, WaitError, follow, serve,
 };
 use headwater::{
-    Append, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, Position, Store,
-    StreamId,
+    Append, Checkpoint, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, Position,
+    Store, StreamId,
 };
 
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-fn small() -> JournalOptions {
+pub(crate) fn small() -> JournalOptions {
     JournalOptions {
         segment_bytes_first: 16 * 1024,
         segment_bytes_max: 16 * 1024,
@@ -35,23 +35,23 @@ fn small() -> JournalOptions {
 }
 
 /// An origin's store on disk, open and served or not.
-struct Origin {
-    dir: PathBuf,
+pub(crate) struct Origin {
+    pub(crate) dir: PathBuf,
     options: JournalOptions,
     store: Option<Store>,
     server: Option<Server>,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Origin {
-    fn start(dir: PathBuf, options: JournalOptions) -> Self {
+    pub(crate) fn start(dir: PathBuf, options: JournalOptions) -> Self {
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let mut origin = Self { dir, options, store: None, server: None, address };
         origin.open();
         origin
     }
 
-    fn open(&mut self) {
+    pub(crate) fn open(&mut self) {
         let builder = Store::builder(&self.dir).create_if_missing();
         let store = builder.journal_options(self.options.clone()).open().unwrap();
         let server = serve(store.journal().clone(), self.address, ServeOptions::default()).unwrap();
@@ -59,16 +59,16 @@ impl Origin {
         (self.store, self.server) = (Some(store), Some(server));
     }
 
-    fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.server.take().unwrap().shutdown();
         self.store.take().unwrap().close().unwrap();
     }
 
-    fn store(&self) -> &Store {
+    pub(crate) fn store(&self) -> &Store {
         self.store.as_ref().unwrap()
     }
 
-    fn append(&self, range: std::ops::Range<usize>) {
+    pub(crate) fn append(&self, range: std::ops::Range<usize>) {
         for number in range {
             self.append_text(&format!("{number}-{}", "x".repeat(number * 37 % 900)));
         }
@@ -80,7 +80,7 @@ impl Origin {
         self.store().append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
     }
 
-    fn end(&self) -> Position {
+    pub(crate) fn end(&self) -> Position {
         self.store().journal().end().position
     }
 }
@@ -89,12 +89,12 @@ fn options() -> FollowOptions {
     FollowOptions { journal: small(), ..FollowOptions::default() }
 }
 
-fn start_mirror(dir: &Path, origin: &Origin) -> Mirror {
+pub(crate) fn start_mirror(dir: &Path, origin: &Origin) -> Mirror {
     follow(Arc::new(OsFs), dir, origin.address.to_string(), options()).unwrap()
 }
 
 /// The mirror's journal once it is durable up to the origin's present end.
-fn converged(mirror: &Mirror, origin: &Origin) -> Journal {
+pub(crate) fn converged(mirror: &Mirror, origin: &Origin) -> Journal {
     let journal = mirror.wait_ready(SOON).unwrap();
     let end = origin.store().journal().end();
     let last = Position::new(end.position.get().saturating_sub(1));
@@ -683,15 +683,34 @@ fn a_mirror_that_waits_for_an_absent_origin_stops_at_once() {
     assert!(started.elapsed() < Duration::from_secs(2));
 }
 
-/// Forwards both directions; while `faults` last, it flips a bit in what the origin says, or cuts it off.
-fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> SocketAddr {
+/// What a proxy does to what the origin says on one connection.
+#[derive(Clone, Copy)]
+pub(crate) struct Fault {
+    /// Behind how many bytes.
+    pub(crate) at: usize,
+    /// Flips this bit of the next byte; without one it cuts the connection.
+    pub(crate) bit: Option<u8>,
+}
+
+/// While `faults` last, it flips a bit in what the origin says, or cuts it off.
+pub(crate) fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> SocketAddr {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    proxy(origin, move |number| {
+        let (at, cut, bit) = (rng.usize(..60_000), rng.bool(), rng.u8(..8));
+        (number < faults).then_some(Fault { at, bit: (!cut).then_some(bit) })
+    })
+}
+
+/// Forwards both directions, with a fault on some of the connections.
+pub(crate) fn proxy(
+    origin: SocketAddr,
+    mut fault: impl FnMut(usize) -> Option<Fault> + Send + 'static,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
-        let mut rng = fastrand::Rng::with_seed(seed);
         for (number, downstream) in listener.incoming().enumerate() {
-            let (Ok(mut downstream), Ok(mut upstream)) = (downstream, TcpStream::connect(origin))
-            else {
+            let (Ok(downstream), Ok(upstream)) = (downstream, TcpStream::connect(origin)) else {
                 return;
             };
             let (mut from, mut to) =
@@ -700,29 +719,36 @@ fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> SocketAddr {
                 drop(std::io::copy(&mut from, &mut to));
                 drop(to.shutdown(std::net::Shutdown::Both));
             });
-            let fault_at = if number < faults { rng.usize(..60_000) } else { usize::MAX };
-            let (cut, bit) = (rng.bool(), rng.u8(..8));
+            let fault = fault(number);
             std::thread::spawn(move || {
-                let (mut passed, mut buffer) = (0, [0; 4096]);
-                while let Ok(len @ 1..) = upstream.read(&mut buffer) {
-                    if (passed..passed + len).contains(&fault_at) {
-                        if cut {
-                            drop(downstream.write_all(&buffer[..fault_at - passed]));
-                            break;
-                        }
-                        buffer[fault_at - passed] ^= 1 << bit;
-                    }
-                    passed += len;
-                    if downstream.write_all(&buffer[..len]).is_err() {
-                        break;
-                    }
-                }
+                drop(forward(&upstream, &downstream, fault));
                 drop(downstream.shutdown(std::net::Shutdown::Both));
                 drop(upstream.shutdown(std::net::Shutdown::Both));
             });
         }
     });
     address
+}
+
+fn forward(
+    mut upstream: &TcpStream,
+    mut downstream: &TcpStream,
+    fault: Option<Fault>,
+) -> std::io::Result<()> {
+    let (mut passed, mut buffer) = (0, [0; 4096]);
+    loop {
+        let len = upstream.read(&mut buffer)?;
+        if let Some(fault) = fault.filter(|fault| (passed..passed + len).contains(&fault.at)) {
+            let at = fault.at - passed;
+            let Some(bit) = fault.bit else { return downstream.write_all(&buffer[..at]) };
+            buffer[at] ^= 1 << bit;
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        passed += len;
+        downstream.write_all(&buffer[..len])?;
+    }
 }
 
 #[test]
@@ -783,18 +809,30 @@ fn several_mirrors_follow_one_origin_under_concurrent_appends() {
 
 /// Answers HELLO and SUBSCRIBE as an origin with an empty journal would, then sends `then`, and stays.
 fn false_origin(then: fn(&mut Vec<u8>)) -> SocketAddr {
+    false_origin_at(Mark::start(JournalId::from_bytes([7; 16])).end, then)
+}
+
+/// The same, of a journal that is durable up to `end`.
+pub(crate) fn false_origin_at(
+    end: Checkpoint,
+    then: impl Fn(&mut Vec<u8>) + Clone + Send + 'static,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
-            std::thread::spawn(move || answer_falsely(&stream, then));
+            let then = then.clone();
+            std::thread::spawn(move || answer_falsely(&stream, end, then));
         }
     });
     address
 }
 
-fn answer_falsely(mut stream: &TcpStream, then: fn(&mut Vec<u8>)) -> Option<()> {
-    let journal = JournalId::from_bytes([7; 16]);
+fn answer_falsely(
+    mut stream: &TcpStream,
+    end: Checkpoint,
+    then: impl Fn(&mut Vec<u8>),
+) -> Option<()> {
     let (mut reader, mut buffer) = (FrameReader::new(), [0; 4096]);
     loop {
         let len = stream.read(&mut buffer).ok().filter(|&len| len > 0)?;
@@ -814,7 +852,6 @@ fn answer_falsely(mut stream: &TcpStream, then: fn(&mut Vec<u8>)) -> Option<()> 
                 })
                 .encode(&mut out),
                 Message::Subscribe(_) => {
-                    let end = Mark::start(journal).end;
                     let first_position = Position::START;
                     Message::Subscribed(Subscribed { end, first_position, path: vec![] })
                         .encode(&mut out);
@@ -903,7 +940,7 @@ fn another_service_at_the_address_is_not_taken_for_an_origin() {
 }
 
 /// Removes as many of the origin's segments as can be, and forgets them.
-fn forget_all(origin: &Origin) -> headwater::retention::Plan {
+pub(crate) fn forget_all(origin: &Origin) -> headwater::retention::Plan {
     use headwater::retention::{History, Options, Until};
     let options = Options::new(Until::Position(origin.end()));
     let target = origin.store().plan_retention(&options).unwrap().target;
