@@ -18,13 +18,13 @@ temporary directory, for only what has been written and synced may be acknowledg
 Exit codes: 0 reached or interrupted, 1 failed, 2 usage, 3 damage in the mirror or in what is sent again and again,
 4 FORK, 5 AHEAD, 6 FOREIGN, 7 TRUNCATED, 8 CORRUPT at the origin, 9 refused by the origin for another reason.
 
-Written from docs/protocol.md and docs/format.md alone, with the standard library alone, to be read and ported. Three files
-more belong to it: read_journal.py has the format of batches, mirror_files.py the mirror's files, slow_blake3.py stands
-in for the package `blake3` where that isn't installed. Python 3.9 or later, on Unix.
+Written from docs/protocol.md and docs/format.md alone, with the standard library alone, to be read and ported. Four files
+more belong to it: shipping_messages.py has the messages, read_journal.py the format of batches, mirror_files.py the
+mirror's files, and slow_blake3.py stands in for the package `blake3` where that isn't installed (install it if batches
+are large: the origin doesn't wait for ever). Python 3.9 or later, on Unix.
 """
 
 import argparse
-import collections
 import contextlib
 import ipaddress
 import json
@@ -38,21 +38,35 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import unicodedata
 import uuid
-import zlib
 
 import read_journal
 from mirror_files import Mirror
-from read_journal import BATCH_BYTES_MAX, HEADER_COPY, HEADER_PAGE, Checkpoint, Invalid, Segment, genesis, text_id
+from read_journal import BATCH_BYTES_MAX, HEADER_COPY, HEADER_PAGE, Invalid, Segment, Unsupported, genesis, text_id
+from shipping_messages import (
+    AT_WITNESS,
+    COMMON_KNOWN,
+    DATA_FRAME_BYTES_MIN,
+    DIVERGED,
+    ERROR_CODES,
+    ERRORS,
+    HALTING,
+    HAS_WITNESS,
+    HELLO_MAGIC,
+    UNKNOWN,
+    Breach,
+    FrameReader,
+    Retry,
+    demand,
+    encode,
+)
 
 VERSION = 1
 AGENT = b"follow_journal.py/1"
 FRAME_BYTES_MAX = 1 << 20
-CONTROL_BYTES_MAX = 4096
 BATCH_LENGTH_MAX = BATCH_BYTES_MAX + 4096  # with its padding
-UNKNOWN = 2**64 - 1
+SEGMENT_BYTES_MAX = 1 << 40
 
 WELCOME_WITHIN_S = 3
 ANSWER_WITHIN_S = 5
@@ -60,26 +74,12 @@ SILENCE_MAX_S = 5
 WRITE_WITHIN_S = 5
 ACK_EVERY_S = 1
 BACK_OFF_MIN_S = 0.05
-BACK_OFF_MAX_S = 5
+BACK_OFF_MAX_S = 5  # each plus up to as much again
+ASKED_WAIT_MAX_S = 60
+HEALTHY_AFTER_S = 5
+REFUSALS_MAX = 3
 
-
-# ---------------------------------------------------------------------------------------------- how a session ends
-
-
-class Retry(Exception):
-    """This connection is over; the next one may go well."""
-
-    answer = None  # the ERROR that the origin gets
-
-    def __init__(self, why, wait_ms=0):
-        super().__init__(why)
-        self.wait_ms = wait_ms
-
-
-class Breach(Retry):
-    """The origin broke the protocol, or a frame was damaged on the way."""
-
-    answer = "PROTOCOL"
+EXIT_CODES = {"PLAIN_TCP": 1, "REFUSED": 3, "FORK": 4, "AHEAD": 5, "FOREIGN": 6, "TRUNCATED": 7, "CORRUPT": 8}
 
 
 class Late(Retry):
@@ -89,7 +89,7 @@ class Late(Retry):
 
 
 class BadBytes(Retry):
-    """Bytes of the journal that don't continue the mirror; they are fetched once more."""
+    """Bytes of the journal that don't continue the mirror; they are fetched again, a few times."""
 
     answer = "REFUSED"
 
@@ -97,235 +97,20 @@ class BadBytes(Retry):
 class Halt(Exception):
     """Trying again wouldn't help; somebody has to decide."""
 
-    def __init__(self, name, exit_code, why):
+    answer = None
+
+    def __init__(self, name, why):
         super().__init__(why)
-        self.name, self.exit_code = name, exit_code
+        self.name, self.exit_code = name, EXIT_CODES.get(name, 9)
 
 
-def demand(condition, what):
-    if not condition:
-        raise Breach(what)
+class Replaced(Halt):
+    """Another history comes to where the mirror had been before it set a damaged tail aside."""
 
+    answer = "REFUSED"
 
-# ----------------------------------------------------------------------------------------------------- messages
-#
-# A message is a row of MESSAGES: its type and its fields in order. A field is a name and a Kind.
-# What is added to the protocol is added to the table, and to the handlers of the session.
-
-Kind = collections.namedtuple("Kind", "read write")
-
-
-class Source:
-    """Takes fields from the front of a payload, never behind its end."""
-
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def bytes(self, length):
-        demand(self.at + length <= len(self.data), "payload too short")
-        self.at += length
-        return self.data[self.at - length : self.at]
-
-    def number(self, code):
-        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
-
-    def rest(self):
-        return self.bytes(len(self.data) - self.at)
-
-
-def number(code):
-    return Kind(lambda source: source.number(code), lambda value: struct.pack("<" + code, value))
-
-
-def fixed(length):
-    return Kind(lambda source: source.bytes(length), bytes)
-
-
-def reserved(length):
-    def read(source):
-        demand(not any(source.bytes(length)), "a reserved field isn't zero")
-
-    return "reserved", Kind(read, lambda _: bytes(length))
-
-
-def sized(length_max):
-    """Bytes behind their length (2)."""
-
-    def read(source):
-        length = source.number("H")
-        demand(length <= length_max, "a field is too long")
-        return source.bytes(length)
-
-    return Kind(read, lambda value: struct.pack("<H", len(value)) + value)
-
-
-def read_checkpoint(source):
-    data = source.bytes(64)
-    demand(any(data[:16]) and not any(data[60:]), "a checkpoint is invalid")
-    return Checkpoint.unpack(data)
-
-
-def read_ids(source):
-    count = source.number("Q")
-    demand(count <= 8, "the path is too long")
-    return [source.bytes(16) for _ in range(count)]
-
-
-U8, U16, U32, U64, I64 = map(number, "BHIQq")
-ID = CHAIN = fixed(16)
-CHECKPOINT = Kind(read_checkpoint, lambda end: end.pack() if end else bytes(64))
-IDS = Kind(read_ids, lambda ids: struct.pack("<Q", len(ids)) + b"".join(ids))
-REST = Kind(Source.rest, bytes)
-
-MESSAGES = {
-    "HELLO": (
-        0x01,
-        ("magic", fixed(4)),
-        ("lowest", U16),
-        ("highest", U16),
-        ("features", U64),
-        ("frame_max", U32),
-        reserved(4),
-        ("node", ID),
-        ("nonce", ID),
-        ("authentication_kind", U16),
-        ("authentication", sized(1024)),
-        ("agent", sized(64)),
-    ),
-    "WELCOME": (
-        0x02,
-        ("version", U16),
-        ("heartbeat_ms", U16),
-        ("frame_max", U32),
-        ("features", U64),
-        ("node", ID),
-        ("session", ID),
-        ("nonce", ID),
-        ("clock_us", I64),
-    ),
-    "SUBSCRIBE": (
-        0x03,
-        ("end", CHECKPOINT),
-        ("mode", U8),
-        ("flags", U8),
-        reserved(2),
-        ("window", U32),
-        ("witness_offset", U64),
-        ("witness_position", U64),
-        ("witness_chain", CHAIN),
-        reserved(8),
-    ),
-    "SUBSCRIBED": (0x04, ("durable", CHECKPOINT), ("first_position", U64), ("path", IDS)),
-    "DIVERGED": (
-        0x05,
-        ("reason", U8),
-        ("flags", U8),
-        reserved(6),
-        ("common_position", U64),
-        ("common_chain", CHAIN),
-        ("durable", CHECKPOINT),
-    ),
-    "DATA": (0x10, ("offset", U64), ("durable_offset", U64), ("durable_position", U64), reserved(8), ("data", REST)),
-    "SEGMENT": (0x11, ("page", fixed(HEADER_PAGE))),
-    "HEARTBEAT": (0x16, ("durable", CHECKPOINT), ("clock_us", I64), reserved(8)),
-    "ACK": (0x17, ("durable", CHECKPOINT), ("applied", U64)),
-    "ERROR": (
-        0x1E,
-        ("code", U16),
-        ("lowest", U16),
-        ("highest", U16),
-        reserved(2),
-        ("wait_ms", U32),
-        ("position", U64),
-        ("detail", sized(512)),
-    ),
-    "GOAWAY": (0x1F, ("wait_ms", U32), reserved(4)),
-}
-NAMES = {row[0]: name for name, row in MESSAGES.items()}
-OPTIONAL, CONTINUED = 1, 2
-
-MAGIC = b"HWSP"
-HAS_WITNESS = 1  # flag of SUBSCRIBE
-AT_WITNESS, COMMON_KNOWN = 1, 2  # flags of DIVERGED
-DIVERGED = {1: ("AHEAD", 5), 2: ("FORK", 4), 3: ("FOREIGN", 6)}
-REFUSED_EXIT = 9
-ERRORS = {  # name; exit code, or None if a mirror tries again
-    1: ("VERSION", REFUSED_EXIT),
-    2: ("AUTH_REQUIRED", REFUSED_EXIT),
-    3: ("DENIED", REFUSED_EXIT),
-    4: ("UNKNOWN_JOURNAL", REFUSED_EXIT),
-    8: ("TRUNCATED", 7),
-    9: ("CYCLE", REFUSED_EXIT),
-    10: ("TOO_MANY", None),
-    11: ("SLOW_CONSUMER", None),
-    12: ("FRAME_TOO_LONG", REFUSED_EXIT),
-    13: ("PROTOCOL", None),
-    14: ("CORRUPT", 8),
-    15: ("STORAGE", None),
-    16: ("SHUTTING_DOWN", None),
-    17: ("TIMEOUT", None),
-    18: ("UNSUPPORTED", REFUSED_EXIT),
-    19: ("RATE", None),
-    20: ("NOT_YET", None),
-}
-OUR_ERRORS = {"PROTOCOL": 13, "TIMEOUT": 17, "REFUSED": 21}
-
-
-def encode(name, **values):
-    """A whole control frame."""
-    kind, *fields = MESSAGES[name]
-    payload = b"".join(field.write(values.get(key)) for key, field in fields)
-    front = struct.pack("<IBBH", len(payload), kind, 0, 0)
-    return front + struct.pack("<I", zlib.crc32(front + payload)) + payload
-
-
-def decode(kind, flags, payload):
-    """A message, or None if it may be passed over."""
-    demand(not flags & ~(OPTIONAL | CONTINUED), "reserved flags")
-    if kind not in NAMES:
-        demand(flags & OPTIONAL, f"a frame of an unknown type: {kind:#04x}")
-        return None
-    name = NAMES[kind]
-    demand(flags == 0 or (name, flags) == ("DATA", CONTINUED), f"flags of {name}")
-    source = Source(payload)
-    values = {key: field.read(source) for key, field in MESSAGES[name][1:]}
-    demand(not source.rest(), f"{name} is too long")
-    return types.SimpleNamespace(name=name, continued=bool(flags & CONTINUED), **values)
-
-
-class FrameReader:
-    """Takes bytes as they come, gives messages."""
-
-    def __init__(self):
-        self.buffer = bytearray()
-        self.data_bytes_max = None  # no DATA before WELCOME
-
-    def push(self, data):
-        self.buffer += data
-
-    def next(self):
-        """The next message, or None if more bytes are needed."""
-        while len(self.buffer) >= 12:
-            length, kind, flags, subscription, crc = struct.unpack_from("<IBBHI", self.buffer)
-            self._check_length(kind, length)
-            if len(self.buffer) < 12 + length:
-                return None
-            payload = bytes(self.buffer[12 : 12 + length])
-            covered = payload[:32] if NAMES.get(kind) == "DATA" else payload
-            demand(zlib.crc32(self.buffer[:8] + covered) == crc, "a frame's checksum is wrong")
-            demand(subscription == 0, "a subscription that isn't known")
-            del self.buffer[: 12 + length]
-            message = decode(kind, flags, payload)
-            if message:
-                return message
-        return None
-
-    def _check_length(self, kind, length):
-        if NAMES.get(kind) == "DATA":
-            demand(self.data_bytes_max, "DATA in front of WELCOME")
-            demand(length <= self.data_bytes_max, "a DATA frame is too long")
-        else:
-            demand(length <= CONTROL_BYTES_MAX, "a control frame is too long")
+    def __init__(self, witness):
+        super().__init__("FORK", f"the origin doesn't have what this mirror had had up to position {witness.position}")
 
 
 # --------------------------------------------------------------------------------------------------- connection
@@ -380,10 +165,12 @@ def retried():
 def connect(address, allow_plain_tcp, within_s):
     """The first of the addresses, resolved anew, that accepts."""
     host, port = split_address(address)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    allowed = [place for place in found if allow_plain_tcp or is_loopback(place[4][0])]
+    if not allowed:
+        raise Halt("PLAIN_TCP", f"{address} is off the loopback, and nothing is encrypted: --allow-plain-tcp")
     error = None
-    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if not allow_plain_tcp and not ipaddress.ip_address(place[0].split("%")[0]).is_loopback:
-            raise Halt("PLAIN_TCP", 1, f"{place[0]} is off the loopback, and nothing is encrypted: --allow-plain-tcp")
+    for family, kind, protocol, _, place in allowed:
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(within_s)
@@ -393,7 +180,12 @@ def connect(address, allow_plain_tcp, within_s):
         except OSError as why:
             connection.close()
             error = why
-    raise error or OSError(f"{address}: no address")
+    raise error
+
+
+def is_loopback(host):
+    address = ipaddress.ip_address(host.split("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def split_address(address):
@@ -434,6 +226,7 @@ class Intake:
         segment = Segment(path, number, read_journal.read_header(path, page), b"")
         read_journal.check(segment.journal == end.journal, "another journal")
         read_journal.check(segment.start == end.place, "it doesn't begin at the end")
+        read_journal.check(HEADER_PAGE <= segment.capacity <= SEGMENT_BYTES_MAX, "capacity")
         return segment
 
     def take_data(self, message):
@@ -461,21 +254,17 @@ class Intake:
         at = 0
         while at < len(data):
             length = claimed_length(data, at)
-            bad_unless(at + length <= len(data), "a batch is longer than what is there")
+            demand(at + length <= len(data), "a batch is longer than what is there")
             self._take_batch(data[at : at + length])
             at += length
 
     def _take_part(self, message):
-        is_first = not self.part
         self.part += message.data
         length = claimed_length(self.part, 0)
-        if is_first:
-            header_length = struct.unpack_from("<H", self.part, 4)[0]
-            demand(len(self.part) >= header_length, "the first part of a batch lacks of its header")
         if message.continued:
-            bad_unless(len(self.part) < length, "a batch is shorter than its parts")
+            demand(len(self.part) < length, "a batch is shorter than its parts")
             return
-        bad_unless(len(self.part) == length, "a batch isn't as long as its parts")
+        demand(len(self.part) == length, "a batch isn't as long as its parts")
         data, self.part = bytes(self.part), bytearray()
         self._take_batch(data)
 
@@ -497,19 +286,14 @@ class Intake:
     def _check_witness(self, end):
         witness = self.mirror.witness
         if witness and end.offset >= witness.offset and end.place != witness:
-            raise Halt("FORK", 4, f"the origin's history isn't the one that this mirror had at offset {witness.offset}")
-
-
-def bad_unless(condition, what):
-    if not condition:
-        raise BadBytes(what)
+            raise Replaced(witness)
 
 
 def claimed_length(data, at):
     """A batch's length with padding, as its header says: not verified yet, but within limits."""
-    bad_unless(len(data) >= at + 128, "a cut batch header")
+    demand(len(data) >= at + 128, "a cut batch header")
     length = struct.unpack_from("<I", data, at + 60)[0]
-    bad_unless(128 <= length <= BATCH_LENGTH_MAX, "a batch's length is out of limits")
+    demand(128 <= length <= BATCH_LENGTH_MAX, "a batch's length is out of limits")
     return length
 
 
@@ -523,7 +307,7 @@ class Session:
         self.options, self.mirror, self.output, self.stop = options, mirror, output, stop
         self.connection = Connection(options.origin, options.allow_plain_tcp)
         self.unsynced = []  # batches that are written
-        self.went_well = False
+        self.intake, self.had = None, mirror.end
         self.handlers = {"SEGMENT": self._on_segment, "DATA": self._on_data, "HEARTBEAT": self._on_heartbeat}
 
     def run(self):
@@ -533,34 +317,43 @@ class Session:
             self._subscribe(welcome)
             self._stream()
             self.connection.close("GOAWAY", wait_ms=0)
-        except Halt:
+        except (Halt, Retry) as why:
             self._settle()
+            self._answer(why.answer, why)
             raise
-        except Retry as why:
-            self._settle()
-            if why.answer:
-                self._refuse(why.answer, why)
+        except Unsupported as why:
+            self._answer("REFUSED", why)
+            raise
+        except OSError as why:
+            self._answer("STORAGE", why)
             raise
         finally:
             self.connection.close()
 
-    def _refuse(self, code, why):
+    def _answer(self, code, why):
+        if code is None:
+            return
         position = self.mirror.end.position if self.mirror.end else UNKNOWN
         self.connection.close(
             "ERROR",
-            code=OUR_ERRORS[code],
+            code=ERROR_CODES[code],
             lowest=VERSION,
             highest=VERSION,
             wait_ms=0,
             position=position,
-            detail=str(why).encode()[:512],
+            detail=printable(str(why)).encode("ascii", "replace")[:512],
         )
+
+    def went_well(self):
+        """It brought something, or was live, or held for a while."""
+        is_live = self.intake and self.mirror.end.offset == self.intake.durable[0]
+        return self.mirror.end != self.had or is_live or time.monotonic() - self.connection.opened_at >= HEALTHY_AFTER_S
 
     def _greet(self):
         nonce = os.urandom(16)
         self.connection.send(
             "HELLO",
-            magic=MAGIC,
+            magic=HELLO_MAGIC,
             lowest=VERSION,
             highest=VERSION,
             features=0,
@@ -575,9 +368,9 @@ class Session:
         demand(welcome.nonce == nonce, "another nonce")
         demand(welcome.version == VERSION, "a version that wasn't offered")
         demand(welcome.features == 0, "features that weren't offered")
-        demand(8192 <= welcome.frame_max <= FRAME_BYTES_MAX, "a frame limit that wasn't offered")
+        demand(DATA_FRAME_BYTES_MIN <= welcome.frame_max <= FRAME_BYTES_MAX, "a frame limit that wasn't offered")
         if welcome.node == self.mirror.node:
-            raise Halt("CYCLE", REFUSED_EXIT, "the origin has this mirror's own node id")
+            raise Halt("CYCLE", "the origin has this mirror's own node id")
         self.connection.reader.data_bytes_max = welcome.frame_max
         return welcome
 
@@ -599,7 +392,6 @@ class Session:
         self._check_subscribed(answer, end)
         if self.mirror.journal is None:
             self.mirror.create(answer.durable.journal)
-        self.acknowledged_at = time.monotonic()
         self.intake = Intake(self.mirror, answer.durable, self.options.window, self.unsynced)
         self.output.say(
             "connected",
@@ -609,6 +401,7 @@ class Session:
             position=self.mirror.end.position,
             origin_position=answer.durable.position,
         )
+        self._acknowledge()
 
     def _place(self):
         """The end of what is written; without a mirror the beginning of the journal that is asked for, or of any."""
@@ -621,10 +414,10 @@ class Session:
             durable = answer.durable
             demand(durable.journal == end.journal, "another journal")
             demand(durable.offset >= end.offset and durable.position >= end.position, "an end in front of the mirror's")
-        if answer.first_position > (end.position if end else 0):
-            raise Halt("TRUNCATED", 7, f"events in front of position {answer.first_position} have been removed")
         if self.mirror.node in answer.path:
-            raise Halt("CYCLE", REFUSED_EXIT, "the path leads back to this mirror")
+            raise Halt("CYCLE", "the path leads back to this mirror")
+        if answer.first_position > (end.position if end else 0):
+            raise Halt("TRUNCATED", f"events in front of position {answer.first_position} have been removed")
 
     def _expect(self, deadline, *names):
         message = self.connection.receive(deadline)
@@ -680,7 +473,6 @@ class Session:
         """Makes durable what is written, and shows it."""
         if self.unsynced:
             self.mirror.sync()
-            self.went_well = True
             self.output.events(self.unsynced)
             self.output.durable(self.mirror.durable)
             self.unsynced.clear()
@@ -699,9 +491,9 @@ class Session:
 
 
 def diverged(answer, end):
-    if answer.reason not in DIVERGED:
-        return Breach(f"DIVERGED for an unknown reason: {answer.reason}")
-    name, exit_code = DIVERGED[answer.reason]
+    if answer.reason not in DIVERGED or answer.flags & ~(AT_WITNESS | COMMON_KNOWN):
+        return Breach(f"DIVERGED for an unknown reason: {answer.reason}, flags {answer.flags}")
+    name = DIVERGED[answer.reason]
     durable = answer.durable
     what = {
         "AHEAD": "the mirror has more than the origin, which may have been restored from an older copy",
@@ -713,21 +505,20 @@ def diverged(answer, end):
         where += ", found at the end of a tail that was set aside"
     if answer.flags & COMMON_KNOWN:
         where += f", in common up to {answer.common_position}"
-    return Halt(name, exit_code, f"{what} ({where}). The mirror is kept as it is; it may hold the only copy of events.")
+    return Halt(name, f"{what} ({where}). The mirror is kept as it is; it may hold the only copy of events.")
 
 
 def error_of(message):
-    name, exit_code = ERRORS.get(message.code, (f"error {message.code}", None))
-    what = f"{name}: {printable(message.detail)}"
+    name = ERRORS.get(message.code, f"error {message.code}")
+    what = f"{name}: {printable(message.detail.decode('utf-8', 'replace'))}"
     if message.position != UNKNOWN:
         what += f" (position {message.position})"
     if name == "VERSION":
         what += f" (the origin speaks {message.lowest} to {message.highest}, this program {VERSION})"
-    return Retry(what, message.wait_ms) if exit_code is None else Halt(name, exit_code, what)
+    return Halt(name, what) if name in HALTING else Retry(what, message.wait_ms)
 
 
-def printable(detail):
-    text = detail.decode("utf-8", "replace")
+def printable(text):
     return "".join(char if unicodedata.category(char) != "Cc" else "?" for char in text)
 
 
@@ -775,7 +566,7 @@ class Follower:
     def __init__(self, options, mirror, output, stop):
         self.options, self.mirror, self.output, self.stop = options, mirror, output, stop
         self.failures = 0  # in a row
-        self.refused_at = None
+        self.refusals = None, 0  # at which offset, and how often in a row
 
     def run(self):
         while not self.stop.is_set():
@@ -784,21 +575,24 @@ class Follower:
                 session = Session(self.options, self.mirror, self.output, self.stop)
                 return session.run()
             except BadBytes as why:
-                self._check_refused_again(why)
+                self._count_refusal(why)
                 self._wait(session, f"what the origin sent doesn't continue the mirror: {why}", 0)
             except Retry as why:
                 self._wait(session, str(why), why.wait_ms)
 
-    def _check_refused_again(self, why):
-        if self.refused_at == self.mirror.end.offset:
-            raise Halt("REFUSED", 3, f"again, at position {self.mirror.end.position}: {why}")
-        self.refused_at = self.mirror.end.offset
+    def _count_refusal(self, why):
+        """Damage on the way heals; what fails again and again in the same place wasn't damaged on the way."""
+        end = self.mirror.end
+        count = self.refusals[1] + 1 if self.refusals[0] == end.offset else 1
+        self.refusals = end.offset, count
+        if count >= REFUSALS_MAX:
+            raise Halt("REFUSED", f"{count} times, at position {end.position}: {why}")
 
     def _wait(self, session, why, wait_ms):
-        self.failures = 0 if session and session.went_well else self.failures
+        self.failures = 0 if session and session.went_well() else self.failures
         back_off_s = min(BACK_OFF_MAX_S, BACK_OFF_MIN_S * 2**self.failures) * (1 + random.random())
         self.failures = min(self.failures + 1, 16)
-        wait_s = max(back_off_s, wait_ms / 1000)
+        wait_s = max(back_off_s, min(ASKED_WAIT_MAX_S, wait_ms / 1000))
         self.output.say("retry", f"{why}; again in {wait_s:.1f} s", wait_ms=round(wait_s * 1000))
         self.stop.wait(wait_s)
 
@@ -833,7 +627,7 @@ def follow(options, output, stop):
         directory = options.mirror or stack.enter_context(tempfile.TemporaryDirectory())
         mirror = Mirror(directory)
         if options.journal and mirror.journal not in (None, options.journal):
-            raise Halt("FOREIGN", 6, f"{directory} is a mirror of another journal: {text_id(mirror.journal)}")
+            raise Halt("FOREIGN", f"{directory} is a mirror of another journal: {text_id(mirror.journal)}")
         try:
             Follower(options, mirror, output, stop).run()
         except Halt:
@@ -862,7 +656,7 @@ def main(arguments):
     except BrokenPipeError:  # nobody reads the output any more; the mirror is what it is
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, read_journal.Unsupported) as why:
+    except (OSError, Unsupported) as why:
         output.say("failed", f"error: {why}", exit_code=1)
         return 1
 

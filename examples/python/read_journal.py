@@ -176,7 +176,8 @@ class Segment:
             self.base_offset,
             self.durable_offset,
             self.salt,
-        ) = struct.unpack_from("<I16sQI4xQQQQQ", copy, 20)
+            self.capacity,
+        ) = struct.unpack_from("<I16sQI4xQQQQQ8xQ", copy, 20)
         predecessor, predecessor_end, self.chain = struct.unpack_from("<QQ16s", copy, 112)
         check(stored_number == number, "segment number")
         check(predecessor == (number - 1) % 2**64, "predecessor's number")

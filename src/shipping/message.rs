@@ -301,7 +301,8 @@ impl ErrorCode {
     pub const TOO_MANY: Self = Self(10);
     /// The peer didn't take what was sent to it.
     pub const SLOW_CONSUMER: Self = Self(11);
-    /// A frame was longer than agreed.
+    /// A frame was longer than agreed. Its checksum couldn't be verified then, so it may be the length that was
+    /// damaged on the way.
     pub const FRAME_TOO_LONG: Self = Self(12);
     /// The peer broke the protocol.
     pub const PROTOCOL: Self = Self(13);
@@ -360,7 +361,6 @@ impl ErrorCode {
                 | Self::UNKNOWN_JOURNAL
                 | Self::TRUNCATED
                 | Self::CYCLE
-                | Self::FRAME_TOO_LONG
                 | Self::CORRUPT
                 | Self::UNSUPPORTED
         )

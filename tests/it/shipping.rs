@@ -683,9 +683,11 @@ fn a_mirror_that_waits_for_an_absent_origin_stops_at_once() {
     assert!(started.elapsed() < Duration::from_secs(2));
 }
 
-/// What a proxy does to what the origin says on one connection.
+/// What a proxy does to what one side says on a connection.
 #[derive(Clone, Copy)]
 pub(crate) struct Fault {
+    /// Whose words.
+    pub(crate) of_origin: bool,
     /// Behind how many bytes.
     pub(crate) at: usize,
     /// Flips this bit of the next byte; without one it cuts the connection.
@@ -697,7 +699,7 @@ pub(crate) fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> Sock
     let mut rng = fastrand::Rng::with_seed(seed);
     proxy(origin, move |number| {
         let (at, cut, bit) = (rng.usize(..60_000), rng.bool(), rng.u8(..8));
-        (number < faults).then_some(Fault { at, bit: (!cut).then_some(bit) })
+        (number < faults).then_some(Fault { of_origin: true, at, bit: (!cut).then_some(bit) })
     })
 }
 
@@ -713,41 +715,36 @@ pub(crate) fn proxy(
             let (Ok(downstream), Ok(upstream)) = (downstream, TcpStream::connect(origin)) else {
                 return;
             };
-            let (mut from, mut to) =
-                (downstream.try_clone().unwrap(), upstream.try_clone().unwrap());
-            std::thread::spawn(move || {
-                drop(std::io::copy(&mut from, &mut to));
-                drop(to.shutdown(std::net::Shutdown::Both));
-            });
             let fault = fault(number);
-            std::thread::spawn(move || {
-                drop(forward(&upstream, &downstream, fault));
-                drop(downstream.shutdown(std::net::Shutdown::Both));
-                drop(upstream.shutdown(std::net::Shutdown::Both));
-            });
+            let (down, up) = (Arc::new(downstream), Arc::new(upstream));
+            for (from, to, of_origin) in [(&up, &down, true), (&down, &up, false)] {
+                let (from, to) = (Arc::clone(from), Arc::clone(to));
+                let fault = fault.filter(|fault| fault.of_origin == of_origin);
+                std::thread::spawn(move || {
+                    drop(forward(&from, &to, fault));
+                    drop(to.shutdown(std::net::Shutdown::Both));
+                    drop(from.shutdown(std::net::Shutdown::Both));
+                });
+            }
         }
     });
     address
 }
 
-fn forward(
-    mut upstream: &TcpStream,
-    mut downstream: &TcpStream,
-    fault: Option<Fault>,
-) -> std::io::Result<()> {
+fn forward(mut from: &TcpStream, mut to: &TcpStream, fault: Option<Fault>) -> std::io::Result<()> {
     let (mut passed, mut buffer) = (0, [0; 4096]);
     loop {
-        let len = upstream.read(&mut buffer)?;
+        let len = from.read(&mut buffer)?;
         if let Some(fault) = fault.filter(|fault| (passed..passed + len).contains(&fault.at)) {
             let at = fault.at - passed;
-            let Some(bit) = fault.bit else { return downstream.write_all(&buffer[..at]) };
+            let Some(bit) = fault.bit else { return to.write_all(&buffer[..at]) };
             buffer[at] ^= 1 << bit;
         }
         if len == 0 {
             return Ok(());
         }
         passed += len;
-        downstream.write_all(&buffer[..len])?;
+        to.write_all(&buffer[..len])?;
     }
 }
 
@@ -768,6 +765,21 @@ fn flipped_bits_and_cut_connections_on_the_way_heal_and_never_reach_the_mirror()
             });
         }
     });
+}
+
+#[test]
+fn a_flipped_bit_in_what_the_mirror_says_heals_wherever_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    // HELLO: its length (beyond what is allowed, and within), type, flags, checksum, magic, versions.
+    for at in [1, 0, 4, 5, 8, 12, 18] {
+        let fault = Fault { of_origin: false, at, bit: Some(5) };
+        let through = proxy(origin.address, move |number| (number == 0).then_some(fault));
+        let mirror = dir.path().join(format!("mirror-{at}"));
+        let mirror = follow(Arc::new(OsFs), &mirror, through.to_string(), options()).unwrap();
+        assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+    }
 }
 
 #[test]
