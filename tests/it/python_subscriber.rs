@@ -12,9 +12,10 @@ use headwater::format::files::Mark;
 use headwater::format::record;
 use headwater::format::segment::SegmentHeader;
 use headwater::fs::os::OsFs;
-use headwater::shipping::message::{Data, Message, OriginEnd};
+use headwater::shipping::message::{Ack, Data, Message, OriginEnd};
 use headwater::{
-    Checkpoint, EventId, Incarnation, JournalId, NewEvent, Position, Revision, StreamId,
+    Checkpoint, EventId, Incarnation, JournalId, JournalOptions, NewEvent, Position, Revision,
+    StreamId,
 };
 use serde_json::Value;
 
@@ -266,10 +267,8 @@ fn what_trying_again_will_not_change_ends_it_with_a_code_of_its_own() {
     assert!(removed > Position::START);
     Follower::start(origin.address, &other, &[]).ended().assert(TRUNCATED);
     // What lies in front of a damage is taken.
-    let rotten = Origin::start(
-        dir.path().join("rotten"),
-        headwater::JournalOptions { recent_bytes_max: 0, ..small() },
-    );
+    let rotten =
+        Origin::start(dir.path().join("rotten"), JournalOptions { recent_bytes_max: 0, ..small() });
     rotten.append(0..100);
     let segment = &rotten.store().journal().segments()[2];
     flip_bit(&segment.path, 4096 + 200);
@@ -402,28 +401,42 @@ fn body() -> Vec<u8> {
     body
 }
 
-/// What a mirror of this origin says that follows up to position 1, and its segments.
-fn follow_falsely(page: Vec<u8>, batch: Vec<u8>, spoil: fn(&mut Vec<u8>)) -> (Ended, Vec<u8>) {
+/// A mirror up to position 1 of an origin that answers SUBSCRIBE with these frames.
+fn follow_falsely(frames: Vec<u8>, end: OriginEnd) -> (Follower, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let end = Checkpoint {
-        offset: batch.len() as u64,
-        position: Position::new(1),
+        offset: end.offset,
+        position: end.position,
         incarnation: Incarnation::new(INCARNATION),
         epoch: 1,
         ..Mark::start(JOURNAL).end
     };
-    let address = false_origin_at(end, move |out| {
-        Message::Segment(page.as_slice().try_into().unwrap()).encode(out);
-        let start = out.len();
-        let origin_end = OriginEnd { offset: end.offset, position: end.position };
-        Message::Data(Data { offset: 0, origin_end, continued: false, bytes: &batch }).encode(out);
-        let mut data = out.split_off(start);
-        spoil(&mut data);
-        out.append(&mut data);
-    });
-    let ended = Follower::start(address, dir.path(), &["--until", "1"]).ended();
-    let written = segments(dir.path()).into_iter().flat_map(|(_, bytes)| bytes).collect();
-    (ended, written)
+    let address = false_origin_at(end, move |out| out.extend_from_slice(&frames));
+    (Follower::start(address, dir.path(), &["--until", "1"]), dir)
+}
+
+fn frame(message: &Message<'_>) -> Vec<u8> {
+    let mut frame = Vec::new();
+    message.encode(&mut frame);
+    frame
+}
+
+fn segment_frame(page: &[u8]) -> Vec<u8> {
+    frame(&Message::Segment(page.try_into().unwrap()))
+}
+
+fn data_frame(offset: u64, bytes: &[u8]) -> Vec<u8> {
+    let origin_end = OriginEnd { offset: bytes.len() as u64, position: Position::new(1) };
+    frame(&Message::Data(Data { offset, origin_end, continued: false, bytes }))
+}
+
+/// What is written of a segment's first batch, and what is said.
+fn follow_batch(page: &[u8], batch: &[u8]) -> (Ended, Vec<u8>) {
+    let end = OriginEnd { offset: batch.len() as u64, position: Position::new(1) };
+    let frames = [segment_frame(page), data_frame(0, batch)].concat();
+    let (follower, dir) = follow_falsely(frames, end);
+    let ended = follower.ended();
+    (ended, segments(dir.path()).into_iter().flat_map(|(_, bytes)| bytes).collect())
 }
 
 #[test]
@@ -433,7 +446,7 @@ fn what_does_not_continue_the_journal_is_refused_whatever_its_checksums_say() {
     }
     let right = page(|_| {});
     let whole = batch(&right, &body(), |_| {});
-    let (ended, written) = follow_falsely(right.clone(), whole.clone(), |_| {});
+    let (ended, written) = follow_batch(&right, &whole);
     ended.assert(DONE);
     assert!(written == [right.clone(), whole].concat());
 
@@ -449,30 +462,111 @@ fn what_does_not_continue_the_journal_is_refused_whatever_its_checksums_say() {
     for (what, change, spoil) in batches {
         let mut bytes = batch(&right, &body(), change);
         spoil(&mut bytes);
-        assert_refused(what, right.clone(), bytes);
+        assert_refused(what, &right, &bytes);
     }
     // Another history: all of it right, but for the chain.
     let other = page(|header| header.created_at_us = 1);
-    assert_refused("chain", right.clone(), batch(&other, &body(), |_| {}));
+    assert_refused("chain", &right, &batch(&other, &body(), |_| {}));
     let mut records = body();
     records[40] ^= 1; // the length of the stream's name
-    assert_refused("", right.clone(), batch(&right, &records, |_| {}));
-    let good = |page: &[u8]| batch(page, &body(), |_| {});
+    assert_refused("", &right, &batch(&right, &records, |_| {}));
     let pages: [(&str, Vec<u8>); 3] = [
         ("another journal", page(|header| header.journal = JournalId::from_bytes([8; 16]))),
         ("begin", page(|header| header.base_position = Position::new(1))),
         ("begin", page(|header| header.previous_chain = Default::default())),
     ];
     for (what, page) in pages {
-        let batch = good(&page);
-        assert_refused(what, page, batch);
+        assert_refused(what, &page, &batch(&page, &body(), |_| {}));
     }
 }
 
-fn assert_refused(what: &str, page: Vec<u8>, batch: Vec<u8>) {
-    let (ended, written) = follow_falsely(page, batch, |_| {});
+fn assert_refused(what: &str, page: &[u8], batch: &[u8]) {
+    let (ended, written) = follow_batch(page, batch);
     let ended = ended.assert(DAMAGE);
     let text = ended.of_kind("halted").next().unwrap()["text"].as_str().unwrap();
     assert!(text.contains(what), "{text:?} instead of {what:?}");
     assert_eq!((ended.of_kind("event").count(), written.len()), (0, 0));
+}
+
+/// A frame of a type that isn't known.
+fn unknown_frame(flags: u8) -> Vec<u8> {
+    let mut frame = vec![5, 0, 0, 0, 0x8A, flags, 7, 0];
+    let payload = b"later";
+    let crc = crc32(&[&frame, payload]);
+    frame.extend_from_slice(&crc.to_le_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+#[test]
+fn frames_that_break_the_protocol_end_the_session_and_unknown_optional_ones_are_passed_over() {
+    if !have_python() {
+        return;
+    }
+    let page = page(|_| {});
+    let batch = batch(&page, &body(), |_| {});
+    let (segment, data) = (segment_frame(&page), data_frame(0, &batch));
+    let end = OriginEnd { offset: batch.len() as u64, position: Position::new(1) };
+    let optional = [unknown_frame(1), segment.clone(), unknown_frame(0xF1), data.clone()].concat();
+    let (follower, _dir) = follow_falsely(optional, end);
+    follower.ended().assert(DONE);
+
+    let spoiled = |at: usize| {
+        let mut frame = data.clone();
+        frame[at] ^= 1;
+        [segment.clone(), frame].concat()
+    };
+    let ack = frame(&Message::Ack(Ack { mirrored: Mark::start(JOURNAL).end, applied: None }));
+    let back = OriginEnd { offset: end.offset - 64, ..end };
+    let back = frame(&Message::Data(Data {
+        offset: 0,
+        origin_end: back,
+        continued: false,
+        bytes: &batch[..batch.len() - 64],
+    }));
+    let breaches = [
+        ("checksum", spoiled(1)), // a length that is never waited for
+        ("checksum", spoiled(8)),
+        ("checksum", spoiled(12 + 31)),
+        ("unknown type", unknown_frame(0)),
+        ("in front of SEGMENT", data.clone()),
+        ("SEGMENT behind SEGMENT", [segment.clone(), segment.clone()].concat()),
+        ("begin where", [segment.clone(), data_frame(64, &batch[..64])].concat()),
+        ("goes back", [segment.clone(), back].concat()),
+        ("longer than what is there", {
+            let cut = &batch[..batch.len() - 64];
+            let data = Data { offset: 0, origin_end: end, continued: false, bytes: cut };
+            [segment.clone(), frame(&Message::Data(data))].concat()
+        }),
+        ("ACK while streaming", ack),
+    ];
+    for (what, frames) in breaches {
+        let (mut follower, dir) = follow_falsely(frames, end);
+        let retry = follower.hear_until("retry");
+        let text = retry["text"].as_str().unwrap();
+        assert!(text.contains(what), "{text:?} instead of {what:?}");
+        assert!(segments(dir.path()).is_empty());
+    }
+}
+
+#[test]
+fn a_batch_longer_than_a_frame_arrives_whole() {
+    if !have_python() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mirror = dir.path().join("mirror");
+    let large = JournalOptions {
+        batch_bytes_max: 4 << 20,
+        group_bytes_max: 4 << 20,
+        segment_bytes_first: 8 << 20,
+        segment_bytes_max: 8 << 20,
+        ..JournalOptions::default()
+    };
+    let origin = Origin::start(dir.path().join("origin"), large);
+    origin.append(0..2);
+    origin.append_text(&"x".repeat(2_200_000));
+    origin.append(2..4);
+    Follower::until(&origin, &mirror).assert(DONE);
+    assert_mirrors(&origin, &mirror);
 }

@@ -74,7 +74,7 @@ impl Origin {
         }
     }
 
-    fn append_text(&self, text: &str) {
+    pub(crate) fn append_text(&self, text: &str) {
         let to = StreamId::new("s").unwrap();
         let event = NewEvent::raw("test.happened", text.as_bytes()).unwrap();
         self.store().append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
