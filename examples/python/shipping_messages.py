@@ -98,6 +98,11 @@ def read_checkpoint(source):
     return Checkpoint.unpack(data)
 
 
+def read_checkpoint_or_zeros(source):
+    data = source.bytes(64)
+    return read_checkpoint(Source(data)) if any(data) else None
+
+
 def read_ids(source):
     count = source.number("Q")
     demand(count <= 8, "the path is too long")
@@ -106,7 +111,8 @@ def read_ids(source):
 
 U8, U16, U32, U64, I64 = map(number, "BHIQq")
 ID = CHAIN = fixed(16)
-CHECKPOINT = Kind(read_checkpoint, lambda end: end.pack() if end else bytes(64))
+CHECKPOINT = Kind(read_checkpoint, Checkpoint.pack)
+CHECKPOINT_OR_ZEROS = Kind(read_checkpoint_or_zeros, lambda end: end.pack() if end else bytes(64))
 IDS = Kind(read_ids, lambda ids: struct.pack("<Q", len(ids)) + b"".join(ids))
 REST = Kind(Source.rest, bytes)
 
@@ -138,7 +144,7 @@ MESSAGES = {
     ),
     "SUBSCRIBE": (
         0x03,
-        ("end", CHECKPOINT),
+        ("end", CHECKPOINT_OR_ZEROS),
         ("mode", U8),
         ("flags", U8),
         reserved(2),

@@ -32,6 +32,9 @@ const FOREIGN: i32 = 6;
 const TRUNCATED: i32 = 7;
 const CORRUPT: i32 = 8;
 
+/// Nothing here takes more attempts than this.
+const RETRIES_MAX: usize = 20;
+
 /// Without Python there is nothing to be tested; where everything must be tested, that is a failure.
 fn have_python() -> bool {
     let found =
@@ -47,6 +50,7 @@ fn have_python() -> bool {
 struct Follower {
     child: Child,
     says: BufReader<ChildStdout>,
+    retries: usize,
 }
 
 impl Follower {
@@ -60,7 +64,7 @@ impl Follower {
             .spawn()
             .unwrap();
         let says = BufReader::new(child.stdout.take().unwrap());
-        Self { child, says }
+        Self { child, says, retries: 0 }
     }
 
     /// Follows until it has everything that the origin has.
@@ -71,6 +75,8 @@ impl Follower {
     fn hear(&mut self) -> Option<Value> {
         let mut line = String::new();
         self.says.read_line(&mut line).unwrap();
+        self.retries += usize::from(line.contains(r#""kind": "retry""#));
+        assert!(self.retries <= RETRIES_MAX, "it tries again and again: {line}");
         (!line.is_empty()).then(|| serde_json::from_str(&line).unwrap())
     }
 
