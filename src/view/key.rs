@@ -784,7 +784,7 @@ mod tests {
     #[test]
     fn types_of_keys_are_named_as_their_authors_write_them() {
         assert_eq!(KeySpelling::of::<u64>().type_name(), "u64");
-        let nested = KeySpelling::of::<(String, Option<crate::StreamId>, Vec<u8>)>();
+        let nested = KeySpelling::of::<(String, Option<StreamId>, Vec<u8>)>();
         assert_eq!(nested.type_name(), "(String, Option<StreamId>, Vec<u8>)");
         assert!(nested.takes_lists() && !KeySpelling::of::<String>().takes_lists());
     }

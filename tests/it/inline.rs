@@ -286,7 +286,7 @@ fn a_view_that_is_closed_by_its_own_fold_ends_and_nobody_waits_for_ever() {
         let view = store.view_with(own.clone(), ViewOptions { inline, ..self::inline() }).unwrap();
         let watch = (event == CLOSES).then(|| view.control());
         *own.handle.lock() = Some(view);
-        let (done, is_done) = std::sync::mpsc::channel();
+        let (done, is_done) = mpsc::channel();
         let appender = store.clone();
         std::thread::spawn(move || {
             let appended = appender.append(&to("a", event)).unwrap();
@@ -529,8 +529,7 @@ fn a_fold_that_opens_rebuilds_or_appends_is_refused_instead_of_waiting_for_itsel
                 let options = ViewOptions { inline: !matches!(by, By::Follower), ..inline() };
                 let own = store.view_with(meddler, options).unwrap();
                 own.wait_for_latest(PATIENCE).unwrap();
-                *place.lock() =
-                    Some(misdeed(store.clone(), other.clone(), Some(own.clone())));
+                *place.lock() = Some(misdeed(store.clone(), other.clone(), Some(own.clone())));
                 match by {
                     By::Appender | By::Follower => drop(store.append(&to("a", b"")).unwrap()),
                     By::Builder => drop(own.rebuild(RebuildOptions::default()).unwrap().wait()),

@@ -590,8 +590,7 @@ fn a_row_that_is_too_large_to_be_read_back_parks_its_event_and_no_other() {
     let store = open(dir.path());
     let view = store.view(Sizes).unwrap();
     // Key, kind, MiB.
-    let events =
-        [[1, 0, 1], [1, 0, 63], [2, 1, 63], [1, 0, 65], [2, 1, 65], [1, 0, 1], [3, 0, 1]];
+    let events = [[1, 0, 1], [1, 0, 63], [2, 1, 63], [1, 0, 65], [2, 1, 65], [1, 0, 1], [3, 0, 1]];
     for event in events {
         let token = append(&store, vec![NewEvent::raw("sized", event.to_vec()).unwrap()]);
         view.wait_for(&token, PATIENCE).unwrap();

@@ -435,17 +435,17 @@ fn a_loss_names_the_journal_that_was_lost_from() {
         view.close().unwrap();
         drop(view);
         let id = world.stores[lost].journal().id();
-        let path = dir.path().join(lost.to_string()).join(format!("store-{lost}"));
-        let World { mut stores, is_mended, mended_for, .. } = world;
-        stores.remove(lost).close().unwrap();
-        std::fs::remove_dir_all(path.join("journal")).unwrap();
-        let fs: Arc<dyn headwater::fs::Fs> = Arc::new(headwater::fs::os::OsFs);
-        headwater::restore(&fs, &backup, &path.join("journal"), None).unwrap();
-        stores.insert(lost, Store::open(&path).unwrap());
-        let journals: Vec<Journal> = stores.iter().map(|it| it.journal().clone()).collect();
-        let view = Traces { is_mended, mended_for };
-        let refused =
-            stores[0].view_over(&journals, view, ViewOptions::default()).map(drop).unwrap_err();
+        let journal = world.stores[lost].journal().dir().to_owned();
+        world.reopen(lost, || {
+            std::fs::remove_dir_all(&journal).unwrap();
+            let fs: Arc<dyn headwater::fs::Fs> = Arc::new(headwater::fs::os::OsFs);
+            headwater::restore(&fs, &backup, &journal, None).unwrap();
+        });
+        let journals = world.journals();
+        let refused = world.stores[0]
+            .view_over(&journals, world.view.clone(), ViewOptions::default())
+            .map(drop)
+            .unwrap_err();
         let ViewError::LostTail { checkpoint, .. } = &refused else { panic!("{refused}") };
         assert_eq!(checkpoint.journal, id);
         assert!(refused.to_string().contains(&id.to_string()), "{refused}");

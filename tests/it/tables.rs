@@ -285,7 +285,7 @@ fn an_event_that_fails_leaves_nothing_and_is_parked_alone() {
     }
 }
 
-fn stopped(view: &TableViewHandle<Machine>, token: &Token) -> std::sync::Arc<StopError> {
+fn stopped(view: &TableViewHandle<Machine>, token: &Token) -> Arc<StopError> {
     view.wait_for(token, PATIENCE).unwrap_err();
     match view.status().state {
         ViewState::Stopped(error) => error,

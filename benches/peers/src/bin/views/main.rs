@@ -1,7 +1,7 @@
 //! How fast a view is folded from a journal: `./run bench --views`.
 //!
 //! ```text
-//!  one journal for each number of keys ──▶ bare read + CRC │ cursor │ rebuild │ live │ SQLite │ RocksDB
+//!  one journal for each number of keys ──▶ bare read + CRC │ cursor │ rebuild │ in order │ live │ SQLite │ RocksDB
 //! ```
 //! Everybody makes the same rows (how many, how much) of the same typed events of 256 B. The peers get the decoded
 //! events of the cursor, in transactions and write batches of 10,000, and sync nothing. What it costs to be served is
@@ -41,6 +41,8 @@ const PART: Part = Part {
 };
 const BATCH: usize = 1000;
 const TRANSACTION: usize = 10_000;
+/// The folder with views that have seen nothing yet.
+const BEGUN: &str = "begun";
 
 /// How fast views are folded, beside the bare machine and other stores.
 #[derive(Debug, Parser)]
@@ -114,6 +116,7 @@ struct Rates {
     rebuild: f64,
     /// Of the processor time of all threads.
     rebuild_cpu_us_per_event: f64,
+    in_order: f64,
     live: f64,
     sqlite: f64,
     rocksdb: f64,
@@ -176,6 +179,7 @@ fn measure(cli: &Cli, keys: u64, dir: &Path) -> Outcome<Rates> {
             best.rebuild_cpu_us_per_event = cpu.as_secs_f64() * 1e6 / cli.events as f64;
         }
         best.rows = rows;
+        best.in_order = best.in_order.max(rate(cli.events, in_order(&store, dir)?));
         let slow = cli.slow_events.min(cli.events);
         best.sqlite = best.sqlite.max(rate(slow, sqlite(&journal, slow, dir)?));
         best.rocksdb = best.rocksdb.max(rate(slow, rocksdb(&journal, slow, dir)?));
@@ -183,15 +187,19 @@ fn measure(cli: &Cli, keys: u64, dir: &Path) -> Outcome<Rates> {
     Ok(best)
 }
 
-/// Writes the journal, and measures how fast a view follows it that is there from the beginning.
+/// Writes the journal, and measures how fast a view follows it that is there from the beginning. What that view was when
+/// there was nothing yet is kept.
 fn write(cli: &Cli, keys: u64, dir: &Path) -> Outcome<f64> {
     let store = Store::create(dir)?;
+    let begun = store.view_with(Totals, options())?;
+    begun.close()?;
+    drop(begun);
+    copy(&dir.join("views"), &dir.join(BEGUN))?;
     let view = store.view_with(Totals, options())?;
     let stream = StreamId::new("sales")?;
     let (mut random, rest) = (fastrand::Rng::with_seed(1), "x".repeat(240));
     let mut tickets = VecDeque::new();
-    let (began, live) = (Instant::now(), cli.slow_events.min(cli.events));
-    let mut rate = f64::NAN;
+    let began = Instant::now();
     for written in (0..cli.events).step_by(BATCH) {
         let sales = (0..BATCH).map(|_| {
             let (key, cents) = (random.u64(..keys), random.u64(..1000));
@@ -202,16 +210,14 @@ fn write(cli: &Cli, keys: u64, dir: &Path) -> Outcome<f64> {
         if tickets.len() > 16 {
             tickets.pop_front().map_or(Ok(None), |ticket| ticket.wait().map(Some))?;
         }
-        if written < live && written + BATCH as u64 >= live {
-            store.flush()?;
-            wait(&view, store.journal().end().position)?;
-            rate = live as f64 / began.elapsed().as_secs_f64();
-            view.close()?;
-        }
     }
     for ticket in tickets {
         ticket.wait()?;
     }
+    store.flush()?;
+    wait(&view, store.journal().end().position)?;
+    let rate = cli.events as f64 / began.elapsed().as_secs_f64();
+    view.close()?;
     drop(view);
     store.close()?;
     fs::remove_dir_all(dir.join("views"))?;
@@ -279,6 +285,33 @@ fn rebuild(store: &Store, dir: &Path) -> Outcome<(Duration, Duration, u64)> {
     drop(view);
     fs::remove_dir_all(dir.join("views"))?;
     Ok((took, cpu, rows))
+}
+
+/// A view that has seen nothing yet goes on along the journal, as after an interruption: event by event, in order.
+fn in_order(store: &Store, dir: &Path) -> Outcome<Duration> {
+    copy(&dir.join(BEGUN), &dir.join("views"))?;
+    let began = Instant::now();
+    let view = store.view_with(Totals, options())?;
+    wait(&view, store.journal().end().position)?;
+    let took = began.elapsed();
+    view.close()?;
+    drop(view);
+    fs::remove_dir_all(dir.join("views"))?;
+    Ok(took)
+}
+
+fn copy(from: &Path, to: &Path) -> Outcome<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &to)?;
+        } else {
+            fs::copy(entry.path(), to)?;
+        }
+    }
+    Ok(())
 }
 
 fn cpu() -> Outcome<Duration> {
@@ -363,18 +396,19 @@ fn rocksdb(journal: &Journal, events: u64, dir: &Path) -> Outcome<Duration> {
 fn table(data: &Data) -> Outcome<String> {
     let mut text = format!("| | |\n|---|---|\n{}\n", data.machine.rows());
     text += "Million events per second; in brackets, how many times the rate the rebuild has.\n\n";
-    text += "| keys | rows | bare read + CRC-32, 1 thread | cursor, verified, 1 thread | **rebuild, all cores** | processor per event | live, while it is written | SQLite upserts | RocksDB get + put |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n";
+    text += "| keys | rows | bare read + CRC-32, 1 thread | cursor, verified, 1 thread | **rebuild, all cores** | processor per event | in order, 1 thread | live, while it is written | SQLite upserts | RocksDB get + put |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n";
     for it in &data.rates {
         let cell = |rate: f64| format!("{:.2} ({:.1}x)", rate / 1e6, it.rebuild / rate);
         writeln!(
             text,
-            "| {} | {} | {} | {} | **{:.2}** | {:.2} µs | {} | {} | {} |",
+            "| {} | {} | {} | {} | **{:.2}** | {:.2} µs | {} | {} | {} | {} |",
             page::grouped(it.keys as f64),
             page::grouped(it.rows as f64),
             cell(it.bare_read_crc),
             cell(it.cursor),
             it.rebuild / 1e6,
             it.rebuild_cpu_us_per_event,
+            cell(it.in_order),
             cell(it.live),
             cell(it.sqlite),
             cell(it.rocksdb),
