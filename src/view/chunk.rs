@@ -17,7 +17,8 @@
 
 use std::any::Any;
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::BuildHasher as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::audit::{Folds, Tallies, Tally};
@@ -39,6 +40,9 @@ use crate::journal::{CursorBatch, Journal};
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId, Locator, Position};
 use crate::upcast::Decoded;
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use smallvec::SmallVec;
@@ -53,7 +57,9 @@ pub(super) struct Chunk<V: View> {
     routes: Vec<Route>,
     unrouted: Vec<Unrouted>,
     slots: Vec<Slot<V::Key>>,
-    slot_of_key: HashMap<Vec<u8>, usize>,
+    /// Their places, by row key.
+    slot_of_key: HashTable<usize>,
+    hasher: RandomState,
     bytes: u64,
     names: Names,
 }
@@ -154,7 +160,8 @@ impl<V: View> Chunk<V> {
             routes: Vec::new(),
             unrouted: Vec::new(),
             slots: Vec::new(),
-            slot_of_key: HashMap::new(),
+            slot_of_key: HashTable::new(),
+            hasher: RandomState::default(),
             bytes: 0,
             names: Names::default(),
         }
@@ -265,12 +272,14 @@ impl<V: View> Chunk<V> {
         if self.rules.discarded.has(at.journal, at.position, &row_key) {
             return;
         }
-        let slot = match self.slot_of_key.get(&row_key) {
-            Some(&slot) => slot,
-            None => {
-                let slot = self.slots.len();
-                self.slot_of_key.insert(row_key.clone(), slot);
-                self.slots.push(Slot { key, row_key, last_event: usize::MAX });
+        let Self { slots, slot_of_key, hasher, .. } = self;
+        let hash = |slot: &usize| slots.get(*slot).map_or(0, |it| hasher.hash_one(&it.row_key));
+        let is_it = |slot: &usize| slots.get(*slot).is_some_and(|it| it.row_key == row_key);
+        let slot = match slot_of_key.entry(hasher.hash_one(&row_key), is_it, hash) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(unknown) => {
+                let slot = *unknown.insert(slots.len()).get();
+                slots.push(Slot { key, row_key, last_event: usize::MAX });
                 slot
             }
         };

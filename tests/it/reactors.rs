@@ -508,7 +508,9 @@ fn live_as_killer(dir: &Path, fails: bool) -> Option<String> {
 fn store_for_killer(dir: &Path) -> PathBuf {
     let dir = dir.join("store");
     let store = Store::create(&dir).unwrap();
-    (0..5).for_each(|n| drop(put(&store, Added(n))));
+    (0..5).for_each(|n| {
+        put(&store, Added(n));
+    });
     store.close().unwrap();
     dir
 }

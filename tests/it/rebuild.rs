@@ -555,7 +555,7 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
         let closing = scope.spawn(|| new.close());
         // As often as the first event is folded.
         while !closing.is_finished() {
-            drop(go_on.send(()));
+            let _is_heard = go_on.send(());
             std::thread::yield_now();
         }
         closing.join().unwrap().unwrap();

@@ -360,7 +360,9 @@ fn every_journal_wakes_the_view() {
 fn the_journals_have_their_turns() {
     let dir = tempfile::tempdir().unwrap();
     let mut world = World::new(dir.path(), 14, 3);
-    (0..100).for_each(|_| drop(world.append(0, vec![vec![1]])));
+    (0..100).for_each(|_| {
+        world.append(0, vec![vec![1]]);
+    });
     let quiet = [1, 2].map(|journal| world.append(journal, vec![vec![2]]).journal);
     let view = world.open(1);
     world.assert_shows(&view);
