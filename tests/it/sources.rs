@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use headwater::view::{
-    Change, Fold, FoldError, Keys, RebuildOptions, View, ViewError, ViewHandle, ViewOptions,
-    ViewReadError, ViewState,
+    Change, Fold, FoldError, Keys, RebuildOptions, Table, TableView, Tables, View, ViewError,
+    ViewHandle, ViewOptions, ViewReadError, ViewState, ViewTxn,
 };
 use headwater::{
     Append, ExpectedRevision, Journal, JournalId, Locator, NewEvent, Position, Recorded, Store,
@@ -181,6 +181,7 @@ fn rows_are_what_all_journals_make_after_any_reopening_and_rebuild() {
             world.assert_shows(&view);
             let status = view.status();
             assert_eq!((status.journals.len(), status.lag_events), (journals, Some(0)));
+            assert!(status.journals.iter().all(|it| it.checkpoint.applied == it.end));
             let compared = view.check(RebuildOptions::default()).unwrap();
             assert!(compared.is_equal(), "{compared:?}");
             view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
@@ -204,7 +205,7 @@ fn events_of_all_journals_are_parked_and_retried_in_the_order_of_their_intake() 
     for seed in 0..6 {
         let dir = tempfile::tempdir().unwrap();
         let mut world = World::new(dir.path(), seed, 3);
-        let chunk_bytes = [1, 300][world.rng.usize(..2)];
+        let chunk_bytes = [1, 300, 1 << 20][world.rng.usize(..3)];
         let view = world.open(chunk_bytes);
         for _ in 0..4 {
             world.append_some(20, 15);
@@ -230,6 +231,9 @@ fn events_of_all_journals_are_parked_and_retried_in_the_order_of_their_intake() 
             let retried = view.retry(&key.key).unwrap();
             assert_eq!((retried.applied, retried.left), (key.events, 0));
         }
+        world.assert_shows(&view);
+        // What comes next is folded into the rows that the retries have made.
+        world.append_some(20, 0);
         world.assert_shows(&view);
         let compared = view.check(RebuildOptions::default()).unwrap();
         assert!(compared.is_equal(), "{compared:?}");
@@ -283,6 +287,60 @@ fn an_event_that_can_be_folded_does_not_wait_for_one_at_the_same_position_of_ano
     assert_eq!((retried.applied, retried.left), (1, 1));
     let parked: Vec<_> = view.parked().map(Result::unwrap).collect();
     assert_eq!((parked[0].journal, parked[0].events), (second.journal, 1));
+}
+
+/// The same keys in two tables: what one has is nothing of the other's.
+struct Tabled;
+
+const COUNTS: Table<u8, u64> = Table::new("counts");
+const POSITIONS: Table<u8, u64> = Table::new("positions");
+
+impl TableView for Tabled {
+    const NAME: &'static str = "tabled";
+    const VERSION: u32 = 1;
+    type Event = Vec<u8>;
+
+    fn tables(&self) -> Tables {
+        Tables::of(COUNTS).with(POSITIONS)
+    }
+
+    fn apply(&self, event: &Recorded<Vec<u8>>, tx: &mut ViewTxn<'_>) -> Result<(), FoldError> {
+        for key in event.data() {
+            for (table, more) in [(COUNTS, 1), (POSITIONS, event.position().get())] {
+                let sum = tx.get(table, key)?.unwrap_or(0) + more;
+                tx.put(table, key, &sum)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn tables_are_what_all_journals_make() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 18, 2);
+    let options = ViewOptions { chunk_bytes: 300, ..ViewOptions::default() };
+    let view = world.stores[0].table_view_over(&world.journals(), Tabled, options).unwrap();
+    for _ in 0..3 {
+        world.append_some(20, 0);
+        world.tokens.iter().flatten().for_each(|token| view.wait_for(token, PATIENCE).unwrap());
+        let mut expected: BTreeMap<u8, (u64, u64)> = BTreeMap::new();
+        for journal in world.journals() {
+            for event in journal.read_all(Position::START).unwrap().map(Result::unwrap) {
+                for key in event.data() {
+                    let row = expected.entry(*key).or_default();
+                    *row = (row.0 + 1, row.1 + event.position().get());
+                }
+            }
+        }
+        let counts = view.table(COUNTS).unwrap();
+        let found = counts.range(..).map(Result::unwrap).map(|(key, count)| {
+            (key, (count, view.table(POSITIONS).unwrap().get(&key).unwrap().unwrap()))
+        });
+        assert_eq!(found.collect::<BTreeMap<_, _>>(), expected);
+        assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+        view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+    }
 }
 
 #[test]
@@ -353,6 +411,42 @@ fn every_journal_wakes_the_view() {
         let (_, median, _) = waits.select_nth_unstable(50);
         assert!(*median < Duration::from_millis(25), "{median:?}");
     }
+}
+
+/// Of all of them, at once, and whatever takes over.
+#[test]
+fn the_latest_is_that_of_all_journals_and_nobody_sees_the_view_go_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 17, 3);
+    let view = world.open(1 << 20);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut seen = vec![Position::START; 3];
+            while !is_over.load(Ordering::Relaxed) {
+                let now = view.snapshot().unwrap().checkpoints();
+                let now: Vec<Position> = now.iter().map(|it| it.position).collect();
+                assert!(seen.iter().zip(&now).all(|(seen, now)| seen <= now), "{seen:?} {now:?}");
+                seen = now;
+            }
+        });
+        let appender = scope.spawn(|| {
+            let mut count = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                let journal = count as usize % 3;
+                let token = world.append(journal, vec![vec![1]]);
+                count += 1;
+                let row = view.get_latest(&1, PATIENCE).unwrap().unwrap();
+                assert_eq!(row.values().map(|it| it.0).sum::<u64>(), count, "{token:?}");
+            }
+        });
+        for _ in 0..10 {
+            view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+        }
+        is_over.store(true, Ordering::Relaxed);
+        reader.join().unwrap();
+        appender.join().unwrap();
+    });
 }
 
 /// One that has much to be folded doesn't keep the view from the others.

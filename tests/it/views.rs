@@ -840,6 +840,36 @@ fn a_view_ahead_of_its_mirror_serves_flagged_and_goes_on_when_the_mirror_has_cau
 }
 
 #[test]
+fn a_view_of_several_journals_goes_on_when_each_mirror_has_caught_up() {
+    let world = World::new();
+    let (mirror_dir, backup) = (world.dir.path().join("mirror"), world.dir.path().join("backup"));
+    let (own, origin) = (Origin::open(&world.dir.path().join("own")), world.origin());
+    let open = |mirror: &Mirror| {
+        let journals = [own.journal().clone(), mirror.journal().clone()];
+        own.0.view_over(&journals, Accounts::<1>::default(), ViewOptions::default()).unwrap()
+    };
+    origin.append(vec![paid("a", 1)]);
+    Mirror::open(&mirror_dir, origin.journal()).fetch_from(origin.journal());
+    copy_dir(&mirror_dir, &backup);
+    let token = origin.append(vec![paid("a", 2)]);
+    let mut mirror = Mirror::open(&mirror_dir, origin.journal());
+    mirror.fetch_from(origin.journal());
+    let view = open(&mirror);
+    view.wait_for(&token, PATIENCE).unwrap();
+    drop((view, mirror));
+    replace_dir(&backup, &mirror_dir);
+    let mut mirror = Mirror::open(&mirror_dir, origin.journal());
+    let view = open(&mirror);
+    let beside = own.append(vec![paid("b", 3)]);
+    let early = view.wait_for(&beside, Duration::from_millis(200)).unwrap_err();
+    assert!(matches!(early, WaitError::Timeout { .. }), "{early}");
+    assert!(matches!(view.status().state, ViewState::AwaitingMirror));
+    mirror.fetch_from(origin.journal());
+    view.wait_for(&beside, PATIENCE).unwrap();
+    assert_eq!(view.status().set_aside, None);
+}
+
+#[test]
 fn a_view_whose_mirror_becomes_another_history_stops_as_a_fork() {
     for events in [2, 30] {
         let world = World::new();
