@@ -97,7 +97,7 @@ fn every_thread_sees_what_it_has_appended_at_once_while_rebuilds_take_over() {
             view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
             while appended.load(Ordering::Relaxed) < before + 10 {
                 assert!(
-                    !threads.iter().any(|it| it.is_finished()),
+                    !threads.iter().any(std::thread::ScopedJoinHandle::is_finished),
                     "what it appended wasn't there"
                 );
                 std::thread::yield_now();

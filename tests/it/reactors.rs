@@ -484,11 +484,11 @@ fn reacts_in_a_process_that_dies() {
     let back_off_min = if fails { LONG } else { quick(Start::Now).back_off_min };
     let options = ReactorOptions { back_off_min, back_off_max: LONG, ..quick(Start::Beginning) };
     let killer = store.react(Killer, options).unwrap();
-    while fails {
-        if killer.status().failing.is_some() {
-            std::process::abort();
+    if fails {
+        while killer.status().failing.is_none() {
+            std::thread::yield_now();
         }
-        std::thread::yield_now();
+        std::process::abort();
     }
     println!("\nhalted: {}", halted(&killer));
 }
