@@ -1110,6 +1110,8 @@ fn parked_event(value: &[u8]) -> Option<ParkedEvent> {
 mod tests {
     use super::*;
     use crate::fs::os::OsFs;
+    use crate::position::Checkpoint;
+    use crate::view::runner::beginning;
     use proptest::prelude::*;
 
     fn decision() -> impl Strategy<Value = Decision> {
@@ -1160,20 +1162,31 @@ mod tests {
     }
 
     #[test]
-    fn a_decision_holds_for_all_versions_and_a_damaged_file_is_refused() {
+    fn a_version_takes_over_decisions_about_what_it_has_not_applied_and_a_damaged_file_is_refused()
+    {
         let dir = tempfile::tempdir().unwrap();
         let open = |version| Parking::open(Arc::new(OsFs), dir.path(), version);
         let journal = JournalId::from_bytes([7; 16]);
+        let applied = |position| {
+            let position = Position::new(position);
+            Checkpoints::from(Checkpoint { position, ..beginning(journal) })
+        };
         let (at, key) = (Position::new(5), row_key_of(b"a"));
         let decision = Decision { journal, position: at, row_key: Some(key.clone()) };
         open(1).unwrap().discard(decision.clone()).unwrap();
         let second = open(2).unwrap();
+        second.take_over(&applied(6)).unwrap();
+        assert!(!second.discarded().has(journal, at, &key), "it has applied the event");
+        second.take_over(&applied(5)).unwrap();
         assert!(second.discarded().has(journal, at, &key));
         second.discard(Decision { row_key: None, ..decision }).unwrap();
-        let first = open(1).unwrap().discarded();
-        assert!(first.has(journal, at, &key) && first.has_all_of(journal, at));
-        assert!(!first.has(journal, at.advance(1), &key) && !first.has(journal, at, b"b"));
+        let second = open(2).unwrap().discarded();
+        assert!(second.has(journal, at, &key) && second.has_all_of(journal, at));
+        assert!(!second.has(journal, at.advance(1), &key) && !second.has(journal, at, b"b"));
+        assert!(!open(1).unwrap().discarded().has_all_of(journal, at));
         std::fs::write(dir.path().join("discarded.2"), "headwater discarded 1\n").unwrap();
-        assert!(matches!(open(1), Err(ViewError::DamagedDecisions { .. })));
+        assert!(matches!(open(2), Err(ViewError::DamagedDecisions { .. })));
+        let taken_over = open(1).unwrap().take_over(&applied(0));
+        assert!(matches!(taken_over, Err(ViewError::DamagedDecisions { .. })));
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::time::Duration;
 
 use headwater::cli::Cli;
@@ -640,29 +640,39 @@ fn check_proves_the_rows_beside_the_service_and_exits_with_3_if_they_differ() {
     assert_eq!(names(), before);
 }
 
+/// A process that builds something slowly: it doesn't outlive its test.
+struct Building {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+}
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
 /// Begins to build something, and waits for the first line of progress.
-fn building(
-    service: Service,
-    args: &[&str],
-    total: &str,
-) -> (std::process::Child, BufReader<std::process::ChildStderr>) {
+fn building(service: Service, args: &[&str], total: &str) -> Building {
     let mut child =
         service.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut building = Building { child, stderr };
     let mut line = String::new();
-    stderr.read_line(&mut line).unwrap();
+    building.stderr.read_line(&mut line).unwrap();
     assert!(line.contains("ing: ") && line.contains(total), "{line}");
-    (child, stderr)
+    building
 }
 
 /// The same, and interrupts it.
 fn interrupted(service: Service, args: &[&str], total: &str) -> (Option<i32>, String) {
-    let (mut child, mut stderr) = building(service, args, total);
-    let pid = child.id().to_string();
+    let mut building = building(service, args, total);
+    let pid = building.child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let mut rest = String::new();
-    stderr.read_to_string(&mut rest).unwrap();
-    (child.wait().unwrap().code(), rest)
+    building.stderr.read_to_string(&mut rest).unwrap();
+    (building.child.wait().unwrap().code(), rest)
 }
 
 #[test]
@@ -727,11 +737,10 @@ fn a_first_build_that_is_interrupted_leaves_nothing_and_one_that_was_killed_can_
     assert!(!world.path.join("views/spent/2.1").exists());
 
     // Killed: it is told as what it is, nobody reads it, and it goes away.
-    let mut child = building(new, &slowly, "of 2009 events").0;
+    let killed = building(new, &slowly, "of 2009 events");
     let busy = headwater(&["view", "rm", dir, "spent", "2.1"]);
     failed(&busy, 1, "view.in_use");
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(killed);
     assert_eq!(world.generations(), ["1.1 live", "2.1"]);
     assert_eq!(world.status(&[])[1]["state"], "unfinished");
     let get = ["view", "scan", dir, "spent", "--limit", "1"];
@@ -752,11 +761,21 @@ fn a_first_build_in_order_that_is_interrupted_leaves_nothing_either() {
     store.close().unwrap();
     ok(headwater(&["view", "rm", dir, "towns", "1"]));
     let slow = Service { fold_ms: 20, ..Service::default() };
-    let (code, text) = interrupted(slow, &["view", "rebuild", dir, "towns"], "of 2009 events");
-    assert_eq!(code, Some(1), "{text}");
-    let states = json_of(headwater(&["view", "ls", "--json", dir]));
-    let names: Vec<_> = states["views"].as_array().unwrap().iter().map(|it| &it["view"]).collect();
-    assert_eq!(names, ["spent"]);
+    let mut command = slow.command(&["view", "rebuild", dir, "towns"]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let names = || -> Vec<String> {
+        let all = world.status(&[]);
+        all.iter().map(|it| it["view"].as_str().unwrap().to_owned()).collect()
+    };
+    // Its rows are there as they come.
+    while names() != ["spent", "towns"] {
+        assert_eq!(child.try_wait().unwrap(), None, "it has ended");
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let text = err(&child.wait_with_output().unwrap());
+    assert!(text.starts_with("error[rebuild.cancelled]: "), "{text}");
+    assert_eq!(names(), ["spent"]);
     assert_eq!(held_by(&world).len(), 1);
 }
 
@@ -1108,17 +1127,16 @@ fn a_rebuild_holds_its_view_and_no_journal() {
     let world = World::new();
     let dir = world.dir();
     let args = ["view", "rebuild", dir, "spent", "--bytes-per-second-max", "1"];
-    let (mut child, _) = building(Service::default(), &args, "of 9 events");
+    let killed = building(Service::default(), &args, "of 9 events");
     let store = Store::open(&world.path).unwrap();
     append(&store, &["zug 1 1"]);
     let held = store.view(Spent::<1>::default()).map(drop).unwrap_err();
     assert_eq!(held.code(), "view.in_use");
-    assert!(held.to_string().contains(&format!("process {}", child.id())), "{held}");
+    assert!(held.to_string().contains(&format!("process {}", killed.child.id())), "{held}");
     assert!(held.hint().contains("view rebuild"), "{}", held.hint());
     let towns = store.table_view(Towns::default()).unwrap();
     towns.wait_for(&store.journal().end().token(), PATIENCE).unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(killed);
     let view = store.view(Spent::<1>::default()).unwrap();
     caught_up(&store, &view);
 }
