@@ -731,11 +731,13 @@ impl Connection<'_> {
 
     /// The writer can't go on: the origin is told why, and the listener is interrupted.
     fn give_up(&self, error: &ShippingError) {
-        let code = match error {
-            ShippingError::Refused { .. } | ShippingError::Fork(_) => ErrorCode::REFUSED,
-            _ => ErrorCode::STORAGE,
+        let (code, position) = match error {
+            ShippingError::Refused { position, .. } => (ErrorCode::REFUSED, Some(*position)),
+            ShippingError::Fork(at) => (ErrorCode::REFUSED, Some(at.mirror.position)),
+            _ => (ErrorCode::STORAGE, None),
         };
-        self.session.lock().fail(Failure::new(code, error.to_string()));
+        let failure = Failure { position, ..Failure::new(code, error.to_string()) };
+        self.session.lock().fail(failure);
         self.flush();
         drop(self.stream.shutdown(Shutdown::Both));
     }
