@@ -201,7 +201,7 @@ fn after_a_restore(grow: impl Fn(&Origin)) -> (Ended, tempfile::TempDir) {
     origin.open();
     grow(&origin);
     let before = segments(&mirror);
-    let ended = Follower::start(origin.address, &mirror, &[]).ended();
+    let ended = Follower::until(&origin, &mirror);
     assert!(segments(&mirror) == before, "the mirror is kept as it was");
     (ended, dir)
 }
@@ -246,7 +246,7 @@ fn a_damaged_tail_is_fetched_again_and_remembered_against_a_replaced_origin() {
     origin.open();
     origin.append(70..80);
     rot(); // what is left is in the backup too
-    let ended = Follower::start(origin.address, &mirror, &[]).ended().assert(FORK);
+    let ended = Follower::until(&origin, &mirror).assert(FORK);
     let text = ended.of_kind("halted").next().unwrap()["text"].as_str().unwrap();
     assert!(text.contains("set aside"), "{text}");
 }
@@ -262,7 +262,7 @@ fn what_trying_again_will_not_change_ends_it_with_a_code_of_its_own() {
     origin.append(0..100);
     Follower::until(&origin, &mirror).assert(DONE);
     let foreign = Origin::start(dir.path().join("foreign"), small());
-    Follower::start(foreign.address, &mirror, &[]).ended().assert(FOREIGN);
+    Follower::until(&foreign, &mirror).assert(FOREIGN);
     let id = foreign.store().journal().id().to_string();
     let other = dir.path().join("other");
     Follower::start(origin.address, &other, &["--journal", &id]).ended().assert(FOREIGN);
@@ -271,7 +271,7 @@ fn what_trying_again_will_not_change_ends_it_with_a_code_of_its_own() {
     let (removed, ended) = removed_behind(&mut origin, &mirror);
     assert_eq!(ended.assert(TRUNCATED).of_kind("halted").next().unwrap()["code"], "TRUNCATED");
     assert!(removed > Position::START);
-    Follower::start(origin.address, &other, &[]).ended().assert(TRUNCATED);
+    Follower::until(&origin, &other).assert(TRUNCATED);
     // What lies in front of a damage is taken.
     let rotten =
         Origin::start(dir.path().join("rotten"), JournalOptions { recent_bytes_max: 0, ..small() });
@@ -279,7 +279,7 @@ fn what_trying_again_will_not_change_ends_it_with_a_code_of_its_own() {
     let segment = &rotten.store().journal().segments()[2];
     flip_bit(&segment.path, 4096 + 200);
     let third = dir.path().join("third");
-    let ended = Follower::start(rotten.address, &third, &[]).ended().assert(CORRUPT);
+    let ended = Follower::until(&rotten, &third).assert(CORRUPT);
     let durable = ended.of_kind("durable").last().unwrap();
     assert_eq!(durable["position"], segment.base_position.get());
 }
@@ -290,7 +290,7 @@ fn removed_behind(origin: &mut Origin, mirror: &Path) -> (Position, Ended) {
     fs::remove_file(origin.dir.join("journal/leases")).unwrap();
     origin.open();
     let removed = forget_all(origin).target;
-    (removed, Follower::start(origin.address, mirror, &[]).ended())
+    (removed, Follower::until(origin, mirror))
 }
 
 /// Every byte of the mirror's segments is the origin's.
@@ -342,7 +342,7 @@ fn a_bit_that_is_flipped_again_and_again_ends_it_and_is_never_written() {
         let fault =
             Fault { of_origin: true, at: FIRST_BATCH_AT + at, bit: Some(fastrand::u8(..8)) };
         let through = proxy(origin.address, move |_| Some(fault));
-        let ended = Follower::start(through, &mirror, &[]).ended().assert(DAMAGE);
+        let ended = Follower::start(through, &mirror, &["--until", "3"]).ended().assert(DAMAGE);
         assert_eq!(ended.of_kind("halted").next().unwrap()["code"], "REFUSED");
         assert_eq!(ended.of_kind("retry").count(), 2, "on the way it would have healed");
         assert_eq!(ended.of_kind("event").count(), 0);
