@@ -435,7 +435,8 @@ fn served_table(text: &mut String, it: &Served) -> Outcome<()> {
     )?;
     writeln!(
         text,
-        "| Longest read of two readers beside a flip, p99 of 200 flips | less than 1 ms | {:.0} µs | {} | p50 {:.0} µs; in as long a time without a flip p99 {:.0} µs |",
+        "| Longest read beside a flip, p99 of 200 flips; a reader for each processor but one: {} | less than 1 ms | {:.0} µs | {} | p50 {:.0} µs; in as long a time without a flip p99 {:.0} µs |",
+        it.flip_readers,
         it.flip_pause_p99_us,
         verdict(it.flip_pause_p99_us < 1000.0),
         it.flip_pause_p50_us,

@@ -31,6 +31,7 @@ pub(crate) struct Served {
     pub(crate) bare_get_ns: f64,
     /// By round: bare over ours.
     pub(crate) get_ratio: Spread,
+    pub(crate) flip_readers: usize,
     /// The longest read of any reader around each flip.
     pub(crate) flip_pause_p50_us: f64,
     pub(crate) flip_pause_p99_us: f64,
@@ -60,6 +61,7 @@ pub(crate) fn measure(dir: &Path) -> Outcome<Served> {
         get_ns,
         bare_get_ns,
         get_ratio,
+        flip_readers: readers()?,
         flip_pause_p50_us,
         flip_pause_p99_us,
         no_flip_pause_p99_us,
@@ -170,7 +172,12 @@ fn reads(dir: &Path) -> Outcome<(f64, f64, Spread)> {
     Ok((spread(ours)?.median, spread(theirs)?.median, spread(ratios)?))
 }
 
-/// Two readers, while generations take over from each other.
+/// As many as don't compete with the one that takes over.
+fn readers() -> Outcome<usize> {
+    Ok(std::thread::available_parallelism()?.get().saturating_sub(1).max(1))
+}
+
+/// A reader for each processor but one, while generations take over from each other.
 fn flips(dir: &Path) -> Outcome<(f64, f64, f64)> {
     const KEYS: u64 = 10_000;
     let (store, view) = filled(dir, KEYS, 50_000, options())?;
@@ -178,7 +185,7 @@ fn flips(dir: &Path) -> Outcome<(f64, f64, f64)> {
     let (is_over, longest_ns) = (AtomicBool::new(false), AtomicU64::new(0));
     let take_longest = || Duration::from_nanos(longest_ns.swap(0, Ordering::Relaxed));
     let (with, without) = std::thread::scope(|scope| -> Outcome<_> {
-        for seed in 0..2 {
+        for seed in 0..readers()? as u64 {
             let (view, is_over, longest_ns) = (&view, &is_over, &longest_ns);
             scope.spawn(move || {
                 let mut random = fastrand::Rng::with_seed(seed);
