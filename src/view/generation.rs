@@ -72,8 +72,8 @@ pub(crate) struct Generations {
     /// The version that is open, and the only one that is changed here.
     version: u32,
     live: Option<u32>,
-    #[allow(dead_code, reason = "held, never read: dropping it releases the lock")]
-    lock: Box<dyn Lock>,
+    /// Held as long as a database of the version is open, too; see [`Openings`](super::openings::Openings).
+    lock: Arc<dyn Lock>,
 }
 
 /// A generation of a view, as it lies on disk.
@@ -154,7 +154,7 @@ impl Generations {
     ) -> Result<Self, ViewError> {
         let dir = views_dir.join(name);
         fs.create_dir_all(&dir).context("creating the view's directory", &dir)?;
-        let lock = lock(&*fs, &dir.join(format!("{LOCK_FILE}.{version}")))?;
+        let lock = lock(&*fs, &dir.join(format!("{LOCK_FILE}.{version}")))?.into();
         let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?.get(&version).copied();
         let opened = Self { fs, dir, version, live, lock };
         opened.remove_not_kept()?;
@@ -175,6 +175,11 @@ impl Generations {
             self.point_to(None)?;
         }
         remove_folder(&self.dir.join(format!("{}.{number}", self.version)))
+    }
+
+    /// What keeps others from opening the version, as long as it lives.
+    pub(super) fn lock(&self) -> Arc<dyn Lock> {
+        Arc::clone(&self.lock)
     }
 
     /// The folder of the live generation, if there is one.

@@ -122,7 +122,7 @@ pub(super) fn start<P: Program>(
         refuse_within_fold(P::NAME)?; // those who append would wait for it, and it for them
     }
     let mut folder = Generations::open(Arc::new(OsFs), views_dir, P::NAME, P::VERSION)?;
-    let openings = Arc::new(Openings::default());
+    let openings = Arc::new(Openings::new(folder.lock()));
     let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let attempts = Attempts::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let opened = open_live(&*view, &mut folder, &openings, &sources, (&options, &building))?;
