@@ -208,9 +208,14 @@ impl Generations {
         self.point_to(Some(number))
     }
 
+    /// Points to none any more: the live generation is set aside.
+    pub(super) fn set_none_live(&mut self) -> Result<(), ViewError> {
+        self.point_to(None)
+    }
+
     /// The number of the live generation.
-    pub(super) fn live_number(&self) -> u32 {
-        self.live.unwrap_or_default()
+    pub(super) const fn live_number(&self) -> Option<u32> {
+        self.live
     }
 
     /// All generations of all versions that have a folder and are kept.

@@ -198,6 +198,7 @@ fn open_live<P: Program>(
         }
         Err(error) => return Err(error.into()),
     };
+    let is_given_up = matches!(judgement, Judgement::GiveUp);
     let phase = match judgement {
         Judgement::GoOn => Phase::Following,
         Judgement::AwaitMirror => Phase::AwaitingMirror,
@@ -205,7 +206,7 @@ fn open_live<P: Program>(
             Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }))
         }
         // What can't be built again is served as it is, and says so.
-        Judgement::SetAside => {
+        Judgement::SetAside | Judgement::GiveUp => {
             if let Some(first) = sources.truncated() {
                 let is_other = !progress.checkpoints.are_of(sources.ids());
                 if is_other && sources.iter().any(|it| progress.checkpoints.of(it.id()).is_some()) {
@@ -218,6 +219,9 @@ fn open_live<P: Program>(
             }
             let set_aside = Some(db.path().to_owned());
             drop(db);
+            if is_given_up {
+                folder.set_none_live()?; // the next opening doesn't ask again, however far the new one gets
+            }
             return Ok(Opened { set_aside, ..begin(folder)? });
         }
     };
@@ -277,7 +281,10 @@ pub(super) fn beginning(journal: JournalId) -> Checkpoint {
 /// What a stored checkpoint says about the rows that are of it.
 enum Judgement {
     GoOn,
+    /// They are live until there are others.
     SetAside,
+    /// Somebody has decided so.
+    GiveUp,
     AwaitMirror,
     Unknown(ReadError),
 }
@@ -294,16 +301,15 @@ fn judge<P: Program>(
             judgement = judgement.and(judge_one::<P>(journal, &checkpoint, lost_tail)?);
         }
     }
-    if !checkpoints.are_of(sources.ids()) {
-        return Ok(Judgement::SetAside);
-    }
-    Ok(judgement)
+    let are_of = checkpoints.are_of(sources.ids());
+    Ok(judgement.and(if are_of { Judgement::GoOn } else { Judgement::SetAside }))
 }
 
 impl Judgement {
     /// What is to be done about both.
     fn and(self, other: Self) -> Self {
         match (self, other) {
+            (Self::GiveUp, _) | (_, Self::GiveUp) => Self::GiveUp,
             (Self::SetAside, _) | (_, Self::SetAside) => Self::SetAside,
             (Self::Unknown(error), _) | (_, Self::Unknown(error)) => Self::Unknown(error),
             (Self::AwaitMirror, _) | (_, Self::AwaitMirror) => Self::AwaitMirror,
@@ -322,7 +328,7 @@ fn judge_one<P: Program>(
         Ok(Comparison::Equal) => Judgement::GoOn,
         Ok(Comparison::Differs | Comparison::Foreign) => Judgement::SetAside,
         Ok(Comparison::Ahead) if journal.role() == Role::Mirror => Judgement::AwaitMirror,
-        Ok(Comparison::Ahead) if lost_tail == LostTail::SetAside => Judgement::SetAside,
+        Ok(Comparison::Ahead) if lost_tail == LostTail::SetAside => Judgement::GiveUp,
         Ok(Comparison::Ahead) => {
             let (checkpoint, end) = (*checkpoint, journal.end().position);
             return Err(ViewError::LostTail { view: P::NAME, checkpoint, end });

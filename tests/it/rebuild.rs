@@ -15,13 +15,15 @@ use std::time::Duration;
 use fastrand::Rng;
 use headwater::retention::{History, Options, Until};
 use headwater::view::{
-    Fold, FoldError, Keys, OnDifference, OnPoison, RebuildError, RebuildOptions, RebuildPhase,
-    StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
+    Fold, FoldError, Keys, LostTail, OnDifference, OnPoison, RebuildError, RebuildOptions,
+    RebuildPhase, StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
 };
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
     StreamId, Token,
 };
+
+use crate::views::{copy_dir, replace_dir};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -572,4 +574,49 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
     let next = world.open(Traces::<2>::default());
     world.assert_shows(&next);
     assert_eq!(live(&next), [1]);
+}
+
+/// Whoever restarts while the new rows are built isn't asked again.
+#[test]
+fn a_lost_tail_that_was_accepted_stays_accepted_before_the_new_rows_are_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, backup) = (dir.path().join("journal"), dir.path().join("backup"));
+    let mut world = World::new(dir.path(), 10);
+    world.append(400);
+    let token = world.token;
+    world.store.close().unwrap();
+    copy_dir(&journal, &backup);
+    let mut world = World::new(dir.path(), 11);
+    world.append(1);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    drop(view);
+    world.store.close().unwrap();
+    replace_dir(&backup, &journal);
+
+    let mut world = World::new(dir.path(), 12);
+    world.token = token;
+    let refused = world.store.view(Traces::<1>::default());
+    assert!(matches!(refused, Err(ViewError::LostTail { .. })));
+    let (reached_tx, reached) = mpsc::channel();
+    let (go_on, go_on_rx) = mpsc::channel();
+    let (reached_tx, go_on_rx) = (Mutex::new(reached_tx), Mutex::new(go_on_rx));
+    let gated = Gated::<1> { reached: reached_tx, go_on: go_on_rx };
+    let accepted = ViewOptions { lost_tail: LostTail::SetAside, ..ViewOptions::default() };
+    let new = world.store.view_with(gated, accepted).unwrap();
+    reached.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(new.status().state, ViewState::Building));
+    std::thread::scope(|scope| {
+        let closing = scope.spawn(|| new.close());
+        while !closing.is_finished() {
+            let _is_heard = go_on.send(());
+            std::thread::yield_now();
+        }
+        closing.join().unwrap().unwrap();
+    });
+    drop(new);
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+    assert_eq!(live(&view), [2]);
+    assert!(dir.path().join("views/traces/1.1/CURRENT").exists(), "what was set aside is kept");
 }
