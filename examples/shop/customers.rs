@@ -97,7 +97,7 @@ fn rebuild(totals: &ViewHandle<Totals>) -> Result<(), Box<dyn Error>> {
     };
     println!(
         "rebuilt {} {} {answers} {} {} {} {} {}",
-        rebuilt.previous,
+        rebuilt.previous.unwrap_or_default(),
         rebuilt.generation,
         slowest.as_micros(),
         rebuilt.took.as_micros(),

@@ -248,7 +248,7 @@ impl ViewControl {
         let shared = self.shared();
         let number = {
             let folder = shared.folder.lock();
-            let live = folder.live_number();
+            let live = folder.live_number().unwrap_or_default();
             let kept =
                 folder.all()?.into_iter().filter(|it| it.version == self.version() && !it.live);
             let kept: Vec<u32> = kept.map(|it| it.number).collect();

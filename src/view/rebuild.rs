@@ -122,8 +122,9 @@ pub struct Rebuilt {
     /// Number of the generation that was built.
     pub generation: u32,
     /// Number of the one that was served until then; [`ViewControl::rollback`](super::ViewControl::rollback) goes back
-    /// to it, [`ViewControl::remove_generation`](super::ViewControl::remove_generation) deletes it.
-    pub previous: u32,
+    /// to it, [`ViewControl::remove_generation`](super::ViewControl::remove_generation) deletes it. `None` if its version
+    /// read none.
+    pub previous: Option<u32>,
     /// What the comparison with the old one said; `None` if there was nothing to compare: the old one was far
     /// behind, or its rows were not known to be of this journal.
     pub compared: Option<Comparison>,

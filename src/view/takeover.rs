@@ -292,7 +292,7 @@ impl<P: Program> Takeover<P> {
             folder.set_live(number)?;
             previous
         };
-        *shared.previous.lock() = Some(previous);
+        *shared.previous.lock() = previous;
         let mine = shared.flip(&mut turn, Arc::clone(&db), &progress);
         drop(turn);
         let (view, shared) = (Arc::clone(&self.view), Arc::clone(shared));

@@ -196,7 +196,7 @@ fn a_rebuild_makes_what_folding_in_order_made() {
             world.append(10);
             world.assert_shows(&ordered);
         }
-        assert_eq!(rebuilt, [(1, 2), (2, 3)]);
+        assert_eq!(rebuilt, [(Some(1), 2), (Some(2), 3)]);
         // A first generation over a history that is there already: in bulk, too.
         let bulk = world.open(Traces::<2>::default());
         world.assert_shows(&bulk);
@@ -253,7 +253,7 @@ fn readers_and_writers_notice_nothing_of_a_flip() {
                 let rebuild = view.rebuild(RebuildOptions::default()).unwrap();
                 let rebuilt = rebuild.wait().unwrap();
                 assert!(rebuilt.compared.is_none_or(|it| it.is_equal()));
-                assert!(view.remove_generation(1, rebuilt.previous).unwrap());
+                assert!(view.remove_generation(1, rebuilt.previous.unwrap()).unwrap());
                 flips += 1;
             }
             flips
@@ -282,7 +282,7 @@ fn rolling_back_catches_up_before_it_takes_over() {
     world.append(50);
     world.assert_shows(&view);
     let back = view.rollback().unwrap().wait().unwrap();
-    assert_eq!((back.generation, back.previous), (1, 2));
+    assert_eq!((back.generation, back.previous), (1, Some(2)));
     world.assert_shows(&view);
     drop(view);
     let view = world.open(Traces::<1>::default());

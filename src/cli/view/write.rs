@@ -151,10 +151,11 @@ fn print_rebuilt(which: &Which, version: u32, rebuilt: &Rebuilt) -> Result<(), F
     } else {
         let name = &which.name;
         let seconds = took.as_secs_f64();
+        let previous = previous.map(|previous| format!("{version}.{previous}"));
+        let kept = previous.as_ref().map_or_else(String::new, |it| format!("; {it} is kept"));
         writeln!(
             out,
-            "{name}: generation {version}.{generation} is live after {seconds:.1} s; \
-             {version}.{previous} is kept"
+            "{name}: generation {version}.{generation} is live after {seconds:.1} s{kept}"
         )?;
         match compared {
             Some(it) if it.is_equal() => {
@@ -162,8 +163,11 @@ fn print_rebuilt(which: &Which, version: u32, rebuilt: &Rebuilt) -> Result<(), F
             }
             Some(it) => writeln!(
                 out,
-                "at position {} it has {}, and {version}.{previous} had {}",
-                it.position, it.built, it.served
+                "at position {} it has {}, and {} had {}",
+                it.position,
+                it.built,
+                previous.as_deref().unwrap_or("the one before"),
+                it.served
             )?,
             None => {}
         }
