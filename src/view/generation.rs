@@ -168,11 +168,16 @@ impl Generations {
         forgotten.map_or(Ok(false), |folder| remove_folder(&folder).map(|()| true))
     }
 
-    /// Deletes a generation that isn't open, also the one that the version reads: then it has none.
+    /// Deletes a generation that isn't open, also the one that the version reads: it reads `instead` then, which was live
+    /// before, if that is named.
     #[cfg(feature = "cli")]
-    pub(crate) fn remove_even_live(&mut self, number: u32) -> Result<(), ViewError> {
-        if self.live == Some(number) {
-            self.point_to(None)?;
+    pub(crate) fn remove_even_live(
+        &mut self,
+        number: u32,
+        instead: Option<u32>,
+    ) -> Result<(), ViewError> {
+        if self.live != instead && self.live.is_none_or(|live| live == number) {
+            self.point_to(instead)?;
         }
         remove_folder(&self.dir.join(format!("{}.{number}", self.version)))
     }
@@ -482,9 +487,14 @@ mod tests {
             (open(dir.path()).unwrap(), open_version(dir.path(), 2).unwrap());
         let kept = next(&mut first);
         let (set_aside, removed) = (next(&mut second), next(&mut second));
-        second.remove_even_live(2).unwrap();
+        second.remove_even_live(2, None).unwrap();
         assert!(!removed.exists() && set_aside.exists());
         assert_eq!(second.live().unwrap(), None);
+        let removed = next(&mut second);
+        second.remove_even_live(2, Some(1)).unwrap();
+        assert!(!removed.exists());
+        assert_eq!(second.live().unwrap(), Some(set_aside.clone()));
+        second.remove_even_live(1, None).unwrap();
         drop((first, second));
         assert_eq!(open_version(dir.path(), 2).unwrap().live().unwrap(), None);
         assert_eq!(open(dir.path()).unwrap().live().unwrap(), Some(kept));

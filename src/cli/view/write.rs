@@ -69,21 +69,23 @@ pub(super) fn rebuild(args: &RebuildArgs, views: &Views) -> Result<(), Failure> 
     };
     let options = RebuildOptions { on_difference, ..args.means.options() };
     let mut progress = Progress::new(which.target.json)?;
-    let mut begun = None;
+    let (mut begun, mut before) = (None, None);
     let done = with_open(&located, code, options.clone(), |opened| {
         refuse_unjudged(code, opened)?;
         if was_there && opened.status().set_aside.is_none() {
             let rebuilt = finish(&opened.rebuild(options)?, &mut progress)?;
             return print_rebuilt(which, version, &rebuilt);
         }
-        begun = number_of(&opened.status().generation);
+        let status = opened.status();
+        begun = number_of(&status.generation);
+        before = status.set_aside.as_deref().and_then(number_of);
         build_first(opened, &mut progress)?;
         begun = None; // it stays
         print_built(which, opened)
     });
     if let Some(number) = begun {
         // An effort: what is left is told by `view ls`, and goes away with `view rm`.
-        drop(generations_of(&located, version).map(|mut it| it.remove_even_live(number)));
+        drop(generations_of(&located, version).map(|mut it| it.remove_even_live(number, before)));
     }
     done
 }
@@ -299,7 +301,7 @@ pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {
     let mut generations = generations_of(&located, version)?;
     for it in &found {
         match number {
-            None => generations.remove_even_live(it.number)?,
+            None => generations.remove_even_live(it.number, None)?,
             Some(number) => drop(generations.remove(number)?),
         }
     }
