@@ -21,21 +21,44 @@ pub(super) struct Found {
 
 /// Where the journals with these ids are: of one journal, the one beside the view, whichever it is by now.
 pub(super) fn find(located: &Located, ids: &[JournalId]) -> Result<Vec<Found>, Failure> {
-    let open = |place: &Place| -> Result<Found, Failure> {
-        let (journal, corruption) = target::open(&place.journal)?;
-        Ok(Found { place: place.clone(), journal, corruption })
-    };
     if ids.len() <= 1 {
         return Ok(vec![open(&located.place)?]);
     }
-    let mut all: Vec<Found> = located.places.iter().filter_map(|place| open(place).ok()).collect();
+    let (mut all, mut failures) = those_there(located);
     let take = |id: &JournalId| {
-        let at = all.iter().position(|found| found.journal.id() == *id);
+        if let Some(at) = all.iter().position(|found| found.journal.id() == *id) {
+            return Ok(all.swap_remove(at));
+        }
+        // It may be the one that can't be read.
         let dir = located.place.journal.clone();
-        let missing = || ViewFailure::NoJournal { journal: *id, dir };
-        Ok(all.swap_remove(at.ok_or_else(missing)?))
+        let missing = || ViewFailure::NoJournal { journal: *id, dir }.into();
+        Err(failures.pop().unwrap_or_else(missing))
     };
     ids.iter().map(take).collect()
+}
+
+/// All journals beside the view and in mirrors beside it.
+pub(super) fn all(located: &Located) -> Result<Vec<Found>, Failure> {
+    let (all, mut failures) = those_there(located);
+    failures.pop().map_or(Ok(all), Err)
+}
+
+/// The same, and why some can't be read.
+fn those_there(located: &Located) -> (Vec<Found>, Vec<Failure>) {
+    let (mut all, mut failures) = (Vec::new(), Vec::new());
+    for place in &located.places {
+        match open(place) {
+            Ok(found) => all.push(found),
+            Err(_) if matches!(place.journal.try_exists(), Ok(false)) => {}
+            Err(failure) => failures.push(failure),
+        }
+    }
+    (all, failures)
+}
+
+fn open(place: &Place) -> Result<Found, Failure> {
+    let (journal, corruption) = target::open(&place.journal)?;
+    Ok(Found { place: place.clone(), journal, corruption })
 }
 
 /// What a view is opened with. No journal is named twice, as their ids are those of a stored view.

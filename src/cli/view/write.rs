@@ -8,14 +8,13 @@ use serde_json::json;
 
 use super::failure::ViewFailure;
 use super::find::{self, Located};
-use super::journals;
+use super::journals::{self, Found};
 use super::keys;
 use super::mounted::Views;
 use super::progress::Progress;
 use super::prove::digest_json;
 use super::{DiscardArgs, GenerationName, KeyArgs, RebuildArgs, RmArgs, Which};
 use crate::cli::failure::Failure;
-use crate::cli::target;
 use crate::fs::os::OsFs;
 use crate::view::at_rest::AtRest;
 use crate::view::{
@@ -295,7 +294,7 @@ pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {
         return Err(ViewError::NoGeneration { folder }.into());
     }
     if number.is_none() {
-        refuse_what_cannot_be_made_anew(&located)?;
+        refuse_what_cannot_be_made_anew(&located, &found)?;
     }
     // Deletes what is unfinished.
     let mut generations = generations_of(&located, version)?;
@@ -321,14 +320,30 @@ pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {
 }
 
 /// Where events were removed, a version that is deleted doesn't come back.
-fn refuse_what_cannot_be_made_anew(located: &Located) -> Result<(), Failure> {
-    for place in &located.places {
-        let Ok((journal, _)) = target::open(&place.journal) else { continue };
-        let start = journal.start().position;
-        if start > Position::START {
-            let (view, of) = (located.name.clone(), place.label.clone());
-            return Err(ViewFailure::Truncated { view, of, start }.into());
+fn refuse_what_cannot_be_made_anew(
+    located: &Located,
+    deleted: &[&Generation],
+) -> Result<(), Failure> {
+    for generation in deleted.iter().filter(|it| it.live) {
+        for Found { place, journal, .. } in made_from(located, generation)? {
+            let start = journal.start().position;
+            if start > Position::START {
+                let view = located.name.clone();
+                return Err(ViewFailure::Truncated { view, of: place.label, start }.into());
+            }
         }
     }
     Ok(())
+}
+
+/// The journals that the rows are of; if the rows can't be read, all that they may be of.
+fn made_from(located: &Located, generation: &Generation) -> Result<Vec<Found>, Failure> {
+    match AtRest::open(generation.folder()) {
+        Ok(None) => Ok(Vec::new()), // there are no rows
+        Ok(Some(rows)) => {
+            let ids: Vec<_> = rows.checkpoints().iter().map(|it| it.journal).collect();
+            journals::find(located, &ids)
+        }
+        Err(_) => journals::all(located),
+    }
 }
