@@ -16,7 +16,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -91,6 +91,7 @@ enum Wish {
 pub(super) struct Running {
     pub(super) shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    thread_id: ThreadId,
 }
 
 /// What a stored checkpoint says.
@@ -156,7 +157,8 @@ pub(super) fn start<R: Reactor>(
             reactor: R::NAME,
             source: Arc::new(source),
         })?;
-    Ok(Running { shared, thread: Mutex::new(Some(thread)) })
+    let thread_id = thread.thread().id();
+    Ok(Running { shared, thread: Mutex::new(Some(thread)), thread_id })
 }
 
 fn judge(
@@ -672,11 +674,12 @@ impl Running {
     /// Ends the thread once the event that is under way is done or has failed, and waits for that.
     pub(super) fn close(&self) -> Result<(), IoError> {
         self.shared.change(|state| state.wish = Wish::Stop);
-        // Not for itself: a reactor may hold its own handle. Nor under the lock: it may close itself meanwhile.
-        let is_another = |held: &mut JoinHandle<()>| held.thread().id() != thread::current().id();
-        let thread = self.thread.lock().take_if(is_another);
-        if let Some(thread) = thread {
-            drop(thread.join());
+        // Not for itself: a reactor may hold its own handle. So it isn't kept by the lock from its end, either.
+        if thread::current().id() != self.thread_id {
+            let mut thread = self.thread.lock(); // whoever else closes it waits as well
+            if let Some(thread) = thread.take() {
+                drop(thread.join());
+            }
         }
         self.shared.state().last_write.map_or(Ok(()), Err)
     }

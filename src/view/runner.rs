@@ -15,7 +15,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -105,9 +105,17 @@ pub(super) enum Phase {
 /// Ends the threads when the last handle is dropped.
 pub(super) struct Running {
     pub(super) shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<Spawned>>,
+    /// Held by the one who waits for their end: whoever else closes the view waits as well.
+    closing: Mutex<()>,
     /// Where those who append find it.
     pub(super) inline: OnceLock<InlineViews>,
+}
+
+/// A thread of the view, until somebody waits for its end.
+struct Spawned {
+    id: ThreadId,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// Opens the view's live generation, judges it, and starts the thread.
@@ -155,7 +163,8 @@ pub(super) fn start<P: Program>(
         folder: Mutex::new(folder),
     });
     let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.bytes());
-    let running = Running { shared, threads: Mutex::new(Vec::new()), inline: OnceLock::new() };
+    let (threads, closing, inline) = (Mutex::default(), Mutex::default(), OnceLock::new());
+    let running = Running { shared, threads, closing, inline };
     running.spawn(P::NAME, "view", move || runner.run())?;
     Ok(running)
 }
@@ -937,8 +946,8 @@ impl Running {
             .spawn(run)
             .map_err(|source| ViewError::Thread { view, source: Arc::new(source) })?;
         let mut threads = self.threads.lock();
-        threads.retain(|thread| !thread.is_finished());
-        threads.push(thread);
+        threads.retain(|it| it.thread.as_ref().is_none_or(|thread| !thread.is_finished()));
+        threads.push(Spawned { id: thread.thread().id(), thread: Some(thread) });
         Ok(())
     }
 
@@ -955,19 +964,26 @@ impl Running {
         if inline::is_stepping() || is_within_fold() {
             return Ok(()); // others wait for the fold that closes a view: it may not wait for them
         }
-        let threads = std::mem::take(&mut *self.threads.lock());
-        for thread in threads {
-            // A view may hold a handle to itself: its own thread can't wait for its own end.
-            if thread.thread().id() != thread::current().id() {
-                // The threads catch every panic of the view's code; there is nothing to hand on.
-                drop(thread.join());
-            }
+        let is_own = self.threads.lock().iter().any(|it| it.id == thread::current().id());
+        // A view may hold a handle to itself: its threads can't wait for their own end.
+        if !is_own {
+            self.wait_for_threads();
         }
         if let Some(inline) = self.inline.get() {
             inline.leave(&self.shared);
         }
         let failure = self.shared.state().flush_failure;
         failure.map_or(Ok(()), |error| Err(ViewError::Storage(error)))
+    }
+
+    fn wait_for_threads(&self) {
+        let _closing = self.closing.lock();
+        let take = |it: &mut Spawned| it.thread.take();
+        let threads: Vec<_> = self.threads.lock().iter_mut().filter_map(take).collect();
+        for thread in threads {
+            // The threads catch every panic of the view's code; there is nothing to hand on.
+            drop(thread.join());
+        }
     }
 }
 

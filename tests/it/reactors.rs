@@ -1,8 +1,8 @@
 //! Reactors: each event at least once, in order, never before it is durable, and never silently left out.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use headwater::fs::sim::{Down, Fault, Op, Repeat, SimFs};
@@ -133,6 +133,59 @@ fn a_reactor_begins_where_it_was_told_and_goes_on_where_it_was() {
     store.close().unwrap();
     assert!(handle.wait_stopped(LONG));
     assert!(matches!(handle.status().state, ReactorState::Closed));
+}
+
+/// Says that it has begun, and returns when it is told to.
+struct Waiting {
+    begun: Mutex<mpsc::Sender<()>>,
+    go_on: Mutex<mpsc::Receiver<()>>,
+    has_ended: Arc<AtomicBool>,
+}
+
+impl Reactor for Waiting {
+    const NAME: &'static str = "waiting";
+    type Event = SumEvent;
+
+    fn react(&self, _: &Recorded<SumEvent>, _: &IdempotencyKey) -> Result<(), ReactError> {
+        self.begun.lock().send(()).unwrap();
+        self.go_on.lock().recv().unwrap();
+        self.has_ended.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+#[test]
+fn everybody_who_closes_a_reactor_waits_for_the_reaction_that_is_under_way() {
+    let fs = SimFs::new(1);
+    let store = open(&fs);
+    let (begun_tx, begun) = mpsc::channel();
+    let (go_on, go_on_rx) = mpsc::channel();
+    let has_ended = Arc::<AtomicBool>::default();
+    let waiting = Waiting {
+        begun: Mutex::new(begun_tx),
+        go_on: Mutex::new(go_on_rx),
+        has_ended: Arc::clone(&has_ended),
+    };
+    let handle = store.react(waiting, quick(Start::Beginning)).unwrap();
+    put(&store, Added(1));
+    begun.recv_timeout(LONG).unwrap();
+    let (closed_tx, closed) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            let (handle, closed) = (handle.clone(), closed_tx.clone());
+            let has_ended = &has_ended;
+            scope.spawn(move || {
+                handle.close().unwrap();
+                closed.send(has_ended.load(Ordering::SeqCst)).unwrap();
+            });
+        }
+        // Whoever doesn't wait is heard within this time; those who do are told to go on behind it.
+        let early = closed.recv_timeout(Duration::from_millis(200));
+        go_on.send(()).unwrap();
+        assert!(early.is_err(), "the reaction is still under way");
+    });
+    assert!(closed.try_iter().all(|has_ended| has_ended));
+    store.close().unwrap();
 }
 
 #[test]
