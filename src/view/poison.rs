@@ -18,7 +18,8 @@
 //!   them, also for those that are built later.
 //! - Each version goes by its own decisions. When it is opened, it takes over those of other versions about events that it
 //!   hasn't come to; a version that begins, all. So what its rows leave out is in its own file, and whoever builds them
-//!   again leaves out the same.
+//!   again leaves out the same. A version without a file of its own, be it empty, begins, or was built when all versions
+//!   went by the decisions of all: that takes over all, too.
 //!
 //! ```text
 //! discarded.<version>     headwater discarded 1          a text of lines: the layout of this file,
@@ -233,15 +234,17 @@ impl Parking {
     pub(super) fn take_over(&self, applied: &Checkpoints) -> Result<(), ViewError> {
         let mut discarded = Discarded::clone(&self.discarded());
         let before = discarded.0.len();
-        for name in self.fs.list(&self.dir).context("listing the view's directory", &self.dir)? {
+        let names = self.fs.list(&self.dir).context("listing the view's directory", &self.dir)?;
+        let is_first = !names.contains(&format!("{NAME}.{}", self.version));
+        for name in names {
             let of_version = name.strip_prefix(NAME).and_then(|it| it.strip_prefix('.'));
             if of_version.is_some_and(|it| it.parse::<u32>().is_ok()) {
                 let Discarded(decisions) = read(&*self.fs, &self.dir.join(&name))?;
                 let is_ahead = |it: &Decision| it.position >= applied.position(it.journal);
-                discarded.0.extend(decisions.into_iter().filter(is_ahead));
+                discarded.0.extend(decisions.into_iter().filter(|it| is_first || is_ahead(it)));
             }
         }
-        if discarded.0.len() == before { Ok(()) } else { self.write(discarded) }
+        if discarded.0.len() == before && !is_first { Ok(()) } else { self.write(discarded) }
     }
 
     pub(super) fn discarded(&self) -> Arc<Discarded> {
@@ -1173,8 +1176,9 @@ mod tests {
         };
         let (at, key) = (Position::new(5), row_key_of(b"a"));
         let decision = Decision { journal, position: at, row_key: Some(key.clone()) };
-        open(1).unwrap().discard(decision.clone()).unwrap();
         let second = open(2).unwrap();
+        second.take_over(&applied(0)).unwrap();
+        open(1).unwrap().discard(decision.clone()).unwrap();
         second.take_over(&applied(6)).unwrap();
         assert!(!second.discarded().has(journal, at, &key), "it has applied the event");
         second.take_over(&applied(5)).unwrap();
@@ -1184,6 +1188,9 @@ mod tests {
         assert!(second.has(journal, at, &key) && second.has_all_of(journal, at));
         assert!(!second.has(journal, at.advance(1), &key) && !second.has(journal, at, b"b"));
         assert!(!open(1).unwrap().discarded().has_all_of(journal, at));
+        let before_files = open(3).unwrap();
+        before_files.take_over(&applied(6)).unwrap();
+        assert!(before_files.discarded().has(journal, at, &key), "it went by all of them");
         std::fs::write(dir.path().join("discarded.2"), "headwater discarded 1\n").unwrap();
         assert!(matches!(open(2), Err(ViewError::DamagedDecisions { .. })));
         let taken_over = open(1).unwrap().take_over(&applied(0));
