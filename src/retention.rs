@@ -653,6 +653,12 @@ fn view(
 ) -> Vec<Gate> {
     use crate::view::Stored;
     let Ok(generations) = crate::view::generations(&dir) else { return vec![unknown(dir)] };
+    let live: Vec<_> = generations.iter().filter(|it| it.live).cloned().collect();
+    // Another of its version has taken over from it.
+    let is_set_aside = |it: &crate::view::Generation| {
+        !it.is_not_kept()
+            && live.iter().any(|live| live.version == it.version && live.number > it.number)
+    };
     let gate = |generation: crate::view::Generation| {
         let path = generation.folder().to_owned();
         let position = match generation.checkpoint(journal.id()) {
@@ -675,9 +681,9 @@ fn view(
             Ok(Stored::Nothing) => Position::START,
             Err(_) => return Some(unknown(path)),
         };
-        // One that was set aside before it had begun is never read again; one that is being built reads everything.
-        let passed_over =
-            !generation.live && !generation.is_not_kept() && position == Position::START;
+        // One that was set aside before it had begun is never read again; one that is being built reads everything, and so
+        // does one that is about to be the live one.
+        let passed_over = is_set_aside(&generation) && position == Position::START;
         let (version, generation) = (generation.version, generation.number);
         let holder = Holder::View { name: name.to_owned(), version, generation, path };
         Some(Gate { holder, position: Some(position), passed_over })

@@ -83,6 +83,7 @@ pub(crate) struct Generation {
     pub(crate) number: u32,
     /// It is the one that its version reads.
     pub(crate) live: bool,
+    is_kept: bool,
     folder: PathBuf,
 }
 
@@ -93,8 +94,8 @@ impl Generation {
     }
 
     /// Whether it is being built or deleted, or was when its process died.
-    pub(crate) fn is_not_kept(&self) -> bool {
-        !is_kept(&self.folder)
+    pub(crate) const fn is_not_kept(&self) -> bool {
+        !self.is_kept
     }
 
     /// How far it has come with `journal`, durably. Changes nothing, and may run
@@ -132,16 +133,18 @@ pub(crate) fn version_lock(dir: &Path, version: u32) -> PathBuf {
 /// The generations in the folder of a view, without locking it.
 pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
     let fs = crate::fs::os::OsFs;
-    // In this order: a folder that is there was pointed to before.
     let names = fs.list(dir).context("listing the view's directory", dir)?;
-    let live = read_pointer(&fs, &dir.join(POINTER_FILE))?;
     let known = |name: &String| {
         let (version, number) = name.split_once('.')?;
         let (version, number) = (version.parse().ok()?, number.parse().ok()?);
-        let live = live.get(&version) == Some(&number);
-        Some(Generation { version, number, live, folder: dir.join(name) })
+        let folder = dir.join(name);
+        Some(Generation { version, number, live: false, is_kept: is_kept(&folder), folder })
     };
-    Ok(names.iter().filter_map(known).collect())
+    let known: Vec<_> = names.iter().filter_map(known).collect();
+    // The marks first, as they go before the pointer comes: what becomes live meanwhile isn't taken for one that is set aside.
+    let live = read_pointer(&fs, &dir.join(POINTER_FILE))?;
+    let is_live = |it: &Generation| live.get(&it.version) == Some(&it.number);
+    Ok(known.into_iter().map(|it| Generation { live: is_live(&it), ..it }).collect())
 }
 
 impl Generations {
