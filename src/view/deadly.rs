@@ -28,8 +28,8 @@
 //!                     crc32 5f3c9a01                                 checksum of the lines above
 //! ```
 //! Invariants:
-//! - A note is there before the view's code runs, and gone when that has returned. It covers nothing else: not the
-//!   database, not the journal.
+//! - A note is there before the view's code runs, and gone when that has returned. It covers nothing else, not the
+//!   database, not the journal; but for what a chunk of tables writes in parts: its note stands until the last.
 //! - An event is given up after [`DEATHS_MAX`] deaths in a row in the very same place of its code, and only if it was
 //!   noted by itself: a kill from outside that strikes while a chunk is folded makes the next opening fold that chunk
 //!   event by event, no more. An event whose batch is folded meanwhile, by whomever, is acquitted.
