@@ -17,6 +17,7 @@ use headwater::{
 };
 use parking_lot::Mutex;
 
+use crate::inline::Over;
 use crate::views::{copy_dir, replace_dir};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -421,7 +422,7 @@ fn the_latest_is_that_of_all_journals_and_nobody_sees_the_view_go_back() {
     let view = world.open(1 << 20);
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let reader = scope.spawn(|| {
+        scope.spawn(|| {
             let mut seen = vec![Position::START; 3];
             while !is_over.load(Ordering::Relaxed) {
                 let now = view.snapshot().unwrap().checkpoints();
@@ -430,7 +431,7 @@ fn the_latest_is_that_of_all_journals_and_nobody_sees_the_view_go_back() {
                 seen = now;
             }
         });
-        let appender = scope.spawn(|| {
+        scope.spawn(|| {
             let mut count = 0;
             while !is_over.load(Ordering::Relaxed) {
                 let journal = count as usize % 3;
@@ -440,12 +441,10 @@ fn the_latest_is_that_of_all_journals_and_nobody_sees_the_view_go_back() {
                 assert_eq!(row.values().map(|it| it.0).sum::<u64>(), count, "{token:?}");
             }
         });
+        let _over = Over(&is_over);
         for _ in 0..10 {
             view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
         }
-        is_over.store(true, Ordering::Relaxed);
-        reader.join().unwrap();
-        appender.join().unwrap();
     });
 }
 
