@@ -51,6 +51,8 @@ pub struct Cursor {
     place: Option<Place>,
     /// Of the segment in `place`, once something was read from its file.
     window: Option<Window>,
+    /// It never reads from the disk, and never passes `end` as it is now.
+    in_memory: bool,
 }
 
 /// What holds the next batches.
@@ -132,11 +134,37 @@ impl Journal {
     }
 }
 
+impl Journal {
+    /// A cursor behind a batch that ends at `at`, which is one of this history.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn cursor_at(&self, at: &Checkpoint) -> Cursor {
+        Cursor::new(self, at.offset, at.position)
+    }
+}
+
 impl Cursor {
     /// At a batch that begins at `offset` and `position`.
     pub(super) fn new(journal: &Journal, offset: u64, position: Position) -> Self {
         let (journal, end) = (journal.clone(), journal.end());
-        Self { journal, offset, position, end, place: None, window: None }
+        Self { journal, offset, position, end, place: None, window: None, in_memory: false }
+    }
+
+    /// At a batch end, up to another one. It shows what memory still holds, and nothing where it would have to
+    /// read from the disk.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn in_memory(journal: &Journal, at: &Checkpoint, end: Checkpoint) -> Self {
+        let (journal, offset, position) = (journal.clone(), at.offset, at.position);
+        Self { journal, offset, position, end, place: None, window: None, in_memory: true }
+    }
+
+    /// Goes on at another batch end. What lies in the window is read from there.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn go_to(&mut self, at: &Checkpoint) {
+        if (self.offset, self.position) != (at.offset, at.position) {
+            (self.offset, self.position) = (at.offset, at.position);
+            // Another run may hold it.
+            self.place.take_if(|place| self.in_memory || place.recent.is_some());
+        }
     }
 
     /// The position of the next batch's first event.
@@ -162,11 +190,11 @@ impl Cursor {
     /// # Errors
     /// [`ReadError`]; the cursor stays where it is, nothing is skipped.
     pub fn next_batch(&mut self) -> Result<Option<CursorBatch<'_>>, ReadError> {
-        if self.offset >= self.end.offset {
+        if self.offset >= self.end.offset && !self.in_memory {
             self.end = self.journal.end();
-            if self.offset >= self.end.offset {
-                return Ok(None);
-            }
+        }
+        if self.offset >= self.end.offset {
+            return Ok(None);
         }
         self.journal.check_retained(self.position)?;
         if let Some(gap) = self.journal.gaps().at_offset(self.offset) {
@@ -176,7 +204,7 @@ impl Cursor {
             return Ok(None);
         }
         let in_memory = self.recent_header();
-        if in_memory.is_none() {
+        if in_memory.is_none() && !self.in_memory {
             self.open_window()?;
         }
         let Some(Place { segment, limit, recent }) = &self.place else { return Ok(None) };

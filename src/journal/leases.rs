@@ -75,16 +75,16 @@ impl Journal {
         self.0.layout.file(layout::LEASES)
     }
 
-    /// Notes what a mirror still needs, durably. A mirror that is new under its name goes on with a lease
-    /// that was given to it before it had one: the newest that isn't ahead of it. So one without a name begins
-    /// once, and isn't given again when it was taken over. That of a session that is still connected is taken
-    /// over only if it goes on no more: it may be another mirror's.
+    /// Notes what mirrors still need, durably, with one write for all of them. A mirror that is new under its name
+    /// goes on with a lease that was given to it before it had one: the newest that isn't ahead of it. So one
+    /// without a name begins once, and isn't given again when it was taken over. That of a session that is still
+    /// connected is taken over only if it goes on no more: it may be another mirror's.
     ///
     /// # Errors
-    /// [`IoError`]; until this process ends the lease holds all the same. A file that can't be understood is
+    /// [`IoError`]; until this process ends the leases hold all the same. A file that can't be understood is
     /// left as it is, and holds back everything.
     #[cfg(feature = "shipping")]
-    pub(crate) fn note_lease(&self, lease: Lease, stage: Stage) -> Result<(), IoError> {
+    pub(crate) fn note_leases(&self, notes: &[(Lease, Stage)]) -> Result<(), IoError> {
         let fs = self.0.files.fs();
         let mut held = self.0.leases.lock();
         let Leases { known, connected } = &mut *held;
@@ -96,7 +96,7 @@ impl Journal {
             *known = Some(found.map_err(damaged)?);
         }
         let leases = known.get_or_insert_default();
-        renew(leases, connected, lease, stage);
+        notes.iter().for_each(|(lease, stage)| renew(leases, connected, *lease, *stage));
         self.0.layout.replace(&**fs, layout::LEASES, &leases::encode(self.id(), leases))
     }
 

@@ -35,6 +35,8 @@ use crate::journal::recent::Recent;
 use crate::journal::recovery::{Recovered, Survey};
 use crate::journal::scan::file_offset;
 use crate::journal::segments::{Access, Files, Sealed, Segment, Span, Wanted};
+#[cfg(feature = "shipping")]
+pub(crate) use crate::journal::watch::Bell;
 use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 use crate::sync::RwLock;
@@ -338,6 +340,12 @@ impl Journal {
     #[must_use]
     pub fn wait_past(&self, position: Position, timeout: Duration) -> Checkpoint {
         self.0.watch.wait_past(position, timeout)
+    }
+
+    /// Rings once, as soon as the durable end lies behind `position`, or the journal is closed: perhaps at once.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn ring_past(&self, position: Position, bell: std::sync::Weak<dyn Bell>) {
+        self.0.watch.ring_past(position, bell);
     }
 
     /// Whether the end won't move any more: the store was closed, or its writer failed.

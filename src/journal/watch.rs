@@ -5,11 +5,19 @@
 //! - Wake-ups coalesce. Who is woken reads the newest end, and whatever is published before it waits again
 //!   wakes it no second time.
 //! - None is lost: who waits and who publishes hold the same lock.
+//! - Whoever waits for other things, too, leaves a [`Bell`] instead, which rings once.
 
+use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 use crate::position::{Checkpoint, Position};
 use crate::sync::{Condvar, Mutex};
+
+/// Somebody to be told that the end has moved.
+pub(crate) trait Bell: Send + Sync {
+    /// Called by whoever publishes, with locks held: must not wait, nor ask the journal.
+    fn ring(&self);
+}
 
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -17,12 +25,19 @@ pub(crate) struct Watch {
     moved: Condvar,
 }
 
-#[derive(Clone, Copy, Debug)]
 struct State {
     end: Checkpoint,
     closed: bool,
     /// The nearest position behind which somebody waits for the end to be; `None` if nobody waits.
     nearest: Option<Position>,
+    /// Those that have not rung yet, and behind which position the end is to be.
+    bells: Vec<(Position, Weak<dyn Bell>)>,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("end", &self.end).field("closed", &self.closed).finish()
+    }
 }
 
 impl State {
@@ -33,7 +48,7 @@ impl State {
 
 impl Watch {
     pub(crate) fn new(end: Checkpoint) -> Self {
-        let state = State { end, closed: false, nearest: None };
+        let state = State { end, closed: false, nearest: None, bells: Vec::new() };
         Self { state: Mutex::new(state), moved: Condvar::new() }
     }
 
@@ -62,10 +77,31 @@ impl Watch {
         self.wake(&mut state);
     }
 
-    /// Whoever still has to wait says so again.
+    /// Whoever still has to wait says so again; bells stay.
     fn wake(&self, state: &mut State) {
-        state.nearest = None;
         self.moved.notify_all();
+        let (end, closed) = (state.end.position, state.closed);
+        state.bells.retain(|(position, bell)| {
+            let Some(bell) = bell.upgrade() else { return false };
+            let is_past = end > *position || closed;
+            if is_past {
+                bell.ring();
+            }
+            !is_past
+        });
+        state.nearest = state.bells.iter().map(|(position, _)| *position).min();
+    }
+
+    /// Rings once, as soon as the end lies behind `position` or won't move any more: perhaps at once.
+    #[cfg(any(test, feature = "shipping"))]
+    pub(crate) fn ring_past(&self, position: Position, bell: Weak<dyn Bell>) {
+        let mut state = self.state.lock();
+        state.bells.retain(|(_, bell)| bell.strong_count() > 0);
+        state.bells.push((position, bell));
+        if state.is_past(position) {
+            return self.wake(&mut state);
+        }
+        state.nearest = Some(state.nearest.map_or(position, |nearest| nearest.min(position)));
     }
 
     /// Waits until the end lies behind `position`, or it won't move any more, or time is up.
@@ -86,6 +122,7 @@ impl Watch {
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
@@ -142,6 +179,46 @@ mod tests {
             assert_eq!(waits.join().unwrap().position, Position::new(4));
         });
         assert!(watch.is_closed());
+    }
+
+    #[derive(Default)]
+    struct Counter(AtomicU64);
+
+    impl Bell for Counter {
+        fn ring(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_bell_rings_once_when_the_end_is_past_its_position_whoever_else_waits() {
+        let watch = Watch::new(end_at(3));
+        let counters: Vec<_> = (0..3).map(|_| Arc::new(Counter::default())).collect();
+        let rung = || -> Vec<_> {
+            counters.iter().map(|counter| counter.0.load(Ordering::Relaxed)).collect()
+        };
+        let hang = |index: usize, position| {
+            let bell: Arc<dyn Bell> = Arc::<Counter>::clone(&counters[index]);
+            watch.ring_past(Position::new(position), Arc::downgrade(&bell));
+        };
+        hang(0, 2);
+        assert_eq!(rung(), [1, 0, 0], "at once");
+        hang(0, 3);
+        hang(1, 9);
+        hang(2, 5);
+        let _end = watch.wait_past(Position::new(20), Duration::from_millis(1));
+        watch.publish(end_at(4));
+        assert_eq!(rung(), [2, 0, 0]);
+        watch.publish(end_at(6));
+        watch.publish(end_at(7));
+        assert_eq!(rung(), [2, 0, 1], "the farther one is still hung up");
+        watch.publish(end_at(10));
+        assert_eq!(rung(), [2, 1, 1]);
+        hang(1, 50);
+        watch.close();
+        assert_eq!(rung(), [2, 2, 1]);
+        hang(1, 50);
+        assert_eq!(rung(), [2, 3, 1], "it won't move any more");
     }
 
     #[test]

@@ -495,11 +495,6 @@ impl FrameWriter {
         frame
     }
 
-    /// How many bytes of batches the DATA frame holds.
-    pub(crate) fn data_len(&self, out: &[u8]) -> usize {
-        out.len().saturating_sub(self.at + FRAME_HEADER_BYTES + DATA_FIXED_BYTES as usize)
-    }
-
     pub(crate) fn finish_data(self, out: &mut [u8], data: &Data<'_>) {
         let mut fixed = Vec::with_capacity(DATA_FIXED_BYTES as usize);
         data.encode_fixed(&mut fixed);

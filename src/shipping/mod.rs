@@ -28,7 +28,6 @@ mod mirror;
 mod server;
 mod session;
 mod transport;
-#[allow(dead_code, reason = "the event loop takes it over")]
 mod wire;
 
 pub use error::{Divergent, ServeError, ShippingError, WaitError};

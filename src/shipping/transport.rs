@@ -1,14 +1,12 @@
 //! TCP and the clock, as thin as possible: everything that decides is in [`session`](super::session).
 
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::error::ShippingError;
 use super::session::Now;
@@ -57,25 +55,6 @@ pub(crate) fn receive(mut stream: &TcpStream, buffer: &mut [u8]) -> Received {
             }
             _ => Received::Closed,
         },
-    }
-}
-
-/// Waits up to a [`TICK`] for a connection; the listener doesn't block.
-pub(crate) fn accept(listener: &TcpListener) -> io::Result<Option<(TcpStream, SocketAddr)>> {
-    let tick = Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };
-    let mut ready = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
-    match poll(&mut ready, Some(&tick)) {
-        Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
-        Ok(_) => {}
-        Err(error) => return Err(error.into()),
-    }
-    match listener.accept() {
-        Ok((stream, address)) => {
-            stream.set_nonblocking(false)?;
-            Ok(Some((stream, address)))
-        }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        Err(error) => Err(error),
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   session ── bytes ──▶ write ─▶ ┌──────┐ ─▶ socket       the socket is registered for both directions, by edge:
 //!   session ◀─ bytes ─── read  ◀─ │ Wire │ ◀─ socket       whoever is told that something happened reads until
-//!                        flush ─▶ └──────┘                 Nothing, and flushes and writes until 0
+//!                        flush ─▶ └──────┘                 it is drained, and flushes and writes until 0
 //! ```
 //! - `read` and `write` speak of the session's bytes. What a wire needs for itself (a handshake, records that
 //!   the socket hasn't taken) it reads and writes on the way, and holds: `flush` gets on with it.
@@ -27,8 +27,8 @@ pub(crate) enum Wire {
 #[derive(Debug)]
 pub(crate) struct PlainWire {
     stream: TcpStream,
-    /// The last read has got less than there was room for: nothing is left, until the next edge.
-    drained: bool,
+    /// The last read got less than there was room for.
+    is_drained: bool,
 }
 
 impl Wire {
@@ -36,7 +36,7 @@ impl Wire {
     pub(crate) fn plain(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        Ok(Self::Plain(PlainWire { stream, drained: false }))
+        Ok(Self::Plain(PlainWire { stream, is_drained: false }))
     }
 
     /// To be registered for both directions.
@@ -50,6 +50,13 @@ impl Wire {
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Received {
         match self {
             Self::Plain(plain) => plain.read(buffer),
+        }
+    }
+
+    /// Whether it is known that nothing more has arrived: the next read would answer [`Received::Nothing`].
+    pub(crate) const fn is_drained(&self) -> bool {
+        match self {
+            Self::Plain(plain) => plain.is_drained,
         }
     }
 
@@ -86,14 +93,11 @@ impl Wire {
 
 impl PlainWire {
     fn read(&mut self, buffer: &mut [u8]) -> Received {
-        if std::mem::take(&mut self.drained) {
-            return Received::Nothing;
-        }
         loop {
             return match self.stream.read(buffer) {
                 Ok(0) => Received::Closed,
                 Ok(len) => {
-                    self.drained = len < buffer.len();
+                    self.is_drained = len < buffer.len();
                     Received::Bytes(len)
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => Received::Nothing,

@@ -77,6 +77,8 @@ mod shipping_processes;
 mod simulation;
 #[cfg(feature = "views")]
 mod sources;
+#[cfg(feature = "shipping")]
+mod subscribers;
 #[cfg(feature = "views")]
 mod tables;
 #[cfg(feature = "testing")]

@@ -19,16 +19,21 @@
 //!   mirror keeps no more than that.
 //! - After its end a session takes nothing more and says nothing more than one last frame.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::message::{Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange};
 use crate::position::{Checkpoint, Position};
 
+mod frames;
 mod mirror;
 mod origin;
 
+pub(crate) use frames::{Limits, Piece, Place, pack};
 pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
-pub(crate) use origin::{Next, OriginConfig, OriginSession, Source, SourceError};
+pub(crate) use origin::{
+    Next, OriginConfig, OriginSession, OriginStatus, Source, SourceError, Supply,
+};
 
 /// How long each side waits for the other. One side's heartbeat must be well below the other's silence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +101,18 @@ pub enum Violation {
         /// The offset up to which was sent.
         sent: u64,
     },
+    /// More bytes than it takes to ask for a subscription.
+    #[error("more than {limit} bytes in front of a subscription")]
+    Handshake {
+        /// How many are enough.
+        limit: usize,
+    },
+    /// Acknowledgements again and again that say nothing new.
+    #[error("more than {per_second} acknowledgements a second that say nothing new")]
+    Rate {
+        /// How many a second are enough.
+        per_second: u32,
+    },
     /// Bytes of another place than the next.
     #[error("bytes of offset {found} where those of offset {expected} follow")]
     Offset {
@@ -128,6 +145,7 @@ impl Violation {
     pub(crate) fn to_failure(self) -> Failure {
         let code = match self {
             Self::Frame(FrameError::TooLong { .. }) => ErrorCode::FRAME_TOO_LONG,
+            Self::Rate { .. } => ErrorCode::RATE,
             _ => ErrorCode::PROTOCOL,
         };
         Failure::new(code, self.to_string())
@@ -215,6 +233,54 @@ pub(crate) struct Now {
     pub(crate) at: Instant,
     /// For the other side to read, in microseconds since 1970.
     pub(crate) unix_us: i64,
+}
+
+/// What is to be written, in order: frames of this session's own, and then perhaps a piece that others are
+/// sent, too.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    own: Vec<u8>,
+    piece: Option<Arc<Vec<u8>>>,
+    /// How much of the one that is next was written.
+    written: usize,
+}
+
+impl Output {
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.own.is_empty() && self.piece.is_none()
+    }
+
+    /// Takes frames over. In front of a piece that hasn't begun; nothing is said once one has.
+    fn say(&mut self, frames: &mut Vec<u8>) {
+        if self.piece.is_none() {
+            self.own.append(frames);
+        }
+    }
+
+    fn send(&mut self, piece: Piece) {
+        self.piece = Some(piece.bytes);
+    }
+
+    /// What is to be written next; empty if that is nothing.
+    pub(crate) fn next(&self) -> &[u8] {
+        let next = match &self.piece {
+            Some(piece) if self.own.is_empty() => piece,
+            _ => &self.own,
+        };
+        next.get(self.written..).unwrap_or_default()
+    }
+
+    /// So much of it was written.
+    pub(crate) fn advance(&mut self, len: usize) {
+        self.written += len;
+        if self.next().is_empty() {
+            self.written = 0;
+            match self.own.is_empty() {
+                true => self.piece = None,
+                false => self.own.clear(),
+            }
+        }
+    }
 }
 
 #[cfg(test)]

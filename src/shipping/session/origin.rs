@@ -1,8 +1,9 @@
 //! The origin's end of a session.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, Violation};
+use super::frames::{self, Limits, Piece, Place};
+use super::{Deadline, Deadlines, DivergedAt, Now, Output, SessionEnd, Violation};
 use crate::format::batch::BatchRef;
 use crate::format::files::{Mark, Witness};
 use crate::format::leases::Lease;
@@ -10,13 +11,18 @@ use crate::format::segment::SegmentPage;
 use crate::journal::Comparison;
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
-    Ack, DATA_FIXED_BYTES, Data, Diverged, Divergence, ErrorCode, FEATURES, FRAME_BYTES_MAX,
-    Failure, FrameReader, FrameWriter, GoAway, Heartbeat, Hello, Message, OriginEnd,
-    PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
+    Ack, CONTROL_BYTES_MAX, Diverged, Divergence, ErrorCode, FEATURES, FRAME_BYTES_MAX,
+    FRAME_HEADER_BYTES, Failure, FrameReader, GoAway, Heartbeat, Hello, Message, PROTOCOL_VERSIONS,
+    Subscribe, Subscribed, Welcome,
 };
 
 /// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
 const CLOSED_RECONNECT_MS: u32 = 1000;
+
+/// A peer that hasn't said HELLO may have sent so much: one frame.
+const HELLO_BYTES_MAX: usize = FRAME_HEADER_BYTES + CONTROL_BYTES_MAX as usize;
+/// And one that hasn't been granted a subscription so much.
+const HANDSHAKE_BYTES_MAX: usize = 16 << 10;
 
 /// Why the origin can't read its own journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,10 +69,31 @@ pub(crate) trait Source {
     fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError>;
     /// The same for a witness, which has no incarnation.
     fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError>;
-    /// Reads on from this position, which is a batch end.
+    /// Whether it can be read on from this position, which is a batch end.
     fn seek(&mut self, from: Position) -> Result<(), SourceError>;
-    /// The next durable batch, verified, and the header page if it is its segment's first.
-    fn next_batch(&mut self) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError>;
+    /// The durable batch behind `at`, verified, and the header page if it is its segment's first.
+    fn next_batch(
+        &mut self,
+        at: &Checkpoint,
+    ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError>;
+    /// Whether it may be asked for what has to be read from the disk.
+    fn may_wait(&self) -> bool {
+        true
+    }
+    /// What follows a place, packed into frames.
+    fn supply(&mut self, from: &Place, limits: &Limits) -> Result<Supply, SourceError> {
+        Ok(frames::pack(self, from, limits)?.map_or(Supply::Nothing, Supply::Piece))
+    }
+}
+
+/// What a source has behind a place.
+#[derive(Debug)]
+pub(crate) enum Supply {
+    Piece(Piece),
+    /// That is the durable end.
+    Nothing,
+    /// There is something, and this source would have to read it from the disk.
+    OnDisk,
 }
 
 /// What an origin's session is told at its beginning.
@@ -81,6 +108,8 @@ pub(crate) struct OriginConfig {
     pub(crate) data_bytes: usize,
     /// It grants no larger window.
     pub(crate) max_window_bytes: u32,
+    /// A peer may send so many acknowledgements a second that say nothing new.
+    pub(crate) idle_acks_max: u32,
 }
 
 /// What the caller has to do next.
@@ -95,6 +124,8 @@ pub(crate) enum Next {
         /// The next deadline.
         until: Instant,
     },
+    /// Ask again with a source that may wait for the disk.
+    OnDisk,
     /// Close the connection.
     Close,
 }
@@ -133,6 +164,12 @@ pub(crate) struct OriginSession {
     heartbeat_at: Instant,
     max_frame: u32,
     window_bytes: u64,
+    /// How much the peer sent before its subscription was granted.
+    handshake_bytes: usize,
+    /// How many acknowledgements without news have come, and since when they are counted.
+    idle_acks: (u32, Instant),
+    /// How much of the batch behind `status.sent` has been sent.
+    part: usize,
     status: OriginStatus,
     end: Option<SessionEnd>,
 }
@@ -148,6 +185,9 @@ impl OriginSession {
             heartbeat_at: now.at,
             max_frame: config.max_frame,
             window_bytes: 0,
+            handshake_bytes: 0,
+            idle_acks: (0, now.at),
+            part: 0,
             status: OriginStatus::default(),
             end: None,
             config,
@@ -200,6 +240,21 @@ impl OriginSession {
             }
         }
         self.reader = reader;
+        self.check_handshake(bytes.len());
+    }
+
+    /// Nobody gets ahead with what is passed over, or never whole.
+    fn check_handshake(&mut self, heard: usize) {
+        let limit = match self.state {
+            State::AwaitHello => HELLO_BYTES_MAX,
+            _ => HANDSHAKE_BYTES_MAX,
+        };
+        if self.is_in_handshake() {
+            self.handshake_bytes += heard;
+            if self.handshake_bytes > limit {
+                self.violated(Violation::Handshake { limit });
+            }
+        }
     }
 
     fn on_message(&mut self, message: Message<'_>, now: Now) {
@@ -210,7 +265,7 @@ impl OriginSession {
             (State::AwaitSubscribe, Message::Subscribe(subscribe)) => {
                 self.state = State::Judging(subscribe);
             }
-            (State::Streaming, Message::Ack(ack)) => self.acknowledged(&ack),
+            (State::Streaming, Message::Ack(ack)) => self.acknowledged(&ack, now),
             (_, message) => {
                 let (frame, expected) = (message.name(), self.expected());
                 self.violated(Violation::Unexpected { frame, expected });
@@ -249,16 +304,33 @@ impl OriginSession {
         self.state = State::AwaitSubscribe;
     }
 
-    fn acknowledged(&mut self, ack: &Ack) {
-        let from = self.status.acked.map_or(0, |acked| acked.offset);
-        let sent = self.status.sent.map_or(0, |sent| sent.offset);
-        let acked = ack.mirrored.offset;
-        let ours = self.status.sent.is_some_and(|sent| sent.journal == ack.mirrored.journal);
-        if !ours || !(from..=sent).contains(&acked) {
+    fn acknowledged(&mut self, ack: &Ack, now: Now) {
+        let (Some(from), Some(sent)) = (self.status.acked, self.status.sent) else { return };
+        let mirrored = &ack.mirrored;
+        if mirrored.journal != sent.journal
+            || !(from.offset..=sent.offset).contains(&mirrored.offset)
+            || !(from.position..=sent.position).contains(&mirrored.position)
+        {
+            let (acked, from, sent) = (mirrored.offset, from.offset, sent.offset);
             return self.violated(Violation::Ack { acked, from, sent });
+        }
+        let repeats = mirrored.offset == from.offset && ack.applied <= self.status.applied;
+        if repeats && !self.may_repeat(now) {
+            let per_second = self.config.idle_acks_max;
+            return self.violated(Violation::Rate { per_second });
         }
         self.status.acked = Some(ack.mirrored);
         self.status.applied = ack.applied.or(self.status.applied);
+    }
+
+    /// Counts an acknowledgement that says nothing new.
+    fn may_repeat(&mut self, now: Now) -> bool {
+        let (count, since) = &mut self.idle_acks;
+        if now.at.saturating_duration_since(*since) >= Duration::from_secs(1) {
+            (*count, *since) = (0, now.at);
+        }
+        *count += 1;
+        *count <= self.config.idle_acks_max
     }
 
     /// What the subscriber needs the journal for, once it has subscribed.
@@ -272,21 +344,29 @@ impl OriginSession {
         Some(Lease { id, nameless, position, offset, heard_at_us: 0 })
     }
 
-    /// What to do next. Everything that is to be written is appended to `out`.
-    pub(crate) fn poll(&mut self, source: &mut impl Source, now: Now, out: &mut Vec<u8>) -> Next {
+    /// What to do next. What is to be written is put into `out`; nothing is asked of the source while some
+    /// of it is left there.
+    pub(crate) fn step(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Next {
         self.check_deadlines(now);
+        let mut on_disk = false;
         if let State::Judging(subscribe) = self.state {
-            self.judge(&subscribe, source, now);
+            match source.may_wait() {
+                true => self.judge(&subscribe, source, now),
+                false => on_disk = true,
+            }
         }
-        if self.end.is_none() && self.state == State::Streaming {
-            self.stream(source, now, out);
+        if self.state == State::Streaming && out.is_empty() {
+            on_disk = self.stream(source, now, out);
         }
-        out.append(&mut self.control);
+        out.say(&mut self.control);
         if !out.is_empty() {
             return Next::Write;
         }
         if self.end.is_some() {
             return Next::Close;
+        }
+        if on_disk {
+            return Next::OnDisk;
         }
         Next::Wait {
             past: self.window_is_open().then(|| self.sent_position()),
@@ -294,10 +374,44 @@ impl OriginSession {
         }
     }
 
-    fn window_is_open(&self) -> bool {
+    /// Some [`step`](Self::step)s at once; everything is appended to `out`.
+    #[cfg(test)]
+    pub(crate) fn poll(&mut self, source: &mut impl Source, now: Now, out: &mut Vec<u8>) -> Next {
+        let (before, mut output) = (out.len(), Output::default());
+        loop {
+            let next = self.step(source, now, &mut output);
+            while !output.is_empty() {
+                out.extend_from_slice(output.next());
+                output.advance(output.next().len());
+            }
+            let said = out.len() - before;
+            match next {
+                Next::Write if self.part > 0 || said < self.config.data_bytes => {}
+                _ if said > 0 => return Next::Write,
+                _ => return next,
+            }
+        }
+    }
+
+    /// Time has passed, and nothing can be written. When to say so again.
+    pub(crate) fn on_time(&mut self, now: Now) -> Instant {
+        self.check_deadlines(now);
+        match self.state {
+            State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
+            State::Streaming => self.heard_at + self.config.deadlines.silence,
+            State::Judging(_) | State::Ended => now.at + self.config.deadlines.silence,
+        }
+    }
+
+    /// How many bytes more the window takes, or one batch more than that.
+    fn room(&self) -> u64 {
         let sent = self.status.sent.map_or(0, |sent| sent.offset);
         let acked = self.status.acked.map_or(0, |acked| acked.offset);
-        self.state == State::Streaming && sent.saturating_sub(acked) < self.window_bytes
+        self.window_bytes.saturating_sub(sent.saturating_sub(acked))
+    }
+
+    fn window_is_open(&self) -> bool {
+        self.state == State::Streaming && self.room() > 0
     }
 
     fn sent_position(&self) -> Position {
@@ -355,54 +469,35 @@ impl OriginSession {
         }));
     }
 
-    /// Appends what there is to send: a heartbeat if it is due, and as many batches as the window and one
-    /// frame take.
-    fn stream(&mut self, source: &mut impl Source, now: Now, out: &mut Vec<u8>) {
-        out.append(&mut self.control);
+    /// Puts out what there is to send: a heartbeat if it is due, and batches that the window and one frame
+    /// take. Whether what comes next has to be read from the disk by another source.
+    fn stream(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> bool {
         if now.at >= self.heartbeat_at {
             self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
-            let end = source.end();
-            Message::Heartbeat(Heartbeat { end, now_us: now.unix_us }).encode(out);
+            self.say(&Message::Heartbeat(Heartbeat { end: source.end(), now_us: now.unix_us }));
         }
+        let Some(sent) = self.status.sent.filter(|_| self.window_is_open() || self.part > 0) else {
+            return false;
+        };
         let closed = source.is_closed();
-        let before = out.len();
-        if let Err(error) = self.send_batches(source, out) {
-            return self.fail(error);
-        }
-        let nothing_left = out.len() == before && self.window_is_open();
-        if closed && nothing_left {
-            self.go_away(CLOSED_RECONNECT_MS);
-        }
-    }
-
-    fn send_batches(
-        &mut self,
-        source: &mut impl Source,
-        out: &mut Vec<u8>,
-    ) -> Result<(), SourceError> {
-        let mut frames = DataFrames::new(out, OriginEnd::from(&source.end()), self.max_frame);
-        let mut result = Ok(());
-        while frames.len() < self.config.data_bytes && self.window_is_open() {
-            let Some(sent) = self.status.sent else { break };
-            match source.next_batch() {
-                Ok(None) => break,
-                Ok(Some((batch, page))) if follows(&batch, &sent) => {
-                    page.iter().for_each(|page| frames.segment(page));
-                    frames.batch(&batch);
-                    self.status.sent = Some(end_of(&batch, sent.journal));
-                }
-                Ok(Some(_)) => {
-                    result = Err(SourceError::Corrupt { position: sent.position });
-                    break;
-                }
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
+        let limits = Limits {
+            max_frame: self.max_frame,
+            data_bytes: self.config.data_bytes,
+            room: self.room(),
+        };
+        match source.supply(&Place { end: sent, part: self.part }, &limits) {
+            Ok(Supply::Piece(piece)) => {
+                self.status.sent = Some(piece.behind.end);
+                self.part = piece.behind.part;
+                out.say(&mut self.control);
+                out.send(piece);
             }
+            Ok(Supply::Nothing) if closed => self.go_away(CLOSED_RECONNECT_MS),
+            Ok(Supply::Nothing) => {}
+            Ok(Supply::OnDisk) => return true,
+            Err(error) => self.fail(error),
         }
-        frames.close();
-        result
+        false
     }
 
     fn fail(&mut self, error: SourceError) {
@@ -449,10 +544,6 @@ const fn divergence(comparison: Comparison) -> Option<Divergence> {
     }
 }
 
-fn follows(batch: &BatchRef<'_>, sent: &Checkpoint) -> bool {
-    batch.header.offset == sent.offset && batch.header.base_position == sent.position
-}
-
 /// The checkpoint at the end of a batch.
 pub(crate) fn end_of(batch: &BatchRef<'_>, journal: JournalId) -> Checkpoint {
     Checkpoint {
@@ -462,66 +553,5 @@ pub(crate) fn end_of(batch: &BatchRef<'_>, journal: JournalId) -> Checkpoint {
         offset: batch.header.end_offset(),
         position: batch.header.end_position(),
         chain: batch.header.chain,
-    }
-}
-
-/// Packs batches into DATA frames: whole ones together, one that is too long for a frame into several.
-struct DataFrames<'a> {
-    out: &'a mut Vec<u8>,
-    begin: usize,
-    open: Option<(FrameWriter, u64)>,
-    /// The durable end as of the beginning, or the end of the last batch if that lies behind it.
-    origin_end: OriginEnd,
-    payload_max: usize,
-}
-
-impl<'a> DataFrames<'a> {
-    fn new(out: &'a mut Vec<u8>, origin_end: OriginEnd, max_frame: u32) -> Self {
-        let payload_max = max_frame.saturating_sub(DATA_FIXED_BYTES).max(1) as usize;
-        Self { begin: out.len(), out, open: None, origin_end, payload_max }
-    }
-
-    /// How much has been packed.
-    fn len(&self) -> usize {
-        self.out.len() - self.begin
-    }
-
-    fn segment(&mut self, page: &SegmentPage) {
-        self.close();
-        Message::Segment(&page.bytes()).encode(self.out);
-    }
-
-    fn batch(&mut self, batch: &BatchRef<'_>) {
-        let held = self.open.as_ref().map_or(0, |(frame, _)| frame.data_len(self.out));
-        if held + batch.bytes().len() > self.payload_max {
-            self.close();
-        }
-        if batch.header.end_offset() > self.origin_end.offset {
-            let (offset, position) = (batch.header.end_offset(), batch.header.end_position());
-            self.origin_end = OriginEnd { offset, position };
-        }
-        if batch.bytes().len() > self.payload_max {
-            return self.parts(batch);
-        }
-        self.open.get_or_insert_with(|| (FrameWriter::begin_data(self.out), batch.header.offset));
-        self.out.extend_from_slice(batch.bytes());
-    }
-
-    fn parts(&mut self, batch: &BatchRef<'_>) {
-        let mut offset = batch.header.offset;
-        for bytes in batch.bytes().chunks(self.payload_max) {
-            let next = offset + bytes.len() as u64;
-            let continued = next < batch.header.end_offset();
-            let origin_end = self.origin_end;
-            Message::Data(Data { offset, origin_end, continued, bytes }).encode(self.out);
-            offset = next;
-        }
-    }
-
-    fn close(&mut self) {
-        if let Some((frame, offset)) = self.open.take() {
-            let origin_end = self.origin_end;
-            frame.finish_data(self.out, &Data { offset, origin_end, continued: false, bytes: &[] });
-        }
     }
 }

@@ -167,7 +167,11 @@ impl Source for ModelJournal {
         Ok(())
     }
 
-    fn next_batch(&mut self) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
+    fn next_batch(
+        &mut self,
+        at: &Checkpoint,
+    ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
+        self.seek(at.position)?;
         if self.damaged_at == Some(self.next) {
             return Err(SourceError::Corrupt { position: self.end_of_batches(self.next).position });
         }
@@ -175,7 +179,6 @@ impl Source for ModelJournal {
             return Ok(None);
         }
         let batch = &self.batches[self.next];
-        self.next += 1;
         let decoded = BatchRef::decode(&batch.bytes, batch.page.header.salt).unwrap();
         Ok(Some((decoded, batch.first_of_segment.then_some(&batch.page))))
     }
@@ -258,6 +261,7 @@ fn origin_config() -> OriginConfig {
         max_frame: 8192,
         data_bytes: 2048,
         max_window_bytes: 1 << 20,
+        idle_acks_max: 100,
     }
 }
 

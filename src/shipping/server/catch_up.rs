@@ -1,0 +1,136 @@
+//! The threads that may wait for the disk: they compare histories, and read for those whose next batch isn't in
+//! memory any more. A connection gets a turn of some frames, and goes back to the loop.
+//!
+//! Nothing is heard of a peer in the meantime, so its deadlines aren't either: the time stands still for it.
+
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
+
+use super::Shared;
+use super::connection::{Connection, Step};
+use crate::error::ReadError;
+use crate::format::batch::BatchRef;
+use crate::format::files::Witness;
+use crate::format::segment::SegmentPage;
+use crate::journal::{Comparison, Cursor};
+use crate::position::{Checkpoint, Position};
+use crate::shipping::session::{Limits, Now, Place, Source, SourceError, Supply, pack};
+
+/// So many cursors are kept from one turn to the next, with the files that they have open and up to 256 KiB each.
+const CURSORS_MAX: usize = 8;
+
+/// What the catch-up threads have in common.
+#[derive(Debug)]
+pub(super) struct CatchUp {
+    shared: Arc<Shared>,
+    turns: Receiver<(Box<Connection>, Now)>,
+    back: Sender<Box<Connection>>,
+    /// Those of connections whose turn was over before they were through.
+    cursors: Mutex<Vec<(usize, Cursor)>>,
+}
+
+impl CatchUp {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        turns: Receiver<(Box<Connection>, Now)>,
+        back: Sender<Box<Connection>>,
+    ) -> Self {
+        Self { shared: Arc::clone(shared), turns, back, cursors: Mutex::default() }
+    }
+
+    /// Until nobody sends connections any more.
+    pub(super) fn run(&self) {
+        for (mut connection, now) in &self.turns {
+            let mut source = OnDisk { shared: &self.shared, cursor: None };
+            source.cursor = self.cursor_of(connection.token);
+            let step = connection.advance(&mut source, now);
+            if let (Step::Again, Some(cursor)) = (step, source.cursor) {
+                self.keep(connection.token, cursor);
+            }
+            drop(self.back.send(connection));
+            self.shared.wake();
+        }
+    }
+
+    fn cursor_of(&self, token: usize) -> Option<Cursor> {
+        let mut cursors = self.cursors.lock();
+        let at = cursors.iter().position(|(owner, _)| *owner == token)?;
+        Some(cursors.remove(at).1)
+    }
+
+    fn keep(&self, token: usize, cursor: Cursor) {
+        let mut cursors = self.cursors.lock();
+        if cursors.len() >= CURSORS_MAX {
+            cursors.remove(0);
+        }
+        cursors.push((token, cursor));
+    }
+
+    /// The connection is closed.
+    pub(super) fn forget(&self, token: usize) {
+        self.cursors.lock().retain(|(owner, _)| *owner != token);
+    }
+}
+
+/// The journal, wherever it lies.
+struct OnDisk<'a> {
+    shared: &'a Shared,
+    cursor: Option<Cursor>,
+}
+
+impl From<ReadError> for SourceError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Corruption(corruption) => Self::Corrupt { position: corruption.position },
+            ReadError::Gap { from, .. } => Self::Corrupt { position: from },
+            ReadError::Truncated { first } => Self::Truncated { first },
+            _ => Self::Storage,
+        }
+    }
+}
+
+impl Source for OnDisk<'_> {
+    fn end(&self) -> Checkpoint {
+        self.shared.journal.end()
+    }
+
+    fn first_position(&self) -> Position {
+        self.shared.journal.start().position
+    }
+
+    fn is_closed(&self) -> bool {
+        self.shared.journal.is_closed()
+    }
+
+    fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError> {
+        Ok(self.shared.journal.compare(checkpoint)?)
+    }
+
+    fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {
+        let (offset, position, chain) = (witness.offset, witness.position, witness.chain);
+        Ok(self.shared.journal.compare_place(offset, position, chain)?)
+    }
+
+    fn seek(&mut self, from: Position) -> Result<(), SourceError> {
+        self.cursor = Some(self.shared.journal.cursor(from)?);
+        Ok(())
+    }
+
+    fn next_batch(
+        &mut self,
+        at: &Checkpoint,
+    ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
+        let journal = &self.shared.journal;
+        let cursor = self.cursor.get_or_insert_with(|| journal.cursor_at(at));
+        cursor.go_to(at);
+        Ok(cursor.next_batch()?.map(|next| (next.batch, next.page)))
+    }
+
+    fn supply(&mut self, from: &Place, limits: &Limits) -> Result<Supply, SourceError> {
+        // Whoever is live goes first.
+        drop(self.shared.live_first.lock());
+        Ok(pack(self, from, limits)?.map_or(Supply::Nothing, Supply::Piece))
+    }
+}

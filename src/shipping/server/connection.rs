@@ -1,0 +1,203 @@
+//! One connection: its wire, its session, and what is to be written. It never blocks but for what its source
+//! waits for, and belongs to whoever holds it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Peer, PeerState};
+use crate::format::leases::Lease;
+use crate::shipping::session::{Next, Now, OriginSession, Output, Source};
+use crate::shipping::transport::Received;
+use crate::shipping::wire::Wire;
+
+/// How long a peer may take to hear why its connection is closed.
+pub(super) const LINGER: Duration = Duration::from_secs(1);
+/// So many frames are sent, or so many reads done, before it is somebody else's turn.
+const TURN: usize = 16;
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) token: usize,
+    pub(super) wire: Wire,
+    pub(super) peer: Arc<Peer>,
+    session: OriginSession,
+    output: Output,
+    write_stall: Duration,
+    sent_bytes: u64,
+    /// Its lease was given to the keeper: from then on it may be sent something of the journal.
+    pub(super) is_leased: bool,
+    /// Since when the socket takes nothing.
+    blocked_since: Option<Instant>,
+    /// Everything is said; the peer may still read it.
+    said_all: bool,
+    /// After the end of the session, until when it is waited for the peer.
+    linger_until: Option<Instant>,
+    /// The peer says no more.
+    heard_all: bool,
+    broken: bool,
+}
+
+/// What a connection needs next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Bytes, room to write, or the time; with `for_more`, also a durable end that has moved.
+    Wait { until: Instant, for_more: bool },
+    /// Its next turn.
+    Again,
+    /// A source that may wait for the disk.
+    OnDisk,
+    /// Its lease is to be noted, before anything else is done.
+    Lease,
+    /// To be closed.
+    Gone,
+}
+
+impl Connection {
+    pub(super) fn new(
+        token: usize,
+        wire: Wire,
+        session: OriginSession,
+        peer: Arc<Peer>,
+        write_stall: Duration,
+    ) -> Self {
+        Self {
+            token,
+            wire,
+            peer,
+            session,
+            output: Output::default(),
+            write_stall,
+            sent_bytes: 0,
+            is_leased: false,
+            blocked_since: None,
+            said_all: false,
+            linger_until: None,
+            heard_all: false,
+            broken: false,
+        }
+    }
+
+    pub(super) const fn is_in_handshake(&self) -> bool {
+        self.session.is_in_handshake()
+    }
+
+    pub(super) fn lease(&self) -> Option<Lease> {
+        self.session.lease()
+    }
+
+    pub(super) fn shut_down(&mut self) {
+        self.session.shut_down();
+    }
+
+    /// Feeds the session with what has arrived; whether more may have. What arrives after the end only makes
+    /// room for the peer to read the last word.
+    pub(super) fn hear(&mut self, buffer: &mut [u8], now: Now) -> bool {
+        for _ in 0..TURN {
+            match self.wire.read(buffer) {
+                Received::Bytes(len) => {
+                    self.session.on_bytes(buffer.get(..len).unwrap_or_default(), now);
+                    if self.wire.is_drained() {
+                        return false;
+                    }
+                }
+                Received::Nothing => return false,
+                Received::Closed => {
+                    self.heard_all = true;
+                    self.session.on_closed();
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Sends what there is to send, a few frames at most.
+    pub(super) fn advance(&mut self, source: &mut impl Source, now: Now) -> Step {
+        for _ in 0..TURN {
+            if !self.is_leased && self.session.lease().is_some() {
+                return Step::Lease;
+            }
+            match self.write_out(now.at) {
+                Ok(true) => {}
+                Ok(false) => return self.blocked(now),
+                Err(_) => {
+                    self.broken = true;
+                    self.session.on_closed();
+                }
+            }
+            if self.broken {
+                return Step::Gone;
+            }
+            if self.said_all {
+                return self.linger(now.at);
+            }
+            match self.session.step(source, now, &mut self.output) {
+                Next::Write => {}
+                Next::OnDisk => return Step::OnDisk,
+                Next::Wait { past, until } => {
+                    return Step::Wait { until, for_more: past.is_some() };
+                }
+                Next::Close => {
+                    self.wire.finish();
+                    self.said_all = true;
+                }
+            }
+        }
+        Step::Again
+    }
+
+    /// Whether everything is written.
+    fn write_out(&mut self, now: Instant) -> io::Result<bool> {
+        while !self.output.is_empty() {
+            let written = self.wire.write(self.output.next())?;
+            if written == 0 {
+                break;
+            }
+            self.output.advance(written);
+            self.sent_bytes += written as u64;
+            self.blocked_since = None;
+        }
+        let is_done = self.wire.flush()? && self.output.is_empty();
+        match is_done {
+            true => self.blocked_since = None,
+            false => drop(self.blocked_since.get_or_insert(now)),
+        }
+        Ok(is_done)
+    }
+
+    fn blocked(&mut self, now: Now) -> Step {
+        let stalled_at = self.blocked_since.unwrap_or(now.at) + self.write_stall;
+        let until = stalled_at.min(self.session.on_time(now));
+        if now.at >= stalled_at {
+            return Step::Gone;
+        }
+        if self.session.end().is_some() {
+            return self.linger(now.at);
+        }
+        Step::Wait { until, for_more: false }
+    }
+
+    fn linger(&mut self, now: Instant) -> Step {
+        let until = *self.linger_until.get_or_insert(now + LINGER);
+        let is_over = now >= until || (self.said_all && self.heard_all);
+        if is_over { Step::Gone } else { Step::Wait { until, for_more: false } }
+    }
+
+    /// Lets others see how it is.
+    pub(super) fn show(&self, step: Step) {
+        let mut seen = self.peer.seen.lock();
+        let status = self.session.status();
+        seen.state = match step {
+            _ if self.session.end().is_some() => PeerState::Closing,
+            _ if !status.streaming => PeerState::Handshake,
+            Step::Wait { for_more: true, .. } => PeerState::Live,
+            Step::OnDisk | Step::Lease => PeerState::CatchingUp,
+            _ if seen.state == PeerState::Live => PeerState::Live,
+            _ => PeerState::CatchingUp,
+        };
+        seen.sent_bytes = self.sent_bytes;
+        seen.lease = self.session.lease();
+        seen.status.clone_from(status);
+    }
+}

@@ -1,0 +1,383 @@
+//! The origin's side: one event loop for all connections, and a few threads for what may wait for the disk.
+//!
+//! ```text
+//!   commits ── the durable end moves: bell ──┐              ┌────────── event loop ───────────┐
+//!   Server: shutdown ── notifier ────────────┼── woken ──▶  │ listener, every socket          │
+//!                                            │              │ reads, deadlines, live sending, │
+//!              ┌── connections that are done ┘              │ from memory only                │
+//!              │                                            └──┬───────────────┬──────────────┘
+//!              │                     behind, or to be compared │               │ lease
+//!              ├──────────────── catch-up threads: read, write ◀               │
+//!              └──────────────── lease keeper: notes, in groups ◀──────────────┘
+//! ```
+//! A connection is its socket, its session and what is to be written, and belongs to one thread at a time: it is
+//! handed over whole. Live and catching up are one session and one place: whoever has the connection sends what
+//! follows what was sent, so there is nothing to hand over and no gap to fall into.
+//!
+//! Invariants:
+//! - The loop never reads the journal's files and never waits for the disk: what isn't in memory is read by a
+//!   catch-up thread, and leases are noted by their keeper, before the first byte leaves.
+//! - The journal is the only buffer. A connection holds at most one piece that waits to be written, about one
+//!   frame, and asks for the next when that is gone. Those at the same place share it.
+//! - Whatever is told to a peer, the loop knows: its idea of the durable end is renewed when a connection comes
+//!   back, so no peer hears of an end that goes back.
+//! - Every connection has a deadline at any time, unless a thread is working for it.
+//! - Nothing that happens is missed: sockets are read and written until they take no more, a connection that
+//!   comes back is looked at as if everything had happened to it, and the bell is hung up before the loop sleeps.
+
+mod catch_up;
+mod connection;
+mod event_loop;
+mod leases;
+mod live;
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mio::{Poll, Token, Waker};
+use parking_lot::Mutex;
+
+use self::event_loop::EventLoop;
+use super::error::ServeError;
+use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
+use super::session::{Deadlines, OriginConfig, OriginStatus};
+use super::transport;
+use crate::env;
+use crate::format::files::Role;
+use crate::format::leases::Lease;
+use crate::journal::{Bell, Journal};
+use crate::position::{Checkpoint, NodeId, Position};
+
+/// How a journal is served. The defaults suit some hundred subscribers.
+///
+/// ```
+/// let options = headwater::shipping::ServeOptions { connections_max: 16, ..Default::default() };
+/// # assert!(!options.allow_plaintext_off_loopback);
+/// ```
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// How long peers may take, and how often they are told that this side is alive.
+    pub deadlines: Deadlines,
+    /// A peer that takes nothing for so long is cut off. Default 30 s.
+    pub write_stall: Duration,
+    /// At most so many connections; the next ones are turned away. Default 1,024.
+    pub connections_max: usize,
+    /// At most so many of them may not have introduced themselves yet. Default 64.
+    pub handshakes_max: usize,
+    /// At most so many of them may come from one IP address; `None`: as many as there may be. Default `None`.
+    pub connections_per_address_max: Option<usize>,
+    /// A peer may send so many acknowledgements a second that say nothing new; one that sends more is cut off.
+    /// Default 100.
+    pub idle_acks_per_second_max: u32,
+    /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 56 KiB.
+    pub frame_bytes: usize,
+    /// No peer gets more than this many bytes ahead of its acknowledgements. Default 64 MiB.
+    pub window_bytes_max: u32,
+    /// So many threads read for those that catch up, and compare histories. At least 1, default 2.
+    pub catch_up_threads: usize,
+    /// How long commits are collected before they are sent: with more than so many live subscribers, they are sent
+    /// to at most once in so long. What is committed later than that after the last time is sent at once. By
+    /// default 5 ms with more than 64 of them, 50 ms with more than 1,000; with fewer, every commit is sent at
+    /// once. The last entry that fits counts.
+    pub flush_intervals: Vec<(usize, Duration)>,
+    /// Connections are not encrypted yet, so by default only loopback addresses are served. With this,
+    /// everybody who can reach the address can read the journal, and everybody on the way too.
+    pub allow_plaintext_off_loopback: bool,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        Self {
+            deadlines: Deadlines::default(),
+            write_stall: Duration::from_secs(30),
+            connections_max: 1024,
+            handshakes_max: 64,
+            connections_per_address_max: None,
+            idle_acks_per_second_max: 100,
+            frame_bytes: 56 << 10,
+            window_bytes_max: 64 << 20,
+            catch_up_threads: 2,
+            flush_intervals: vec![
+                (64, Duration::from_millis(5)),
+                (1000, Duration::from_millis(50)),
+            ],
+            allow_plaintext_off_loopback: false,
+        }
+    }
+}
+
+impl ServeOptions {
+    fn session(&self, node: NodeId) -> OriginConfig {
+        let frame_bytes =
+            self.frame_bytes.clamp(FRAME_BYTES_MIN as usize, FRAME_BYTES_MAX as usize);
+        OriginConfig {
+            node,
+            session: env::random_id(),
+            deadlines: self.deadlines,
+            max_frame: u32::try_from(frame_bytes).unwrap_or(FRAME_BYTES_MAX),
+            data_bytes: frame_bytes,
+            max_window_bytes: self.window_bytes_max.max(1),
+            idle_acks_max: self.idle_acks_per_second_max,
+        }
+    }
+
+    fn flush_interval(&self, subscribers: usize) -> Duration {
+        let fits = self.flush_intervals.iter().rfind(|(more_than, _)| subscribers > *more_than);
+        fits.map_or(Duration::ZERO, |(_, interval)| *interval)
+    }
+}
+
+/// What a connection is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PeerState {
+    /// It has not subscribed yet.
+    Handshake,
+    /// It is being sent what it doesn't have yet.
+    CatchingUp,
+    /// It has been sent everything that is durable here, and is sent what comes as it comes.
+    Live,
+    /// It is about to be closed.
+    Closing,
+}
+
+/// One connection, as the origin sees it.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct PeerStatus {
+    /// Where it comes from.
+    pub address: SocketAddr,
+    /// Which mirror it is; `None` before it said so, or while it has no mirror yet.
+    pub node: Option<NodeId>,
+    /// The program's name and version, as it says.
+    pub agent: String,
+    /// What it is doing.
+    pub state: PeerState,
+    /// Up to where it was sent.
+    pub sent: Option<Checkpoint>,
+    /// Up to where it says that its mirror is durable.
+    pub acked: Option<Checkpoint>,
+    /// Up to where it says that its views are applied.
+    pub applied: Option<Position>,
+    /// How long it has been connected.
+    pub connected_for: Duration,
+    /// How many bytes it has been sent in that time.
+    pub sent_bytes: u64,
+    /// The durable end here.
+    pub end: Checkpoint,
+}
+
+impl PeerStatus {
+    /// How many events are durable here and, as far as it has said, not there; `None` before it has subscribed.
+    #[must_use]
+    pub fn lag_events(&self) -> Option<u64> {
+        self.acked.map(|acked| self.end.position.since(acked.position))
+    }
+
+    /// The same in bytes.
+    #[must_use]
+    pub fn lag_bytes(&self) -> Option<u64> {
+        self.acked.map(|acked| self.end.offset.saturating_sub(acked.offset))
+    }
+
+    /// Whether it is sent what comes as it comes.
+    #[must_use]
+    pub const fn is_live(&self) -> bool {
+        matches!(self.state, PeerState::Live)
+    }
+}
+
+/// Serves a journal to mirrors until it is shut down or dropped.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    serving: Option<JoinHandle<()>>,
+}
+
+/// What the threads of a server have in common.
+pub(super) struct Shared {
+    journal: Journal,
+    options: ServeOptions,
+    stopping: AtomicBool,
+    waker: Waker,
+    /// The loop has been woken and hasn't looked yet.
+    woken: AtomicBool,
+    /// The durable end has moved since the loop looked.
+    rung: AtomicBool,
+    peers: Mutex<BTreeMap<usize, Arc<Peer>>>,
+    /// Held while live subscribers are sent to: those that catch up wait for it between two frames.
+    live_first: Mutex<()>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("journal", &self.journal.id()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// The loop looks at everything once more, from now on. What it shall find is there already.
+    fn wake(&self) {
+        if !self.woken.swap(true, Ordering::AcqRel) {
+            drop(self.waker.wake());
+        }
+    }
+
+    /// The loop is about to look: whatever comes from now on wakes it again.
+    fn is_looking(&self) {
+        self.woken.swap(false, Ordering::AcqRel);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+}
+
+impl Bell for Shared {
+    fn ring(&self) {
+        self.rung.store(true, Ordering::Release);
+        self.wake();
+    }
+}
+
+/// A connection as others see it.
+#[derive(Debug)]
+struct Peer {
+    address: SocketAddr,
+    since: Instant,
+    seen: Mutex<Seen>,
+}
+
+/// How it was when it was looked at last.
+#[derive(Debug)]
+struct Seen {
+    state: PeerState,
+    status: OriginStatus,
+    sent_bytes: u64,
+    lease: Option<Lease>,
+}
+
+impl Peer {
+    fn new(address: SocketAddr) -> Self {
+        let (state, status) = (PeerState::Handshake, OriginStatus::default());
+        let seen = Seen { state, status, sent_bytes: 0, lease: None };
+        Self { address, since: Instant::now(), seen: Mutex::new(seen) }
+    }
+
+    fn status(&self, end: Checkpoint) -> PeerStatus {
+        let seen = self.seen.lock();
+        let status = &seen.status;
+        PeerStatus {
+            address: self.address,
+            node: status.node,
+            agent: status.agent.clone(),
+            state: seen.state,
+            sent: status.sent,
+            acked: status.acked,
+            applied: status.applied,
+            connected_for: self.since.elapsed(),
+            sent_bytes: seen.sent_bytes,
+            end,
+        }
+    }
+}
+
+/// Serves `journal` at `address` until the returned [`Server`] is shut down or dropped.
+///
+/// Port 0 asks the system for a free one; see [`Server::local_addr`].
+///
+/// # Errors
+/// [`ServeError`]; nothing listens then.
+pub fn serve(
+    journal: Journal,
+    address: impl ToSocketAddrs,
+    mut options: ServeOptions,
+) -> Result<Server, ServeError> {
+    options.deadlines = options.deadlines.bounded();
+    let listen = |error| ServeError::Listen(Arc::new(error));
+    if journal.role() != Role::Origin {
+        return Err(ServeError::NotAnOrigin { journal: journal.id() });
+    }
+    let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(listen)?.collect();
+    if !options.allow_plaintext_off_loopback
+        && let Some(&address) = addresses.iter().find(|address| !transport::is_loopback(address))
+    {
+        return Err(ServeError::Plaintext { address });
+    }
+    let listener = TcpListener::bind(addresses.as_slice()).map_err(listen)?;
+    let address = listener.local_addr().map_err(listen)?;
+    let poll = Poll::new().map_err(listen)?;
+    let shared = Arc::new(Shared {
+        journal,
+        options,
+        stopping: AtomicBool::new(false),
+        waker: Waker::new(poll.registry(), WAKER).map_err(listen)?,
+        woken: AtomicBool::new(false),
+        rung: AtomicBool::new(false),
+        peers: Mutex::default(),
+        live_first: Mutex::default(),
+    });
+    let event_loop = EventLoop::new(&shared, poll, listener)?;
+    let serving = event_loop.start().map_err(|error| ServeError::Thread(Arc::new(error)))?;
+    Ok(Server { shared, address, serving: Some(serving) })
+}
+
+const LISTENER: Token = Token(0);
+const WAKER: Token = Token(1);
+/// Connections have this number or a higher one, each its own.
+const FIRST_CONNECTION: usize = 2;
+
+impl Server {
+    /// The address that is listened on, with the port that the system chose if it was asked to.
+    #[must_use]
+    pub const fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Everybody who is connected.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerStatus> {
+        let peers: Vec<_> = self.shared.peers.lock().values().cloned().collect();
+        let status = |peer: &Arc<Peer>| peer.status(self.shared.journal.end());
+        peers.iter().map(status).collect()
+    }
+
+    /// Says goodbye to everybody, closes all connections and waits for all threads to end: a second at
+    /// most, unless the disk doesn't answer.
+    pub fn shutdown(mut self) {
+        self.stop();
+    }
+
+    fn stop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.wake();
+        if let Some(serving) = self.serving.take() {
+            drop(serving.join());
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_subscribers_are_sent_to_at_once_and_many_in_intervals() {
+        let options = ServeOptions::default();
+        let interval = |count| options.flush_interval(count).as_millis();
+        assert_eq!([0, 64, 65, 1000, 1001, 9000].map(interval), [0, 0, 5, 5, 50, 50]);
+        let never = ServeOptions { flush_intervals: Vec::new(), ..options };
+        assert_eq!(never.flush_interval(9000), Duration::ZERO);
+    }
+}
