@@ -606,8 +606,8 @@ impl Store {
         reactor::open(&self.inner.fs, &dir, journal.clone(), reactor, options)
     }
 
-    /// Serves the journal to mirrors in other services, at an address of the loopback (the connection is
-    /// not encrypted), until the returned [`Server`] is shut down or dropped. Port 0 asks for a free one.
+    /// Serves the journal to mirrors in other services on this machine, at an address of the loopback (plain TCP;
+    /// for others see [`ServeOptions::security`]), until the returned [`Server`] is shut down or dropped. Port 0 asks for a free one.
     ///
     /// # Errors
     /// [`ServeError`]; nothing listens then.

@@ -8,6 +8,8 @@ use super::view::ViewFailure;
 use crate::repair::RepairError;
 use crate::retention::RetentionError;
 use crate::schema::SchemaError;
+#[cfg(feature = "shipping")]
+use crate::shipping::security::SecurityError;
 use crate::{BackupError, Corruption, IoError, OpenError, ReadError, RestoreError};
 
 #[derive(Debug)]
@@ -19,6 +21,8 @@ pub(crate) enum Failure {
     Restore(RestoreError),
     Retention(RetentionError),
     Schema(SchemaError),
+    #[cfg(feature = "shipping")]
+    Security(SecurityError),
     /// So many kinds of events have no sample; they have been printed.
     Unrecorded(usize),
     /// What lies in front was printed.
@@ -83,6 +87,13 @@ impl From<SchemaError> for Failure {
     }
 }
 
+#[cfg(feature = "shipping")]
+impl From<SecurityError> for Failure {
+    fn from(error: SecurityError) -> Self {
+        Self::Security(error)
+    }
+}
+
 impl From<IoError> for Failure {
     fn from(error: IoError) -> Self {
         Self::Open(error.into())
@@ -114,6 +125,8 @@ impl Failure {
             Self::Restore(error) => (error.code(), error.to_string(), error.hint()),
             Self::Retention(error) => (error.code(), error.to_string(), error.hint()),
             Self::Schema(error) => (error.code(), error.to_string(), error.hint()),
+            #[cfg(feature = "shipping")]
+            Self::Security(error) => (error.code(), error.to_string(), error.hint()),
             Self::Unrecorded(kinds) => (
                 "schema.unrecorded",
                 format!("{kinds} kinds of events in the journal have no sample"),
@@ -161,6 +174,8 @@ impl Failure {
             Self::Damaged(_) | Self::Reported => true,
             #[cfg(feature = "views")]
             Self::View(failure) => failure.is_damage(),
+            #[cfg(feature = "shipping")]
+            Self::Security(_) => false,
             Self::Retention(_)
             | Self::Schema(_)
             | Self::Unrecorded(_)

@@ -71,6 +71,8 @@ mod failure;
 mod repair;
 mod retain;
 mod schema;
+#[cfg(feature = "shipping")]
+mod security;
 mod stat;
 mod tail;
 mod target;
@@ -132,6 +134,15 @@ enum Command {
     Restore(backup::RestoreArgs),
     /// Compares the kinds of events in a journal with recorded samples
     Schema(schema::Args),
+    /// Makes a token, by which a mirror is let in
+    #[cfg(feature = "shipping")]
+    Token(security::TokenArgs),
+    /// Prints the pin of the key of a certificate
+    #[cfg(feature = "shipping")]
+    Pin(security::FileArgs),
+    /// Reads an access list, and tells who may have what
+    #[cfg(feature = "shipping")]
+    Access(security::FileArgs),
     /// Looks at views, reads their rows, rebuilds and checks them
     #[cfg(feature = "views")]
     View(ViewArgs),
@@ -247,6 +258,12 @@ impl Cli {
             Command::Retain(args) => retain::run(args),
             Command::Restore(args) => backup::restore_or_abandon(args),
             Command::Schema(args) => schema::run(args),
+            #[cfg(feature = "shipping")]
+            Command::Token(args) => security::token(args),
+            #[cfg(feature = "shipping")]
+            Command::Pin(args) => security::pin(args),
+            #[cfg(feature = "shipping")]
+            Command::Access(args) => security::access(args),
             #[cfg(feature = "views")]
             Command::View(args) => view::run(args, &self.views),
         }

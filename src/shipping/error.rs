@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::message::{Divergence, ErrorCode, Failure, VersionRange};
+use super::security::{SecurityError, TlsFailure};
 use super::session::{Deadline, DivergedAt, SessionEnd, Violation};
 use crate::error::{IngestError, OpenError, Refusal};
 use crate::format::FormatError;
@@ -59,7 +60,7 @@ impl ServeError {
     }
 }
 
-const PLAINTEXT_HINT: &str = "use a loopback address, put an encrypting tunnel in between, or set allow_plaintext_off_loopback if everybody who can reach the address may read the journal";
+const PLAINTEXT_HINT: &str = "use TLS (docs/operate/security.md) or a loopback address; or set allow_plaintext_off_loopback if everybody who can reach the address may read the journal, and give no token then";
 
 /// Why a mirror doesn't follow its origin at present.
 ///
@@ -115,12 +116,19 @@ pub enum ShippingError {
         /// What is wrong with the bytes.
         refusal: Refusal,
     },
-    /// The address is not on this machine's loopback, and there is no encryption.
+    /// The address is not on this machine's loopback, and there is no encryption; or that is allowed, and a token
+    /// would go out in clear.
     #[error("{address} is not a loopback address, and the connection would not be encrypted")]
     Plaintext {
         /// The address.
         address: SocketAddr,
     },
+    /// Certificates, keys or the token of this side can't be used at present.
+    #[error(transparent)]
+    Security(#[from] SecurityError),
+    /// No TLS connection comes about. Nothing was said in it, and no token was sent.
+    #[error(transparent)]
+    Tls(TlsFailure),
     /// The mirror's disk is full, or failed.
     #[error(transparent)]
     Storage(IngestError),
@@ -215,7 +223,9 @@ impl ShippingError {
             Self::Reported { failure } => !failure.code.is_transient(),
             Self::Storage(error) => !matches!(error, IngestError::DiskFull(_)),
             Self::Refused { refusal, .. } => is_unsupported(refusal),
-            Self::Resolve { .. }
+            Self::Security(_)
+            | Self::Tls(_)
+            | Self::Resolve { .. }
             | Self::Connect { .. }
             | Self::Setup(_)
             | Self::Disconnected
@@ -238,6 +248,8 @@ impl ShippingError {
             Self::Reported { .. } => "shipping.reported",
             Self::Refused { .. } => "shipping.refused",
             Self::Plaintext { .. } => "shipping.plaintext",
+            Self::Security(error) => error.code(),
+            Self::Tls(_) => "shipping.tls",
             Self::Storage(_) => "shipping.storage",
             Self::Open(_) => "shipping.open",
             Self::Resolve { .. } => "shipping.resolve",
@@ -265,11 +277,21 @@ impl ShippingError {
             }
             Self::Cycle => "follow the journal's origin, not its mirror",
             Self::Version { .. } => "upgrade the older side",
-            Self::Reported { .. } => "see the origin: the trouble is on its side",
+            Self::Reported { failure } => match failure.code {
+                ErrorCode::AUTH_REQUIRED => {
+                    "give this mirror a certificate (FollowOptions::tls) or a token that is in the origin's access list, then resume"
+                }
+                ErrorCode::DENIED => {
+                    "put this mirror's key or token, with a right to this journal, into the origin's access list, reload that, then resume; is it the right origin?"
+                }
+                _ => "see the origin: the trouble is on its side",
+            },
             Self::Refused { .. } => {
                 "run `headwater verify` on the origin's journal, and check its version"
             }
             Self::Plaintext { .. } => PLAINTEXT_HINT,
+            Self::Security(error) => error.hint(),
+            Self::Tls(failure) => failure.hint(),
             Self::Storage(_) => "check the mirror's disk, then resume",
             Self::Open(error) => error.hint(),
             Self::Resolve { .. } | Self::Connect { .. } => {

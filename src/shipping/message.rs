@@ -13,6 +13,8 @@
 //! - Reserved fields are zero when written and refused otherwise, except in HELLO, which a later version may
 //!   lengthen: it is read before the version is known.
 
+use zeroize::Zeroizing;
+
 use crate::format::batch::PADDED_BYTES_LIMIT;
 use crate::format::files::Witness;
 use crate::format::segment::HEADER_PAGE_BYTES;
@@ -129,8 +131,46 @@ pub struct Hello {
     pub node: Option<NodeId>,
     /// Random; the answer repeats it.
     pub nonce: [u8; 16],
+    /// By what it may be let in, beside the certificate that it has shown in TLS.
+    pub authentication: Authentication,
     /// Name and version of the program, for people.
     pub agent: String,
+}
+
+/// What a mirror presents in its HELLO.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Authentication {
+    /// Nothing.
+    None,
+    /// A bearer token.
+    Token(Presented),
+    /// Something of a kind that this version doesn't know; taken for nothing.
+    Other(u16),
+}
+
+/// A token as it was presented: any bytes. Shows in no `Debug` output, and is overwritten when it is dropped.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Presented(Zeroizing<Vec<u8>>);
+
+impl Presented {
+    /// These bytes; more than 1,024 are cut when they are sent.
+    #[must_use]
+    pub fn new(bytes: &[u8]) -> Self {
+        Self(Zeroizing::new(bytes.to_vec()))
+    }
+
+    /// The secret itself.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Presented {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Presented(..)")
+    }
 }
 
 /// The origin's answer to HELLO.
@@ -724,8 +764,7 @@ impl Hello {
         put_u32(out, 0);
         put_node(out, self.node);
         out.extend_from_slice(&self.nonce);
-        put_u16(out, 0); // kind of authentication: none
-        put_u16(out, 0); // its length
+        self.authentication.encode(out);
         put_text(out, &self.agent, AGENT_BYTES_MAX);
     }
 
@@ -739,17 +778,43 @@ impl Hello {
         input.u32()?;
         let node = node(input)?;
         let nonce = input.array()?;
-        let _kind = input.u16()?;
-        let auth_len = usize::from(input.u16()?);
-        if auth_len > AUTH_BYTES_MAX {
-            return Err(FormatError::Invalid("length of the authentication"));
-        }
-        input.bytes(auth_len)?;
+        let authentication = Authentication::decode(input)?;
         let agent = text(input, AGENT_BYTES_MAX, "agent")?;
         if max_frame < FRAME_BYTES_MIN {
             return Err(FormatError::Invalid("frame limit"));
         }
-        Ok(Self { versions, features, max_frame, node, nonce, agent })
+        Ok(Self { versions, features, max_frame, node, nonce, authentication, agent })
+    }
+}
+
+const AUTH_NONE: u16 = 0;
+const AUTH_TOKEN: u16 = 1;
+
+impl Authentication {
+    fn encode(&self, out: &mut Vec<u8>) {
+        let (kind, bytes) = match self {
+            Self::None => (AUTH_NONE, &[][..]),
+            Self::Token(token) => (AUTH_TOKEN, token.as_bytes()),
+            Self::Other(kind) => (*kind, &[][..]),
+        };
+        let bytes = bytes.get(..AUTH_BYTES_MAX).unwrap_or(bytes);
+        put_u16(out, kind);
+        put_u16(out, u16::try_from(bytes.len()).unwrap_or(0));
+        out.extend_from_slice(bytes);
+    }
+
+    fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
+        let kind = input.u16()?;
+        let len = usize::from(input.u16()?);
+        if len > AUTH_BYTES_MAX {
+            return Err(FormatError::Invalid("length of the authentication"));
+        }
+        let bytes = input.bytes(len)?;
+        Ok(match kind {
+            AUTH_NONE => Self::None,
+            AUTH_TOKEN => Self::Token(Presented::new(bytes)),
+            other => Self::Other(other),
+        })
     }
 }
 

@@ -16,7 +16,6 @@
 //!   between the two is bounded by the window.
 //! - A mirror whose history differs from the origin's is kept as it is, whatever happens.
 
-use std::io::Write as _;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,11 +25,17 @@ use std::time::{Duration, Instant};
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 
 use super::error::{Divergent, ShippingError, WaitError};
-use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd};
-use super::session::{Deadlines, Delivery, MirrorConfig, MirrorSession, Resume, batches};
-use super::transport::{self, Received};
+use super::link::{Arrived, Link};
+use super::message::{Authentication, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented};
+use super::security::{ClientTls, Token, TokenSource};
+use super::session::{
+    Deadlines, Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd, batches,
+};
+use super::transport;
 use crate::env;
 use crate::error::{IngestError, OpenError};
 use crate::fs::Fs;
@@ -70,8 +75,12 @@ pub struct FollowOptions {
     /// How many bytes may be under way or in memory without being durable yet; half as many are synced at
     /// once while catching up. Default 16 MiB.
     pub window_bytes: u32,
-    /// Connections are not encrypted yet, so by default only loopback addresses are connected to. With
-    /// this, everybody on the way can read and forge what is shipped.
+    /// Connects with TLS. Default: plain TCP, to loopback addresses only.
+    pub tls: Option<ClientTls>,
+    /// Says who this is, within TLS or on the loopback; never in clear over a network.
+    pub token: Option<TokenSource>,
+    /// Plain TCP also goes to other addresses than those of the loopback: everybody on the way can read and forge
+    /// what is shipped.
     pub allow_plaintext_off_loopback: bool,
     /// How this program introduces itself to the origin, for people to read there.
     pub agent: String,
@@ -84,6 +93,8 @@ impl Default for FollowOptions {
             deadlines: Deadlines::default(),
             connect_timeout: Duration::from_secs(3),
             window_bytes: 16 << 20,
+            tls: None,
+            token: None,
             allow_plaintext_off_loopback: false,
             agent: concat!("headwater/", env!("CARGO_PKG_VERSION")).to_owned(),
         }
@@ -208,8 +219,8 @@ impl State {
 ///
 /// # Errors
 /// [`ShippingError::Open`] if there is something in `dir` that can't be opened as a mirror,
-/// [`ShippingError::Plaintext`] if the address is a literal one off the loopback,
-/// [`ShippingError::Setup`] if no thread can be started.
+/// [`ShippingError::Plaintext`] if the address is a literal one off the loopback and there is no TLS,
+/// [`ShippingError::Security`] if certificates, keys or the token can't be used, [`ShippingError::Setup`] if no thread can be started.
 pub fn follow(
     fs: Arc<dyn Fs>,
     dir: &Path,
@@ -221,6 +232,7 @@ pub fn follow(
     if let Ok(literal) = address.parse::<SocketAddr>() {
         check_plaintext(&[literal], &options)?;
     }
+    Credentials::read(&options, &address)?;
     let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
     let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
     let shared = Arc::new(Shared {
@@ -257,14 +269,35 @@ fn setup_error(error: std::io::Error) -> ShippingError {
     ShippingError::Setup(Arc::new(error))
 }
 
-/// Leaves the addresses that may be connected to; an error if there are none.
+/// What a connection is made with, as it is at present.
+struct Credentials {
+    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+    authentication: Authentication,
+}
+
+impl Credentials {
+    fn read(options: &FollowOptions, address: &str) -> Result<Self, ShippingError> {
+        let tls = options.tls.as_ref();
+        let tls = tls.map(|tls| Ok((tls.config()?, tls.server_name(address)?)));
+        let token = options.token.as_ref().map(TokenSource::token).transpose()?;
+        let presented = |token: Token| Presented::new(token.expose().as_bytes());
+        Ok(Self {
+            tls: tls.transpose().map_err(ShippingError::Security)?,
+            authentication: token
+                .map_or(Authentication::None, |token| Authentication::Token(presented(token))),
+        })
+    }
+}
+
+/// Leaves the addresses that may be connected to; an error if there are none. A token isn't sent in clear, whatever
+/// is allowed.
 fn check_plaintext(
     addresses: &[SocketAddr],
     options: &FollowOptions,
 ) -> Result<Vec<SocketAddr>, ShippingError> {
-    let allowed = |address: &&SocketAddr| {
-        options.allow_plaintext_off_loopback || transport::is_loopback(address)
-    };
+    let plaintext = options.allow_plaintext_off_loopback && options.token.is_none();
+    let anywhere = options.tls.is_some() || plaintext;
+    let allowed = |address: &&SocketAddr| anywhere || transport::is_loopback(address);
     let usable: Vec<_> = addresses.iter().filter(allowed).copied().collect();
     match addresses.first() {
         Some(&address) if usable.is_empty() => Err(ShippingError::Plaintext { address }),
@@ -340,7 +373,13 @@ impl Mirror {
     /// next attempt. A mirror whose disk had failed is opened again; take the new
     /// [`journal`](Self::journal) then.
     pub fn resume(&self) {
-        self.shared.state.lock().resuming = true;
+        let mut state = self.shared.state.lock();
+        state.resuming = true;
+        // Whoever waits from now on waits for the new attempt.
+        if matches!(state.phase, MirrorState::Halted(_)) {
+            state.phase = MirrorState::Connecting;
+        }
+        drop(state);
         self.shared.changed.notify_all();
     }
 
@@ -482,18 +521,22 @@ impl Shared {
 
     fn attempt(&self, ingest: &mut Option<Ingest>) -> Attempt {
         match self.connect(ingest) {
-            Ok(stream) => self.converse(ingest, stream),
+            Ok((link, authentication)) => self.converse(ingest, &link, authentication),
             Err(error) => error.into(),
         }
     }
 
     /// Opens the mirror if it isn't open, and connects to the origin, wherever it is now.
-    fn connect(&self, ingest: &mut Option<Ingest>) -> Result<TcpStream, ShippingError> {
+    fn connect(
+        &self,
+        ingest: &mut Option<Ingest>,
+    ) -> Result<(Link, Authentication), ShippingError> {
         if ingest.is_none() {
             let opened = Ingest::open(&self.fs, &self.dir, &self.options.journal);
             *ingest = opened.map_err(open_error)?;
             self.publish_journal(ingest.as_ref());
         }
+        let credentials = Credentials::read(&self.options, &self.address)?;
         let give_up = || self.state.lock().stopping;
         let addresses = transport::resolve(&self.address, give_up)?;
         let addresses = check_plaintext(&addresses, &self.options)?;
@@ -504,7 +547,11 @@ impl Shared {
             return Err(ShippingError::Disconnected);
         }
         state.socket = Some(stream.try_clone().map_err(setup_error)?);
-        Ok(stream)
+        let link = match credentials.tls {
+            Some((config, name)) => Link::tls(stream, config, name)?,
+            None => Link::plain(stream),
+        };
+        Ok((link, credentials.authentication))
     }
 
     fn publish_journal(&self, ingest: Option<&Ingest>) {
@@ -516,16 +563,18 @@ impl Shared {
     }
 
     /// One session, from its first byte to its end.
-    fn converse(&self, ingest: &mut Option<Ingest>, stream: TcpStream) -> Attempt {
+    fn converse(
+        &self,
+        ingest: &mut Option<Ingest>,
+        link: &Link,
+        authentication: Authentication,
+    ) -> Attempt {
         let started = Instant::now();
         let resume = ingest.as_ref().map(|i| Resume { end: i.end(), witness: i.witness() });
         let node = ingest.as_ref().map(|ingest| ingest.journal().node());
-        let connection = Connection {
-            shared: self,
-            session: Mutex::new(MirrorSession::new(self.config(node, resume), transport::now())),
-            stream: &stream,
-            writing: Mutex::new(Vec::new()),
-        };
+        let config = self.config(node, resume, authentication);
+        let session = Mutex::new(MirrorSession::new(config, transport::now()));
+        let connection = Connection { shared: self, session, link };
         let (sender, deliveries) = unbounded();
         let written = thread::scope(|scope| {
             let listener = thread::Builder::new().name("headwater-listen".into());
@@ -549,8 +598,10 @@ impl Shared {
         let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
         let error = match (written, end) {
             (Err(error), _) => error,
+            (Ok(()), Some(SessionEnd::Disconnected) | None) => {
+                link.failure().map_or(ShippingError::Disconnected, ShippingError::Tls)
+            }
             (Ok(()), Some(end)) => ShippingError::from_end(end, mirror, witness),
-            (Ok(()), None) => ShippingError::Disconnected,
         };
         Attempt { error, healthy }
     }
@@ -559,10 +610,12 @@ impl Shared {
         &self,
         node: Option<crate::position::NodeId>,
         resume: Option<Resume>,
+        authentication: Authentication,
     ) -> MirrorConfig {
         MirrorConfig {
             node,
             nonce: env::random_id(),
+            authentication,
             agent: self.options.agent.clone(),
             deadlines: self.options.deadlines,
             max_frame: FRAME_BYTES_MAX,
@@ -667,28 +720,23 @@ fn retry_after(error: &ShippingError) -> Duration {
 struct Connection<'a> {
     shared: &'a Shared,
     session: Mutex<MirrorSession>,
-    stream: &'a TcpStream,
-    /// Held while writing, so that frames stay whole and in order.
-    writing: Mutex<Vec<u8>>,
+    link: &'a Link,
 }
 
 impl Connection<'_> {
     /// Feeds the session with what arrives, and passes on what it delivers, until it ends.
     fn listen(&self, sender: &Sender<Delivery>) {
-        let mut buffer = vec![0; 128 << 10];
+        let (mut raw, mut plain) = (vec![0; 128 << 10], Vec::new());
         let mut deliveries = Vec::new();
         let mut told = None;
         while self.flush() {
-            let received = transport::receive(self.stream, &mut buffer);
+            let arrived = self.link.receive(&mut raw, &mut plain);
             let now = transport::now();
             let mut session = self.session.lock();
-            match received {
-                Received::Bytes(len) => {
-                    let bytes = buffer.get(..len).unwrap_or_default();
-                    session.on_bytes(bytes, now, &mut deliveries);
-                }
-                Received::Nothing => {}
-                Received::Closed => session.on_closed(),
+            match arrived {
+                Arrived::Bytes(bytes) => session.on_bytes(bytes, now, &mut deliveries),
+                Arrived::Nothing => {}
+                Arrived::Closed => session.on_closed(),
             }
             session.on_time(now);
             let (ended, origin_end) = (session.end().is_some(), session.origin_end());
@@ -708,15 +756,12 @@ impl Connection<'_> {
 
     /// Writes what the session has to say; false if nobody takes it any more.
     fn flush(&self) -> bool {
-        let mut out = self.writing.lock();
-        out.clear();
-        let applied = self.shared.state.lock().applied;
-        let mut session = self.session.lock();
-        applied.into_iter().for_each(|position| session.on_applied(position));
-        session.take_output(transport::now(), &mut out);
-        drop(session);
-        let mut stream = self.stream;
-        let written = out.is_empty() || stream.write_all(&out).is_ok();
+        let written = self.link.write(|out| {
+            let applied = self.shared.state.lock().applied;
+            let mut session = self.session.lock();
+            applied.into_iter().for_each(|position| session.on_applied(position));
+            session.take_output(transport::now(), out);
+        });
         if !written {
             self.session.lock().on_closed();
         }
@@ -739,7 +784,7 @@ impl Connection<'_> {
         let failure = Failure { position, ..Failure::new(code, error.to_string()) };
         self.session.lock().fail(failure);
         self.flush();
-        drop(self.stream.shutdown(Shutdown::Both));
+        self.link.cut_off();
     }
 }
 
@@ -878,6 +923,7 @@ impl<'a> MirrorWriter<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::security::Trust;
     use super::*;
     use crate::error::Refusal;
 
@@ -917,6 +963,11 @@ mod tests {
             other => panic!("{other:?}"),
         }
         options.allow_plaintext_off_loopback = true;
+        assert_eq!(check_plaintext(&addresses, &options).unwrap(), addresses);
+        options.token = Some(Token::generate().unwrap().into());
+        let kept = check_plaintext(&addresses, &options).unwrap();
+        assert_eq!(kept, addresses[1..], "a token in clear");
+        options.tls = Some(ClientTls::trusting(Trust::Keys(Vec::new())));
         assert_eq!(check_plaintext(&addresses, &options).unwrap(), addresses);
     }
 }

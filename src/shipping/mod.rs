@@ -22,8 +22,10 @@
 //! [`serve`] and [`follow`] are the two ends; [`message`] is the wire format of `docs/protocol.md`.
 
 pub mod message;
+pub mod security;
 
 mod error;
+mod link;
 mod mirror;
 mod server;
 mod session;

@@ -14,14 +14,24 @@
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd as _, RawFd};
+use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
+use rustls::{ServerConfig, ServerConnection};
+
+use super::security::ALPN;
 use super::transport::Received;
+
+/// No more than this is encrypted ahead of what the socket takes: one record.
+pub(crate) const ENCRYPTED_BYTES_MAX: usize = 16 << 10;
 
 /// A connection of a [`Server`](super::Server). It goes from thread to thread with its session.
 #[derive(Debug)]
 pub(crate) enum Wire {
     /// TCP, readable by everybody on the way.
     Plain(PlainWire),
+    /// TLS 1.3 on TCP, from its handshake on.
+    Tls(Box<TlsWire>),
 }
 
 #[derive(Debug)]
@@ -39,10 +49,28 @@ impl Wire {
         Ok(Self::Plain(PlainWire { stream, is_drained: false }))
     }
 
+    /// The same within TLS, of which this is the server's end.
+    pub(crate) fn tls(stream: TcpStream, config: Arc<ServerConfig>) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        let mut connection = ServerConnection::new(config).map_err(io::Error::other)?;
+        connection.set_buffer_limit(Some(ENCRYPTED_BYTES_MAX));
+        Ok(Self::Tls(Box::new(TlsWire { stream, connection, told: false, broken: false })))
+    }
+
+    /// Once: what the peer has shown, when it has come through the handshake of TLS.
+    pub(crate) fn newly_encrypted(&mut self) -> Option<Vec<CertificateDer<'static>>> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Tls(tls) => tls.newly_encrypted(),
+        }
+    }
+
     /// To be registered for both directions.
     pub(crate) fn socket(&self) -> RawFd {
         match self {
             Self::Plain(plain) => plain.stream.as_raw_fd(),
+            Self::Tls(tls) => tls.stream.as_raw_fd(),
         }
     }
 
@@ -50,6 +78,7 @@ impl Wire {
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Received {
         match self {
             Self::Plain(plain) => plain.read(buffer),
+            Self::Tls(tls) => tls.read(buffer),
         }
     }
 
@@ -57,6 +86,7 @@ impl Wire {
     pub(crate) const fn is_drained(&self) -> bool {
         match self {
             Self::Plain(plain) => plain.is_drained,
+            Self::Tls(_) => false,
         }
     }
 
@@ -70,6 +100,7 @@ impl Wire {
         }
         match self {
             Self::Plain(plain) => write_some(&mut plain.stream, bytes),
+            Self::Tls(tls) => tls.write(bytes),
         }
     }
 
@@ -80,6 +111,7 @@ impl Wire {
     pub(crate) fn flush(&mut self) -> io::Result<bool> {
         match self {
             Self::Plain(_) => Ok(true),
+            Self::Tls(tls) => tls.flush(),
         }
     }
 
@@ -87,6 +119,7 @@ impl Wire {
     pub(crate) fn finish(&mut self) {
         match self {
             Self::Plain(plain) => drop(plain.stream.shutdown(Shutdown::Write)),
+            Self::Tls(tls) => tls.finish(),
         }
     }
 }
@@ -105,6 +138,88 @@ impl PlainWire {
                 Err(_) => Received::Closed,
             };
         }
+    }
+}
+
+pub(crate) struct TlsWire {
+    stream: TcpStream,
+    connection: ServerConnection,
+    /// That the handshake is over was told.
+    told: bool,
+    /// What came isn't TLS as it was agreed upon.
+    broken: bool,
+}
+
+impl std::fmt::Debug for TlsWire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsWire").field("stream", &self.stream).finish_non_exhaustive()
+    }
+}
+
+impl TlsWire {
+    fn newly_encrypted(&mut self) -> Option<Vec<CertificateDer<'static>>> {
+        if self.told || self.broken || self.connection.is_handshaking() {
+            return None;
+        }
+        self.told = true;
+        Some(self.connection.peer_certificates().unwrap_or_default().to_vec())
+    }
+
+    /// How often a peer can say something without a byte for the session is limited by TLS itself.
+    fn read(&mut self, buffer: &mut [u8]) -> Received {
+        while !self.broken {
+            match self.connection.reader().read(buffer) {
+                Ok(0) => return Received::Closed,
+                Ok(len) => return Received::Bytes(len),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => return Received::Closed,
+            }
+            match self.connection.read_tls(&mut self.stream) {
+                // The reader above tells whether that was in good order.
+                Ok(0) if self.connection.is_handshaking() => return Received::Closed,
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Received::Nothing,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Received::Closed,
+            }
+            let understood = self.connection.process_new_packets().is_ok();
+            let agreed =
+                self.connection.is_handshaking() || self.connection.alpn_protocol() == Some(ALPN);
+            // Also when it is broken: the last record says why.
+            let written = self.flush().is_ok();
+            self.broken = !(understood && agreed && written);
+        }
+        Received::Closed
+    }
+
+    /// During the handshake a few bytes are taken and kept: they are sent when it is over.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.flush()? {
+            return Ok(0);
+        }
+        let some = bytes.get(..ENCRYPTED_BYTES_MAX).unwrap_or(bytes);
+        let taken = self.connection.writer().write(some)?;
+        self.flush()?;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<bool> {
+        while self.connection.wants_write() {
+            match self.connection.write_tls(&mut self.stream) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    fn finish(&mut self) {
+        self.connection.send_close_notify();
+        drop(self.flush());
+        drop(self.stream.shutdown(Shutdown::Write));
     }
 }
 

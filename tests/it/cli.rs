@@ -322,10 +322,17 @@ fn every_command_that_the_documentation_shows_works() {
     for name in ["test.happened", "ordered"] {
         sample(&dir.path().join("SCHEMA"), name);
     }
+    #[cfg(feature = "shipping")]
+    security_files(dir.path());
     let text = include_str!("../../docs/cli.md");
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
-    let is_built_in = |command: &&str| cfg!(feature = "views") || !command.starts_with("view ");
+    let of_shipping = ["token", "pin ", "access "];
+    let is_built_in = |command: &&str| {
+        let of_shipping = of_shipping.iter().any(|verb| command.starts_with(verb));
+        (cfg!(feature = "views") || !command.starts_with("view "))
+            && (cfg!(feature = "shipping") || !of_shipping)
+    };
     let shown: Vec<&str> = shown.into_iter().filter(is_built_in).collect();
     assert!(shown.len() >= 10, "{shown:?}");
     for command in shown {
@@ -335,7 +342,7 @@ fn every_command_that_the_documentation_shows_works() {
             None => (command, None),
         };
         let mut command = command.replace("DIR", store.to_str().unwrap());
-        for name in ["BACKUP", "STORE", "EARLIER", "ARCHIVE", "SCHEMA"] {
+        for name in ["BACKUP", "STORE", "EARLIER", "ARCHIVE", "SCHEMA", "PEM", "TOKEN", "LIST"] {
             command = command.replace(name, dir.path().join(name).to_str().unwrap());
         }
         command = command.replace("COPY", copy.to_str().unwrap());
@@ -352,6 +359,55 @@ fn every_command_that_the_documentation_shows_works() {
             assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()), "{command}");
         }
     }
+}
+
+/// A certificate, a token and an access list.
+#[cfg(feature = "shipping")]
+fn security_files(dir: &Path) {
+    use headwater::shipping::security::{KeyPin, Peer, Pem, Right, Token};
+
+    let certified = rcgen::generate_simple_self_signed(["a".to_owned()]).unwrap();
+    let (pem, token) = (certified.cert.pem(), Token::generate().unwrap());
+    let peer = Peer {
+        keys: vec![KeyPin::of(&Pem::text(pem.clone())).unwrap()],
+        tokens: vec![token.hash()],
+        may: vec![Right::everything()],
+        ..Peer::named("shipping")
+    };
+    std::fs::write(dir.join("PEM"), pem).unwrap();
+    std::fs::write(dir.join("TOKEN"), token.expose()).unwrap();
+    std::fs::write(dir.join("LIST"), json!({ "peers": [peer] }).to_string()).unwrap();
+}
+
+#[cfg(feature = "shipping")]
+#[test]
+fn tokens_pins_and_access_lists_are_what_a_server_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    security_files(dir.path());
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let json = |args: &[&str]| lines(&ok(args)).remove(0);
+    let keys = |value: &Value| -> Vec<String> {
+        let mut keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        keys
+    };
+    let made = json(&["token", "--json"]);
+    assert_eq!(documented("token"), keys(&made));
+    std::fs::write(file("made"), made["token"].as_str().unwrap()).unwrap();
+    assert_eq!(json(&["token", "--hash", &file("made"), "--json"])["hash"], made["hash"]);
+    let pin = json(&["pin", &file("PEM"), "--json"]);
+    assert_eq!(documented("pin"), keys(&pin));
+    let access = json(&["access", &file("LIST"), "--json"]);
+    assert_eq!(documented("access"), keys(&access));
+    assert_eq!(access["peers"][0]["keys"][0], pin["pin"]);
+    let text = ok(&["access", &file("LIST")]);
+    assert!(text.contains("shipping") && text.contains("1 key, 1 token"), "{text}");
+
+    std::fs::write(file("LIST"), "{ \"peers\": [\n{ \"nam\": 1 }] }").unwrap();
+    let wrong = run(&["access", &file("LIST")]);
+    assert_eq!(wrong.status.code(), Some(1));
+    let text = err(&wrong);
+    assert!(text.contains("error[security.access]") && text.contains("line 2"), "{text}");
 }
 
 /// The fields in the table under this title of docs/cli.md.

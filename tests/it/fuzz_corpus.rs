@@ -11,8 +11,8 @@ use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use headwater::fs::sim::SimFs;
 use headwater::fuzzing::{DATA, MIRROR, SEAL, TARGETS};
 use headwater::shipping::message::{
-    Ack, Common, Data, Diverged, Divergence, ErrorCode, Failure, GoAway, Heartbeat, Hello, Message,
-    OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
+    Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, Failure, GoAway, Heartbeat,
+    Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
 };
 use headwater::{
     Append, Chain, Checkpoint, EventId, ExpectedRevision, Incarnation, JournalId, JournalOptions,
@@ -167,6 +167,7 @@ fn message_seeds(seeds: &mut Seeds) {
                 max_frame: 1 << 20,
                 node: Some(node),
                 nonce: [6; 16],
+                authentication: Authentication::None,
                 agent,
             }),
         ),

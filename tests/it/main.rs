@@ -69,6 +69,8 @@ mod retention;
 #[cfg(feature = "views")]
 mod retention_views;
 #[cfg(feature = "shipping")]
+mod security;
+#[cfg(feature = "shipping")]
 mod shipping;
 #[cfg(feature = "shipping")]
 mod shipping_processes;

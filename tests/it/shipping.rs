@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use headwater::format::files::Mark;
 use headwater::fs::os::OsFs;
 use headwater::shipping::message::{
-    Data, ErrorCode, FrameReader, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe,
-    Subscribed, VersionRange, Welcome,
+    Authentication, Data, ErrorCode, FrameReader, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
+    Subscribe, Subscribed, VersionRange, Welcome,
 };
 use headwater::shipping::{
     Deadline, Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, PeerState, ServeError,
@@ -534,8 +534,9 @@ fn error_in(answer: &[u8]) -> Option<ErrorCode> {
 
 fn hello(versions: VersionRange) -> Vec<u8> {
     let mut out = Vec::new();
-    let (nonce, agent) = ([1; 16], "test".to_owned());
-    let hello = Hello { versions, features: 0, max_frame: 1 << 20, node: None, nonce, agent };
+    let (nonce, agent, authentication) = ([1; 16], "test".to_owned(), Authentication::None);
+    let (features, max_frame, node) = (0, 1 << 20, None);
+    let hello = Hello { versions, features, max_frame, node, nonce, authentication, agent };
     Message::Hello(hello).encode(&mut out);
     out
 }

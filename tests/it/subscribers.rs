@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use headwater::shipping::message::{
-    Ack, ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
+    Ack, Authentication, ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
 };
 use headwater::shipping::{Deadlines, PeerState, PeerStatus, ServeOptions, Server, serve};
 use headwater::{
@@ -96,6 +96,7 @@ fn hello() -> Vec<u8> {
         max_frame: 1 << 20,
         node: None,
         nonce,
+        authentication: Authentication::None,
         agent,
     }))
 }

@@ -32,6 +32,7 @@ fn control_frames() -> Vec<Message<'static>> {
             max_frame: FRAME_BYTES_MAX,
             node: Some(node),
             nonce: [7; 16],
+            authentication: Authentication::Token(Presented::new(b"hwt_secret")),
             agent: "headwater/test".into(),
         }),
         Message::Welcome(Welcome {

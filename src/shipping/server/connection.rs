@@ -94,7 +94,11 @@ impl Connection {
     /// room for the peer to read the last word.
     pub(super) fn hear(&mut self, buffer: &mut [u8], now: Now) -> bool {
         for _ in 0..TURN {
-            match self.wire.read(buffer) {
+            let received = self.wire.read(buffer);
+            if let Some(certificates) = self.wire.newly_encrypted() {
+                self.session.on_encrypted(certificates);
+            }
+            match received {
                 Received::Bytes(len) => {
                     self.session.on_bytes(buffer.get(..len).unwrap_or_default(), now);
                     if self.wire.is_drained() {

@@ -23,6 +23,7 @@ use crate::journal::Bell;
 use crate::position::Position;
 use crate::shipping::error::ServeError;
 use crate::shipping::message::{ErrorCode, Failure, Message};
+use crate::shipping::security::Security;
 use crate::shipping::session::{Now, OriginSession};
 use crate::shipping::transport::{self, TICK};
 use crate::shipping::wire::Wire;
@@ -399,22 +400,31 @@ impl EventLoop {
     /// Takes a connection in, or turns it away.
     fn admit(&mut self, stream: TcpStream, address: SocketAddr, now: Now) {
         let options = &self.shared.options;
+        let tls = options.security.as_ref().and_then(Security::tls);
         let from_there = self.per_address.get(&address.ip()).copied().unwrap_or(0);
         if self.slots.len() >= options.connections_max
             || self.handshakes >= options.handshakes_max
             || options.connections_per_address_max.is_some_and(|max| from_there >= max)
         {
-            return turn_away(stream);
+            if tls.is_none() {
+                turn_away(stream);
+            }
+            return;
         }
         let token = self.next_token;
         self.next_token += 1;
-        let Ok(wire) = Wire::plain(stream) else { return };
+        let wire = match tls {
+            Some(config) => Wire::tls(stream, config),
+            None => Wire::plain(stream),
+        };
+        let Ok(wire) = wire else { return };
         let both = Interest::READABLE | Interest::WRITABLE;
         if self.poll.registry().register(&mut SourceFd(&wire.socket()), Token(token), both).is_err()
         {
             return;
         }
-        let session = OriginSession::new(options.session(self.shared.journal.node()), now);
+        let session =
+            OriginSession::new(options.session(self.shared.journal.node(), &address), now);
         let peer = Arc::new(Peer::new(address));
         let write_stall = options.write_stall;
         let connection = Connection::new(token, wire, session, Arc::clone(&peer), write_stall);

@@ -44,8 +44,10 @@ use parking_lot::Mutex;
 use self::event_loop::EventLoop;
 use super::error::ServeError;
 use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
+use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
 use super::transport;
+use super::wire::ENCRYPTED_BYTES_MAX;
 use crate::env;
 use crate::format::files::Role;
 use crate::format::leases::Lease;
@@ -73,7 +75,8 @@ pub struct ServeOptions {
     /// A peer may send so many acknowledgements a second that say nothing new; one that sends more is cut off.
     /// Default 100.
     pub idle_acks_per_second_max: u32,
-    /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 56 KiB.
+    /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 56 KiB. Within TLS
+    /// 16 KiB of that are for what is encrypted and not taken yet.
     pub frame_bytes: usize,
     /// No peer gets more than this many bytes ahead of its acknowledgements. Default 64 MiB.
     pub window_bytes_max: u32,
@@ -84,8 +87,11 @@ pub struct ServeOptions {
     /// default 5 ms with more than 64 of them, 50 ms with more than 1,000; with fewer, every commit is sent at
     /// once. The last entry that fits counts.
     pub flush_intervals: Vec<(usize, Duration)>,
-    /// Connections are not encrypted yet, so by default only loopback addresses are served. With this,
-    /// everybody who can reach the address can read the journal, and everybody on the way too.
+    /// TLS, and who may have the journal. Default: plain TCP, at addresses of the loopback only, for everybody on
+    /// this machine.
+    pub security: Option<Security>,
+    /// Plain TCP also at other addresses than those of the loopback: everybody on the way can read and forge what is
+    /// shipped. Without an access list, everybody who can reach the address can have the journal.
     pub allow_plaintext_off_loopback: bool,
 }
 
@@ -105,15 +111,18 @@ impl Default for ServeOptions {
                 (64, Duration::from_millis(5)),
                 (1000, Duration::from_millis(50)),
             ],
+            security: None,
             allow_plaintext_off_loopback: false,
         }
     }
 }
 
 impl ServeOptions {
-    fn session(&self, node: NodeId) -> OriginConfig {
+    fn session(&self, node: NodeId, address: &SocketAddr) -> OriginConfig {
+        let encrypted = self.security.as_ref().is_some_and(Security::is_encrypted);
         let frame_bytes =
-            self.frame_bytes.clamp(FRAME_BYTES_MIN as usize, FRAME_BYTES_MAX as usize);
+            self.frame_bytes.saturating_sub(if encrypted { ENCRYPTED_BYTES_MAX } else { 0 });
+        let frame_bytes = frame_bytes.clamp(FRAME_BYTES_MIN as usize, FRAME_BYTES_MAX as usize);
         OriginConfig {
             node,
             session: env::random_id(),
@@ -122,6 +131,7 @@ impl ServeOptions {
             data_bytes: frame_bytes,
             max_window_bytes: self.window_bytes_max.max(1),
             idle_acks_max: self.idle_acks_per_second_max,
+            gate: Gate::new(self.security.clone(), transport::is_loopback(address)),
         }
     }
 
@@ -153,6 +163,8 @@ pub struct PeerStatus {
     pub address: SocketAddr,
     /// Which mirror it is; `None` before it said so, or while it has no mirror yet.
     pub node: Option<NodeId>,
+    /// Who it is in the access list, if there is [`security`](ServeOptions::security) and it was let in.
+    pub peer: Option<String>,
     /// The program's name and version, as it says.
     pub agent: String,
     /// What it is doing.
@@ -275,6 +287,7 @@ impl Peer {
         PeerStatus {
             address: self.address,
             node: status.node,
+            peer: status.peer.clone(),
             agent: status.agent.clone(),
             state: seen.state,
             sent: status.sent,
@@ -304,7 +317,9 @@ pub fn serve(
         return Err(ServeError::NotAnOrigin { journal: journal.id() });
     }
     let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(listen)?.collect();
-    if !options.allow_plaintext_off_loopback
+    let encrypted = options.security.as_ref().is_some_and(Security::is_encrypted);
+    if !encrypted
+        && !options.allow_plaintext_off_loopback
         && let Some(&address) = addresses.iter().find(|address| !transport::is_loopback(address))
     {
         return Err(ServeError::Plaintext { address });

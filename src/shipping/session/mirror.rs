@@ -8,8 +8,9 @@ use crate::format::files::{Mark, Witness};
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::message::{
-    Ack, Data, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure, FrameReader, Heartbeat, Hello,
-    Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome, claimed_batch_len,
+    Ack, Authentication, Data, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure, FrameReader,
+    Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
+    claimed_batch_len,
 };
 
 /// What a mirror's session is told at its beginning.
@@ -18,6 +19,7 @@ pub(crate) struct MirrorConfig {
     /// `None` while there is no mirror yet.
     pub(crate) node: Option<NodeId>,
     pub(crate) nonce: [u8; 16],
+    pub(crate) authentication: Authentication,
     pub(crate) agent: String,
     pub(crate) deadlines: Deadlines,
     pub(crate) max_frame: u32,
@@ -99,12 +101,16 @@ impl MirrorSession {
     }
 
     fn say_hello(&mut self) {
+        // Said once, and then not kept.
+        let authentication =
+            std::mem::replace(&mut self.config.authentication, Authentication::None);
         self.say(&Message::Hello(Hello {
             versions: PROTOCOL_VERSIONS,
             features: FEATURES,
             max_frame: self.config.max_frame.min(FRAME_BYTES_MAX),
             node: self.config.node,
             nonce: self.config.nonce,
+            authentication,
             agent: self.config.agent.clone(),
         }));
     }

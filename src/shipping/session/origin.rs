@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use rustls::pki_types::CertificateDer;
+
 use super::frames::{self, Limits, Piece, Place};
 use super::{Deadline, Deadlines, DivergedAt, Now, Output, SessionEnd, Violation};
 use crate::format::batch::BatchRef;
@@ -15,6 +17,7 @@ use crate::shipping::message::{
     FRAME_HEADER_BYTES, Failure, FrameReader, GoAway, Heartbeat, Hello, Message, PROTOCOL_VERSIONS,
     Subscribe, Subscribed, Welcome,
 };
+use crate::shipping::security::Gate;
 
 /// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
 const CLOSED_RECONNECT_MS: u32 = 1000;
@@ -110,6 +113,8 @@ pub(crate) struct OriginConfig {
     pub(crate) max_window_bytes: u32,
     /// A peer may send so many acknowledgements a second that say nothing new.
     pub(crate) idle_acks_max: u32,
+    /// Who is let in, and what for.
+    pub(crate) gate: Gate,
 }
 
 /// What the caller has to do next.
@@ -144,6 +149,8 @@ enum State {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct OriginStatus {
     pub(crate) node: Option<NodeId>,
+    /// Its name in the access list.
+    pub(crate) peer: Option<String>,
     pub(crate) agent: String,
     pub(crate) streaming: bool,
     pub(crate) sent: Option<Checkpoint>,
@@ -287,6 +294,9 @@ impl OriginSession {
             self.say(&Message::Error(Failure::new(ErrorCode::VERSION, "")));
             return self.finish(SessionEnd::Version(hello.versions));
         };
+        if let Err(code) = self.config.gate.enter(&hello.authentication) {
+            return self.refuse(code);
+        }
         self.max_frame = self.config.max_frame.min(hello.max_frame).min(FRAME_BYTES_MAX);
         self.say(&Message::Welcome(Welcome {
             version,
@@ -299,9 +309,23 @@ impl OriginSession {
             nonce: hello.nonce,
             now_us: now.unix_us,
         }));
+        self.status.peer = self.config.gate.peer().map(ToOwned::to_owned);
         self.status.node = hello.node;
         self.status.agent = hello.agent;
         self.state = State::AwaitSubscribe;
+    }
+
+    /// Tells a peer that it isn't let in, or may not have this: the same words whatever the reason.
+    fn refuse(&mut self, code: ErrorCode) {
+        let detail = if code == ErrorCode::AUTH_REQUIRED { "who are you?" } else { "denied" };
+        let failure = Failure::new(code, detail);
+        self.say(&Message::Error(failure.clone()));
+        self.finish(SessionEnd::Own(failure));
+    }
+
+    /// The handshake of TLS has come to its end, and the peer has shown these certificates.
+    pub(crate) fn on_encrypted(&mut self, certificates: Vec<CertificateDer<'static>>) {
+        self.config.gate.encrypted(certificates);
     }
 
     fn acknowledged(&mut self, ack: &Ack, now: Now) {
@@ -348,6 +372,13 @@ impl OriginSession {
     /// of it is left there.
     pub(crate) fn step(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Next {
         self.check_deadlines(now);
+        self.check_rights();
+        if matches!(self.state, State::Judging(_))
+            && !self.config.gate.may_mirror(&source.end().journal)
+        {
+            // Nothing is looked at: whether it is the journal that was asked for shows in nothing.
+            self.refuse(ErrorCode::DENIED);
+        }
         let mut on_disk = false;
         if let State::Judging(subscribe) = self.state {
             match source.may_wait() {
@@ -396,6 +427,7 @@ impl OriginSession {
     /// Time has passed, and nothing can be written. When to say so again.
     pub(crate) fn on_time(&mut self, now: Now) -> Instant {
         self.check_deadlines(now);
+        self.check_rights();
         match self.state {
             State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
             State::Streaming => self.heard_at + self.config.deadlines.silence,
@@ -438,6 +470,14 @@ impl OriginSession {
         };
         self.say(&Message::Error(Failure::new(ErrorCode::TIMEOUT, deadline.to_string())));
         self.finish(SessionEnd::Timeout(deadline));
+    }
+
+    /// Rights may have been taken away since.
+    fn check_rights(&mut self) {
+        let journal = self.status.sent.map(|sent| sent.journal);
+        if self.end.is_none() && self.config.gate.is_revoked(journal.as_ref()) {
+            self.refuse(ErrorCode::DENIED);
+        }
     }
 
     /// Compares the mirror's end and its witness with this journal; nothing is sent before.

@@ -14,9 +14,10 @@ use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, Segmen
 use crate::journal::Comparison;
 use crate::position::{Incarnation, JournalId, NodeId};
 use crate::shipping::message::{
-    Ack, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
-    Subscribe,
+    Ack, Authentication, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
+    PROTOCOL_VERSIONS, Subscribe,
 };
+use crate::shipping::security::Gate;
 
 const JOURNAL: JournalId = JournalId::from_bytes([0x1A; 16]);
 const SEGMENT_BATCHES: usize = 5;
@@ -262,6 +263,7 @@ fn origin_config() -> OriginConfig {
         data_bytes: 2048,
         max_window_bytes: 1 << 20,
         idle_acks_max: 100,
+        gate: Gate::default(),
     }
 }
 
@@ -269,6 +271,7 @@ fn mirror_config(resume: Option<Resume>) -> MirrorConfig {
     MirrorConfig {
         node: Some(NodeId::from_bytes([0x11; 16])),
         nonce: [0x17; 16],
+        authentication: Authentication::None,
         agent: "headwater/test".to_owned(),
         deadlines: Deadlines::default(),
         max_frame: 8192,
@@ -685,8 +688,9 @@ fn no_common_version_is_said_with_the_versions_that_are_spoken() {
     let mut origin = OriginSession::new(origin_config(), now());
     let mut bytes = Vec::new();
     let versions = VersionRange { min: 7, max: 9 };
-    let (agent, nonce) = (String::new(), [0; 16]);
-    let hello = Hello { versions, features: 0, max_frame: 8192, node: None, nonce, agent };
+    let (agent, nonce, authentication) = (String::new(), [0; 16], Authentication::None);
+    let (features, max_frame, node) = (0, 8192, None);
+    let hello = Hello { versions, features, max_frame, node, nonce, authentication, agent };
     Message::Hello(hello).encode(&mut bytes);
     origin.on_bytes(&bytes, now());
     assert_eq!(origin.end(), Some(&SessionEnd::Version(versions)));
