@@ -533,6 +533,30 @@ impl<const VERSION: u32> View for Gated<VERSION> {
     }
 }
 
+/// Closes the view twice at a time while it folds the first event: neither returns before the fold has.
+fn close_gated<const VERSION: u32>(view: &ViewHandle<Gated<VERSION>>, go_on: &mpsc::Sender<()>) {
+    std::thread::scope(|scope| {
+        let (closed_tx, closed) = mpsc::channel();
+        for _ in 0..2 {
+            let closed = closed_tx.clone();
+            scope.spawn(move || {
+                view.close().unwrap();
+                closed.send(view.status().state).unwrap();
+            });
+        }
+        drop(closed_tx);
+        // Whoever doesn't wait is heard within this time.
+        let mut said = closed.recv_timeout(Duration::from_millis(200));
+        assert!(said.is_err(), "the fold is under way: {said:?}");
+        while !matches!(said, Err(mpsc::RecvTimeoutError::Disconnected)) {
+            // As often as the first event is folded.
+            let _is_heard = go_on.send(());
+            said = closed.recv_timeout(Duration::from_millis(1));
+            assert!(said.as_ref().is_ok_and(|it| matches!(it, ViewState::Closed)) || said.is_err());
+        }
+    });
+}
+
 /// A first build that was closed in the middle leaves nothing: it holds nothing back, and is no generation of anything.
 #[test]
 fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
@@ -553,15 +577,7 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
         old.generations().unwrap().iter().map(|it| (it.version, it.number, it.live)).collect()
     };
     assert_eq!(names(&old), [(1, 1, true)], "what is being built is no generation yet");
-    std::thread::scope(|scope| {
-        let closing = scope.spawn(|| new.close());
-        // As often as the first event is folded.
-        while !closing.is_finished() {
-            let _is_heard = go_on.send(());
-            std::thread::yield_now();
-        }
-        closing.join().unwrap().unwrap();
-    });
+    close_gated(&new, &go_on);
     let folder = new.status().generation;
     drop(new);
     assert!(!folder.exists(), "{}", folder.display());
@@ -606,14 +622,7 @@ fn a_lost_tail_that_was_accepted_stays_accepted_before_the_new_rows_are_built() 
     let new = world.store.view_with(gated, accepted).unwrap();
     reached.recv_timeout(PATIENCE).unwrap();
     assert!(matches!(new.status().state, ViewState::Building));
-    std::thread::scope(|scope| {
-        let closing = scope.spawn(|| new.close());
-        while !closing.is_finished() {
-            let _is_heard = go_on.send(());
-            std::thread::yield_now();
-        }
-        closing.join().unwrap().unwrap();
-    });
+    close_gated(&new, &go_on);
     drop(new);
     let view = world.open(Traces::<1>::default());
     world.assert_shows(&view);
