@@ -520,7 +520,7 @@ mod tests {
         assert_eq!(one.filters(&JOURNAL).count(), 0);
         let all = may(&[Right::everything()]);
         assert!(all.may_mirror(&JOURNAL) && all.may_mirror(&other));
-        let feeds = may(&[filtered.clone()]);
+        let feeds = may(std::slice::from_ref(&filtered));
         assert!(!feeds.may_mirror(&JOURNAL), "a filtered right is no right to everything");
         assert_eq!((feeds.filters(&JOURNAL).count(), feeds.filters(&other).count()), (1, 0));
         assert!(may(&[filtered, Right::verbatim(JOURNAL)]).may_mirror(&JOURNAL));
