@@ -72,10 +72,12 @@ impl Link {
         let mut out = self.writing.lock();
         out.clear();
         put(&mut out);
-        if let Some(connection) = &self.tls
-            && encrypt(&mut connection.lock(), &mut out).is_err()
-        {
-            return false;
+        if let Some(connection) = &self.tls {
+            let mut connection = connection.lock();
+            // What waits for the end of the handshake must not go to whoever speaks something else.
+            if is_led_astray(&connection) || encrypt(&mut connection, &mut out).is_err() {
+                return false;
+            }
         }
         out.is_empty() || (&self.stream).write_all(&out).is_ok()
     }
@@ -112,6 +114,11 @@ impl Link {
     }
 }
 
+/// Whether whoever has answered doesn't speak our protocol.
+fn is_led_astray(connection: &ClientConnection) -> bool {
+    !connection.is_handshaking() && connection.alpn_protocol() != Some(ALPN)
+}
+
 /// Replaces what is to be said by the records that say it; before the end of the handshake, it is kept until then.
 fn encrypt(connection: &mut ClientConnection, out: &mut Vec<u8>) -> io::Result<()> {
     let said = std::mem::take(out);
@@ -136,7 +143,7 @@ fn decrypt(
         // Always has room: what there was is taken out below.
         connection.read_tls(&mut bytes).map_err(|_| None)?;
         let state = connection.process_new_packets().map_err(Some)?;
-        if !connection.is_handshaking() && connection.alpn_protocol() != Some(ALPN) {
+        if is_led_astray(connection) {
             return Err(None);
         }
         let at = plain.len();

@@ -37,8 +37,6 @@ pub(crate) enum Wire {
 #[derive(Debug)]
 pub(crate) struct PlainWire {
     stream: TcpStream,
-    /// The last read got less than there was room for.
-    is_drained: bool,
 }
 
 impl Wire {
@@ -46,7 +44,7 @@ impl Wire {
     pub(crate) fn plain(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        Ok(Self::Plain(PlainWire { stream, is_drained: false }))
+        Ok(Self::Plain(PlainWire { stream }))
     }
 
     /// The same within TLS, of which this is the server's end.
@@ -79,14 +77,6 @@ impl Wire {
         match self {
             Self::Plain(plain) => plain.read(buffer),
             Self::Tls(tls) => tls.read(buffer),
-        }
-    }
-
-    /// Whether it is known that nothing more has arrived: the next read would answer [`Received::Nothing`].
-    pub(crate) const fn is_drained(&self) -> bool {
-        match self {
-            Self::Plain(plain) => plain.is_drained,
-            Self::Tls(_) => false,
         }
     }
 
@@ -129,10 +119,7 @@ impl PlainWire {
         loop {
             return match self.stream.read(buffer) {
                 Ok(0) => Received::Closed,
-                Ok(len) => {
-                    self.is_drained = len < buffer.len();
-                    Received::Bytes(len)
-                }
+                Ok(len) => Received::Bytes(len),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => Received::Nothing,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(_) => Received::Closed,

@@ -9,23 +9,24 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 
 use super::Shared;
-use super::connection::{Connection, Step};
+use super::connection::{Connection, Step, TURN};
 use crate::error::ReadError;
 use crate::format::batch::BatchRef;
 use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor};
 use crate::position::{Checkpoint, Position};
-use crate::shipping::session::{Limits, Now, Place, Source, SourceError, Supply, pack};
+use crate::shipping::session::{Limits, Place, Source, SourceError, Supply, pack};
+use crate::shipping::transport;
 
 /// So many cursors are kept from one turn to the next, with the files that they have open and up to 256 KiB each.
-const CURSORS_MAX: usize = 8;
+const CURSORS_MAX: usize = 32;
 
 /// What the catch-up threads have in common.
 #[derive(Debug)]
 pub(super) struct CatchUp {
     shared: Arc<Shared>,
-    turns: Receiver<(Box<Connection>, Now)>,
+    turns: Receiver<Box<Connection>>,
     back: Sender<Box<Connection>>,
     /// Those of connections whose turn was over before they were through.
     cursors: Mutex<Vec<(usize, Cursor)>>,
@@ -34,7 +35,7 @@ pub(super) struct CatchUp {
 impl CatchUp {
     pub(super) fn new(
         shared: &Arc<Shared>,
-        turns: Receiver<(Box<Connection>, Now)>,
+        turns: Receiver<Box<Connection>>,
         back: Sender<Box<Connection>>,
     ) -> Self {
         Self { shared: Arc::clone(shared), turns, back, cursors: Mutex::default() }
@@ -42,15 +43,25 @@ impl CatchUp {
 
     /// Until nobody sends connections any more.
     pub(super) fn run(&self) {
-        for (mut connection, now) in &self.turns {
-            let mut source = OnDisk { shared: &self.shared, cursor: None };
-            source.cursor = self.cursor_of(connection.token);
-            let step = connection.advance(&mut source, now);
-            if let (Step::Again, Some(cursor)) = (step, source.cursor) {
-                self.keep(connection.token, cursor);
+        for mut connection in &self.turns {
+            if !self.shared.is_stopping() {
+                self.advance(&mut connection);
             }
             drop(self.back.send(connection));
             self.shared.wake();
+        }
+    }
+
+    /// While others wait, a turn is one frame: all of them are to be heard of before their peers give them up.
+    fn advance(&self, connection: &mut Connection) {
+        let frames = if self.turns.is_empty() { TURN } else { 1 };
+        let cursor = self.cursor_of(connection.token);
+        let mut source = OnDisk { shared: &self.shared, cursor };
+        let step = connection.advance(&mut source, transport::now(), frames);
+        if let (Step::Again | Step::Wait { for_more: false, .. }, Some(cursor)) =
+            (step, source.cursor)
+        {
+            self.keep(connection.token, cursor);
         }
     }
 

@@ -14,7 +14,7 @@ use crate::shipping::wire::Wire;
 /// How long a peer may take to hear why its connection is closed.
 pub(super) const LINGER: Duration = Duration::from_secs(1);
 /// So many frames are sent, or so many reads done, before it is somebody else's turn.
-const TURN: usize = 16;
+pub(super) const TURN: usize = 16;
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -78,8 +78,8 @@ impl Connection {
         }
     }
 
-    pub(super) const fn is_in_handshake(&self) -> bool {
-        self.session.is_in_handshake()
+    pub(super) const fn has_subscribed(&self) -> bool {
+        self.session.status().streaming
     }
 
     pub(super) fn lease(&self) -> Option<Lease> {
@@ -101,9 +101,6 @@ impl Connection {
             match received {
                 Received::Bytes(len) => {
                     self.session.on_bytes(buffer.get(..len).unwrap_or_default(), now);
-                    if self.wire.is_drained() {
-                        return false;
-                    }
                 }
                 Received::Nothing => return false,
                 Received::Closed => {
@@ -116,9 +113,15 @@ impl Connection {
         true
     }
 
-    /// Sends what there is to send, a few frames at most.
-    pub(super) fn advance(&mut self, source: &mut impl Source, now: Now) -> Step {
-        for _ in 0..TURN {
+    /// Sends what there is to send, so many frames at most.
+    pub(super) fn advance(
+        &mut self,
+        source: &mut impl Source,
+        now: Now,
+        frames: usize,
+    ) -> Step {
+        // The first step says what there is to write, the last that it is written.
+        for _ in 0..=frames {
             if !self.is_leased && self.session.lease().is_some() {
                 return Step::Lease;
             }

@@ -15,7 +15,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
 use super::catch_up::CatchUp;
-use super::connection::{Connection, LINGER, Step};
+use super::connection::{Connection, LINGER, Step, TURN};
 use super::leases::{LeaseKeeper, Note};
 use super::live::Live;
 use super::{FIRST_CONNECTION, LISTENER, Peer, Shared};
@@ -32,6 +32,8 @@ use crate::shipping::wire::Wire;
 const LEASES_EVERY: Duration = Duration::from_secs(10);
 /// So many connections are accepted before it is somebody else's turn.
 const ACCEPTED_AT_ONCE: usize = 64;
+/// With TLS each of them may cost a signature, here and at once.
+const ACCEPTED_AT_ONCE_TLS: usize = 4;
 const READ_BYTES: usize = 4096;
 
 pub(super) struct EventLoop {
@@ -102,13 +104,16 @@ struct Slot {
     peer: Arc<Peer>,
     timer: Option<Instant>,
     is_at_the_end: bool,
-    is_in_handshake: bool,
+    /// It is in `again`.
+    has_a_turn: bool,
+    /// It has not come to a subscription, and counts as such until it is closed.
+    is_stranger: bool,
     is_leased: bool,
 }
 
 struct Workers {
     catch_up: Arc<CatchUp>,
-    turns: Sender<(Box<Connection>, Now)>,
+    turns: Sender<Box<Connection>>,
     notes: Sender<Note>,
     back: Receiver<Box<Connection>>,
     catching_up: Vec<JoinHandle<()>>,
@@ -198,6 +203,7 @@ impl EventLoop {
                 }
             }
             for token in std::mem::take(&mut self.again) {
+                self.slots.get_mut(&token).into_iter().for_each(|slot| slot.has_a_turn = false);
                 self.touch(token, true, now);
             }
             self.time_out(now);
@@ -232,7 +238,8 @@ impl EventLoop {
         self.stop_at = Some(now.at + LINGER);
         self.listener = None;
         self.accept_at = None;
-        self.again = self.slots.keys().copied().collect();
+        let everybody: Vec<_> = self.slots.keys().copied().collect();
+        everybody.into_iter().for_each(|token| self.give_turn(token));
     }
 
     fn is_done(&self) -> bool {
@@ -264,19 +271,27 @@ impl EventLoop {
         if self.stop_at.is_some() {
             connection.shut_down();
         }
-        let step = connection.advance(&mut self.live, now);
+        let step = connection.advance(&mut self.live, now, TURN);
+        self.settle(connection, step);
         if more && matches!(step, Step::Wait { .. }) {
-            self.again.push(token);
+            self.give_turn(token);
         }
-        self.settle(connection, step, now);
     }
 
-    fn settle(&mut self, mut connection: Box<Connection>, step: Step, now: Now) {
+    /// It goes on in the next turn of the loop.
+    fn give_turn(&mut self, token: usize) {
+        let Some(slot) = self.slots.get_mut(&token) else { return };
+        if !std::mem::replace(&mut slot.has_a_turn, true) {
+            self.again.push(token);
+        }
+    }
+
+    fn settle(&mut self, mut connection: Box<Connection>, step: Step) {
         let token = connection.token;
         connection.show(step);
         let Some(slot) = self.slots.get_mut(&token) else { return };
-        if slot.is_in_handshake && !connection.is_in_handshake() {
-            slot.is_in_handshake = false;
+        if slot.is_stranger && connection.has_subscribed() {
+            slot.is_stranger = false;
             self.handshakes -= 1;
         }
         match step {
@@ -289,9 +304,9 @@ impl EventLoop {
             }
             Step::Again => {
                 slot.connection = Some(connection);
-                self.again.push(token);
+                self.give_turn(token);
             }
-            Step::OnDisk => drop(self.workers.turns.send((connection, now))),
+            Step::OnDisk => drop(self.workers.turns.send(connection)),
             Step::Lease => {
                 connection.is_leased = true;
                 slot.is_leased = true;
@@ -307,7 +322,7 @@ impl EventLoop {
         // Where the socket has a copy somewhere, closing it wouldn't do.
         drop(self.poll.registry().deregister(&mut SourceFd(&connection.wire.socket())));
         self.timers.clear(&mut slot.timer, token);
-        if slot.is_in_handshake {
+        if slot.is_stranger {
             self.handshakes -= 1;
         }
         let address = slot.peer.address.ip();
@@ -324,7 +339,11 @@ impl EventLoop {
         }
     }
 
+    /// Some are to be told how far it is durable by now.
     fn time_out(&mut self, now: Now) {
+        if self.timers.first().is_some_and(|at| at <= now.at) {
+            self.live.renew();
+        }
         while let Some(token) = self.timers.pop(now.at) {
             if let Some(slot) = self.slots.get_mut(&token) {
                 slot.timer = None;
@@ -374,7 +393,9 @@ impl EventLoop {
         if self.accept_at.is_none_or(|at| at > now.at) {
             return;
         }
-        for _ in 0..ACCEPTED_AT_ONCE {
+        let is_encrypted = self.shared.options.security.as_ref().is_some_and(Security::is_encrypted);
+        let at_once = if is_encrypted { ACCEPTED_AT_ONCE_TLS } else { ACCEPTED_AT_ONCE };
+        for _ in 0..at_once {
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
                 Ok((stream, address)) => self.admit(stream, address, now),
@@ -436,7 +457,8 @@ impl EventLoop {
             peer,
             timer: None,
             is_at_the_end: false,
-            is_in_handshake: true,
+            has_a_turn: false,
+            is_stranger: true,
             is_leased: false,
         };
         self.slots.insert(token, slot);

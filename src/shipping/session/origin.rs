@@ -430,7 +430,9 @@ impl OriginSession {
         self.check_rights();
         match self.state {
             State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
-            State::Streaming => self.heard_at + self.config.deadlines.silence,
+            // Rights are looked at as often.
+            State::Streaming => (self.heard_at + self.config.deadlines.silence)
+                .min(now.at + self.config.deadlines.heartbeat),
             State::Judging(_) | State::Ended => now.at + self.config.deadlines.silence,
         }
     }
