@@ -110,6 +110,9 @@ impl Rules {
             Credential::Token(_) if !channel.encrypted && !channel.loopback => {
                 (None, ErrorCode::DENIED)
             }
+            Credential::Token(_) if self.requires_certificate && !self.trusts(channel) => {
+                (None, ErrorCode::DENIED)
+            }
             Credential::Token(hash) => (self.access.by_token(hash), ErrorCode::DENIED),
             Credential::Certificate => (self.by_certificate(channel), ErrorCode::DENIED),
             Credential::Nothing => {
@@ -119,14 +122,29 @@ impl Rules {
         found.cloned().ok_or(missing)
     }
 
+    /// Whether the certificate that was shown would be trusted now.
+    fn trusts(&self, channel: &Channel) -> bool {
+        let Some((end_entity, intermediates)) = channel.certificates.split_first() else {
+            return false;
+        };
+        let pin = KeyPin::of_certificate(end_entity);
+        pin.is_ok_and(|pin| self.access.by_key(&pin).is_some())
+            || self.is_signed(end_entity, intermediates)
+    }
+
+    fn is_signed(&self, end_entity: &CertificateDer<'_>, rest: &[CertificateDer<'_>]) -> bool {
+        self.authority.as_ref().is_some_and(|authority| {
+            authority.verify_client_cert(end_entity, rest, UnixTime::now()).is_ok()
+        })
+    }
+
     /// By its key, else by an authority's word: a certificate that was let in for its key may claim any name.
     fn by_certificate(&self, channel: &Channel) -> Option<&Arc<Peer>> {
         let (end_entity, intermediates) = channel.certificates.split_first()?;
         if let Some(peer) = self.access.by_key(&KeyPin::of_certificate(end_entity).ok()?) {
             return Some(peer);
         }
-        let authority = self.authority.as_ref()?;
-        authority.verify_client_cert(end_entity, intermediates, UnixTime::now()).ok()?;
+        self.is_signed(end_entity, intermediates).then_some(())?;
         let certificate = ParsedCertificate::try_from(end_entity).ok()?;
         let named = |peer: &&Arc<Peer>| {
             let mut names = peer.names.iter().map(super::DnsName::to_server_name);
@@ -210,6 +228,45 @@ mod tests {
         let mut gate = Gate::new(Some(security), false);
         gate.encrypted(Vec::new());
         assert_eq!(gate.enter(&presented(&token)), Ok(()));
+    }
+
+    /// Where a certificate is asked for as well, it must be trusted as long as the token is used.
+    #[test]
+    fn a_token_counts_only_beside_a_certificate_that_is_still_trusted_where_both_are_wanted() {
+        let authority = || {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new([]).unwrap();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let pem = params.self_signed(&key).unwrap().pem();
+            (pem, Issuer::new(params, key))
+        };
+        let ((pem, issuer), (other_pem, _)) = (authority(), authority());
+        let key = KeyPair::generate().unwrap();
+        let shown = CertificateParams::new(["mirror.internal".to_owned()]).unwrap();
+        let shown = shown.signed_by(&key, &issuer).unwrap();
+        let own = rcgen::generate_simple_self_signed(["origin.internal".to_owned()]).unwrap();
+        let token = Token::generate().unwrap();
+        let entered = |authority: &str, certificates: Vec<CertificateDer<'static>>| {
+            let certificate = Certificate {
+                chain: Pem::text(own.cert.pem()),
+                key: Pem::text(own.signing_key.serialize_pem()),
+            };
+            let tls = ServerTls {
+                client_authorities: Some(Pem::text(authority.to_owned())),
+                require_client_certificate: true,
+                ..ServerTls::with(certificate)
+            };
+            let holder = Peer { tokens: vec![token.hash()], ..peer("holder") };
+            let access = Access::List(AccessList::new([holder]).unwrap());
+            let options = SecurityOptions { tls: Some(tls), access };
+            let mut gate = Gate::new(Some(Security::new(options).unwrap()), false);
+            gate.encrypted(certificates);
+            gate.enter(&presented(&token))
+        };
+        let shown = shown.der().clone();
+        assert_eq!(entered(&pem, vec![shown.clone()]), Ok(()));
+        assert_eq!(entered(&other_pem, vec![shown]), Err(ErrorCode::DENIED));
+        assert_eq!(entered(&pem, Vec::new()), Err(ErrorCode::DENIED));
     }
 
     /// Whoever isn't let in yet may have nothing.

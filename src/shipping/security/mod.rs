@@ -124,6 +124,8 @@ struct Rules {
     generation: u64,
     access: AccessList,
     authority: Option<Arc<dyn ClientCertVerifier>>,
+    /// Also of those who have a token.
+    requires_certificate: bool,
     tls: Option<Arc<ServerConfig>>,
 }
 
@@ -174,7 +176,8 @@ impl Rules {
     fn read(options: &SecurityOptions, generation: u64) -> Result<Self, SecurityError> {
         let access = read_access(&options.access)?;
         let Some(tls) = &options.tls else {
-            return Ok(Self { generation, access, authority: None, tls: None });
+            let (authority, requires_certificate) = (None, false);
+            return Ok(Self { generation, access, authority, requires_certificate, tls: None });
         };
         let authority = tls.client_authorities.as_ref().map(tls::authority).transpose()?;
         let keys: Vec<_> = access.peers().iter().flat_map(|peer| peer.keys.clone()).collect();
@@ -194,8 +197,9 @@ impl Rules {
             let reason = "client certificates are required, and no authority and no key is trusted";
             return Err(SecurityError::NobodyTrusted { reason });
         }
+        let requires_certificate = tls.require_client_certificate;
         let tls = Some(tls::server_config(&tls.certificate, clients)?);
-        Ok(Self { generation, access, authority, tls })
+        Ok(Self { generation, access, authority, requires_certificate, tls })
     }
 }
 

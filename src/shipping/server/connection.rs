@@ -114,12 +114,7 @@ impl Connection {
     }
 
     /// Sends what there is to send, so many frames at most.
-    pub(super) fn advance(
-        &mut self,
-        source: &mut impl Source,
-        now: Now,
-        frames: usize,
-    ) -> Step {
+    pub(super) fn advance(&mut self, source: &mut impl Source, now: Now, frames: usize) -> Step {
         // The first step says what there is to write, the last that it is written.
         for _ in 0..=frames {
             if !self.is_leased && self.session.lease().is_some() {

@@ -393,7 +393,8 @@ impl EventLoop {
         if self.accept_at.is_none_or(|at| at > now.at) {
             return;
         }
-        let is_encrypted = self.shared.options.security.as_ref().is_some_and(Security::is_encrypted);
+        let is_encrypted =
+            self.shared.options.security.as_ref().is_some_and(Security::is_encrypted);
         let at_once = if is_encrypted { ACCEPTED_AT_ONCE_TLS } else { ACCEPTED_AT_ONCE };
         for _ in 0..at_once {
             let Some(listener) = &self.listener else { return };

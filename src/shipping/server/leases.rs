@@ -82,10 +82,17 @@ impl LeaseKeeper {
     /// A failure to write them is made good next time; meanwhile this process knows them.
     fn note(&mut self, due: &[(usize, Lease, bool)]) {
         let heard_at_us = env::now_us();
+        // A mirror may have come back before its last connection was given up: what that had reached doesn't count.
+        let mut latest: HashMap<[u8; 16], usize> = HashMap::new();
+        let all = self.kept.iter().map(|(token, kept)| (kept.id, *token));
+        for (id, token) in all.chain(due.iter().map(|(token, lease, _)| (lease.id, *token))) {
+            latest.entry(id).and_modify(|it| *it = token.max(*it)).or_insert(token);
+        }
         let mut notes = Vec::with_capacity(due.len());
         for (token, lease, ends) in due {
             let kept = self.kept.get(token);
-            if *ends && kept.is_some_and(|kept| kept.position == lease.position) {
+            let is_known = *ends && kept.is_some_and(|kept| kept.position == lease.position);
+            if is_known || latest.get(&lease.id) != Some(token) {
                 continue;
             }
             let stage = match (kept.is_some_and(|kept| kept.begun), ends) {
