@@ -79,6 +79,7 @@ pub mod fs;
 #[cfg(feature = "test-kit")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod hex;
 pub mod journal;
 pub mod options;
 #[cfg(feature = "test-kit")]
@@ -108,12 +109,14 @@ pub use event::{
     EncodeError, Event, EventId, EventKind, EventKindRef, EventType, ExpectedRevision,
     InvalidEvent, KnownKind, NewEvent, Payload, PayloadCodec, Recorded, Revision, StreamId,
 };
+#[cfg(feature = "shipping")]
+pub use journal::Mirrored;
 pub use journal::repair;
 pub use journal::{
     Append, Appended, BackupError, BackupReport, CloseError, Comparison, Cursor, CursorBatch,
     Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Query, QueryEvents,
     QueryItem, Receipt, RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo,
-    SegmentState, StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenState,
+    SegmentState, StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenError, TokenState,
     VerifyProgress, VerifyReport, ViewBehind, abandon_restore, restore, verify, verify_deep,
 };
 pub use options::JournalOptions;

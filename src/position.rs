@@ -16,7 +16,10 @@
 //!   so two histories that differ anywhere in front of it have different checkpoints.
 
 use std::fmt;
-use std::str::FromStr;
+
+mod token;
+
+pub use token::{InvalidToken, Token};
 
 /// The number of events in front of a place in a journal.
 ///
@@ -267,80 +270,6 @@ pub enum Durability {
     /// The events have their place, and are on their way to the disk. A crash can still lose them, the last
     /// ones first and never out of order. No reader, view or mirror sees them before they are durable.
     Buffered,
-}
-
-/// Proof that an append happened: where its batch ends, and under which incarnation it was written.
-///
-/// A token is valid in every service that mirrors the journal, because mirrors keep positions: hand it to
-/// another service as text, and its view can wait until it has caught up with it. A token of an event that
-/// was lost (a journal restored from a backup) is recognised and refused.
-///
-/// ```
-/// # use headwater::{Durability, Token, JournalId, Incarnation, Position};
-/// let token = Token {
-///     journal: JournalId::from_bytes([7; 16]),
-///     incarnation: Incarnation::new(9),
-///     position: Position::new(42),
-///     durability: Durability::Durable,
-/// };
-/// let text = token.to_string();
-/// assert_eq!(text.parse::<Token>(), Ok(token));
-/// assert!("not a token".parse::<Token>().is_err());
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Token {
-    /// The journal that was appended to.
-    pub journal: JournalId,
-    /// The incarnation that wrote the batch.
-    pub incarnation: Incarnation,
-    /// The end of the batch: a follower that has processed this position has seen the events.
-    pub position: Position,
-    /// Whether the events were durable when the token was given. Those of a buffered append may have been
-    /// lost since; waiting for the token tells.
-    pub durability: Durability,
-}
-
-/// What a buffered token ends with, as text.
-const BUFFERED: &str = ".buffered";
-
-/// A text that isn't a [`Token`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a token: expected JOURNAL-ID.INCARNATION.POSITION as printed by an append")]
-pub struct InvalidToken;
-
-impl fmt::Display for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.journal, self.incarnation, self.position)?;
-        match self.durability {
-            Durability::Durable => Ok(()),
-            Durability::Buffered => f.write_str(BUFFERED),
-        }
-    }
-}
-
-impl FromStr for Token {
-    type Err = InvalidToken;
-
-    fn from_str(text: &str) -> Result<Self, InvalidToken> {
-        let (text, durability) = match text.strip_suffix(BUFFERED) {
-            Some(text) => (text, Durability::Buffered),
-            None => (text, Durability::Durable),
-        };
-        let mut parts = text.split('.');
-        let (Some(journal), Some(incarnation), Some(position), None) =
-            (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err(InvalidToken);
-        };
-        Ok(Self {
-            journal: journal.parse().map_err(|_| InvalidToken)?,
-            incarnation: u64::from_str_radix(incarnation, 16)
-                .map(Incarnation)
-                .map_err(|_| InvalidToken)?,
-            position: position.parse().map(Position).map_err(|_| InvalidToken)?,
-            durability,
-        })
-    }
 }
 
 /// An event's place in the world: journal and position.

@@ -129,7 +129,7 @@ pub enum Holder {
     },
     /// A mirror: how far it has said that it is durable.
     Mirror {
-        /// Its node id; `None` if it had no mirror yet when it subscribed.
+        /// Its node id; `None` if it didn't say which it is when it subscribed.
         node: Option<NodeId>,
         /// When it was last heard of, in microseconds since 1970.
         heard_at_us: i64,

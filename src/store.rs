@@ -12,6 +12,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+#[cfg(feature = "shipping")]
+use std::time::Duration;
 
 use crate::command::{self, Aggregate, Commands, ExecuteError, Executed};
 use crate::error::{AppendError, IoError, OpenError, ReadError};
@@ -22,6 +24,8 @@ use crate::journal::{
     Append, Appended, Appender, CloseError, Events, EventsBackward, Journal, Query, QueryEvents,
     RecoveryReport, StreamEvents, StreamEventsBackward, Subscription, Ticket,
 };
+#[cfg(feature = "shipping")]
+use crate::journal::{Mirrored, TokenError};
 use crate::options::JournalOptions;
 use crate::position::{Checkpoint, Position, Token};
 use crate::reactor::{self, OpenReactorError, REACTORS, Reactor, ReactorHandle, ReactorOptions};
@@ -250,6 +254,21 @@ impl Store {
     /// [`AppendError::Poisoned`] if that can't be any more.
     pub fn flush(&self) -> Result<Checkpoint, AppendError> {
         self.inner.appender.flush()
+    }
+
+    /// Waits until `mirrors` distinct mirrors have the append that gave `token`, for `timeout` at most, and tells
+    /// which have. Too few in time is no error; see [`Journal::wait_mirrored`].
+    ///
+    /// # Errors
+    /// [`TokenError`].
+    #[cfg(feature = "shipping")]
+    pub fn wait_mirrored(
+        &self,
+        token: &Token,
+        mirrors: usize,
+        timeout: Duration,
+    ) -> Result<Mirrored, TokenError> {
+        self.journal().wait_mirrored(token, mirrors, timeout)
     }
 
     fn refuse_lost_tail(&self) -> Result<(), AppendError> {

@@ -72,12 +72,23 @@ impl Ingest {
         journal: JournalId,
         options: &JournalOptions,
     ) -> Result<Self, OpenError> {
+        Self::create_as(NodeId::random(), fs, dir, journal, options)
+    }
+
+    /// The same with a node id that was told before.
+    pub(crate) fn create_as(
+        node: NodeId,
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        journal: JournalId,
+        options: &JournalOptions,
+    ) -> Result<Self, OpenError> {
         let locked = Locked::take(fs, dir)?;
         locked.refuse_unfinished()?;
         if read_node(&**fs, &locked.layout)?.is_some() || locked.has_segments()? {
             return Err(OpenError::AlreadyExists { path: dir.to_owned() });
         }
-        let node = Node { role: Role::Mirror, node: NodeId::random(), journal };
+        let node = Node { role: Role::Mirror, node, journal };
         Self::recover(locked, node, options)
     }
 

@@ -41,6 +41,8 @@ use crate::journal::watch::Watch;
 use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position, Token};
 use crate::sync::RwLock;
 
+#[cfg(feature = "shipping")]
+mod acks;
 mod appender;
 mod backup;
 mod backward;
@@ -68,9 +70,14 @@ mod scan;
 mod segments;
 mod spare;
 mod verify;
+mod wait;
 mod watch;
 mod writer;
 
+#[cfg(feature = "shipping")]
+pub(crate) use acks::AckKeeper;
+#[cfg(feature = "shipping")]
+pub use acks::Mirrored;
 pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket, ViewBehind};
 pub use backup::{BackupError, BackupReport};
 pub use backward::{EventsBackward, StreamEventsBackward};
@@ -84,6 +91,7 @@ pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
     verify_deep,
 };
+pub use wait::TokenError;
 
 /// How often a reader beside a writer looks again before it reports damage.
 const SURVEYS_MAX: usize = 2;
@@ -114,6 +122,8 @@ struct Shared {
     /// Held while segments are removed; the writer isn't closed meanwhile.
     retention: Mutex<()>,
     leases: leases::Known,
+    #[cfg(feature = "shipping")]
+    acks: acks::Acks,
     /// Last revisions of streams in sealed segments.
     heads: quick_cache::sync::Cache<StreamId, Revision>,
 }
@@ -216,6 +226,8 @@ impl Journal {
             ),
             retention: Mutex::new(()),
             leases: leases::Known::default(),
+            #[cfg(feature = "shipping")]
+            acks: acks::Acks::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
             access,
@@ -554,11 +566,13 @@ impl Journal {
         if token.journal != self.id() {
             return Ok(TokenState::Foreign);
         }
+        let Some(last) = token.position.get().checked_sub(1).map(Position::new) else {
+            return Ok(TokenState::Present); // nothing is in front of it that could be lost
+        };
         let end = self.end();
         if token.position > end.position {
             return Ok(TokenState::Pending);
         }
-        let last = Position::new(token.position.get().saturating_sub(1));
         if self.gaps().at_position(last).is_some() {
             return Ok(TokenState::Lost);
         }
@@ -566,13 +580,12 @@ impl Journal {
             let same = token.incarnation == end.incarnation;
             return Ok(if same { TokenState::Present } else { TokenState::Lost });
         }
-        let Some(last) = token.position.get().checked_sub(1) else { return Ok(TokenState::Lost) };
         let start = self.start();
         if token.position == start.position {
             let same = token.incarnation == start.incarnation;
             return Ok(if same { TokenState::Present } else { TokenState::Lost });
         }
-        let header = self.header_holding(Position::new(last))?;
+        let header = self.header_holding(last)?;
         let same = header.is_some_and(|header| {
             header.end_position() == token.position && header.incarnation == token.incarnation
         });

@@ -10,6 +10,7 @@ use super::session::{Deadline, DivergedAt, SessionEnd, Violation};
 use crate::error::{IngestError, OpenError, Refusal};
 use crate::format::FormatError;
 use crate::format::files::Witness;
+use crate::journal::TokenError;
 use crate::position::{Checkpoint, JournalId, Position};
 
 /// Why a journal can't be served.
@@ -377,6 +378,22 @@ pub enum WaitError {
         /// Why the mirror didn't follow when it was last tried, if it didn't.
         last_error: Option<ShippingError>,
     },
+    /// The time is up, and the mirror doesn't have the events of a token yet.
+    #[error(
+        "the mirror is durable up to position {reached}, not yet up to position {wanted}{}",
+        Because(last_error)
+    )]
+    Behind {
+        /// How far it is durable.
+        reached: Position,
+        /// The token's position.
+        wanted: Position,
+        /// Why it didn't follow when it was last tried, if it didn't.
+        last_error: Option<ShippingError>,
+    },
+    /// The token is of another journal or history than the mirror.
+    #[error(transparent)]
+    Token(#[from] TokenError),
     /// The mirror doesn't follow any more, until somebody acts.
     #[error("the mirror has halted: {0}")]
     Halted(ShippingError),
@@ -396,9 +413,11 @@ impl std::fmt::Display for Because<'_> {
 impl WaitError {
     /// A stable name of the kind of error.
     #[must_use]
-    pub const fn code(&self) -> &'static str {
+    pub fn code(&self) -> &'static str {
         match self {
             Self::Timeout { .. } => "mirror.timeout",
+            Self::Behind { .. } => "mirror.behind",
+            Self::Token(error) => error.code(),
             Self::Halted(_) => "mirror.halted",
             Self::Stopped => "mirror.stopped",
         }
@@ -408,7 +427,8 @@ impl WaitError {
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
-            Self::Timeout { last_error } => {
+            Self::Token(error) => error.hint(),
+            Self::Timeout { last_error } | Self::Behind { last_error, .. } => {
                 last_error.as_ref().map_or("wait longer", ShippingError::hint)
             }
             Self::Halted(error) => error.hint(),

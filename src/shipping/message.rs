@@ -127,7 +127,7 @@ pub struct Hello {
     pub features: u64,
     /// The longest payload it takes.
     pub max_frame: u32,
-    /// Its node; `None` while it has no mirror yet.
+    /// Its node, also that of a mirror that has yet to be made; `None` if it doesn't say.
     pub node: Option<NodeId>,
     /// Random; the answer repeats it.
     pub nonce: [u8; 16],

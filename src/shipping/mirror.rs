@@ -41,7 +41,7 @@ use crate::error::{IngestError, OpenError};
 use crate::fs::Fs;
 use crate::journal::{Ingest, Journal};
 use crate::options::JournalOptions;
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, NodeId, Position, Token};
 
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 /// Jitter comes on top, up to as much again.
@@ -183,6 +183,8 @@ pub struct Mirror {
 
 #[derive(Debug)]
 struct Shared {
+    /// Which node a mirror will be that has yet to be made: the origin counts its acknowledgements from the first on.
+    new_node: NodeId,
     fs: Arc<dyn Fs>,
     dir: PathBuf,
     address: String,
@@ -236,6 +238,7 @@ pub fn follow(
     let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
     let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
     let shared = Arc::new(Shared {
+        new_node: NodeId::random(),
         fs,
         dir: dir.to_owned(),
         address,
@@ -323,8 +326,8 @@ impl Mirror {
     }
 
     /// Waits until the mirror is durable up to an end that the origin told after this call. That comes with
-    /// the next events or the next heartbeat. To wait for a certain event, wait for its position in
-    /// [`journal`](Self::journal) or for its token in a view instead.
+    /// the next events or the next heartbeat. To wait for a certain event, wait for its token, here
+    /// ([`wait_for`](Self::wait_for)) or in a view.
     ///
     /// # Errors
     /// [`WaitError`].
@@ -334,6 +337,30 @@ impl Mirror {
             let (end, _) = state.origin.filter(|(_, told)| *told >= called)?;
             state.mirrored().filter(|mirrored| mirrored.offset >= end.offset)
         })
+    }
+
+    /// Waits until the mirror has the append that gave `token`, durably, for `timeout` at most; the token comes
+    /// from the service that appended. Also while there is no mirror yet. From then on every reader of
+    /// [`journal`](Self::journal) sees the events; a view is to be waited for itself.
+    ///
+    /// # Errors
+    /// [`WaitError::Behind`] if it doesn't come so far in time, with what hinders it;
+    /// [`WaitError::Token`] if the token is of another journal, or of events that aren't in this history: those
+    /// that lie at its position don't stand for them; [`WaitError::Halted`], [`WaitError::Stopped`].
+    pub fn wait_for(&self, token: &Token, timeout: Duration) -> Result<(), WaitError> {
+        let wanted = token.position;
+        let reaches =
+            |journal: &Journal| journal.id() != token.journal || journal.end().position >= wanted;
+        let find = |state: &State| state.journal.clone().filter(reaches);
+        let behind = |last_error| {
+            let reached = self.journal().map_or(Position::START, |it| it.end().position);
+            WaitError::Behind { reached, wanted, last_error }
+        };
+        let journal = self.shared.wait_for(timeout, find).map_err(|error| match error {
+            WaitError::Timeout { last_error } => behind(last_error),
+            error => error,
+        })?;
+        Ok(journal.wait_for(token, Duration::ZERO)?)
     }
 
     /// Waits until `condition` holds of the status, also of a halted or stopped mirror.
@@ -571,7 +598,7 @@ impl Shared {
     ) -> Attempt {
         let started = Instant::now();
         let resume = ingest.as_ref().map(|i| Resume { end: i.end(), witness: i.witness() });
-        let node = ingest.as_ref().map(|ingest| ingest.journal().node());
+        let node = ingest.as_ref().map_or(self.new_node, |ingest| ingest.journal().node());
         let config = self.config(node, resume, authentication);
         let session = Mutex::new(MirrorSession::new(config, transport::now()));
         let connection = Connection { shared: self, session, link };
@@ -608,12 +635,12 @@ impl Shared {
 
     fn config(
         &self,
-        node: Option<crate::position::NodeId>,
+        node: NodeId,
         resume: Option<Resume>,
         authentication: Authentication,
     ) -> MirrorConfig {
         MirrorConfig {
-            node,
+            node: Some(node),
             nonce: env::random_id(),
             authentication,
             agent: self.options.agent.clone(),
@@ -880,7 +907,8 @@ impl<'a> MirrorWriter<'a> {
         self.origin = Some(origin);
         if self.ingest.is_none() {
             let options = &shared.options.journal;
-            let created = Ingest::create(&shared.fs, &shared.dir, origin.journal, options);
+            let (node, journal) = (shared.new_node, origin.journal);
+            let created = Ingest::create_as(node, &shared.fs, &shared.dir, journal, options);
             *self.ingest = Some(created.map_err(open_error)?);
         }
         shared.publish_journal(self.ingest.as_ref());

@@ -17,7 +17,6 @@ use super::runner::{Phase, Running, Shared, beginning};
 use super::sources::Checkpoints;
 use super::takeover::{Source, digest_of};
 use crate::event::KnownKind;
-use crate::journal::TokenState;
 use crate::position::{Checkpoint, Token};
 
 /// How far a view has got with a journal.
@@ -327,13 +326,7 @@ impl ViewControl {
 
 /// Whether the journal doesn't reach the token's position yet.
 fn is_pending(shared: &Shared, token: &Token) -> Result<bool, WaitError> {
-    let first = shared.sources.first();
-    match shared.sources.get(token.journal).unwrap_or(first).token_state(token)? {
-        TokenState::Present => Ok(false),
-        TokenState::Pending => Ok(true),
-        TokenState::Lost => Err(WaitError::TokenLost { position: token.position }),
-        TokenState::Foreign => {
-            Err(WaitError::ForeignToken { found: token.journal, followed: first.id() })
-        }
-    }
+    let sources = &shared.sources;
+    let journal = sources.get(token.journal).unwrap_or_else(|| sources.first());
+    Ok(journal.is_pending(token)?)
 }

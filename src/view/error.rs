@@ -11,6 +11,7 @@ use super::tables::TableError;
 use crate::codec::CodecError;
 use crate::error::{IoError, ReadError};
 use crate::event::{EventType, StreamId};
+use crate::journal::TokenError;
 use crate::position::{Checkpoint, JournalId, Position};
 
 /// Why a view can't be opened or closed.
@@ -472,6 +473,18 @@ pub enum WaitError {
     /// The journal can't be asked whether the token is of its history.
     #[error(transparent)]
     Journal(#[from] ReadError),
+}
+
+impl From<TokenError> for WaitError {
+    fn from(error: TokenError) -> Self {
+        match error {
+            TokenError::Timeout { reached, wanted } => Self::Timeout { reached, wanted },
+            TokenError::Lost { position } => Self::TokenLost { position },
+            TokenError::Foreign { found, followed } => Self::ForeignToken { found, followed },
+            TokenError::Closed { .. } => Self::Closed,
+            TokenError::Journal(error) => Self::Journal(error),
+        }
+    }
 }
 
 impl WaitError {

@@ -26,6 +26,7 @@ use serde_json::Value;
 
 use super::moment::Moment;
 use crate::event::{EventId, EventType, Revision, StreamId};
+use crate::hex::{from_hex, hex};
 use crate::position::{JournalId, NodeId, Position};
 
 /// Nanoseconds of a second.
@@ -167,24 +168,6 @@ fn bytes_of<K: ViewKey>(key: &K) -> Vec<u8> {
     let mut bytes = Vec::new();
     key.encode_key(&mut bytes);
     bytes
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Reads what [`hex`] writes, and nothing else.
-pub(crate) fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digit = |byte: u8| match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    };
-    let byte = |pair: &[u8]| match pair {
-        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
-        _ => None,
-    };
-    text.as_bytes().chunks(2).map(byte).collect()
 }
 
 fn text(value: &Value) -> Result<&str, KeyError> {

@@ -93,9 +93,9 @@ pub(crate) use generation::{Generations, version_lock};
 pub use handle::{ViewHandle, ViewSnapshot};
 pub use index::{Index, IndexReader, IndexRows, Indexes};
 pub(crate) use inline::InlineViews;
-pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
 #[cfg(feature = "cli")]
-pub(crate) use key::{KeySpelling, from_hex, hex};
+pub(crate) use key::KeySpelling;
+pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
 #[cfg(feature = "cli")]
 pub(crate) use mount::{Code, RowSpelling, Spelling};
 pub use poison::{

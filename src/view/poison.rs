@@ -48,7 +48,7 @@ use super::db::{
 use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::ViewHandle;
-use super::key::{EncodeKey, ViewKey, decode_all, from_hex, hex};
+use super::key::{EncodeKey, ViewKey, decode_all};
 use super::runner::Phase;
 use super::sources::Checkpoints;
 use super::space::Space;
@@ -59,6 +59,7 @@ use crate::event::{EventType, Names, Recorded, StreamId};
 use crate::format::record::RecordRef;
 use crate::format::{Decoder, crc32};
 use crate::fs::{Fs, OpenMode, read_exact_at, write_all_at};
+use crate::hex::{from_hex, hex};
 use crate::position::{JournalId, Locator, Position, Token};
 
 const HEAD: &str = "headwater discarded 1";

@@ -11,8 +11,9 @@ use super::View;
 use super::db::{Reader, Scan};
 use super::error::ViewReadError;
 use super::handle::{ViewHandle, ViewSnapshot};
-use super::key::{EncodeKey, ViewKey, from_hex};
+use super::key::{EncodeKey, ViewKey};
 use super::space::Space;
+use crate::hex::from_hex;
 
 /// Longest text that is taken for a token of a page.
 const TOKEN_TEXT_MAX: usize = 128 << 10;

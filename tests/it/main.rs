@@ -22,6 +22,8 @@ mod cli;
 mod cli_views;
 #[cfg(feature = "test-kit")]
 mod commands;
+#[cfg(feature = "shipping")]
+mod consistency;
 #[cfg(feature = "test-kit")]
 mod crash;
 #[cfg(feature = "views")]

@@ -13,7 +13,8 @@ use serde_json::Value;
 
 use super::failure::ViewFailure;
 use crate::cli::failure::Failure;
-use crate::view::{KeyError, KeySpelling, ViewKey, from_hex, hex};
+use crate::hex::{from_hex, hex};
+use crate::view::{KeyError, KeySpelling, ViewKey};
 
 /// Something in a form for people.
 pub(super) enum Shown {

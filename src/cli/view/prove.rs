@@ -11,7 +11,8 @@ use super::mounted::Views;
 use super::progress::Progress;
 use super::{CheckArgs, Means};
 use crate::cli::failure::Failure;
-use crate::view::{Comparison, Digest, RebuildError, RebuildHandle, RebuildOptions, hex};
+use crate::hex::hex;
+use crate::view::{Comparison, Digest, RebuildError, RebuildHandle, RebuildOptions};
 
 impl Means {
     pub(super) fn options(&self) -> RebuildOptions {

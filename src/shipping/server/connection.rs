@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Peer, PeerState};
 use crate::format::leases::Lease;
+use crate::journal::AckKeeper;
 use crate::shipping::session::{Next, Now, OriginSession, Output, Source};
 use crate::shipping::transport::Received;
 use crate::shipping::wire::Wire;
@@ -22,6 +23,7 @@ pub(super) struct Connection {
     pub(super) wire: Wire,
     pub(super) peer: Arc<Peer>,
     session: OriginSession,
+    acks: AckKeeper,
     output: Output,
     write_stall: Duration,
     sent_bytes: u64,
@@ -58,6 +60,7 @@ impl Connection {
         token: usize,
         wire: Wire,
         session: OriginSession,
+        acks: AckKeeper,
         peer: Arc<Peer>,
         write_stall: Duration,
     ) -> Self {
@@ -66,6 +69,7 @@ impl Connection {
             wire,
             peer,
             session,
+            acks,
             output: Output::default(),
             write_stall,
             sent_bytes: 0,
@@ -187,9 +191,10 @@ impl Connection {
     }
 
     /// Lets others see how it is.
-    pub(super) fn show(&self, step: Step) {
-        let mut seen = self.peer.seen.lock();
+    pub(super) fn show(&mut self, step: Step) {
         let status = self.session.status();
+        self.acks.note(status.node, status.acked);
+        let mut seen = self.peer.seen.lock();
         seen.state = match step {
             _ if self.session.end().is_some() => PeerState::Closing,
             _ if !status.streaming => PeerState::Handshake,

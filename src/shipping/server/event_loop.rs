@@ -449,7 +449,9 @@ impl EventLoop {
             OriginSession::new(options.session(self.shared.journal.node(), &address), now);
         let peer = Arc::new(Peer::new(address));
         let write_stall = options.write_stall;
-        let connection = Connection::new(token, wire, session, Arc::clone(&peer), write_stall);
+        let acks = self.shared.journal.ack_keeper();
+        let connection =
+            Connection::new(token, wire, session, acks, Arc::clone(&peer), write_stall);
         self.shared.peers.lock().insert(token, Arc::clone(&peer));
         *self.per_address.entry(address.ip()).or_default() += 1;
         self.handshakes += 1;

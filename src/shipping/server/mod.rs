@@ -161,7 +161,7 @@ pub enum PeerState {
 pub struct PeerStatus {
     /// Where it comes from.
     pub address: SocketAddr,
-    /// Which mirror it is; `None` before it said so, or while it has no mirror yet.
+    /// Which mirror it is; `None` before it said so, and of a subscriber that doesn't say.
     pub node: Option<NodeId>,
     /// Who it is in the access list, if there is [`security`](ServeOptions::security) and it was let in.
     pub peer: Option<String>,
