@@ -41,7 +41,7 @@ use crate::error::{IngestError, OpenError};
 use crate::fs::Fs;
 use crate::journal::{Ingest, Journal};
 use crate::options::JournalOptions;
-use crate::position::{Checkpoint, NodeId, Position, Token};
+use crate::position::{self, Checkpoint, NodeId, Position};
 
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 /// Jitter comes on top, up to as much again.
@@ -347,7 +347,7 @@ impl Mirror {
     /// [`WaitError::Behind`] if it doesn't come so far in time, with what hinders it;
     /// [`WaitError::Token`] if the token is of another journal, or of events that aren't in this history: those
     /// that lie at its position don't stand for them; [`WaitError::Halted`], [`WaitError::Stopped`].
-    pub fn wait_for(&self, token: &Token, timeout: Duration) -> Result<(), WaitError> {
+    pub fn wait_for(&self, token: &position::Token, timeout: Duration) -> Result<(), WaitError> {
         let wanted = token.position;
         let reaches =
             |journal: &Journal| journal.id() != token.journal || journal.end().position >= wanted;
