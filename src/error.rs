@@ -162,6 +162,12 @@ pub enum OpenError {
         /// The directory.
         path: PathBuf,
     },
+    /// The journal is taking back from a mirror what it has lost, and hasn't ended that.
+    #[error("{}: the journal has begun to take back from a mirror what it had lost, and has not completed that", path.display())]
+    Recovering {
+        /// The directory.
+        path: PathBuf,
+    },
     /// There are segments but no `node` file: this is a copy, not a place to write to.
     #[error("{}: a copy of a journal, not a journal of its own", path.display())]
     Copy {
@@ -178,6 +184,10 @@ pub enum OpenError {
         /// What was asked for.
         wanted: crate::format::files::Role,
     },
+    /// The mirrors of the journal could not be asked whether they hold more than it, or they do.
+    #[cfg(feature = "shipping")]
+    #[error(transparent)]
+    Peers(Box<crate::shipping::PeersError>),
     /// A file operation failed; nothing more was changed.
     #[error(transparent)]
     Io(#[from] IoError),
@@ -197,6 +207,9 @@ impl OpenError {
             Self::HistoryReplaced { .. } => "open.history_replaced",
             Self::Unsupported { .. } => "open.unsupported",
             Self::Incomplete { .. } => "open.incomplete",
+            Self::Recovering { .. } => "open.recovering",
+            #[cfg(feature = "shipping")]
+            Self::Peers(error) => error.code(),
             Self::Copy { .. } => "open.copy",
             Self::Role { .. } => "open.role",
             Self::Io(_) => "open.io",
@@ -223,6 +236,11 @@ impl OpenError {
                 "put back the original segments, or restore the whole directory, mark included, from one backup"
             }
             Self::Unsupported { .. } => "open it with the version that wrote it, or a later one",
+            #[cfg(feature = "shipping")]
+            Self::Peers(error) => error.hint(),
+            Self::Recovering { .. } => {
+                "open it with recover_from_mirrors again (`headwater recover DIR --from HOST:PORT`); with `headwater recover DIR --abandon` it keeps what has arrived so far, and no more"
+            }
             Self::Incomplete { .. } => {
                 "complete or abandon the restore with the command that began it"
             }

@@ -114,10 +114,11 @@ pub use journal::Mirrored;
 pub use journal::repair;
 pub use journal::{
     Append, Appended, BackupError, BackupReport, CloseError, Comparison, Cursor, CursorBatch,
-    Damage, DamageKind, Events, EventsBackward, Ingest, Item, Journal, Placed, Query, QueryEvents,
-    QueryItem, Receipt, RecoveryReport, RestoreError, RestoreReport, SegmentCheck, SegmentInfo,
-    SegmentState, StreamEvents, StreamEventsBackward, Subscription, Ticket, TokenError, TokenState,
-    VerifyProgress, VerifyReport, ViewBehind, abandon_restore, restore, verify, verify_deep,
+    Damage, DamageKind, Events, EventsBackward, Fork, Ingest, Item, Journal, Orphans, Placed,
+    Query, QueryEvents, QueryItem, Receipt, RecoveryReport, RestoreError, RestoreReport,
+    SegmentCheck, SegmentInfo, SegmentState, SetAsideError, StreamEvents, StreamEventsBackward,
+    Subscription, Ticket, TokenError, TokenState, VerifyProgress, VerifyReport, ViewBehind,
+    abandon_restore, restore, verify, verify_deep,
 };
 pub use options::JournalOptions;
 pub use position::{

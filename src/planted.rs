@@ -45,6 +45,12 @@ pub enum Bug {
     RoomWithoutNotice,
     /// Retention removes segments before the base that takes their place is durable.
     UnlinkBeforeBase,
+    /// The search for the last common batch end leaves out the last position.
+    ProbeOffByOne,
+    /// A mirror is cut before the copy of its tail is durable.
+    CutBeforeCopy,
+    /// Batches are taken in that don't continue what is there.
+    TakeUnlinked,
 }
 
 #[cfg(feature = "test-kit")]

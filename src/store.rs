@@ -31,7 +31,9 @@ use crate::position::{Checkpoint, Position, Token};
 use crate::reactor::{self, OpenReactorError, REACTORS, Reactor, ReactorHandle, ReactorOptions};
 use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
-use crate::shipping::{FollowOptions, Mirror, ServeError, ServeOptions, Server, ShippingError};
+use crate::shipping::{
+    FollowOptions, Mirror, PeersCheck, ServeError, ServeOptions, Server, ShippingError, TakenBack,
+};
 #[cfg(feature = "views")]
 use crate::view::{
     InlineViews, Sources, TableView, TableViewHandle, View, ViewError, ViewHandle, ViewOptions,
@@ -71,6 +73,8 @@ struct Inner {
     dir: PathBuf,
     #[cfg(feature = "shipping")]
     options: JournalOptions,
+    #[cfg(feature = "shipping")]
+    taken_back: Option<TakenBack>,
     fs: Arc<dyn Fs>,
     appender: Appender,
     /// The aggregates that were used last.
@@ -95,6 +99,8 @@ pub struct StoreBuilder {
     #[cfg(all(feature = "testing", feature = "views"))]
     is_in_memory: bool,
     aggregates_cached_max: usize,
+    #[cfg(feature = "shipping")]
+    peers: Option<PeersCheck>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +148,8 @@ impl Store {
             #[cfg(all(feature = "testing", feature = "views"))]
             is_in_memory: false,
             aggregates_cached_max: AGGREGATES_CACHED_MAX,
+            #[cfg(feature = "shipping")]
+            peers: None,
         }
     }
 
@@ -731,6 +739,13 @@ impl Store {
         self.inner.appender.recovery_report()
     }
 
+    /// What opening has taken back from a mirror; see [`StoreBuilder::recover_from_mirrors`].
+    #[cfg(feature = "shipping")]
+    #[must_use]
+    pub fn taken_back(&self) -> Option<&TakenBack> {
+        self.inner.taken_back.as_ref()
+    }
+
     /// Waits for appends under way, refuses later ones, marks the journal as cleanly closed and releases
     /// its lock. Readers keep what is durable. Closing again does nothing.
     ///
@@ -762,6 +777,66 @@ impl StoreBuilder {
     #[must_use]
     pub fn aggregates_cached_max(mut self, aggregates: usize) -> Self {
         self.aggregates_cached_max = aggregates;
+        self
+    }
+
+    /// Before the journal is opened for writing, asks these mirrors of it (`host:port`, where each is
+    /// [served](crate::shipping::serve)) whether they hold events that it has lost, because it was restored from an older
+    /// copy: then they are taken back, verified like a mirror verifies, and synced. The longest counts.
+    ///
+    /// All of them must answer, unless [`require_peers_check`](Self::require_peers_check) says otherwise. A journal that
+    /// doesn't exist isn't taken back.
+    ///
+    /// ```no_run
+    /// let mirrors = ["10.0.0.2:7000", "10.0.0.3:7000"];
+    /// let store = headwater::Store::builder("orders").recover_from_mirrors(mirrors).open()?;
+    /// if let Some(back) = store.taken_back() {
+    ///     println!("{} events are back from {}", back.to.position.since(back.from.position), back.address);
+    /// }
+    /// # Ok::<(), headwater::OpenError>(())
+    /// ```
+    #[cfg(feature = "shipping")]
+    #[must_use]
+    pub fn recover_from_mirrors<A: Into<String>>(
+        mut self,
+        mirrors: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let check = self.peers.get_or_insert_default();
+        check.mirrors.extend(mirrors.into_iter().map(Into::into));
+        check.recover = true;
+        self
+    }
+
+    /// The same without taking anything back: opening fails if one of these mirrors holds more than the journal.
+    #[cfg(feature = "shipping")]
+    #[must_use]
+    pub fn ask_mirrors<A: Into<String>>(mut self, mirrors: impl IntoIterator<Item = A>) -> Self {
+        let check = self.peers.get_or_insert_default();
+        check.mirrors.extend(mirrors.into_iter().map(Into::into));
+        self
+    }
+
+    /// Refuses to open for writing until `count` of the named mirrors have been asked; without this, all of them.
+    #[cfg(feature = "shipping")]
+    #[must_use]
+    pub fn require_peers_check(mut self, count: usize) -> Self {
+        self.peers.get_or_insert_default().required = Some(count);
+        self
+    }
+
+    /// Doesn't ask this one of the named mirrors: it is gone for good, with whatever it held.
+    #[cfg(feature = "shipping")]
+    #[must_use]
+    pub fn give_up_on_mirror(mut self, mirror: impl Into<String>) -> Self {
+        self.peers.get_or_insert_default().given_up.push(mirror.into());
+        self
+    }
+
+    /// Sets how mirrors are asked, in full.
+    #[cfg(feature = "shipping")]
+    #[must_use]
+    pub fn peers_check(mut self, check: PeersCheck) -> Self {
+        self.peers = Some(check);
         self
     }
 
@@ -800,6 +875,11 @@ impl StoreBuilder {
     pub fn open(self) -> Result<Store, OpenError> {
         let Self { dir, options, create, fs, aggregates_cached_max, .. } = self;
         let journal = dir.join("journal");
+        #[cfg(feature = "shipping")]
+        let taken_back = match &self.peers {
+            Some(check) => crate::shipping::recover(&fs, &journal, &options, check)?,
+            None => None,
+        };
         let appender = match create {
             Create::Always => Appender::create(&fs, &journal, &options)?,
             Create::Never => Appender::open(&fs, &journal, &options, remembered(&fs, &dir))?,
@@ -817,6 +897,8 @@ impl StoreBuilder {
                 dir,
                 #[cfg(feature = "shipping")]
                 options,
+                #[cfg(feature = "shipping")]
+                taken_back,
                 fs,
                 appender,
                 aggregates: command::Cache::new(aggregates_cached_max),

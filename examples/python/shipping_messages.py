@@ -92,6 +92,20 @@ def sized(length_max):
     return Kind(read, lambda value: struct.pack("<H", len(value)) + value)
 
 
+def several(count_code, count_max, element):
+    """Several of a kind behind their number."""
+
+    def read(source):
+        count = source.number(count_code)
+        demand(count <= count_max, "too many of them")
+        return [element.read(source) for _ in range(count)]
+
+    def write(values):
+        return struct.pack("<" + count_code, len(values)) + b"".join(map(element.write, values))
+
+    return Kind(read, write)
+
+
 def read_checkpoint(source):
     data = source.bytes(64)
     demand(any(data[:16]) and not any(data[60:]), "a checkpoint is invalid")
@@ -115,6 +129,9 @@ CHECKPOINT = Kind(read_checkpoint, Checkpoint.pack)
 CHECKPOINT_OR_ZEROS = Kind(read_checkpoint_or_zeros, lambda end: end.pack() if end else bytes(64))
 IDS = Kind(read_ids, lambda ids: struct.pack("<Q", len(ids)) + b"".join(ids))
 REST = Kind(Source.rest, bytes)
+POSITIONS = several("Q", 64, U64)
+ENDS = several("Q", 64, fixed(32))  # offset (8), position (8), chain
+TEXTS = several("H", 8, sized(256))
 
 MESSAGES = {
     "HELLO": (
@@ -164,10 +181,13 @@ MESSAGES = {
         ("common_chain", CHAIN),
         ("durable", CHECKPOINT),
     ),
+    "PROBE": (0x06, ("positions", POSITIONS)),
+    "PROBED": (0x07, ("ends", ENDS)),
     "DATA": (0x10, ("offset", U64), ("durable_offset", U64), ("durable_position", U64), reserved(8), ("data", REST)),
     "SEGMENT": (0x11, ("page", fixed(HEADER_PAGE))),
     "HEARTBEAT": (0x16, ("durable", CHECKPOINT), ("clock_us", I64), reserved(8)),
     "ACK": (0x17, ("durable", CHECKPOINT), ("applied", U64)),
+    "TRUNCATED": (0x18, ("start", CHECKPOINT), ("sources", TEXTS)),
     "ERROR": (
         0x1E,
         ("code", U16),

@@ -23,6 +23,8 @@ pub(crate) enum Failure {
     Schema(SchemaError),
     #[cfg(feature = "shipping")]
     Security(SecurityError),
+    #[cfg(feature = "shipping")]
+    Shipping(crate::shipping::ShippingError),
     /// So many kinds of events have no sample; they have been printed.
     Unrecorded(usize),
     /// What lies in front was printed.
@@ -127,6 +129,8 @@ impl Failure {
             Self::Schema(error) => (error.code(), error.to_string(), error.hint()),
             #[cfg(feature = "shipping")]
             Self::Security(error) => (error.code(), error.to_string(), error.hint()),
+            #[cfg(feature = "shipping")]
+            Self::Shipping(error) => (error.code(), error.to_string(), error.hint()),
             Self::Unrecorded(kinds) => (
                 "schema.unrecorded",
                 format!("{kinds} kinds of events in the journal have no sample"),
@@ -176,6 +180,8 @@ impl Failure {
             Self::View(failure) => failure.is_damage(),
             #[cfg(feature = "shipping")]
             Self::Security(_) => false,
+            #[cfg(feature = "shipping")]
+            Self::Shipping(_) => false,
             Self::Retention(_)
             | Self::Schema(_)
             | Self::Unrecorded(_)

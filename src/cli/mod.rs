@@ -68,6 +68,10 @@ mod cat;
 mod doctor;
 mod events;
 mod failure;
+#[cfg(feature = "shipping")]
+mod peer;
+#[cfg(feature = "shipping")]
+mod recover;
 mod repair;
 mod retain;
 mod schema;
@@ -132,6 +136,12 @@ enum Command {
     Retain(retain::Args),
     /// Makes a store of a backup
     Restore(backup::RestoreArgs),
+    /// Shows what is known of mirrors, and how a journal and one that is served relate
+    #[cfg(feature = "shipping")]
+    Peer(peer::Args),
+    /// Takes back from mirrors what an origin has lost
+    #[cfg(feature = "shipping")]
+    Recover(recover::Args),
     /// Compares the kinds of events in a journal with recorded samples
     Schema(schema::Args),
     /// Makes a token, by which a mirror is let in
@@ -257,6 +267,10 @@ impl Cli {
             Command::Backup(args) | Command::Archive(args) => backup::backup(args),
             Command::Retain(args) => retain::run(args),
             Command::Restore(args) => backup::restore_or_abandon(args),
+            #[cfg(feature = "shipping")]
+            Command::Peer(args) => peer::run(args),
+            #[cfg(feature = "shipping")]
+            Command::Recover(args) => recover::run(args),
             Command::Schema(args) => schema::run(args),
             #[cfg(feature = "shipping")]
             Command::Token(args) => security::token(args),

@@ -12,7 +12,7 @@
 use super::record::{Names, RECORD_BYTES_MIN, RecordRef};
 use super::{Block, Decoder, FORMAT_VERSION, Flags, FormatError, crc32};
 use crate::planted::{self, Bug};
-use crate::position::{Chain, Incarnation, JournalId, Position};
+use crate::position::{Chain, Checkpoint, Incarnation, JournalId, Position};
 
 /// First four bytes of a batch.
 pub const BATCH_MAGIC: [u8; 4] = *b"\xB7HWB";
@@ -79,6 +79,12 @@ pub struct Link {
     pub position: Position,
     /// The chain in front of it.
     pub chain: Chain,
+}
+
+impl From<Checkpoint> for Link {
+    fn from(end: Checkpoint) -> Self {
+        Self { offset: end.offset, position: end.position, chain: end.chain }
+    }
 }
 
 /// The chain in front of the first batch of a journal.

@@ -24,7 +24,7 @@ use crate::journal::Journal;
 use crate::journal::layout::{self, Layout};
 use crate::journal::scan::{Window, file_offset};
 use crate::journal::segments::{self, Segment};
-use crate::position::Position;
+use crate::position::{Checkpoint, Position};
 
 /// As much is gathered before it is written.
 const WRITE_BYTES: usize = 256 * 1024;
@@ -78,10 +78,36 @@ pub(crate) fn copy(
     fs: &dyn Fs,
     target: &Layout,
 ) -> Result<Copied, CopyError> {
-    let (all, base) = {
+    copy_segments(source, None, to, fs, target)
+}
+
+/// The same, from the segment on that holds the batch that ends at `from`. A base takes the place of what lies in
+/// front.
+pub(crate) fn copy_behind(
+    source: &Journal,
+    from: &Checkpoint,
+    to: Link,
+    fs: &dyn Fs,
+    target: &Layout,
+) -> Result<Copied, CopyError> {
+    let last = from.position.get().checked_sub(1).map(Position::new);
+    let first = last.and_then(|last| source.segment_holding(last)).map(|segment| segment.number());
+    copy_segments(source, first, to, fs, target)
+}
+
+fn copy_segments(
+    source: &Journal,
+    from: Option<u64>,
+    to: Link,
+    fs: &dyn Fs,
+    target: &Layout,
+) -> Result<Copied, CopyError> {
+    let (mut all, mut base) = {
         let segments = source.0.segments.read();
         (segments.all.clone(), segments.base.clone())
     };
+    let left_out = all.partition_point(|segment| from.is_some_and(|from| segment.number() < from));
+    all.drain(..left_out);
     let first = all.first().map_or(0, |segment| segment.number());
     // A segment without batches is only there if it is the first: without it there is no journal.
     let wanted: Vec<_> = all
@@ -109,6 +135,10 @@ pub(crate) fn copy(
         return Err(CopyError::Missing { path: target.segment(hole) });
     }
     // What the target has of a removed prefix stays; a target that is begun now begins with the base.
+    if left_out > 0 && there.is_empty() {
+        source.write_base(first, fs, target)?;
+        base = None;
+    }
     if let Some(base) = base.filter(|_| there.is_empty()) {
         base.copy_to(fs, target, to.offset)?;
     }
@@ -318,7 +348,7 @@ impl<'a> SegmentCopy<'a> {
         if longer {
             file.set_len(out.at).context("cutting", &self.path)?;
         }
-        if longer || out.written > 0 {
+        if (longer || out.written > 0) && super::orphans::copy_is_synced() {
             file.sync_data().context("syncing", &self.path)?;
             self.fs.sync_dir(&self.target.dir).context("syncing", &self.target.dir)?;
         }

@@ -7,18 +7,24 @@
 use std::path::Path;
 use std::sync::Arc;
 
+#[cfg(feature = "shipping")]
+use crate::error::IoContext;
 use crate::error::{IngestError, OpenError, Poison, Refusal};
 use crate::format::batch::{BatchRef, Link};
 use crate::format::files::{Node, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use crate::format::sidecar::SegmentIndex;
 use crate::fs::Fs;
+#[cfg(feature = "shipping")]
+use crate::journal::layout;
+use crate::journal::orphans::{self, Orphans, SetAsideError};
 use crate::journal::recovery::{self, RecoveryReport};
 use crate::journal::segments::Access;
 use crate::journal::writer::{Failure, Writer, checkpoint_of};
 use crate::journal::{Journal, Locked, read_node};
 use crate::options::JournalOptions;
-use crate::position::{Checkpoint, JournalId, NodeId};
+use crate::planted::{self, Bug};
+use crate::position::{Checkpoint, JournalId, NodeId, Position};
 
 /// Writes a mirror. One owner; the mirror's readers use its [`Journal`].
 #[derive(Debug)]
@@ -90,6 +96,64 @@ impl Ingest {
         }
         let node = Node { role: Role::Mirror, node, journal };
         Self::recover(locked, node, options)
+    }
+
+    /// Opens an origin that may have lost its tail, after recovery, to take in what a mirror holds of it. One that is
+    /// [recovering](Self::begin_recovering) is put in order like a mirror. `None` if there is no journal.
+    ///
+    /// # Errors
+    /// [`OpenError`]. Blocks for recovery.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn open_lossy(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        options: &JournalOptions,
+    ) -> Result<Option<Self>, OpenError> {
+        if fs.list(dir).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            return Ok(None);
+        }
+        let locked = Locked::take(fs, dir)?;
+        let is_recovering = match locked.refuse_unfinished() {
+            Err(OpenError::Recovering { .. }) => true,
+            checked => checked.map(|()| false)?,
+        };
+        let Some(node) = locked.origin()?.filter(|_| is_recovering || locked.is_begun()) else {
+            return Ok(None);
+        };
+        let role = if is_recovering { Role::Mirror } else { Role::Origin };
+        Self::recover(locked, Node { role, ..node }, options).map(Some)
+    }
+
+    /// From now on, until [`end_recovering`](Self::end_recovering), the origin is put in order like a mirror, and can't
+    /// be opened for anything else: the headers of what it takes in speak of the disk on which they were written.
+    ///
+    /// # Errors
+    /// [`OpenError`]. Blocks for recovery.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn begin_recovering(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        options: &JournalOptions,
+    ) -> Result<Self, OpenError> {
+        let locked = Locked::take(fs, dir)?;
+        let node = locked.origin()?.ok_or(OpenError::NotFound { path: dir.to_owned() })?;
+        locked.layout.replace(&**fs, layout::RECOVERING, b"see docs/format.md, Recovering\n")?;
+        Self::recover(locked, Node { role: Role::Mirror, ..node }, options)
+    }
+
+    /// Everything that was taken in is durable, and marked so: the origin is an origin again.
+    ///
+    /// # Errors
+    /// [`OpenError`]; repeating it is safe.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn end_recovering(fs: &Arc<dyn Fs>, dir: &Path) -> Result<(), OpenError> {
+        let locked = Locked::take(fs, dir)?;
+        let path = locked.layout.file(layout::RECOVERING);
+        match fs.remove(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => removed.context("removing", &path)?,
+        }
+        Ok(fs.sync_dir(dir).context("syncing", dir)?)
     }
 
     fn recover(locked: Locked, node: Node, options: &JournalOptions) -> Result<Self, OpenError> {
@@ -211,7 +275,8 @@ impl Ingest {
         let link =
             Link { offset: self.end.offset, position: self.end.position, chain: self.end.chain };
         let first = link.offset == base;
-        if !batch.continues(&link, first.then_some(&digest)) {
+        let continues = batch.continues(&link, first.then_some(&digest));
+        if !continues && !planted::is(Bug::TakeUnlinked) {
             return Err(self.refuse(Refusal::BatchLink));
         }
         if let Err(error) = batch.check_records() {
@@ -261,6 +326,41 @@ impl Ingest {
         self.writer.journal.publish(self.end, unsynced, |index, bytes| add_all(index, bytes, salt));
         self.writer.keeper().mark(self.end, self.witness);
         Ok(self.end)
+    }
+
+    /// Sets everything behind `position` aside, where a batch must end, and goes on there: what the origin has lost
+    /// is kept, and what it has in its place can be taken in. Where the tail is; `None` if there is nothing behind.
+    /// What had been set aside before because it was damaged is not waited for any more.
+    ///
+    /// Nothing is removed before the copy is durable. After an interruption or an error the mirror is opened like
+    /// any other, and holds as much of its old history as before, or as is in the copy; then this is repeated.
+    ///
+    /// Readers of the mirror that began before are refused: from the [`Journal`] that is returned with
+    /// [`journal`](Self::journal) others are to be begun.
+    ///
+    /// Blocks for copying all segments behind `position`, and for recovery.
+    ///
+    /// # Errors
+    /// [`SetAsideError`].
+    pub fn set_aside(
+        mut self,
+        position: Position,
+        options: &JournalOptions,
+    ) -> Result<(Self, Option<Orphans>), SetAsideError> {
+        self.sync()?;
+        let journal = self.journal().clone();
+        let is_there =
+            |end: &Checkpoint| end.position == position && position >= journal.start().position;
+        let common = journal.batch_end_at(position)?.filter(is_there);
+        let common = common.ok_or(SetAsideError::NotABoundary { position })?;
+        let has_tail = common.position < journal.end().position;
+        let orphans = has_tail.then(|| orphans::copy_aside(&journal, &common)).transpose()?;
+        let (fs, dir, node) = (Arc::clone(journal.fs()), journal.dir().to_owned(), journal.0.node);
+        journal.retire();
+        drop(self);
+        let locked = Locked::take(&fs, &dir)?;
+        orphans::cut(&locked, &node, &common)?;
+        Ok((Self::recover(locked, node, options)?, orphans))
     }
 
     /// Syncs, and marks the mirror as cleanly closed.

@@ -13,7 +13,10 @@
 //!   leases                  up to where mirrors have said to be durable, if there are any
 //!   quarantine/             what recovery moved aside, under names that are never used again
 //!     reserve               space for it, allocated while there is some
+//!   orphaned/               in a mirror: tails that its origin has lost, set aside
+//!     EPOCH-POSITION/       one of them: segments from the last common batch on, and a base
 //!   incoming                a restore that is under way: from where to where
+//!   recovering              an origin that is taking back from a mirror what it has lost
 //!   lock                    held by the writer, bears its name
 //! ```
 
@@ -22,6 +25,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{IoContext, IoError};
 use crate::format::map::LEVELS;
 use crate::fs::{self, Fs, OpenMode};
+use crate::position::Position;
 
 pub(crate) const NODE: &str = "node";
 pub(crate) const MARK: &str = "mark";
@@ -32,6 +36,8 @@ pub(crate) const LEASES: &str = "leases";
 pub(crate) const GAPS: &str = "gaps";
 pub(crate) const QUARANTINE: &str = "quarantine";
 pub(crate) const RESERVE: &str = "reserve";
+pub(crate) const ORPHANED: &str = "orphaned";
+pub(crate) const RECOVERING: &str = "recovering";
 
 /// What the name of a file ends with until it takes the place of the one that it replaces.
 pub(crate) const NEW: &str = ".new";
@@ -105,6 +111,17 @@ impl Layout {
         self.dir.join(QUARANTINE)
     }
 
+    pub(crate) fn orphaned(&self) -> PathBuf {
+        self.dir.join(ORPHANED)
+    }
+
+    /// Where a mirror's tail is set aside: its epoch, and the position of the last common batch end. The first
+    /// attempt to find a free name is number 1.
+    pub(crate) fn orphaned_tail(&self, epoch: u32, from: Position, attempt: u32) -> PathBuf {
+        let again = if attempt > 1 { format!("-{attempt}") } else { String::new() };
+        self.orphaned().join(format!("{epoch}-{}{again}", from.get()))
+    }
+
     /// The copy of a torn tail, until the tail is gone: the segment, and where in its file the tail begins.
     pub(crate) fn torn_tail(&self, number: u64, from: u64) -> PathBuf {
         self.quarantine().join(format!("{number:016x}-{from:016x}.{TORN}"))
@@ -115,6 +132,13 @@ impl Layout {
         let unique = crate::env::random_u64();
         self.quarantine().join(format!("{number:016x}-{unique:016x}.{what}"))
     }
+}
+
+/// The position in the name of a [`Layout::orphaned_tail`].
+pub(crate) fn orphaned_from(name: &str) -> Option<u64> {
+    let mut parts = name.split('-');
+    parts.next()?.parse::<u32>().ok()?;
+    parts.next()?.parse().ok()
 }
 
 /// The segment of which this is a [`Layout::torn_tail`].

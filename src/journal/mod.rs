@@ -59,6 +59,7 @@ pub(crate) mod leases;
 mod maps;
 mod mark;
 mod order;
+pub(crate) mod orphans;
 pub(crate) mod query;
 mod read;
 mod recent;
@@ -83,9 +84,12 @@ pub use backup::{BackupError, BackupReport};
 pub use backward::{EventsBackward, StreamEventsBackward};
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
+pub use orphans::{Orphans, SetAsideError};
 pub use query::{Query, QueryEvents, QueryItem};
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
+#[cfg(feature = "shipping")]
+pub(crate) use restore::begin_mirror;
 pub use restore::{RestoreError, RestoreReport, abandon_restore, restore};
 pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
@@ -124,6 +128,8 @@ struct Shared {
     leases: leases::Known,
     #[cfg(feature = "shipping")]
     acks: acks::Acks,
+    /// What is known of an origin that has another history.
+    fork: Mutex<Option<Fork>>,
     /// Last revisions of streams in sealed segments.
     heads: quick_cache::sync::Cache<StreamId, Revision>,
 }
@@ -164,6 +170,14 @@ pub enum Comparison {
     Ahead,
     /// It is of another journal.
     Foreign,
+}
+
+/// The history of a mirror and that of its origin part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Fork {
+    /// Up to here both have the same events; what lies behind is orphaned. `None` if that isn't known.
+    pub common: Option<Position>,
 }
 
 /// How a token relates to a journal.
@@ -228,6 +242,7 @@ impl Journal {
             leases: leases::Known::default(),
             #[cfg(feature = "shipping")]
             acks: acks::Acks::default(),
+            fork: Mutex::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
             access,
@@ -533,6 +548,40 @@ impl Journal {
         Ok(if same { Comparison::Equal } else { Comparison::Differs })
     }
 
+    /// The last batch end at or in front of `position`, or the durable end if that lies in front of it; `None` if
+    /// it isn't known any more, because the events there were removed or lost.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the journal can't be read there.
+    pub(crate) fn batch_end_at(&self, position: Position) -> Result<Option<Checkpoint>, ReadError> {
+        let end = self.end();
+        if position >= end.position {
+            return Ok(Some(end));
+        }
+        match self.find_batch_end(position) {
+            Err(ReadError::Truncated { .. } | ReadError::Gap { .. }) => Ok(None),
+            found => found,
+        }
+    }
+
+    fn find_batch_end(&self, position: Position) -> Result<Option<Checkpoint>, ReadError> {
+        let start = self.start();
+        let Some(last) = position.get().checked_sub(1) else {
+            return Ok(Some(crate::format::files::Mark::start(self.id()).end));
+        };
+        if position == start.position {
+            return Ok(Some(start));
+        }
+        match self.header_holding(Position::new(last))? {
+            Some(header) if header.end_position() == position => {
+                Ok(Some(writer::checkpoint_of(&header, self.id())))
+            }
+            // The batch holds `position`, too: what ends in front of it is meant.
+            Some(header) => self.find_batch_end(header.base_position),
+            None => Ok(None),
+        }
+    }
+
     /// Compares a place behind lost events: only the end of a gap is known, and not always.
     fn compare_with_gap(
         &self,
@@ -750,8 +799,27 @@ impl Journal {
         segments.all.push(Arc::new(Segment { page, sealed: None }));
     }
 
+    /// In a mirror: its origin was found to have another history, and the mirror has halted. It shows what there was,
+    /// some of which the origin doesn't have, or not any more. `None` if nothing of that is known.
+    #[must_use]
+    pub fn fork(&self) -> Option<Fork> {
+        *self.0.fork.lock()
+    }
+
+    #[cfg(feature = "shipping")]
+    pub(crate) fn set_fork(&self, fork: Option<Fork>) {
+        *self.0.fork.lock() = fork;
+    }
+
     fn close_watch(&self) {
         self.0.watch.close();
+    }
+
+    /// Whoever reads from this handle, or a clone of it, is refused from now on: its files are about to hold
+    /// something else.
+    fn retire(&self) {
+        self.close_watch();
+        self.0.files.retire();
     }
 }
 
@@ -879,7 +947,28 @@ impl Locked {
         if names.iter().any(|name| name == layout::INCOMING) {
             return Err(OpenError::Incomplete { path: self.layout.dir.clone() });
         }
+        if names.iter().any(|name| name == layout::RECOVERING) {
+            return Err(OpenError::Recovering { path: self.layout.dir.clone() });
+        }
         Ok(())
+    }
+
+    /// The journal's origin; `None` if there is no journal.
+    #[cfg(feature = "shipping")]
+    fn origin(&self) -> Result<Option<Node>, OpenError> {
+        match read_node(&*self.fs, &self.layout)? {
+            Some(node) if node.role != Role::Origin => {
+                let (found, wanted) = (node.role, Role::Origin);
+                Err(OpenError::Role { path: self.layout.dir.clone(), found, wanted })
+            }
+            node => Ok(node),
+        }
+    }
+
+    /// Whether anything of the journal is there; without it, it isn't for a mirror to say what that means.
+    #[cfg(feature = "shipping")]
+    fn is_begun(&self) -> bool {
+        self.has_segments().unwrap_or(true)
     }
 
     fn has_segments(&self) -> Result<bool, OpenError> {

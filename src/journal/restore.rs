@@ -173,6 +173,34 @@ pub fn restore(
     dir: &Path,
     at: Option<Position>,
 ) -> Result<RestoreReport, RestoreError> {
+    restore_as(Role::Origin, fs, backup, dir, at)
+}
+
+/// Makes a mirror in `dir` of a backup, if there is nothing yet, or goes on with that. It is durable when this returns.
+///
+/// # Errors
+/// [`RestoreError`].
+#[cfg(feature = "shipping")]
+pub(crate) fn begin_mirror(
+    fs: &Arc<dyn Fs>,
+    backup: &Path,
+    dir: &Path,
+) -> Result<(), RestoreError> {
+    let names = fs.list(dir).unwrap_or_default();
+    let has = |name: &str| names.iter().any(|it| it == name);
+    if has(layout::NODE) && !has(layout::INCOMING) {
+        return Ok(());
+    }
+    restore_as(Role::Mirror, fs, backup, dir, None).map(drop)
+}
+
+fn restore_as(
+    role: Role,
+    fs: &Arc<dyn Fs>,
+    backup: &Path,
+    dir: &Path,
+    at: Option<Position>,
+) -> Result<RestoreReport, RestoreError> {
     let (source, damage) = Journal::open_read_only(fs, backup).map_err(RestoreError::Backup)?;
     let wanted = at.unwrap_or_else(|| source.end().position);
     let damage = match damage {
@@ -196,7 +224,7 @@ pub fn restore(
     // Proof of the end, in front of `node`: nothing opens this yet.
     let mut mark = MarkFile::open(&**fs, &locked.layout, 0)?;
     mark.write_synced(Mark { sequence: 0, end, closed: false, witness: None, salt: 0 })?;
-    let node = Node { role: Role::Origin, node: NodeId::random(), journal: source.id() };
+    let node = Node { role, node: NodeId::random(), journal: source.id() };
     locked.write_node(&node)?;
     finish(&**fs, &locked.layout)?;
     Ok(RestoreReport { end, node: node.node, written_bytes: copied.written_bytes })

@@ -164,6 +164,21 @@ impl Journal {
     ) -> Result<(), ReadError> {
         let fs = &**self.0.files.fs();
         let layout = &self.0.layout;
+        let Some(base) = self.write_base(first, fs, layout)? else { return Ok(()) };
+        let removed: Vec<_> = self.segments().into_iter().map(|segment| segment.number).collect();
+        self.begin_at(base);
+        let numbers = removed.into_iter().take_while(|number| *number < first);
+        Ok(base::remove_segments(fs, layout, numbers)?)
+    }
+
+    /// Writes what is to be known of all segments in front of number `first` into a directory, durably: this
+    /// journal's own, or that of a copy that begins there. `None` if there is nothing in front, or no such segment.
+    pub(crate) fn write_base(
+        &self,
+        first: u64,
+        fs: &dyn Fs,
+        target: &Layout,
+    ) -> Result<Option<Arc<base::Base>>, ReadError> {
         let (removed, start) = {
             let segments = self.0.segments.read();
             let removed: Vec<_> =
@@ -171,9 +186,9 @@ impl Journal {
             let next = segments.all.get(removed.len()).cloned();
             (removed, next.filter(|next| next.number() == first))
         };
-        let (Some(_), Some(next)) = (removed.first(), start) else { return Ok(()) };
+        let (Some(_), Some(next)) = (removed.first(), start) else { return Ok(None) };
         let last = Position::new(next.base_position().get().saturating_sub(1));
-        let Some(header) = self.header_holding(last)? else { return Ok(()) };
+        let Some(header) = self.header_holding(last)? else { return Ok(None) };
         let checkpoint = checkpoint_of(&header, self.id());
         let page = &next.page.header;
         let linked = Link {
@@ -183,7 +198,7 @@ impl Journal {
         };
         if header.end_link() != linked {
             return Err(ReadError::Corruption(Corruption {
-                path: layout.segment(first),
+                path: self.0.layout.segment(first),
                 file_offset: 0,
                 position: page.base_position,
                 kind: CorruptionKind::SegmentLink,
@@ -207,10 +222,7 @@ impl Journal {
         };
         let boundaries = removed.iter().map(boundary).collect();
         let sources = Sources { old: old.as_deref(), boundaries, heads: &heads };
-        let base = sources.write(fs, layout, &start, crate::env::now_us())?;
-        self.begin_at(base);
-        let numbers = removed.iter().map(|segment| segment.number());
-        Ok(base::remove_segments(fs, layout, numbers)?)
+        sources.write(fs, target, &start, crate::env::now_us()).map(Some)
     }
 }
 

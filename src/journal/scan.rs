@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{IoContext, IoError};
 use crate::format::FormatError;
@@ -72,11 +73,24 @@ pub(crate) struct Window {
     path: PathBuf,
     start: u64,
     data: Vec<u8>,
+    /// Once set, what the file holds is no continuation of what was read before.
+    retired: Option<Arc<AtomicBool>>,
+}
+
+/// The answer to whoever reads on in a history that was set aside.
+pub(crate) fn retired() -> std::io::Error {
+    let why = "this history was set aside; what is in its place is read through a journal that was opened since";
+    std::io::Error::new(ErrorKind::StaleNetworkFileHandle, why)
 }
 
 impl Window {
     pub(crate) fn new(file: Arc<dyn File>, path: PathBuf) -> Self {
-        Self { file, path, start: 0, data: Vec::new() }
+        Self { file, path, start: 0, data: Vec::new(), retired: None }
+    }
+
+    /// The same, until `retired` is set.
+    pub(crate) fn until(retired: Arc<AtomicBool>, file: Arc<dyn File>, path: PathBuf) -> Self {
+        Self { retired: Some(retired), ..Self::new(file, path) }
     }
 
     pub(crate) fn path(&self) -> &PathBuf {
@@ -94,6 +108,10 @@ impl Window {
             let chunk = (2 * self.data.len()).clamp(FIRST_CHUNK_BYTES, CHUNK_BYTES);
             self.data.resize(len.max(chunk).min(room), 0);
             let read = fs::read_full_at(&*self.file, &mut self.data, at);
+            // Asked behind the reading: before the files are changed, it is set.
+            let is_retired = |it: &Arc<AtomicBool>| it.load(Ordering::SeqCst);
+            let read =
+                if self.retired.as_ref().is_some_and(is_retired) { Err(retired()) } else { read };
             match read.context("reading", &self.path) {
                 Ok(read) => self.data.truncate(read),
                 Err(error) => {

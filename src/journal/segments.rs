@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Corruption, CorruptionKind, IoContext, IoError, ReadError};
 use crate::event::Revision;
@@ -18,7 +19,7 @@ use crate::fs::{self, File, Fs, OpenMode};
 use crate::journal::base::Heads;
 use crate::journal::gaps::{self, Gaps};
 use crate::journal::layout::Layout;
-use crate::journal::scan::{Window, file_offset};
+use crate::journal::scan::{self, Window, file_offset};
 use crate::position::Position;
 use crate::sync::RwLock;
 
@@ -105,6 +106,8 @@ pub(crate) struct Files {
     fs: Arc<dyn Fs>,
     layout: Layout,
     gaps: Gaps,
+    /// Other files may bear the same names from now on.
+    retired: Arc<AtomicBool>,
     open: quick_cache::sync::Cache<FileKey, Arc<dyn File>>,
     /// Verified pages of sidecars and maps.
     pages: quick_cache::sync::Cache<(FileKey, u64), Page>,
@@ -123,7 +126,7 @@ impl Files {
     pub(crate) fn new(fs: Arc<dyn Fs>, layout: Layout, gaps: Gaps) -> Arc<Self> {
         let open = quick_cache::sync::Cache::new(OPEN_FILES_MAX);
         let pages = quick_cache::sync::Cache::new(PAGES_MAX);
-        Arc::new(Self { fs, layout, gaps, open, pages })
+        Arc::new(Self { fs, layout, gaps, retired: Arc::default(), open, pages })
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -141,10 +144,19 @@ impl Files {
     pub(crate) fn window(&self, number: u64) -> Result<Window, IoError> {
         let path = self.layout.segment(number);
         let file = self.get(FileKey::Segment(number)).context("opening", &path)?;
-        Ok(Window::new(file, path))
+        Ok(Window::until(Arc::clone(&self.retired), file, path))
+    }
+
+    /// From now on everything fails that would have to read a file: what is about to be in the files is no
+    /// continuation of what these readers have seen.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::SeqCst);
     }
 
     fn get(&self, key: FileKey) -> io::Result<Arc<dyn File>> {
+        if self.retired.load(Ordering::SeqCst) {
+            return Err(scan::retired());
+        }
         self.open.get_or_insert_with(&key, || self.fs.open(&self.path(key), OpenMode::Read))
     }
 

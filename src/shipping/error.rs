@@ -2,15 +2,16 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::message::{Divergence, ErrorCode, Failure, VersionRange};
 use super::security::{SecurityError, TlsFailure};
-use super::session::{Deadline, DivergedAt, SessionEnd, Violation};
+use super::session::{Deadline, DivergedAt, SessionEnd, TruncatedAt, Violation};
 use crate::error::{IngestError, OpenError, Refusal};
 use crate::format::FormatError;
 use crate::format::files::Witness;
-use crate::journal::TokenError;
+use crate::journal::{Fork, RestoreError, SetAsideError, TokenError};
 use crate::position::{Checkpoint, JournalId, Position};
 
 /// Why a journal can't be served.
@@ -22,12 +23,6 @@ pub enum ServeError {
     Plaintext {
         /// The address.
         address: SocketAddr,
-    },
-    /// The journal is a mirror. Relaying a mirror to others isn't possible yet.
-    #[error("journal {journal} is a mirror here; only its origin can serve it")]
-    NotAnOrigin {
-        /// The journal.
-        journal: JournalId,
     },
     /// The address can't be listened on.
     #[error("can't listen: {0}")]
@@ -43,7 +38,6 @@ impl ServeError {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::Plaintext { .. } => "serve.plaintext",
-            Self::NotAnOrigin { .. } => "serve.not_an_origin",
             Self::Listen(_) => "serve.listen",
             Self::Thread(_) => "serve.thread",
         }
@@ -54,7 +48,6 @@ impl ServeError {
     pub const fn hint(&self) -> &'static str {
         match self {
             Self::Plaintext { .. } => PLAINTEXT_HINT,
-            Self::NotAnOrigin { .. } => "serve it from the store that appends to it",
             Self::Listen(_) => "see the system's error: is the address this machine's, and free?",
             Self::Thread(_) => "raise the limit on threads",
         }
@@ -86,12 +79,19 @@ pub enum ShippingError {
         origin: JournalId,
     },
     /// The origin no longer has what the mirror needs next.
-    #[error("the mirror ends at position {mirror}, the origin begins at {first}")]
+    #[error(
+        "the mirror ends at position {mirror}, the origin begins at {first}{}",
+        Sources(sources)
+    )]
     Truncated {
         /// The mirror's end.
         mirror: Position,
         /// The first position that the origin has.
         first: Position,
+        /// The checkpoint there, if the origin has told.
+        start: Option<Box<Checkpoint>>,
+        /// Where the removed events may be found, as the origin says: other mirrors, places of backups.
+        sources: Vec<String>,
     },
     /// The journal comes from this mirror itself.
     #[error("the origin at this address is the mirror itself, or gets the journal from it")]
@@ -133,6 +133,12 @@ pub enum ShippingError {
     /// The mirror's disk is full, or failed.
     #[error(transparent)]
     Storage(IngestError),
+    /// The tail that the origin has lost can't be set aside. It is still in the mirror.
+    #[error("the mirror's tail can't be set aside: {0}")]
+    SetAside(Arc<SetAsideError>),
+    /// The mirror can't begin with the backup that it was given.
+    #[error("the mirror can't begin with the backup: {0}")]
+    Begin(Arc<RestoreError>),
     /// The mirror can't be opened or created.
     #[error(transparent)]
     Open(#[from] Arc<OpenError>),
@@ -182,8 +188,20 @@ pub struct Divergent {
     pub origin: Checkpoint,
     /// The old end of a tail that the mirror has set aside, if that is where they differ.
     pub witness: Option<Witness>,
-    /// Up to where both have the same events; `None`: nobody knows yet.
+    /// Up to where both have the same events, exactly; `None` if it isn't known: the origin can't be asked, or
+    /// one of both has removed what was there.
     pub common: Option<Position>,
+}
+
+impl Divergent {
+    /// The positions of the events that the mirror has (or has set aside) and the origin hasn't, if it is known
+    /// where the histories part.
+    #[must_use]
+    pub fn orphaned(&self) -> Option<Range<Position>> {
+        let witnessed = self.witness.map_or(Position::START, |witness| witness.position);
+        let end = self.mirror.position.max(witnessed);
+        self.common.map(|common| common..end.max(common))
+    }
 }
 
 impl std::fmt::Display for Divergent {
@@ -193,10 +211,32 @@ impl std::fmt::Display for Divergent {
             write!(f, " (and held events up to {} before)", witness.position)?;
         }
         write!(f, ", the origin at {}; ", self.origin.position)?;
-        match self.common {
-            Some(position) => write!(f, "they agree up to {position}"),
+        match self.orphaned() {
+            Some(orphaned) if orphaned.is_empty() => {
+                write!(f, "they agree up to {}", orphaned.start)
+            }
+            Some(Range { start, end }) => {
+                let (count, last) = (end.since(start), end.get() - 1);
+                write!(f, "they agree up to {start}, and only the mirror has ")?;
+                match count {
+                    1 => write!(f, "the event at {last}"),
+                    _ => write!(f, "the {count} events from {start} to {last}"),
+                }
+            }
             None => f.write_str("up to where they agree is not known"),
         }
+    }
+}
+
+/// Where the rest may be found.
+struct Sources<'a>(&'a [String]);
+
+impl std::fmt::Display for Sources<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        write!(f, "; it names as sources: {}", self.0.join(", "))
     }
 }
 
@@ -211,7 +251,7 @@ impl std::fmt::Display for At {
 impl ShippingError {
     /// Whether no further attempt is made until [`Mirror::resume`](super::Mirror::resume) or a restart.
     #[must_use]
-    pub const fn is_halting(&self) -> bool {
+    pub fn is_halting(&self) -> bool {
         match self {
             Self::Ahead(_)
             | Self::Fork(_)
@@ -220,9 +260,11 @@ impl ShippingError {
             | Self::Cycle
             | Self::Version { .. }
             | Self::Plaintext { .. }
+            | Self::Begin(_)
             | Self::Open(_) => true,
             Self::Reported { failure } => !failure.code.is_transient(),
             Self::Storage(error) => !matches!(error, IngestError::DiskFull(_)),
+            Self::SetAside(error) => !error.is_disk_full(),
             Self::Refused { refusal, .. } => is_unsupported(refusal),
             Self::Security(_)
             | Self::Tls(_)
@@ -233,6 +275,14 @@ impl ShippingError {
             | Self::GoingAway { .. }
             | Self::Timeout(_)
             | Self::Violation(_) => false,
+        }
+    }
+
+    /// Of a mirror whose history parts from the origin's, what is known of that.
+    pub(crate) const fn fork(&self) -> Option<Fork> {
+        match self {
+            Self::Ahead(at) | Self::Fork(at) => Some(Fork { common: at.common }),
+            _ => None,
         }
     }
 
@@ -252,6 +302,8 @@ impl ShippingError {
             Self::Security(error) => error.code(),
             Self::Tls(_) => "shipping.tls",
             Self::Storage(_) => "shipping.storage",
+            Self::SetAside(_) => "shipping.set_aside",
+            Self::Begin(_) => "shipping.begin",
             Self::Open(_) => "shipping.open",
             Self::Resolve { .. } => "shipping.resolve",
             Self::Connect { .. } => "shipping.connect",
@@ -267,14 +319,17 @@ impl ShippingError {
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
-            Self::Ahead(_) | Self::Fork(_) => {
-                "don't delete the mirror: it may hold the only copy of acknowledged events. Was the origin restored from an older copy? Put its newest state back, then resume; or, to give up the mirror's events, follow into a new directory"
+            Self::Ahead(_) => {
+                "don't delete the mirror: it may hold the only copy of acknowledged events. Was the origin restored from an older copy? Close it and open it with recover_from_mirrors (`headwater recover`), before anything is appended to it. To go on without these events, follow with ForkPolicy::Quarantine. See docs/operate/forks.md"
+            }
+            Self::Fork(_) => {
+                "don't delete the mirror: it may hold the only copy of acknowledged events. Was the origin restored from an older copy and appended to? Decide which history is to stay: put the origin's newest state back and resume, or follow with ForkPolicy::Quarantine, which sets the mirror's events aside. See docs/operate/forks.md"
             }
             Self::Foreign { .. } => {
                 "check the address; to follow this origin too, use another mirror directory"
             }
             Self::Truncated { .. } => {
-                "the origin has removed these events; follow into a new mirror made of another mirror's files, or read the origin's archive"
+                "the origin has removed these events: begin the mirror anew from a backup or archive of the origin that reaches further (FollowOptions::begin_with), or follow one of the sources first"
             }
             Self::Cycle => "follow the journal's origin, not its mirror",
             Self::Version { .. } => "upgrade the older side",
@@ -295,6 +350,8 @@ impl ShippingError {
             Self::Tls(failure) => failure.hint(),
             Self::Storage(_) => "check the mirror's disk, then resume",
             Self::Open(error) => error.hint(),
+            Self::SetAside(error) => error.hint(),
+            Self::Begin(error) => error.hint(),
             Self::Resolve { .. } | Self::Connect { .. } => {
                 "is the origin running, and is the address right? Attempts go on"
             }
@@ -319,23 +376,23 @@ impl ShippingError {
             SessionEnd::Version(versions) => Self::Version { versions },
             SessionEnd::Peer(Failure {
                 code: ErrorCode::TRUNCATED, position: Some(first), ..
-            }) => {
-                let mirror = mirror.map_or(Position::START, |end| end.position);
-                Self::Truncated { mirror, first }
-            }
+            }) => Self::from_truncation(first.into(), mirror),
             SessionEnd::Peer(failure) | SessionEnd::Own(failure) => {
                 Self::Reported { failure: Box::new(failure) }
             }
             SessionEnd::GoAway(go_away) => {
                 Self::GoingAway { reconnect_after_ms: go_away.reconnect_after_ms }
             }
-            SessionEnd::Truncated { first } => Self::Truncated {
-                mirror: mirror.map_or(Position::START, |end| end.position),
-                first,
-            },
+            SessionEnd::Truncated(at) => Self::from_truncation(at, mirror),
             SessionEnd::Cycle => Self::Cycle,
             SessionEnd::Diverged(at) => Self::from_divergence(&at, mirror, witness),
         }
+    }
+
+    fn from_truncation(at: TruncatedAt, mirror: Option<Checkpoint>) -> Self {
+        let TruncatedAt { first, start, sources } = at;
+        let mirror = mirror.map_or(Position::START, |end| end.position);
+        Self::Truncated { mirror, first, start: start.map(Box::new), sources }
     }
 
     fn from_divergence(

@@ -15,7 +15,7 @@
 
 use zeroize::Zeroizing;
 
-use crate::format::batch::PADDED_BYTES_LIMIT;
+use crate::format::batch::{Link, PADDED_BYTES_LIMIT};
 use crate::format::files::Witness;
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::format::{Decoder, FormatError, crc32};
@@ -39,14 +39,23 @@ pub const DATA_FIXED_BYTES: u32 = 32;
 pub const FRAME_BYTES_MIN: u32 = 8 * 1024;
 /// The largest frame limit that this code grants, and the one it asks for.
 pub const FRAME_BYTES_MAX: u32 = 1024 * 1024;
-/// Feature bits that this code knows: none yet. Bits 0 to 4 are set apart in `docs/protocol.md`.
-pub const FEATURES: u64 = 0;
+/// Feature: PROBE and PROBED, with which a mirror finds the last common batch end of two histories.
+pub const FEATURE_PROBE: u64 = 1 << 2;
+/// Feature: TRUNCATED, which says where else there are events that were removed.
+pub const FEATURE_TRUNCATED: u64 = 1 << 3;
+/// Feature bits that this code knows. Others are set apart in `docs/protocol.md`.
+pub const FEATURES: u64 = FEATURE_PROBE | FEATURE_TRUNCATED;
 /// The longest path of nodes that a SUBSCRIBED may carry.
 pub const PATH_NODES_MAX: usize = 8;
+/// The most positions that a PROBE may ask for.
+pub const PROBE_POSITIONS_MAX: usize = 64;
+/// The most sources that a TRUNCATED may name.
+pub const SOURCES_MAX: usize = 8;
 
 const AGENT_BYTES_MAX: usize = 64;
 const DETAIL_BYTES_MAX: usize = 512;
 const AUTH_BYTES_MAX: usize = 1024;
+const SOURCE_BYTES_MAX: usize = 256;
 const UNKNOWN: u64 = u64::MAX;
 
 const FLAG_OPTIONAL: u8 = 1;
@@ -62,10 +71,13 @@ mod kind {
     pub(super) const SUBSCRIBE: u8 = 0x03;
     pub(super) const SUBSCRIBED: u8 = 0x04;
     pub(super) const DIVERGED: u8 = 0x05;
+    pub(super) const PROBE: u8 = 0x06;
+    pub(super) const PROBED: u8 = 0x07;
     pub(super) const DATA: u8 = 0x10;
     pub(super) const SEGMENT: u8 = 0x11;
     pub(super) const HEARTBEAT: u8 = 0x16;
     pub(super) const ACK: u8 = 0x17;
+    pub(super) const TRUNCATED: u8 = 0x18;
     pub(super) const ERROR: u8 = 0x1E;
     pub(super) const GOAWAY: u8 = 0x1F;
 }
@@ -248,6 +260,30 @@ pub struct Common {
     pub position: Position,
     /// The chain there.
     pub chain: Chain,
+}
+
+/// Asks for batch ends of the origin's history, to find the last one that both have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// At or in front of these positions, from 1 to [`PROBE_POSITIONS_MAX`].
+    pub positions: Vec<Position>,
+}
+
+/// The answer to a [`Probe`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probed {
+    /// The last batch end at or in front of each position, in the order of the question; `None` if the origin
+    /// doesn't know it any more.
+    pub ends: Vec<Option<Link>>,
+}
+
+/// The subscription is refused, or ended, because the events that are to be sent were removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Truncated {
+    /// Where the origin's journal begins: what lies behind can be had here.
+    pub start: Checkpoint,
+    /// Where the rest may be found, for people: other mirrors' addresses, places of backups.
+    pub sources: Vec<String>,
 }
 
 /// How far an origin is durable, in both measures.
@@ -433,6 +469,10 @@ pub enum Message<'a> {
     Subscribed(Subscribed),
     /// See [`Diverged`].
     Diverged(Diverged),
+    /// See [`Probe`].
+    Probe(Probe),
+    /// See [`Probed`].
+    Probed(Probed),
     /// The header page of a segment, verbatim, in front of the segment's first batch.
     Segment(&'a [u8; HEADER_PAGE_BYTES]),
     /// See [`Data`].
@@ -441,6 +481,8 @@ pub enum Message<'a> {
     Heartbeat(Heartbeat),
     /// See [`Ack`].
     Ack(Ack),
+    /// See [`Truncated`].
+    Truncated(Truncated),
     /// See [`Failure`].
     Error(Failure),
     /// See [`GoAway`].
@@ -461,16 +503,19 @@ impl Message<'_> {
             Self::Subscribe(_) => kind::SUBSCRIBE,
             Self::Subscribed(_) => kind::SUBSCRIBED,
             Self::Diverged(_) => kind::DIVERGED,
+            Self::Probe(_) => kind::PROBE,
+            Self::Probed(_) => kind::PROBED,
             Self::Segment(_) => kind::SEGMENT,
             Self::Data(_) => kind::DATA,
             Self::Heartbeat(_) => kind::HEARTBEAT,
             Self::Ack(_) => kind::ACK,
+            Self::Truncated(_) => kind::TRUNCATED,
             Self::Error(_) => kind::ERROR,
             Self::GoAway(_) => kind::GOAWAY,
         }
     }
 
-    /// Appends the frame to `out`. Texts that are too long are cut, paths too.
+    /// Appends the frame to `out`. Texts and lists that are too long are cut.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let frame = FrameWriter::begin(out);
         let mut flags = 0;
@@ -480,6 +525,8 @@ impl Message<'_> {
             Self::Subscribe(subscribe) => subscribe.encode(out),
             Self::Subscribed(subscribed) => subscribed.encode(out),
             Self::Diverged(diverged) => diverged.encode(out),
+            Self::Probe(probe) => probe.encode(out),
+            Self::Probed(probed) => probed.encode(out),
             Self::Segment(page) => out.extend_from_slice(*page),
             Self::Data(data) => {
                 data.encode_fixed(out);
@@ -488,6 +535,7 @@ impl Message<'_> {
             }
             Self::Heartbeat(heartbeat) => heartbeat.encode(out),
             Self::Ack(ack) => ack.encode(out),
+            Self::Truncated(truncated) => truncated.encode(out),
             Self::Error(failure) => failure.encode(out),
             Self::GoAway(go_away) => {
                 put_u32(out, go_away.reconnect_after_ms);
@@ -505,10 +553,13 @@ const fn frame_name(kind: u8) -> &'static str {
         kind::SUBSCRIBE => "SUBSCRIBE",
         kind::SUBSCRIBED => "SUBSCRIBED",
         kind::DIVERGED => "DIVERGED",
+        kind::PROBE => "PROBE",
+        kind::PROBED => "PROBED",
         kind::SEGMENT => "SEGMENT",
         kind::DATA => "DATA",
         kind::HEARTBEAT => "HEARTBEAT",
         kind::ACK => "ACK",
+        kind::TRUNCATED => "TRUNCATED",
         kind::ERROR => "ERROR",
         kind::GOAWAY => "GOAWAY",
         _ => "frame",
@@ -737,6 +788,8 @@ fn decode_message<'a>(
         kind::SUBSCRIBE => Message::Subscribe(Subscribe::decode(input)?),
         kind::SUBSCRIBED => Message::Subscribed(Subscribed::decode(input)?),
         kind::DIVERGED => Message::Diverged(Diverged::decode(input)?),
+        kind::PROBE => Message::Probe(Probe::decode(input)?),
+        kind::PROBED => Message::Probed(Probed::decode(input)?),
         kind::SEGMENT => {
             let page = input.bytes(HEADER_PAGE_BYTES)?;
             Message::Segment(page.try_into().map_err(|_| FormatError::Truncated)?)
@@ -744,6 +797,7 @@ fn decode_message<'a>(
         kind::DATA => Message::Data(Data::decode(continued, input)?),
         kind::HEARTBEAT => Message::Heartbeat(Heartbeat::decode(input)?),
         kind::ACK => Message::Ack(Ack::decode(input)?),
+        kind::TRUNCATED => Message::Truncated(Truncated::decode(input)?),
         kind::ERROR => Message::Error(Failure::decode(input)?),
         kind::GOAWAY => {
             let go_away = GoAway { reconnect_after_ms: input.u32()? };
@@ -976,6 +1030,77 @@ impl Diverged {
             common: (flags & DIVERGED_COMMON != 0).then_some(common),
             end: checkpoint(&input.array()?)?,
         })
+    }
+}
+
+/// How many positions are asked for, or answered.
+fn probe_count(input: &mut Decoder<'_>) -> Result<u64, FormatError> {
+    let count = input.u64()?;
+    if count == 0 || count > PROBE_POSITIONS_MAX as u64 {
+        return Err(FormatError::Invalid("number of positions"));
+    }
+    Ok(count)
+}
+
+impl Probe {
+    fn encode(&self, out: &mut Vec<u8>) {
+        let positions = self.positions.get(..PROBE_POSITIONS_MAX).unwrap_or(&self.positions);
+        put_u64(out, positions.len() as u64);
+        positions.iter().for_each(|position| put_u64(out, position.get()));
+    }
+
+    fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
+        let count = probe_count(input)?;
+        let position = |_| input.u64().map(Position::new);
+        Ok(Self { positions: (0..count).map(position).collect::<Result<_, _>>()? })
+    }
+}
+
+impl Probed {
+    fn encode(&self, out: &mut Vec<u8>) {
+        let ends = self.ends.get(..PROBE_POSITIONS_MAX).unwrap_or(&self.ends);
+        put_u64(out, ends.len() as u64);
+        let unknown = Link { offset: 0, position: Position::new(UNKNOWN), chain: Chain::default() };
+        for end in ends.iter().map(|end| end.unwrap_or(unknown)) {
+            put_u64(out, end.offset);
+            put_u64(out, end.position.get());
+            out.extend_from_slice(end.chain.as_bytes());
+        }
+    }
+
+    fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
+        let count = probe_count(input)?;
+        let end = |_| {
+            let (offset, position) = (input.u64()?, Position::new(input.u64()?));
+            let link = Link { offset, position, chain: Chain::from_bytes(input.array()?) };
+            if position.get() != UNKNOWN {
+                return Ok(Some(link));
+            }
+            if link.offset != 0 || link.chain != Chain::default() {
+                return Err(FormatError::Invalid("place that is not known"));
+            }
+            Ok(None)
+        };
+        Ok(Self { ends: (0..count).map(end).collect::<Result<_, _>>()? })
+    }
+}
+
+impl Truncated {
+    fn encode(&self, out: &mut Vec<u8>) {
+        let sources = self.sources.get(..SOURCES_MAX).unwrap_or(&self.sources);
+        out.extend_from_slice(&self.start.to_bytes());
+        put_u16(out, sources.len() as u16);
+        sources.iter().for_each(|source| put_text(out, source, SOURCE_BYTES_MAX));
+    }
+
+    fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
+        let start = checkpoint(&input.array()?)?;
+        let count = usize::from(input.u16()?);
+        if count > SOURCES_MAX {
+            return Err(FormatError::Invalid("number of sources"));
+        }
+        let source = |_| text(input, SOURCE_BYTES_MAX, "source");
+        Ok(Self { start, sources: (0..count).map(source).collect::<Result<_, _>>()? })
     }
 }
 

@@ -30,16 +30,19 @@ use rustls::pki_types::ServerName;
 
 use super::error::{Divergent, ShippingError, WaitError};
 use super::link::{Arrived, Link};
-use super::message::{Authentication, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented};
+use super::message::{
+    Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented,
+};
 use super::security::{ClientTls, Token, TokenSource};
 use super::session::{
-    Deadlines, Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd, batches,
+    Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, batches,
 };
 use super::transport;
 use crate::env;
 use crate::error::{IngestError, OpenError};
+use crate::format::batch;
 use crate::fs::Fs;
-use crate::journal::{Ingest, Journal};
+use crate::journal::{self, Comparison, Fork, Ingest, Journal, Orphans};
 use crate::options::JournalOptions;
 use crate::position::{self, Checkpoint, NodeId, Position};
 
@@ -84,6 +87,32 @@ pub struct FollowOptions {
     pub allow_plaintext_off_loopback: bool,
     /// How this program introduces itself to the origin, for people to read there.
     pub agent: String,
+    /// What to do when the origin has another history than the mirror. Default: halt.
+    pub forks: ForkPolicy,
+    /// The directory of a backup of the origin (or of another mirror) with which a mirror begins that isn't there yet: it is
+    /// copied, verified, and only the rest is fetched. An interrupted copy is continued by following again. Default
+    /// none: everything is fetched.
+    pub begin_with: Option<PathBuf>,
+}
+
+/// What a mirror does when its origin has lost events that it has, or has others in their place.
+///
+/// That happens when the origin is restored from an older copy. Then the mirror may hold the only copy of
+/// acknowledged events, so nothing of it is ever removed: either it stands still, or they are set aside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ForkPolicy {
+    /// It halts, and is kept as it is. Views of it are served as they are; [`Journal::fork`](crate::Journal::fork)
+    /// and their status say that they are stale. Somebody decides: see `docs/operate/forks.md`.
+    #[default]
+    Halt,
+    /// The mirror's tail behind the last common batch is set aside, whole, in `orphaned/` in the mirror's directory,
+    /// and the mirror follows the origin from there on.
+    ///
+    /// Handles of the mirrored journal that were given out before are closed: take the new
+    /// [`journal`](Mirror::journal), and open the views again on it. Views that have folded orphaned events are then
+    /// set aside and built anew; others go on where they were.
+    Quarantine,
 }
 
 impl Default for FollowOptions {
@@ -97,6 +126,8 @@ impl Default for FollowOptions {
             token: None,
             allow_plaintext_off_loopback: false,
             agent: concat!("headwater/", env!("CARGO_PKG_VERSION")).to_owned(),
+            forks: ForkPolicy::default(),
+            begin_with: None,
         }
     }
 }
@@ -135,6 +166,8 @@ pub struct MirrorStatus {
     pub last_error: Option<ShippingError>,
     /// How many sessions there have been after the first.
     pub reconnects: u64,
+    /// Tails that the origin had lost, and that were set aside.
+    pub orphans: Vec<Orphans>,
     /// Whether what is known of the origin's end is fresh.
     lag_is_known: bool,
 }
@@ -201,6 +234,7 @@ struct State {
     applied: Option<Position>,
     last_error: Option<ShippingError>,
     sessions: u64,
+    orphans: Vec<Orphans>,
     stopping: bool,
     resuming: bool,
     /// The connection's socket, to interrupt whoever reads from it.
@@ -221,6 +255,7 @@ impl State {
 ///
 /// # Errors
 /// [`ShippingError::Open`] if there is something in `dir` that can't be opened as a mirror,
+/// [`ShippingError::Begin`] if it can't begin with the backup that the options name,
 /// [`ShippingError::Plaintext`] if the address is a literal one off the loopback and there is no TLS,
 /// [`ShippingError::Security`] if certificates, keys or the token can't be used, [`ShippingError::Setup`] if no thread can be started.
 pub fn follow(
@@ -235,8 +270,13 @@ pub fn follow(
         check_plaintext(&[literal], &options)?;
     }
     Credentials::read(&options, &address)?;
+    if let Some(backup) = &options.begin_with {
+        let begun = journal::begin_mirror(&fs, backup, dir);
+        begun.map_err(|error| ShippingError::Begin(Arc::new(error)))?;
+    }
     let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
     let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
+    let orphans = journal.as_ref().map(Journal::orphans).unwrap_or_default();
     let shared = Arc::new(Shared {
         new_node: NodeId::random(),
         fs,
@@ -250,6 +290,7 @@ pub fn follow(
             applied: None,
             last_error: None,
             sessions: 0,
+            orphans,
             stopping: false,
             resuming: false,
             socket: None,
@@ -290,6 +331,26 @@ impl Credentials {
                 .map_or(Authentication::None, |token| Authentication::Token(presented(token))),
         })
     }
+}
+
+/// Connects to whoever serves at `address`, wherever that is now; how this side introduces itself there.
+pub(super) fn connect(
+    address: &str,
+    options: &FollowOptions,
+    give_up: impl Fn() -> bool,
+    connected: impl FnOnce(&TcpStream) -> Result<(), ShippingError>,
+) -> Result<(Link, Authentication), ShippingError> {
+    let credentials = Credentials::read(options, address)?;
+    let addresses = transport::resolve(address, &give_up)?;
+    let addresses = check_plaintext(&addresses, options)?;
+    let stream = transport::connect(&addresses, options.connect_timeout, give_up)?;
+    transport::prepare(&stream, options.deadlines.bounded().silence).map_err(setup_error)?;
+    connected(&stream)?;
+    let link = match credentials.tls {
+        Some((config, name)) => Link::tls(stream, config, name)?,
+        None => Link::plain(stream),
+    };
+    Ok((link, credentials.authentication))
 }
 
 /// Leaves the addresses that may be connected to; an error if there are none. A token isn't sent in clear, whatever
@@ -482,7 +543,19 @@ impl Shared {
     fn run(&self, mut ingest: Option<Ingest>) -> Result<(), IngestError> {
         let (mut pauses, mut refusals) = (back_off(), Refusals::default());
         while !self.state.lock().stopping {
-            let attempt = self.attempt(&mut ingest);
+            let mut attempt = self.attempt(&mut ingest);
+            if self.options.forks == ForkPolicy::Quarantine
+                && let Some(Fork { common: Some(common) }) = attempt.error.fork()
+            {
+                match self.set_aside(&mut ingest, common) {
+                    Ok(()) => {
+                        self.note(attempt.error);
+                        self.pause(pauses.next().unwrap_or(BACK_OFF_MAX));
+                        continue;
+                    }
+                    Err(error) => attempt = error.into(),
+                }
+            }
             if attempt.healthy {
                 pauses = back_off();
             }
@@ -505,6 +578,22 @@ impl Shared {
         closed
     }
 
+    /// Sets aside what lies behind the common end; then the mirror follows from there.
+    fn set_aside(
+        &self,
+        ingest: &mut Option<Ingest>,
+        common: Position,
+    ) -> Result<(), ShippingError> {
+        let Some(parted) = ingest.take() else { return Ok(()) };
+        let done = parted.set_aside(common, &self.options.journal);
+        let (whole, _) = done.map_err(|error| ShippingError::SetAside(Arc::new(error)))?;
+        let orphans = whole.journal().orphans();
+        self.publish_journal(Some(&whole));
+        *ingest = Some(whole);
+        self.state.lock().orphans = orphans;
+        Ok(())
+    }
+
     fn stop(&self) {
         let mut state = self.state.lock();
         state.stopping = true;
@@ -518,6 +607,9 @@ impl Shared {
     fn halt(&self, error: ShippingError) {
         let mut state = self.state.lock();
         state.last_error = Some(error.clone());
+        if let (Some(journal), Some(fork)) = (&state.journal, error.fork()) {
+            journal.set_fork(Some(fork));
+        }
         state.phase = MirrorState::Halted(error);
         state.resuming = false;
         self.changed.notify_all();
@@ -563,22 +655,15 @@ impl Shared {
             *ingest = opened.map_err(open_error)?;
             self.publish_journal(ingest.as_ref());
         }
-        let credentials = Credentials::read(&self.options, &self.address)?;
         let give_up = || self.state.lock().stopping;
-        let addresses = transport::resolve(&self.address, give_up)?;
-        let addresses = check_plaintext(&addresses, &self.options)?;
-        let stream = transport::connect(&addresses, self.options.connect_timeout, give_up)?;
-        transport::prepare(&stream, self.options.deadlines.silence).map_err(setup_error)?;
-        let mut state = self.state.lock();
-        if state.stopping {
-            return Err(ShippingError::Disconnected);
-        }
-        state.socket = Some(stream.try_clone().map_err(setup_error)?);
-        let link = match credentials.tls {
-            Some((config, name)) => Link::tls(stream, config, name)?,
-            None => Link::plain(stream),
-        };
-        Ok((link, credentials.authentication))
+        connect(&self.address, &self.options, give_up, |stream| {
+            let mut state = self.state.lock();
+            if state.stopping {
+                return Err(ShippingError::Disconnected);
+            }
+            state.socket = Some(stream.try_clone().map_err(setup_error)?);
+            Ok(())
+        })
     }
 
     fn publish_journal(&self, ingest: Option<&Ingest>) {
@@ -689,6 +774,7 @@ impl Shared {
             origin_heard: heard,
             last_error: state.last_error.clone(),
             reconnects: state.sessions.saturating_sub(1),
+            orphans: state.orphans.clone(),
             lag_is_known: connected && heard.is_some_and(fresh),
         }
     }
@@ -795,6 +881,18 @@ impl Connection<'_> {
         written
     }
 
+    /// Tells the session what batch ends of the origin's are in the mirror; it asks on, or has ended.
+    fn compared(&self, held: &[Held]) {
+        let mut session = self.session.lock();
+        session.on_compared(held, transport::now());
+        let ended = session.end().is_some();
+        drop(session);
+        self.flush();
+        if ended {
+            self.link.cut_off(); // the listener needn't wait
+        }
+    }
+
     fn became_durable(&self, end: Checkpoint) {
         self.shared.mirror_moved();
         self.session.lock().on_durable(end);
@@ -892,6 +990,11 @@ impl<'a> MirrorWriter<'a> {
                 // Everything in front of the new segment was synced on the way.
                 self.sync()
             }
+            Delivery::Probed(ends) => {
+                let journal = self.ingest()?.journal().clone();
+                self.connection.compared(&compare_ends(&journal, &ends));
+                Ok(())
+            }
             Delivery::Batches(bytes) => batches(&bytes).try_for_each(|batch| {
                 let taken = self.ingest()?.batch(batch);
                 taken.map_err(|error| self.ingest_error(error))?;
@@ -913,6 +1016,7 @@ impl<'a> MirrorWriter<'a> {
         }
         shared.publish_journal(self.ingest.as_ref());
         let mut state = shared.state.lock();
+        state.journal.iter().for_each(|journal| journal.set_fork(None));
         state.phase = MirrorState::CatchingUp;
         state.sessions += 1;
         shared.judge_phase(&mut state);
@@ -942,11 +1046,27 @@ impl<'a> MirrorWriter<'a> {
             }
             (IngestError::WitnessDiffers { .. }, Some((origin, ingest))) => {
                 let (mirror, witness) = (ingest.end(), ingest.witness());
-                ShippingError::Fork(Box::new(Divergent { mirror, origin, witness, common: None }))
+                // What is in the mirror continues into what the origin has sent.
+                let common = Some(mirror.position);
+                ShippingError::Fork(Box::new(Divergent { mirror, origin, witness, common }))
             }
             (error, _) => ShippingError::Storage(error),
         }
     }
+}
+
+/// What batch ends of another history are in this one.
+pub(super) fn compare_ends(journal: &Journal, ends: &[Option<batch::Link>]) -> Vec<Held> {
+    let compare = |end: &Option<batch::Link>| {
+        let Some(batch::Link { offset, position, chain }) = *end else { return Held::Unknown };
+        match journal.compare_place(offset, position, chain) {
+            Ok(Comparison::Equal) => Held::Common(Common { position, chain }),
+            Ok(_) => Held::Other,
+            // What was removed or is damaged here can't be compared.
+            Err(_) => Held::Unknown,
+        }
+    };
+    ends.iter().map(compare).collect()
 }
 
 #[cfg(test)]

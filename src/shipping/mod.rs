@@ -27,13 +27,17 @@ pub mod security;
 mod error;
 mod link;
 mod mirror;
+mod recover;
 mod server;
 mod session;
 mod transport;
 mod wire;
 
 pub use error::{Divergent, ServeError, ShippingError, WaitError};
-pub use mirror::{FollowOptions, Mirror, MirrorState, MirrorStatus, follow};
+pub use mirror::{FollowOptions, ForkPolicy, Mirror, MirrorState, MirrorStatus, follow};
+pub use recover::{PeersCheck, PeersError, TakenBack, abandon_recovery, recover};
+#[cfg(feature = "cli")]
+pub(crate) use recover::{Standing, ask};
 pub use server::{PeerState, PeerStatus, ServeOptions, Server, serve};
 pub use session::{Deadline, Deadlines, Violation};
 

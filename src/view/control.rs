@@ -17,6 +17,7 @@ use super::runner::{Phase, Running, Shared, beginning};
 use super::sources::Checkpoints;
 use super::takeover::{Source, digest_of};
 use crate::event::KnownKind;
+use crate::journal::{Fork, Journal};
 use crate::position::{Checkpoint, Token};
 
 /// How far a view has got with a journal.
@@ -57,6 +58,15 @@ pub struct ViewStatus {
     pub rebuild: Option<RebuildStatus>,
 }
 
+impl ViewStatus {
+    /// Whether a journal of the view is a mirror that has halted because its origin has another history: rows are
+    /// served as they are, but they are stale, and [`journals`](Self::journals) says of which journal.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        self.journals.iter().any(|journal| journal.fork.is_some())
+    }
+}
+
 /// How a view is doing with one of its journals.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -67,6 +77,9 @@ pub struct JournalStatus {
     pub end: Checkpoint,
     /// How many events it has yet to apply; `None` while it doesn't follow the journals.
     pub lag_events: Option<u64>,
+    /// The journal is a mirror that has halted, because its origin has another history: the rows are stale, and may
+    /// be made of events that the origin doesn't have.
+    pub fork: Option<Fork>,
 }
 
 /// What a view is doing.
@@ -198,7 +211,8 @@ impl ViewControl {
             let (applied, durable) = (of(&state.applied.checkpoints), of(&state.durable));
             let lag_events = follows.then(|| end.position.since(applied.position));
             let checkpoint = ViewCheckpoint { applied, durable };
-            JournalStatus { checkpoint, end: *end, lag_events }
+            let fork = shared.sources.get(end.journal).and_then(Journal::fork);
+            JournalStatus { checkpoint, end: *end, lag_events, fork }
         });
         let behind = ends.events().saturating_sub(state.applied.checkpoints.events());
         ViewStatus {

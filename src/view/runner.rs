@@ -336,6 +336,7 @@ fn judge_one<P: Program>(
         Err(error) => Judgement::Unknown(error),
         Ok(Comparison::Equal) => Judgement::GoOn,
         Ok(Comparison::Differs | Comparison::Foreign) => Judgement::SetAside,
+        Ok(Comparison::Ahead) if journal.has_set_aside(checkpoint) => Judgement::SetAside,
         Ok(Comparison::Ahead) if journal.role() == Role::Mirror => Judgement::AwaitMirror,
         Ok(Comparison::Ahead) if lost_tail == LostTail::SetAside => Judgement::GiveUp,
         Ok(Comparison::Ahead) => {

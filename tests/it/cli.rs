@@ -301,6 +301,69 @@ fn tail_stops_following_when_nobody_reads_any_more() {
     assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()));
 }
 
+/// Who serves what lies in a directory, and where.
+#[cfg(feature = "shipping")]
+fn served(dir: &Path) -> (headwater::shipping::Server, String) {
+    let fs: std::sync::Arc<dyn headwater::fs::Fs> = std::sync::Arc::new(headwater::fs::os::OsFs);
+    let (journal, _) = headwater::Journal::open_read_only(&fs, dir).unwrap();
+    let options = headwater::shipping::ServeOptions::default();
+    let server = headwater::shipping::serve(journal, "127.0.0.1:0", options).unwrap();
+    let address = server.local_addr().to_string();
+    (server, address)
+}
+
+/// Equal, then restored to an older state: lost, taken back, equal again; appended to instead: forked.
+#[test]
+#[cfg(feature = "shipping")]
+fn peer_says_how_two_histories_relate_and_recover_takes_back_what_one_has_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, backup) = (dir.path().join("store"), dir.path().join("backup"));
+    let opened = fill(&store, small(), 20);
+    opened.journal().backup(&backup).unwrap();
+    for n in 0..9 {
+        append(&opened, &format!("later {n}"));
+    }
+    opened.close().unwrap();
+    drop(opened);
+    let newest = dir.path().join("newest");
+    copy_segments(&store.join("journal"), &newest);
+    let (_server, address) = served(&newest);
+    let (at, older) = (store.to_str().unwrap(), dir.path().join("older"));
+    assert!(ok(&["peer", at, &address]).contains("equal: "));
+    let older_at = older.to_str().unwrap();
+    ok(&["restore", backup.to_str().unwrap(), older_at]);
+    let text = ok(&["peer", older_at, &address]);
+    assert!(text.contains("behind: ") && text.contains("9 events more"), "{text}");
+    let asked = run(&["recover", older_at, "--from", &address, "--check"]);
+    assert_eq!(asked.status.code(), Some(1));
+    assert!(err(&asked).contains("error[peers.longer]"), "{}", err(&asked));
+    let back = lines(&ok(&["recover", older_at, "--from", &address, "--json"]));
+    let mut fields: Vec<_> = back[0].as_object().unwrap().keys().cloned().collect();
+    fields.sort();
+    assert_eq!(documented("recover"), fields);
+    assert_eq!(back[0]["taken_back"]["address"], address);
+    let peer = lines(&ok(&["peer", older_at, &address, "--json"]));
+    let mut fields: Vec<_> = peer[0].as_object().unwrap().keys().cloned().collect();
+    fields.sort();
+    assert_eq!(documented("peer"), fields);
+    assert_eq!(peer[0]["peer"]["standing"], "equal");
+    assert!(ok(&["recover", older_at, "--from", &address]).contains("nothing is missing"));
+    let forked = dir.path().join("forked");
+    ok(&["restore", backup.to_str().unwrap(), forked.to_str().unwrap()]);
+    let opened = Store::open(&forked).unwrap();
+    append(&opened, "another");
+    let common = opened.journal().end().position.get() - 1;
+    opened.close().unwrap();
+    drop(opened);
+    let told = run(&["peer", forked.to_str().unwrap(), &address, "--json"]);
+    assert_eq!(told.status.code(), Some(3), "{}", err(&told));
+    let told = &lines(&out(&told))[0]["peer"];
+    assert_eq!(told["standing"], "forked");
+    assert_eq!((&told["common_position"], &told["orphaned_events"]), (&json!(common), &json!(1)));
+    let refused = run(&["recover", forked.to_str().unwrap(), "--from", &address]);
+    assert!(err(&refused).contains("error[peers.parted]"), "{}", err(&refused));
+}
+
 /// The documented commands, as they stand in docs/cli.md: `DIR` is a store here, other names in capitals are
 /// directories that the commands make.
 #[test]
@@ -327,12 +390,16 @@ fn every_command_that_the_documentation_shows_works() {
     let text = include_str!("../../docs/cli.md");
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
-    let of_shipping = ["token", "pin ", "access "];
+    let of_shipping = ["token", "pin ", "access ", "peer ", "recover "];
     let is_built_in = |command: &&str| {
         let of_shipping = of_shipping.iter().any(|verb| command.starts_with(verb));
         (cfg!(feature = "views") || !command.starts_with("view "))
             && (cfg!(feature = "shipping") || !of_shipping)
     };
+    #[cfg(feature = "shipping")]
+    let (_server, address) = served(&copy);
+    #[cfg(not(feature = "shipping"))]
+    let address = "";
     let shown: Vec<&str> = shown.into_iter().filter(is_built_in).collect();
     assert!(shown.len() >= 10, "{shown:?}");
     for command in shown {
@@ -346,6 +413,7 @@ fn every_command_that_the_documentation_shows_works() {
             command = command.replace(name, dir.path().join(name).to_str().unwrap());
         }
         command = command.replace("COPY", copy.to_str().unwrap());
+        command = command.replace("HOST:PORT", &address);
         let args: Vec<&str> = command.split_whitespace().collect();
         let following = args.contains(&"-f") || args.contains(&"--follow");
         if following || piped.is_some() {

@@ -12,7 +12,8 @@ use headwater::fs::sim::SimFs;
 use headwater::fuzzing::{DATA, MIRROR, SEAL, TARGETS};
 use headwater::shipping::message::{
     Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, Failure, GoAway, Heartbeat,
-    Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
+    Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed, Subscribe, Subscribed, Truncated,
+    Welcome,
 };
 use headwater::{
     Append, Chain, Checkpoint, EventId, ExpectedRevision, Incarnation, JournalId, JournalOptions,
@@ -211,6 +212,15 @@ fn message_seeds(seeds: &mut Seeds) {
                 at_witness: true,
                 common: Some(Common { position: Position::new(3), chain }),
                 end: checkpoint(20),
+            }),
+        ),
+        ("probe", Message::Probe(Probe { positions: (1..=3).map(Position::new).collect() })),
+        ("probed", Message::Probed(Probed { ends: vec![None, Some(checkpoint(20).into())] })),
+        (
+            "truncated",
+            Message::Truncated(Truncated {
+                start: checkpoint(20),
+                sources: vec!["127.0.0.1:7001".into(), "/srv/backups/orders".into()],
             }),
         ),
         ("segment", Message::Segment(page)),

@@ -32,6 +32,8 @@ mod doctor;
 mod dump;
 #[cfg(feature = "derive")]
 mod evolution;
+#[cfg(feature = "test-kit")]
+mod forks;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]
 mod fuzz_corpus;
 mod golden;

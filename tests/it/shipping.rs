@@ -14,8 +14,8 @@ use headwater::shipping::message::{
     Subscribe, Subscribed, VersionRange, Welcome,
 };
 use headwater::shipping::{
-    Deadline, Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, PeerState, ServeError,
-    ServeOptions, Server, ShippingError, WaitError, follow, serve,
+    Deadline, Deadlines, FollowOptions, ForkPolicy, Mirror, MirrorState, MirrorStatus, PeerState,
+    ServeError, ServeOptions, Server, ShippingError, WaitError, follow, serve,
 };
 use headwater::{
     Append, Checkpoint, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, Position,
@@ -281,7 +281,8 @@ fn an_origin_restored_from_an_older_copy_and_still_shorter_is_behind_its_mirror(
         match error {
             ShippingError::Ahead(at) => {
                 assert_eq!((at.mirror, at.origin), (mirror.end(), origin.end()));
-                assert_eq!((at.common, at.witness), (None, None));
+                assert_eq!((at.common, at.witness), (Some(Position::new(40)), None));
+                assert_eq!(at.orphaned(), Some(Position::new(40)..Position::new(60)));
             }
             other => panic!("{other:?}"),
         }
@@ -293,7 +294,10 @@ fn an_origin_restored_and_grown_again_to_the_same_length_is_a_fork_even_with_ide
     let (error, mirror, origin, _dir) = restored(|origin| origin.append(40..60));
     assert_eq!(mirror.end().position, origin.end().position);
     assert_eq!(mirror.end().offset, origin.end().offset, "only the incarnation differs");
-    assert!(matches!(&error, ShippingError::Fork(at) if at.common.is_none()), "{error:?}");
+    assert!(
+        matches!(&error, ShippingError::Fork(at) if at.common == Some(Position::new(40))),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -302,7 +306,100 @@ fn an_origin_restored_and_grown_beyond_its_mirror_is_a_fork() {
         let (error, ..) = restored(|origin| origin.append(first..first + 50));
         assert!(matches!(error, ShippingError::Fork(_)), "{error:?}");
         assert!(error.hint().contains("don't delete the mirror"));
+        assert!(
+            error.to_string().contains("only the mirror has the 20 events from 40 to 59"),
+            "{error}"
+        );
     }
+}
+
+/// Whatever the tail and the regrowth: the mirror is told, says exactly what is orphaned, and with quarantine becomes the
+/// new origin, while its old bytes are set aside.
+#[test]
+fn s4_a_mirror_that_follows_with_quarantine_becomes_its_origin_and_keeps_what_was_lost() {
+    for (kept, lost, regrown) in [(40, 20, 0), (40, 20, 20), (0, 30, 50), (25, 1, 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mirror_dir = dir.path().join("mirror");
+        let mut origin = Origin::start(dir.path().join("origin"), small());
+        origin.append(0..kept);
+        origin.close();
+        copy_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(kept..kept + lost);
+        let mirror = start_mirror(&mirror_dir, &origin);
+        let before = converged(&mirror, &origin);
+        let old_end = before.end();
+        mirror.stop().unwrap();
+        origin.close();
+        replace_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(kept..kept + regrown);
+        let quarantine = FollowOptions { forks: ForkPolicy::Quarantine, ..options() };
+        let address = origin.address.to_string();
+        let mirror = follow(Arc::new(OsFs), &mirror_dir, address, quarantine).unwrap();
+        let told = mirror.wait_until(SOON, |status| !status.orphans.is_empty()).unwrap();
+        assert_eq!(told.orphans.len(), 1);
+        let orphans = &told.orphans[0];
+        assert_eq!(orphans.from.get(), kept as u64);
+        assert_eq!(orphans.end, Some(old_end));
+        origin.append(900..905);
+        mirror.wait_caught_up(SOON).unwrap();
+        let journal = converged(&mirror, &origin);
+        assert_same_bytes(origin.store().journal(), &journal);
+        assert_eq!(journal.fork(), None);
+        let fs: Arc<dyn headwater::fs::Fs> = Arc::new(OsFs);
+        let (copy, damage) = Journal::open_read_only(&fs, &orphans.dir).unwrap();
+        assert_eq!((copy.end(), damage), (old_end, None));
+        assert_eq!(copy.read_all(orphans.from).unwrap().count(), lost);
+        mirror.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_halted_mirror_says_that_what_it_shows_is_stale() {
+    let (error, mirror, _, _dir) = restored(|origin| origin.append(40..45));
+    let ShippingError::Ahead(at) = error else { panic!("{error:?}") };
+    assert_eq!(mirror.fork().unwrap().common, at.common);
+    assert_eq!(mirror.read_all(Position::START).unwrap().count(), 60, "it is served all the same");
+}
+
+#[test]
+fn a_mirror_begins_with_a_backup_and_fetches_only_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..80);
+    let backup = dir.path().join("backup");
+    let report = origin.store().journal().backup(&backup).unwrap();
+    let plan = forget_all(&origin);
+    assert!(plan.target > Position::START, "the origin is meant to lack the beginning");
+    origin.append(80..100);
+    let begin = FollowOptions { begin_with: Some(backup), ..options() };
+    let address = origin.address.to_string();
+    for _ in 0..2 {
+        let mirror =
+            follow(Arc::new(OsFs), &dir.path().join("mirror"), address.clone(), begin.clone());
+        let mirror = mirror.unwrap();
+        let journal = converged(&mirror, &origin);
+        assert_eq!(journal.start().position, Position::START);
+        assert!(journal.end().position > report.end.position);
+        assert_eq!(journal.read_all(Position::START).unwrap().count(), 100);
+        mirror.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_mirror_is_served_like_an_origin() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..60);
+    let first = start_mirror(&dir.path().join("first"), &origin);
+    let journal = converged(&first, &origin);
+    let server = serve(journal, "127.0.0.1:0", ServeOptions::default()).unwrap();
+    let second = dir.path().join("second");
+    let address = server.local_addr().to_string();
+    let second = follow(Arc::new(OsFs), &second, address, options()).unwrap();
+    origin.append(60..90);
+    assert_same_bytes(origin.store().journal(), &converged(&second, &origin));
 }
 
 #[test]
@@ -485,16 +582,6 @@ fn without_encryption_only_loopback_is_served_and_followed_unless_allowed_by_nam
         other => panic!("{other:?}"),
     }
     assert!(!mirror_dir.exists());
-}
-
-#[test]
-fn a_mirror_is_not_served() {
-    let dir = tempfile::tempdir().unwrap();
-    let origin = Origin::start(dir.path().join("origin"), small());
-    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
-    let journal = mirror.wait_ready(SOON).unwrap();
-    let refused = serve(journal, "127.0.0.1:0", ServeOptions::default());
-    assert!(matches!(refused, Err(ServeError::NotAnOrigin { .. })));
 }
 
 #[test]
@@ -1022,7 +1109,7 @@ fn a_mirror_that_begins_behind_a_removal_is_told() {
     let mirror = start_mirror(&dir.path().join("mirror"), &origin);
     let error = halted(&mirror);
     assert!(
-        matches!(error, ShippingError::Truncated { mirror: Position::START, first: at } if at == first),
+        matches!(error, ShippingError::Truncated { mirror: Position::START, first: at, .. } if at == first),
         "{error}"
     );
     assert_eq!(error.code(), "shipping.truncated");
@@ -1050,7 +1137,7 @@ fn a_mirror_that_lacks_what_was_removed_is_told_and_keeps_what_it_has() {
     assert!(plan.target > end.position);
     let mirror = start_mirror(&path, &origin);
     let error = halted(&mirror);
-    let told = matches!(error, ShippingError::Truncated { mirror, first } if mirror == end.position && first == plan.target);
+    let told = matches!(error, ShippingError::Truncated { mirror, first, .. } if mirror == end.position && first == plan.target);
     assert!(told, "{error}");
     assert_eq!(mirror.journal().unwrap().end(), end);
     mirror.stop().unwrap();

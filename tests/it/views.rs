@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use headwater::view::{
@@ -245,9 +245,9 @@ fn stopping() -> ViewOptions {
 
 /// Asks again until it is so.
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while !is_so() {
-        assert!(std::time::Instant::now() < deadline, "never: {what}");
+        assert!(Instant::now() < deadline, "never: {what}");
         std::thread::yield_now();
     }
 }
@@ -889,6 +889,50 @@ fn a_view_whose_mirror_becomes_another_history_stops_as_a_fork() {
             "its rows are of another history"
         );
         assert!(view.get(&(ONE_ACCOUNT, "b".to_owned())).unwrap().is_some(), "it serves");
+    }
+}
+
+/// A mirror sets a tail aside: views that had folded some of it are discarded and built anew, others go on; one that is
+/// open meanwhile is shown nothing of the new history.
+#[test]
+fn s4_views_that_have_folded_what_was_set_aside_are_discarded_and_others_go_on() {
+    for folded in [true, false] {
+        let (world, mirror_dir) = (World::new(), PathBuf::from("mirror"));
+        let (mirror_dir, backup) = (world.dir.path().join(mirror_dir), world.dir.path().join("b"));
+        let origin = world.origin();
+        let common = origin.append(vec![paid("a", 1)]);
+        let mut mirror = Mirror::open(&mirror_dir, origin.journal());
+        mirror.fetch_from(origin.journal());
+        world.view(mirror.journal()).wait_for(&common, PATIENCE).unwrap();
+        origin.close();
+        copy_dir(&world.journal_dir(), &backup);
+        let origin = world.origin();
+        let lost = origin.append(vec![paid("a", 2), paid("b", 3)]);
+        mirror.fetch_from(origin.journal());
+        let view = folded.then(|| world.view(mirror.journal()));
+        view.iter().for_each(|view| view.wait_for(&lost, PATIENCE).unwrap());
+        origin.close();
+        replace_dir(&backup, &world.journal_dir());
+        let origin = world.origin();
+        origin.append((0..5).map(|cents| paid("c", cents)).collect());
+
+        let aside = mirror.0.set_aside(common.position, &JournalOptions::default()).unwrap();
+        let mut mirror = Mirror(aside.0);
+        if let Some(view) = view {
+            let deadline = Instant::now() + PATIENCE;
+            while !matches!(view.status().state, ViewState::Closed | ViewState::Stopped(_)) {
+                assert!(Instant::now() < deadline, "{:?}", view.status().state);
+                std::thread::yield_now();
+            }
+            assert_eq!(view.checkpoint().applied.position, lost.position, "it serves what it was");
+        }
+        let view = world.view(mirror.journal());
+        assert_eq!(view.status().set_aside.is_some(), folded);
+        mirror.fetch_from(origin.journal());
+        catch_up(&view);
+        assert_eq!(assert_is_prefix(&view, origin.journal()), origin.journal().end().position);
+        assert!(view.get(&(ONE_ACCOUNT, "b".to_owned())).unwrap().is_none(), "of both histories");
+        assert!(!view.status().is_forked());
     }
 }
 

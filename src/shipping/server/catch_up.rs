@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use super::Shared;
 use super::connection::{Connection, Step, TURN};
 use crate::error::ReadError;
-use crate::format::batch::BatchRef;
+use crate::format::batch::{BatchRef, Link};
 use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor};
@@ -107,8 +107,8 @@ impl Source for OnDisk<'_> {
         self.shared.journal.end()
     }
 
-    fn first_position(&self) -> Position {
-        self.shared.journal.start().position
+    fn start(&self) -> Checkpoint {
+        self.shared.journal.start()
     }
 
     fn is_closed(&self) -> bool {
@@ -122,6 +122,10 @@ impl Source for OnDisk<'_> {
     fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {
         let (offset, position, chain) = (witness.offset, witness.position, witness.chain);
         Ok(self.shared.journal.compare_place(offset, position, chain)?)
+    }
+
+    fn batch_end_at(&mut self, position: Position) -> Result<Option<Link>, SourceError> {
+        Ok(self.shared.journal.batch_end_at(position)?.map(Link::from))
     }
 
     fn seek(&mut self, from: Position) -> Result<(), SourceError> {

@@ -445,8 +445,7 @@ impl EventLoop {
         {
             return;
         }
-        let session =
-            OriginSession::new(options.session(self.shared.journal.node(), &address), now);
+        let session = OriginSession::new(options.session(&self.shared.journal, &address), now);
         let peer = Arc::new(Peer::new(address));
         let write_stall = options.write_stall;
         let acks = self.shared.journal.ack_keeper();

@@ -1,7 +1,7 @@
 //! The journal as the event loop reads it: what memory holds, up to a durable end that it knows, each piece packed
 //! once for all who are at the same place.
 
-use crate::format::batch::BatchRef;
+use crate::format::batch::{BatchRef, Link};
 use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor, Journal};
@@ -45,8 +45,8 @@ impl Source for Live {
         self.end
     }
 
-    fn first_position(&self) -> Position {
-        self.journal.start().position
+    fn start(&self) -> Checkpoint {
+        self.journal.start()
     }
 
     fn is_closed(&self) -> bool {
@@ -62,6 +62,10 @@ impl Source for Live {
     }
 
     fn compare_witness(&mut self, _: &Witness) -> Result<Comparison, SourceError> {
+        Err(SourceError::Storage)
+    }
+
+    fn batch_end_at(&mut self, _: Position) -> Result<Option<Link>, SourceError> {
         Err(SourceError::Storage)
     }
 

@@ -49,7 +49,6 @@ use super::session::{Deadlines, OriginConfig, OriginStatus};
 use super::transport;
 use super::wire::ENCRYPTED_BYTES_MAX;
 use crate::env;
-use crate::format::files::Role;
 use crate::format::leases::Lease;
 use crate::journal::{Bell, Journal};
 use crate::position::{Checkpoint, NodeId, Position};
@@ -78,6 +77,9 @@ pub struct ServeOptions {
     /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 56 KiB. Within TLS
     /// 16 KiB of that are for what is encrypted and not taken yet.
     pub frame_bytes: usize,
+    /// Where events may be found that were removed here, for a mirror that lacks them: addresses of other mirrors,
+    /// places of backups; up to 8 texts of up to 256 bytes. Default none.
+    pub sources: Vec<String>,
     /// No peer gets more than this many bytes ahead of its acknowledgements. Default 64 MiB.
     pub window_bytes_max: u32,
     /// So many threads read for those that catch up, and compare histories. At least 1, default 2.
@@ -105,6 +107,7 @@ impl Default for ServeOptions {
             connections_per_address_max: None,
             idle_acks_per_second_max: 100,
             frame_bytes: 56 << 10,
+            sources: Vec::new(),
             window_bytes_max: 64 << 20,
             catch_up_threads: 2,
             flush_intervals: vec![
@@ -118,13 +121,15 @@ impl Default for ServeOptions {
 }
 
 impl ServeOptions {
-    fn session(&self, node: NodeId, address: &SocketAddr) -> OriginConfig {
+    fn session(&self, journal: &Journal, address: &SocketAddr) -> OriginConfig {
         let encrypted = self.security.as_ref().is_some_and(Security::is_encrypted);
         let frame_bytes =
             self.frame_bytes.saturating_sub(if encrypted { ENCRYPTED_BYTES_MAX } else { 0 });
         let frame_bytes = frame_bytes.clamp(FRAME_BYTES_MIN as usize, FRAME_BYTES_MAX as usize);
         OriginConfig {
-            node,
+            node: journal.node(),
+            role: journal.role(),
+            sources: self.sources.clone(),
             session: env::random_id(),
             deadlines: self.deadlines,
             max_frame: u32::try_from(frame_bytes).unwrap_or(FRAME_BYTES_MAX),
@@ -313,9 +318,6 @@ pub fn serve(
 ) -> Result<Server, ServeError> {
     options.deadlines = options.deadlines.bounded();
     let listen = |error| ServeError::Listen(Arc::new(error));
-    if journal.role() != Role::Origin {
-        return Err(ServeError::NotAnOrigin { journal: journal.id() });
-    }
     let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(listen)?.collect();
     let encrypted = options.security.as_ref().is_some_and(Security::is_encrypted);
     if !encrypted

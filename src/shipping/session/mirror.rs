@@ -2,15 +2,16 @@
 
 use std::time::Instant;
 
-use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, Violation};
-use crate::format::batch::PADDED_BYTES_LIMIT;
+use super::probe::{Held, Search};
+use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, TruncatedAt, Violation};
+use crate::format::batch::{Link, PADDED_BYTES_LIMIT};
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::HEADER_PAGE_BYTES;
 use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::message::{
-    Ack, Authentication, Data, ErrorCode, FEATURES, FRAME_BYTES_MAX, Failure, FrameReader,
-    Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Subscribe, Subscribed, Welcome,
-    claimed_batch_len,
+    Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, FEATURE_PROBE, FEATURES,
+    FRAME_BYTES_MAX, Failure, FrameReader, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
+    Probe, Probed, Subscribe, Subscribed, Welcome, claimed_batch_len,
 };
 
 /// What a mirror's session is told at its beginning.
@@ -44,6 +45,9 @@ pub(crate) enum Delivery {
     Segment(Box<[u8; HEADER_PAGE_BYTES]>),
     /// Whole batches, not verified yet.
     Batches(Vec<u8>),
+    /// The histories differ. These are batch ends of the origin's, in order: what they are in the mirror is to
+    /// be told with [`MirrorSession::on_compared`].
+    Probed(Vec<Option<Link>>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +55,8 @@ enum State {
     AwaitWelcome,
     AwaitSubscribed,
     Streaming,
+    /// The histories differ, and where they part is being found out.
+    Probing(DivergedAt),
     Ended,
 }
 
@@ -74,6 +80,9 @@ pub(crate) struct MirrorSession {
     applied: Option<Position>,
     ack_due: bool,
     origin_end: Option<(OriginEnd, Instant)>,
+    /// The features that are used in this session.
+    features: u64,
+    search: Option<Search>,
     end: Option<SessionEnd>,
 }
 
@@ -93,6 +102,8 @@ impl MirrorSession {
             applied: None,
             ack_due: false,
             origin_end: None,
+            features: 0,
+            search: None,
             end: None,
             config,
         };
@@ -220,10 +231,15 @@ impl MirrorSession {
                 self.subscribed(&subscribed, now, deliveries)?;
             }
             (State::AwaitSubscribed, Message::Diverged(diverged)) => {
-                let (divergence, at_witness) = (diverged.divergence, diverged.at_witness);
-                let (common, origin) = (diverged.common, diverged.end);
-                let at = DivergedAt { divergence, at_witness, common, origin };
-                self.finish(SessionEnd::Diverged(at));
+                self.diverged(&diverged, now)?;
+            }
+            (State::Probing(_), Message::Probed(probed)) => self.probed(probed, now, deliveries)?,
+            (_, Message::Truncated(truncated))
+                if matches!(self.state, State::AwaitSubscribed | State::Streaming) =>
+            {
+                let (start, sources) = (truncated.start, truncated.sources);
+                let (first, start) = (start.position, Some(start));
+                self.finish(SessionEnd::Truncated(TruncatedAt { first, start, sources }));
             }
             (State::Streaming, Message::Segment(page))
                 if self.partial.is_empty() && !self.page_open =>
@@ -241,10 +257,11 @@ impl MirrorSession {
         Ok(None)
     }
 
-    const fn expected(&self) -> &'static str {
+    pub(super) const fn expected(&self) -> &'static str {
         match self.state {
             State::AwaitWelcome => "WELCOME",
             State::AwaitSubscribed => "SUBSCRIBED",
+            State::Probing(_) => "PROBED",
             State::Streaming | State::Ended if self.partial.is_empty() => "DATA",
             State::Streaming | State::Ended => "the rest of a batch",
         }
@@ -270,6 +287,7 @@ impl MirrorSession {
             self.finish(SessionEnd::Cycle);
             return Ok(());
         }
+        self.features = welcome.features;
         self.state = State::AwaitSubscribed;
         self.deadline = now.at + self.config.deadlines.silence;
         self.say(&Message::Subscribe(Subscribe {
@@ -278,6 +296,70 @@ impl MirrorSession {
             window_bytes: self.config.window_bytes,
         }));
         Ok(())
+    }
+
+    /// Nothing was sent. Where the histories part is asked for: it isn't believed.
+    fn diverged(&mut self, diverged: &Diverged, now: Now) -> Result<(), Violation> {
+        let (divergence, at_witness) = (diverged.divergence, diverged.at_witness);
+        let (common, origin) = (diverged.common, diverged.end);
+        let at = DivergedAt { divergence, at_witness, common, origin };
+        let Some(mirror) = self.durable.filter(|_| divergence != Divergence::Foreign) else {
+            self.finish(SessionEnd::Diverged(at));
+            return Ok(());
+        };
+        if at_witness || self.features & FEATURE_PROBE == 0 {
+            // The origin has found the mirror's end in its own history, or it hasn't.
+            let own_end = Common { position: mirror.position, chain: mirror.chain };
+            let may_be = |common: Common| match at_witness {
+                true => common == own_end,
+                false => common.position < mirror.position,
+            };
+            if !common.is_none_or(may_be) {
+                return Err(Violation::Subscribed);
+            }
+            self.finish(SessionEnd::Diverged(at));
+            return Ok(());
+        }
+        self.state = State::Probing(DivergedAt { common: None, ..at });
+        let shorter_end = mirror.position.min(origin.position);
+        self.search = Some(Search::new(mirror.journal, shorter_end));
+        self.ask_on(now);
+        Ok(())
+    }
+
+    /// Asks the next question, or ends with what was found.
+    fn ask_on(&mut self, now: Now) {
+        let (State::Probing(at), Some(search)) = (self.state, &self.search) else { return };
+        let positions = search.asked().to_vec();
+        if positions.is_empty() {
+            let common = search.found();
+            return self.finish(SessionEnd::Diverged(DivergedAt { common, ..at }));
+        }
+        self.deadline = now.at + self.config.deadlines.silence;
+        self.say(&Message::Probe(Probe { positions }));
+    }
+
+    fn probed(
+        &mut self,
+        probed: Probed,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<(), Violation> {
+        if !self.search.as_ref().is_some_and(|search| search.is_answered_by(&probed.ends)) {
+            return Err(Violation::Probed);
+        }
+        // It is compared on this side now, however long the disk takes.
+        self.deadline = now.at + self.config.deadlines.silence;
+        deliveries.push(Delivery::Probed(probed.ends));
+        Ok(())
+    }
+
+    /// What the batch ends of the last [`Delivery::Probed`] are in the mirror.
+    pub(crate) fn on_compared(&mut self, held: &[Held], now: Now) {
+        if let Some(search) = &mut self.search {
+            search.narrow(held);
+            self.ask_on(now);
+        }
     }
 
     fn subscribed(
@@ -297,7 +379,7 @@ impl MirrorSession {
             return Ok(());
         }
         if subscribed.first_position > from.position {
-            self.finish(SessionEnd::Truncated { first: subscribed.first_position });
+            self.finish(SessionEnd::Truncated(subscribed.first_position.into()));
             return Ok(());
         }
         self.durable = Some(from);
@@ -386,7 +468,13 @@ impl MirrorSession {
         message.encode(&mut self.control);
     }
 
+    /// A session that ends while it is being found out where the histories part ends because they differ.
     fn finish(&mut self, end: SessionEnd) {
+        let end = match (self.state, end) {
+            (_, end @ (SessionEnd::Diverged(_) | SessionEnd::Violation(_))) => end,
+            (State::Probing(at), _) => SessionEnd::Diverged(at),
+            (_, end) => end,
+        };
         self.state = State::Ended;
         self.ack_due = false;
         self.partial = Vec::new();

@@ -7,6 +7,8 @@
 //! AwaitSubscribed ── SUBSCRIBE {end, witness, window} ──────────────────▶ AwaitSubscribe
 //!      │                                                                 Judging: compares before it sends
 //!      │       ◀──────────────────────────────── SUBSCRIBED │ DIVERGED ── │
+//!   (Probing ── PROBE {positions} ─────────────────────────────────────▶ Diverged)
+//!   (     ◀───────────────────────────────────────────────── PROBED ──   ) until the last common end is found
 //! Streaming    ◀──────────── SEGMENT, DATA, DATA, HEARTBEAT, DATA … ── Streaming
 //!      │ ── ACK {durable end of the mirror} ───────────────────────────▶ │
 //! ```
@@ -28,12 +30,14 @@ use crate::position::{Checkpoint, Position};
 mod frames;
 mod mirror;
 mod origin;
+mod probe;
 
 pub(crate) use frames::{Limits, Piece, Place, pack};
 pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
 pub(crate) use origin::{
     Next, OriginConfig, OriginSession, OriginStatus, Source, SourceError, Supply,
 };
+pub(crate) use probe::Held;
 
 /// How long each side waits for the other. One side's heartbeat must be well below the other's silence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +134,9 @@ pub enum Violation {
         /// The window.
         window_bytes: u32,
     },
+    /// PROBED doesn't answer the question.
+    #[error("PROBED answers another question")]
+    Probed,
     /// A durable end that goes back.
     #[error("a durable end at position {found} after one at {known}")]
     EndWentBack {
@@ -184,6 +191,23 @@ pub(crate) struct DivergedAt {
     pub(crate) origin: Checkpoint,
 }
 
+/// The origin has removed what the mirror needs; what is known of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TruncatedAt {
+    /// The first position that the origin has.
+    pub(crate) first: Position,
+    /// The checkpoint there, if the origin has told.
+    pub(crate) start: Option<Checkpoint>,
+    /// Where the rest may be found, as the origin says.
+    pub(crate) sources: Vec<String>,
+}
+
+impl From<Position> for TruncatedAt {
+    fn from(first: Position) -> Self {
+        Self { first, start: None, sources: Vec::new() }
+    }
+}
+
 /// Why a session ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -210,11 +234,8 @@ pub(crate) enum SessionEnd {
     #[error("the histories differ")]
     Diverged(DivergedAt),
     /// The mirror needs what the origin has removed.
-    #[error("the origin has nothing in front of position {first}")]
-    Truncated {
-        /// The first position that the origin has.
-        first: Position,
-    },
+    #[error("the origin has nothing in front of position {}", .0.first)]
+    Truncated(TruncatedAt),
     /// The journal comes from the mirror itself.
     #[error("the path of the journal leads through this mirror")]
     Cycle,

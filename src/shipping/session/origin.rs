@@ -6,21 +6,26 @@ use rustls::pki_types::CertificateDer;
 
 use super::frames::{self, Limits, Piece, Place};
 use super::{Deadline, Deadlines, DivergedAt, Now, Output, SessionEnd, Violation};
-use crate::format::batch::BatchRef;
-use crate::format::files::{Mark, Witness};
+use crate::format::batch::{BatchRef, Link};
+use crate::format::files::{Mark, Role, Witness};
 use crate::format::leases::Lease;
 use crate::format::segment::SegmentPage;
 use crate::journal::Comparison;
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
-    Ack, CONTROL_BYTES_MAX, Diverged, Divergence, ErrorCode, FEATURES, FRAME_BYTES_MAX,
-    FRAME_HEADER_BYTES, Failure, FrameReader, GoAway, Heartbeat, Hello, Message, PROTOCOL_VERSIONS,
-    Subscribe, Subscribed, Welcome,
+    Ack, CONTROL_BYTES_MAX, Common, Diverged, Divergence, ErrorCode, FEATURE_PROBE,
+    FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Failure, FrameReader, GoAway,
+    Heartbeat, Hello, Message, PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed, Truncated,
+    Welcome,
 };
 use crate::shipping::security::Gate;
 
 /// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
 const CLOSED_RECONNECT_MS: u32 = 1000;
+/// A mirror that is behind its subscriber may soon have caught up.
+const NOT_YET_RETRY_MS: u32 = 1000;
+/// A search for the last common batch end takes 11 questions at the most.
+const PROBES_MAX: u32 = 16;
 
 /// A peer that hasn't said HELLO may have sent so much: one frame.
 const HELLO_BYTES_MAX: usize = FRAME_HEADER_BYTES + CONTROL_BYTES_MAX as usize;
@@ -64,14 +69,16 @@ impl SourceError {
 pub(crate) trait Source {
     /// The durable end.
     fn end(&self) -> Checkpoint;
-    /// The position of the first event that there still is.
-    fn first_position(&self) -> Position;
+    /// Where what there still is begins.
+    fn start(&self) -> Checkpoint;
     /// The journal is closed: its end won't move any more.
     fn is_closed(&self) -> bool;
     /// Is the checkpoint a batch end of this history?
     fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError>;
     /// The same for a witness, which has no incarnation.
     fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError>;
+    /// The last batch end at or in front of this position; `None` if it isn't known any more.
+    fn batch_end_at(&mut self, position: Position) -> Result<Option<Link>, SourceError>;
     /// Whether it can be read on from this position, which is a batch end.
     fn seek(&mut self, from: Position) -> Result<(), SourceError>;
     /// The durable batch behind `at`, verified, and the header page if it is its segment's first.
@@ -103,6 +110,10 @@ pub(crate) enum Supply {
 #[derive(Clone, Debug)]
 pub(crate) struct OriginConfig {
     pub(crate) node: NodeId,
+    /// Only an origin knows that events are lost; a mirror may be behind.
+    pub(crate) role: Role,
+    /// Where events may be found that were removed here, as text.
+    pub(crate) sources: Vec<String>,
     pub(crate) session: [u8; 16],
     pub(crate) deadlines: Deadlines,
     /// The longest frame that it takes part in.
@@ -141,6 +152,8 @@ enum State {
     AwaitSubscribe,
     /// The subscription is there and has not been compared yet.
     Judging(Subscribe),
+    /// The histories differ. The mirror may ask where they part.
+    Diverged(DivergedAt),
     Streaming,
     Ended,
 }
@@ -170,6 +183,11 @@ pub(crate) struct OriginSession {
     heard_at: Instant,
     heartbeat_at: Instant,
     max_frame: u32,
+    /// The features that are used in this session.
+    features: u64,
+    /// The positions of a PROBE that has not been answered yet.
+    asked: Vec<Position>,
+    probes: u32,
     window_bytes: u64,
     /// How much the peer sent before its subscription was granted.
     handshake_bytes: usize,
@@ -191,6 +209,9 @@ impl OriginSession {
             heard_at: now.at,
             heartbeat_at: now.at,
             max_frame: config.max_frame,
+            features: 0,
+            asked: Vec::new(),
+            probes: 0,
             window_bytes: 0,
             handshake_bytes: 0,
             idle_acks: (0, now.at),
@@ -206,7 +227,7 @@ impl OriginSession {
     }
 
     pub(crate) const fn is_in_handshake(&self) -> bool {
-        matches!(self.state, State::AwaitHello | State::AwaitSubscribe | State::Judging(_))
+        !matches!(self.state, State::Streaming | State::Ended)
     }
 
     /// Why the session ended, once it has.
@@ -272,6 +293,9 @@ impl OriginSession {
             (State::AwaitSubscribe, Message::Subscribe(subscribe)) => {
                 self.state = State::Judging(subscribe);
             }
+            (State::Diverged(_), Message::Probe(probe)) if self.asked.is_empty() => {
+                self.asked = probe.positions;
+            }
             (State::Streaming, Message::Ack(ack)) => self.acknowledged(&ack, now),
             (_, message) => {
                 let (frame, expected) = (message.name(), self.expected());
@@ -285,6 +309,8 @@ impl OriginSession {
             State::AwaitHello => "HELLO",
             State::AwaitSubscribe => "SUBSCRIBE",
             State::Judging(_) => "the answer to SUBSCRIBE",
+            State::Diverged(_) if self.asked.is_empty() => "PROBE",
+            State::Diverged(_) => "the answer to PROBE",
             State::Streaming | State::Ended => "ACK",
         }
     }
@@ -298,12 +324,13 @@ impl OriginSession {
             return self.refuse(code);
         }
         self.max_frame = self.config.max_frame.min(hello.max_frame).min(FRAME_BYTES_MAX);
+        self.features = hello.features & FEATURES;
         self.say(&Message::Welcome(Welcome {
             version,
             heartbeat_ms: u16::try_from(self.config.deadlines.heartbeat.as_millis())
                 .unwrap_or(u16::MAX),
             max_frame: self.max_frame,
-            features: hello.features & FEATURES,
+            features: self.features,
             node: self.config.node,
             session: self.config.session,
             nonce: hello.nonce,
@@ -318,9 +345,7 @@ impl OriginSession {
     /// Tells a peer that it isn't let in, or may not have this: the same words whatever the reason.
     fn refuse(&mut self, code: ErrorCode) {
         let detail = if code == ErrorCode::AUTH_REQUIRED { "who are you?" } else { "denied" };
-        let failure = Failure::new(code, detail);
-        self.say(&Message::Error(failure.clone()));
-        self.finish(SessionEnd::Own(failure));
+        self.end_with(Failure::new(code, detail));
     }
 
     /// The handshake of TLS has come to its end, and the peer has shown these certificates.
@@ -386,6 +411,12 @@ impl OriginSession {
                 false => on_disk = true,
             }
         }
+        if !self.asked.is_empty() {
+            match source.may_wait() {
+                true => self.answer_probe(source, now),
+                false => on_disk = true,
+            }
+        }
         if self.state == State::Streaming && out.is_empty() {
             on_disk = self.stream(source, now, out);
         }
@@ -431,7 +462,8 @@ impl OriginSession {
         match self.state {
             State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
             // Rights are looked at as often.
-            State::Streaming => (self.heard_at + self.config.deadlines.silence)
+            State::Diverged(_) | State::Streaming => (self.heard_at
+                + self.config.deadlines.silence)
                 .min(now.at + self.config.deadlines.heartbeat),
             State::Judging(_) | State::Ended => now.at + self.config.deadlines.silence,
         }
@@ -455,6 +487,7 @@ impl OriginSession {
     fn next_deadline(&self) -> Instant {
         let silence_until = self.heard_at + self.config.deadlines.silence;
         match self.state {
+            State::Diverged(_) => silence_until,
             State::Streaming => silence_until.min(self.heartbeat_at),
             _ => self.handshake_until,
         }
@@ -465,7 +498,9 @@ impl OriginSession {
             State::AwaitHello | State::AwaitSubscribe if now.at >= self.handshake_until => {
                 Deadline::Handshake
             }
-            State::Streaming if now.at >= self.heard_at + self.config.deadlines.silence => {
+            State::Diverged(_) | State::Streaming
+                if now.at >= self.heard_at + self.config.deadlines.silence =>
+            {
                 Deadline::Silence
             }
             _ => return,
@@ -487,16 +522,23 @@ impl OriginSession {
         let end = source.end();
         let divergence = match find_divergence(subscribe, source) {
             Ok(divergence) => divergence,
-            Err(error) => return self.fail(error),
+            Err(error) => return self.fail(error, source),
         };
-        if let Some((divergence, at_witness)) = divergence {
-            self.say(&Message::Diverged(Diverged { divergence, at_witness, common: None, end }));
-            let at = DivergedAt { divergence, at_witness, common: None, origin: end };
-            return self.finish(SessionEnd::Diverged(at));
-        }
         let from = subscribe.from.unwrap_or_else(|| Mark::start(end.journal).end);
+        match divergence {
+            Some((Divergence::Ahead, _)) if self.config.role == Role::Mirror => {
+                return self.not_yet(&end);
+            }
+            Some((divergence, at_witness)) => {
+                // What the mirror still holds was found here, if only its witness was not.
+                let common = Common { position: from.position, chain: from.chain };
+                let common = at_witness.then_some(common);
+                return self.diverged(DivergedAt { divergence, at_witness, common, origin: end });
+            }
+            None => {}
+        }
         if let Err(error) = source.seek(from.position) {
-            return self.fail(error);
+            return self.fail(error, source);
         }
         self.status.sent = Some(from);
         self.status.acked = Some(from);
@@ -506,9 +548,50 @@ impl OriginSession {
         self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
         self.say(&Message::Subscribed(Subscribed {
             end,
-            first_position: source.first_position(),
+            first_position: source.start().position,
             path: vec![self.config.node],
         }));
+    }
+
+    /// Only the origin itself knows that there is nothing more than it has.
+    fn not_yet(&mut self, end: &Checkpoint) {
+        let failure = Failure {
+            position: Some(end.position),
+            retry_after_ms: NOT_YET_RETRY_MS,
+            ..Failure::new(ErrorCode::NOT_YET, "this mirror is behind you")
+        };
+        self.end_with(failure);
+    }
+
+    /// Stays for a while if the mirror may want to know where the histories part.
+    fn diverged(&mut self, at: DivergedAt) {
+        let DivergedAt { divergence, at_witness, common, origin: end } = at;
+        self.say(&Message::Diverged(Diverged { divergence, at_witness, common, end }));
+        let may_ask = self.features & FEATURE_PROBE != 0
+            && divergence != Divergence::Foreign
+            && common.is_none();
+        if may_ask {
+            self.state = State::Diverged(at);
+        } else {
+            self.finish(SessionEnd::Diverged(at));
+        }
+    }
+
+    fn answer_probe(&mut self, source: &mut impl Source, now: Now) {
+        let asked = std::mem::take(&mut self.asked);
+        if !matches!(self.state, State::Diverged(_)) {
+            return;
+        }
+        self.probes += 1;
+        if self.probes > PROBES_MAX {
+            return self.end_with(Failure::new(ErrorCode::RATE, "too many PROBEs"));
+        }
+        let ends = asked.into_iter().map(|position| source.batch_end_at(position));
+        match ends.collect() {
+            Ok(ends) => self.say(&Message::Probed(Probed { ends })),
+            Err(error) => return self.fail(error, source),
+        }
+        self.heard_at = now.at; // the disk may have taken its time
     }
 
     /// Puts out what there is to send: a heartbeat if it is due, and batches that the window and one frame
@@ -537,13 +620,24 @@ impl OriginSession {
             Ok(Supply::Nothing) if closed => self.go_away(CLOSED_RECONNECT_MS),
             Ok(Supply::Nothing) => {}
             Ok(Supply::OnDisk) => return true,
-            Err(error) => self.fail(error),
+            Err(error) => self.fail(error, source),
         }
         false
     }
 
-    fn fail(&mut self, error: SourceError) {
+    fn fail(&mut self, error: SourceError, source: &impl Source) {
         let failure = error.to_failure();
+        if let SourceError::Truncated { .. } = error
+            && self.features & FEATURE_TRUNCATED != 0
+        {
+            let (start, sources) = (source.start(), self.config.sources.clone());
+            self.say(&Message::Truncated(Truncated { start, sources }));
+            return self.finish(SessionEnd::Own(failure));
+        }
+        self.end_with(failure);
+    }
+
+    fn end_with(&mut self, failure: Failure) {
         self.say(&Message::Error(failure.clone()));
         self.finish(SessionEnd::Own(failure));
     }
@@ -557,7 +651,13 @@ impl OriginSession {
         message.encode(&mut self.control);
     }
 
+    /// A mirror that was told that the histories differ may leave when it likes.
     fn finish(&mut self, end: SessionEnd) {
+        let end = match (self.state, end) {
+            (_, end @ (SessionEnd::Violation(_) | SessionEnd::Own(_))) => end,
+            (State::Diverged(at), _) => SessionEnd::Diverged(at),
+            (_, end) => end,
+        };
         self.state = State::Ended;
         self.end.get_or_insert(end);
     }

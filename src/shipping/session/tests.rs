@@ -9,13 +9,13 @@ use crate::format::Flags;
 use crate::format::batch::{
     BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, PADDED_BYTES_LIMIT, body_digest,
 };
-use crate::format::files::{Mark, Witness};
+use crate::format::files::{Mark, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
 use crate::journal::Comparison;
 use crate::position::{Incarnation, JournalId, NodeId};
 use crate::shipping::message::{
     Ack, Authentication, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
-    PROTOCOL_VERSIONS, Subscribe,
+    PROTOCOL_VERSIONS, Probe, Probed, Subscribe,
 };
 use crate::shipping::security::Gate;
 
@@ -39,6 +39,10 @@ struct ModelJournal {
     next: usize,
     closed: bool,
     damaged_at: Option<usize>,
+    /// How many batch ends were asked for.
+    probed: usize,
+    /// How many batches at the beginning were removed.
+    removed: usize,
     incarnation: u64,
     clock_us: i64,
 }
@@ -54,6 +58,8 @@ impl ModelJournal {
             next: 0,
             closed: false,
             damaged_at: None,
+            probed: 0,
+            removed: 0,
             incarnation,
             clock_us,
         }
@@ -135,8 +141,16 @@ impl Source for ModelJournal {
         self.end_of_batches(self.durable)
     }
 
-    fn first_position(&self) -> Position {
-        Position::START
+    fn start(&self) -> Checkpoint {
+        self.end_of_batches(self.removed)
+    }
+
+    fn batch_end_at(&mut self, position: Position) -> Result<Option<Link>, SourceError> {
+        self.probed += 1;
+        let ends = (0..=self.durable).map(|count| self.end_of_batches(count));
+        let end = ends.take_while(|end| end.position <= position).last();
+        let known = |end: &Checkpoint| end.offset == 0 || end.offset >= self.start().offset;
+        Ok(end.filter(known).map(Link::from))
     }
 
     fn is_closed(&self) -> bool {
@@ -149,6 +163,9 @@ impl Source for ModelJournal {
         }
         if checkpoint.offset > self.end().offset {
             return Ok(Comparison::Ahead);
+        }
+        if checkpoint.offset < self.start().offset {
+            return Err(SourceError::Truncated { first: self.start().position });
         }
         let equal = (0..=self.durable).any(|count| self.end_of_batches(count) == *checkpoint);
         Ok(if equal { Comparison::Equal } else { Comparison::Differs })
@@ -185,6 +202,10 @@ impl Source for ModelJournal {
     }
 }
 
+fn common_at(end: &Checkpoint) -> Common {
+    Common { position: end.position, chain: end.chain }
+}
+
 fn witness_at(end: &Checkpoint) -> Witness {
     Witness { offset: end.offset, position: end.position, chain: end.chain }
 }
@@ -212,6 +233,19 @@ impl ModelMirror {
         Some(Resume { end, witness: self.witness })
     }
 
+    /// What batch ends of an origin's are here.
+    fn held(&self, ends: &[Option<Link>]) -> Vec<Held> {
+        let own: Vec<_> = (0..=self.batches.len()).filter_map(|n| self.end_of_batches(n)).collect();
+        let held = |end: &Option<Link>| match end {
+            None => Held::Unknown,
+            Some(end) if own.iter().any(|own| Link::from(*own) == *end) => {
+                Held::Common(Common { position: end.position, chain: end.chain })
+            }
+            Some(_) => Held::Other,
+        };
+        ends.iter().map(held).collect()
+    }
+
     fn take(&mut self, delivery: Delivery) {
         match delivery {
             Delivery::Subscribed(end) => {
@@ -222,6 +256,7 @@ impl ModelMirror {
                 other => panic!("{other:?}"),
             },
             Delivery::Batches(bytes) => batches(&bytes).for_each(|bytes| self.batch(bytes)),
+            Delivery::Probed(_) => panic!("the connection compares"),
         }
     }
 
@@ -257,6 +292,8 @@ impl ModelMirror {
 fn origin_config() -> OriginConfig {
     OriginConfig {
         node: NodeId::from_bytes([0x0E; 16]),
+        role: Role::Origin,
+        sources: vec!["127.0.0.1:7001".into(), "/srv/backups/orders".into()],
         session: [0x5E; 16],
         deadlines: Deadlines::default(),
         max_frame: 8192,
@@ -307,7 +344,12 @@ impl Connection {
         let moved: Vec<u8> = self.to_mirror.drain(..up_to.min(self.to_mirror.len())).collect();
         let mut deliveries = Vec::new();
         self.mirror.on_bytes(&moved, now, &mut deliveries);
-        deliveries.into_iter().for_each(|delivery| mirror.take(delivery));
+        for delivery in deliveries {
+            match delivery {
+                Delivery::Probed(ends) => self.mirror.on_compared(&mirror.held(&ends), now),
+                delivery => mirror.take(delivery),
+            }
+        }
     }
 
     fn hear_mirror(&mut self, up_to: usize, now: Now) {
@@ -439,12 +481,9 @@ fn an_origin_restored_from_an_older_state_is_detected_for_every_tail_length() {
                 }
                 let ahead = mirror.resume().unwrap().end.offset > journal.end().offset;
                 let expected = if ahead { Divergence::Ahead } else { Divergence::Fork };
-                let at = DivergedAt {
-                    divergence: expected,
-                    at_witness: false,
-                    common: None,
-                    origin: journal.end(),
-                };
+                let common = Some(common_at(&original.end_of_batches(kept)));
+                let origin = journal.end();
+                let at = DivergedAt { divergence: expected, at_witness: false, common, origin };
                 assert_eq!(connection.mirror.end(), Some(&SessionEnd::Diverged(at)));
                 assert_eq!(mirror.batches.len(), before, "bytes of another history were shipped");
             }
@@ -466,7 +505,9 @@ fn an_origin_that_lost_what_a_mirror_has_set_aside_is_told_by_the_witness() {
         connection.settle(&mut journal, &mut mirror, now());
         let ahead = mirror.witness.unwrap().offset > journal.end().offset;
         let divergence = if ahead { Divergence::Ahead } else { Divergence::Fork };
-        let at = DivergedAt { divergence, at_witness: true, common: None, origin: journal.end() };
+        // What is left of the mirror is common: the origin knows that without being asked.
+        let common = mirror.end_of_batches(3).map(|end| common_at(&end));
+        let at = DivergedAt { divergence, at_witness: true, common, origin: journal.end() };
         assert_eq!(connection.mirror.end(), Some(&SessionEnd::Diverged(at)), "{regrown}");
         assert_eq!(mirror.batches.len(), 3);
     }
@@ -762,6 +803,180 @@ fn a_bit_flipped_on_the_wire_never_reaches_the_mirror() {
             connection.hear_mirror(usize::MAX, now());
         }
         assert_is_prefix(&mirror, &journal);
+    }
+}
+
+/// Histories of random batches that part anywhere: the origin restored from any older state, grown again by any
+/// number of batches, with the same payloads or others. The mirror is told at its first subscription, gets not a
+/// byte, and finds the exact last common batch end.
+#[test]
+fn s3_any_restored_origin_is_detected_at_the_first_subscription_and_the_common_end_is_exact() {
+    for seed in 0..400 {
+        println!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let batches = rng.usize(1..if seed % 20 == 0 { 400 } else { 40 });
+        let mut original = ModelJournal::new(JOURNAL);
+        (0..batches).for_each(|_| original.append(&vec![7; rng.usize(64..900)]));
+        original.sync();
+        let mut mirror = ModelMirror::default();
+        let mut journal = original.clone();
+        journal.durable = rng.usize(0..=batches);
+        Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+        let (mirrored, kept) = (journal.durable, rng.usize(0..=batches));
+        journal.reopened_with(kept);
+        let (identical, regrown) = (rng.bool(), rng.usize(0..2 * batches));
+        for batch in original.batches.iter().skip(kept).cycle().take(regrown) {
+            match identical {
+                true => journal.append(&batch.bytes[128..]),
+                false => journal.append(&random_body(&mut rng)),
+            }
+        }
+        journal.sync();
+        let before = mirror.batches.len();
+        let mut connection = Connection::new(&mirror, now());
+        connection.settle(&mut journal, &mut mirror, now());
+        if mirrored <= kept {
+            assert_is_prefix(&mirror, &journal);
+            continue;
+        }
+        assert_eq!(mirror.batches.len(), before, "bytes of another history were shipped");
+        match connection.mirror.end() {
+            Some(SessionEnd::Diverged(at)) => {
+                assert_eq!(at.common, Some(common_at(&original.end_of_batches(kept))));
+                assert_eq!(at.origin, journal.end());
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(journal.probed <= 64 * 3, "{} batch ends were asked for", journal.probed);
+        connection.origin.on_closed();
+        assert!(matches!(connection.origin.end(), Some(SessionEnd::Diverged(_))));
+    }
+}
+
+/// A mirror whose origin has another history, up to the moment at which it has asked.
+fn forked() -> (ModelJournal, ModelMirror, Connection) {
+    let (mut journal, mut mirror) = (filled(200, 13), ModelMirror::default());
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    journal.reopened_with(60);
+    (0..200).for_each(|_| journal.append(&[1; 64]));
+    journal.sync();
+    let mut connection = Connection::new(&mirror, now());
+    while connection.mirror.expected() != "PROBED" {
+        connection.speak(&mut journal, now());
+        connection.hear_origin(usize::MAX, &mut mirror, now());
+        connection.hear_mirror(usize::MAX, now());
+    }
+    (journal, mirror, connection)
+}
+
+#[test]
+fn a_search_that_is_cut_off_ends_as_what_it_is_a_divergence() {
+    for how in 0..4 {
+        let (_, mut mirror, mut connection) = forked();
+        match how {
+            0 => connection.mirror.on_closed(),
+            1 => connection.mirror.on_time(later(now(), Duration::from_secs(6))),
+            2 => {
+                Message::GoAway(GoAway { reconnect_after_ms: 0 }).encode(&mut connection.to_mirror);
+            }
+            _ => Message::Error(Failure::new(ErrorCode::CORRUPT, ""))
+                .encode(&mut connection.to_mirror),
+        }
+        connection.hear_origin(usize::MAX, &mut mirror, now());
+        assert!(
+            matches!(
+                connection.mirror.end(),
+                Some(SessionEnd::Diverged(DivergedAt { common: None, .. }))
+            ),
+            "{how}: {:?}",
+            connection.mirror.end()
+        );
+    }
+}
+
+#[test]
+fn answers_that_fit_no_question_are_refused() {
+    let end = |position| {
+        Some(Link { offset: 64, position: Position::new(position), chain: Default::default() })
+    };
+    for ends in [vec![end(1)], vec![None; 63], vec![end(u64::MAX - 1); 64]] {
+        let (_, mut mirror, mut connection) = forked();
+        connection.to_mirror.clear();
+        Message::Probed(Probed { ends }).encode(&mut connection.to_mirror);
+        connection.hear_origin(usize::MAX, &mut mirror, now());
+        assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(Violation::Probed)));
+    }
+}
+
+#[test]
+fn an_origin_answers_so_many_probes_and_none_out_of_place() {
+    let probe = || Message::Probe(Probe { positions: vec![Position::new(1); 64] });
+    let (mut journal, _, mut connection) = forked();
+    let mut answered = 0;
+    let mut out = Vec::new();
+    while connection.origin.end().is_none() {
+        probe().encode(&mut connection.to_origin);
+        connection.hear_mirror(usize::MAX, now());
+        assert_eq!(connection.origin.poll(&mut journal, now(), &mut out), Next::Write);
+        answered += 1;
+        assert!(answered < 100, "there is no end to it");
+    }
+    assert!(
+        matches!(connection.origin.end(), Some(SessionEnd::Own(failure)) if failure.code == ErrorCode::RATE)
+    );
+    // Two at once, and one that streams.
+    let (_, _, mut connection) = forked();
+    probe().encode(&mut connection.to_origin);
+    probe().encode(&mut connection.to_origin);
+    connection.hear_mirror(usize::MAX, now());
+    let unexpected = Violation::Unexpected { frame: "PROBE", expected: "the answer to PROBE" };
+    assert_eq!(connection.origin.end(), Some(&SessionEnd::Violation(unexpected)));
+    let mut connection = streaming_origin(&mut filled(2, 14));
+    probe().encode(&mut connection.to_origin);
+    connection.hear_mirror(usize::MAX, now());
+    let unexpected = Violation::Unexpected { frame: "PROBE", expected: "ACK" };
+    assert_eq!(connection.origin.end(), Some(&SessionEnd::Violation(unexpected)));
+}
+
+#[test]
+fn an_origin_waits_no_longer_for_questions_than_for_anything_else() {
+    let (mut journal, _, mut connection) = forked();
+    connection.to_origin.clear();
+    let (mut out, at) = (Vec::new(), later(now(), Duration::from_secs(6)));
+    connection.origin.poll(&mut journal, at, &mut out);
+    assert!(matches!(connection.origin.end(), Some(SessionEnd::Diverged(_))));
+}
+
+/// A mirror knows only that it has less: its origin alone knows that there is no more.
+#[test]
+fn a_mirror_that_is_behind_its_subscriber_says_not_yet_and_never_ahead() {
+    let (mut journal, mut mirror) = (filled(9, 15), ModelMirror::default());
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    journal.reopened_with(4);
+    let mut connection = Connection::new(&mirror, now());
+    let config = OriginConfig { role: Role::Mirror, ..origin_config() };
+    connection.origin = OriginSession::new(config, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    match connection.mirror.end() {
+        Some(SessionEnd::Peer(failure)) => assert_eq!(failure.code, ErrorCode::NOT_YET),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_was_removed_is_answered_with_where_the_journal_begins_and_where_else_there_is_more() {
+    let (mut journal, mut mirror) = (filled(9, 16), ModelMirror::default());
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    mirror.batches.truncate(3);
+    journal.removed = 5;
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    match connection.mirror.end() {
+        Some(SessionEnd::Truncated(at)) => {
+            assert_eq!((at.first, at.start), (journal.start().position, Some(journal.start())));
+            assert_eq!(at.sources, origin_config().sources);
+        }
+        other => panic!("{other:?}"),
     }
 }
 

@@ -128,6 +128,31 @@ fn golden_divergence() {
 }
 
 #[test]
+fn golden_probes() {
+    let mut rng = fastrand::Rng::with_seed(7);
+    let mut journal = ModelJournal::new(JOURNAL);
+    (0..200).for_each(|_| journal.append(&vec![rng.u8(..); rng.usize(64..400)]));
+    journal.sync();
+    let mut mirror = ModelMirror::default();
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    journal.reopened_with(77);
+    (0..150).for_each(|_| journal.append(&[9; 100]));
+    journal.sync();
+    capture("the mirror finds the last common batch end", &mut journal, &mut mirror)
+        .check("probes.txt");
+}
+
+#[test]
+fn golden_truncation() {
+    let (mut journal, mut mirror) = (small_journal(), ModelMirror::default());
+    Connection::new(&mirror, now()).settle(&mut journal, &mut mirror, now());
+    mirror.batches.truncate(2);
+    journal.removed = 4;
+    capture("the origin has removed what the mirror needs", &mut journal, &mut mirror)
+        .check("truncated.txt");
+}
+
+#[test]
 fn golden_damage() {
     let (mut journal, mut mirror) = (small_journal(), ModelMirror::default());
     journal.damaged_at = Some(2);
