@@ -1,5 +1,4 @@
 //! What an append gives to those who want to read at least as of it, and its text.
-#![allow(clippy::big_endian_bytes, reason = "in a text, as numbers are written")]
 
 use std::fmt;
 use std::str::FromStr;
