@@ -1,0 +1,187 @@
+//! An origin as a process of its own: it can be killed, and its memory is only its own.
+//!
+//! It says `serving ADDRESS END` (the checkpoint in hexadecimal), then takes lines:
+//! `commit COUNT INTERVAL_US` (says `acked OFFSET POSITION CALLED_NS ANSWERED_NS` for each, then `done END`), `memory`
+//! (says `memory KIB`), `peers` (says `peers STREAMING`).
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::io::{self, BufRead as _, Write as _};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use headwater::position::Checkpoint;
+use headwater::shipping::{PeerState, ServeOptions, Server};
+use headwater::{Position, Store};
+
+use super::{PATIENCE, sale};
+use crate::Outcome;
+use crate::child::Service;
+use crate::timing::now_ns;
+
+const CONNECTIONS_MAX: usize = 20_000;
+
+pub(crate) fn serve(dir: &Path, address: &str) -> Outcome<()> {
+    let store = Store::builder(dir).create_if_missing().open()?;
+    let options = ServeOptions { connections_max: CONNECTIONS_MAX, ..ServeOptions::default() };
+    let server = store.serve_with(address, options)?;
+    say(&format!("serving {} {}", server.local_addr(), hex(&store.journal().end())))?;
+    for line in io::stdin().lock().lines() {
+        match line?.split(' ').collect::<Vec<_>>()[..] {
+            ["commit", count, interval_us] => {
+                commit(&store, count.parse()?, Duration::from_micros(interval_us.parse()?))?;
+            }
+            ["memory"] => say(&format!("memory {}", resident_kib()?))?,
+            ["peers"] => say(&format!("peers {}", streaming(&server)))?,
+            ref other => return Err(format!("what is {other:?}?").into()),
+        }
+    }
+    Ok(())
+}
+
+fn say(lines: &str) -> Outcome<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{lines}")?;
+    Ok(out.flush()?)
+}
+
+/// One event after the other. Nothing is said while they are measured.
+fn commit(store: &Store, count: u32, interval: Duration) -> Outcome<()> {
+    let mut lines = String::new();
+    let mut next = Instant::now();
+    for number in 0..count {
+        let append = sale::append(u64::from(number), 1)?;
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+        next += interval;
+        let called = now_ns();
+        store.append(&append)?;
+        let answered = now_ns();
+        let end = store.journal().end();
+        writeln!(lines, "acked {} {} {called} {answered}", end.offset, end.position)?;
+    }
+    write!(lines, "done {}", hex(&store.journal().end()))?;
+    say(&lines)
+}
+
+fn streaming(server: &Server) -> usize {
+    let is_streaming = |state| matches!(state, PeerState::CatchingUp | PeerState::Live);
+    server.peers().iter().filter(|peer| is_streaming(peer.state)).count()
+}
+
+fn resident_kib() -> Outcome<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+fn hex(checkpoint: &Checkpoint) -> String {
+    let mut text = String::new();
+    for byte in checkpoint.to_bytes() {
+        write!(text, "{byte:02x}").unwrap_or_default();
+    }
+    text
+}
+
+fn checkpoint(hex: &str) -> Outcome<Checkpoint> {
+    let mut bytes = [0; Checkpoint::ENCODED_LEN];
+    for (at, byte) in bytes.iter_mut().enumerate() {
+        let digits = hex.get(2 * at..2 * at + 2).ok_or("a checkpoint is too short")?;
+        *byte = u8::from_str_radix(digits, 16)?;
+    }
+    Checkpoint::from_bytes(&bytes).ok_or_else(|| "not a checkpoint".into())
+}
+
+/// A commit, as the origin saw it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Acked {
+    /// Behind the commit.
+    pub(super) offset: u64,
+    pub(super) position: Position,
+    pub(super) called_ns: u64,
+    pub(super) answered_ns: u64,
+}
+
+/// The other end of it.
+pub(super) struct Origin {
+    service: Service,
+    pub(super) address: SocketAddr,
+    pub(super) end: Checkpoint,
+}
+
+impl Origin {
+    pub(super) fn start(dir: &Path, address: &str) -> Outcome<Self> {
+        let args = [OsStr::new("origin"), dir.as_os_str(), OsStr::new(address)];
+        let mut service = Service::start(&args)?;
+        let line = service.hear()?;
+        let [_, address, end] = &line[..] else { return Err("what does it say?".into()) };
+        Ok(Self { address: address.parse()?, end: checkpoint(end)?, service })
+    }
+
+    pub(super) fn begin(&self) -> Checkpoint {
+        let journal = self.end.journal;
+        Checkpoint {
+            journal,
+            epoch: 0,
+            incarnation: headwater::position::Incarnation::new(0),
+            offset: 0,
+            position: Position::START,
+            chain: headwater::format::batch::genesis(journal),
+        }
+    }
+
+    pub(super) fn commit(&mut self, count: u32, interval: Duration) -> Outcome<Vec<Acked>> {
+        self.service.say(&format!("commit {count} {}", interval.as_micros()))?;
+        let mut all = Vec::new();
+        loop {
+            let words = self.service.hear()?;
+            match &words[..] {
+                [acked, offset, position, called, answered] if acked == "acked" => {
+                    all.push(Acked {
+                        offset: offset.parse()?,
+                        position: Position::new(position.parse()?),
+                        called_ns: called.parse()?,
+                        answered_ns: answered.parse()?,
+                    });
+                }
+                [done, end] if done == "done" => {
+                    self.end = checkpoint(end)?;
+                    return Ok(all);
+                }
+                other => return Err(format!("the origin says {other:?}").into()),
+            }
+        }
+    }
+
+    pub(super) fn memory_kib(&mut self) -> Outcome<u64> {
+        self.ask("memory")
+    }
+
+    pub(super) fn wait_streaming(&mut self, peers: usize) -> Outcome<()> {
+        self.wait_peers(|streaming| streaming >= peers as u64)
+    }
+
+    pub(super) fn wait_gone(&mut self) -> Outcome<()> {
+        self.wait_peers(|streaming| streaming == 0)
+    }
+
+    fn wait_peers(&mut self, is_it: impl Fn(u64) -> bool) -> Outcome<()> {
+        let began = Instant::now();
+        while !is_it(self.ask("peers")?) {
+            if began.elapsed() > PATIENCE {
+                return Err("subscribers don't come, or don't go".into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn ask(&mut self, question: &str) -> Outcome<u64> {
+        self.service.say(question)?;
+        Ok(self.service.hear()?.get(1).ok_or("no answer")?.parse()?)
+    }
+
+    pub(super) fn kill(self) -> Outcome<()> {
+        self.service.kill()
+    }
+}

@@ -1,0 +1,333 @@
+//! Thousands of subscribers that speak the protocol and keep nothing, in one thread.
+//!
+//! Each acknowledges what it has got, as a mirror would; what a mirror does with it (verify, write, sync) would be
+//! measured at the subscribers, and there they are many machines.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use headwater::Position;
+use headwater::position::{Chain, Checkpoint, Incarnation, NodeId};
+use headwater::shipping::message::{
+    Ack, FRAME_BYTES_MAX, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
+};
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+
+use super::origin::{Acked, Origin};
+use super::{PATIENCE, Scale, sale};
+use crate::Outcome;
+use crate::figure::{Figure, Wanted};
+use crate::shared::page::grouped;
+use crate::shared::spread::Spread;
+use crate::timing::{Latencies, ms, now_ns};
+
+const READ_BYTES: usize = 64 << 10;
+const WINDOW_BYTES: u32 = 64 << 20;
+const COMMITS_PER_SECOND: u32 = 10;
+/// Descriptors that are needed besides those of subscribers.
+const DESCRIPTORS: u64 = 200;
+
+pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
+    let mut figures = Vec::new();
+    for &subscribers in &scale.subscribers {
+        figures.extend(fan_out(&dir.join(subscribers.to_string()), subscribers, scale.fan_out)?);
+    }
+    Ok(figures)
+}
+
+fn fan_out(dir: &Path, subscribers: usize, time: Duration) -> Outcome<Vec<Figure>> {
+    let title =
+        format!("{} subscribers, {COMMITS_PER_SECOND} commits/s", grouped(subscribers as f64));
+    let what = format!("{title}: from the answer to the last byte at a subscriber, p99");
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    if limit.is_some_and(|limit| limit < subscribers as u64 + DESCRIPTORS) {
+        let note =
+            format!("left out: at most {} open files are allowed (ulimit -n)", limit.unwrap_or(0));
+        return Ok(vec![Figure::new(what, "ms", None).note(note)]);
+    }
+    sale::filled(dir, 1)?.close()?;
+    let mut origin = Origin::start(dir, "127.0.0.1:0")?;
+    origin.commit(COMMITS_PER_SECOND, Duration::ZERO)?;
+    let before = origin.memory_kib()?;
+    let swarm = Swarm::connect(origin.address, origin.end, subscribers)?;
+    origin.wait_streaming(subscribers)?;
+    let interval = Duration::from_secs(1) / COMMITS_PER_SECOND;
+    origin.commit(COMMITS_PER_SECOND, interval)?; // not counted
+    let commits = u32::try_from(time.as_millis() / interval.as_millis())?;
+    let acked = origin.commit(commits, interval)?;
+    let after = origin.memory_kib()?;
+    let last = acked.last().ok_or("no commit")?.offset;
+    let deliveries = swarm.stop_at(last)?;
+    origin.kill()?;
+
+    let (mut each, mut whole) = (Latencies::default(), Latencies::default());
+    for commit in &acked {
+        let slowest = arrivals(&deliveries, commit, &mut each);
+        whole.add_between_ns(commit.answered_ns, slowest);
+    }
+    if each.len() != acked.len() * subscribers {
+        return Err("a subscriber has not got everything".into());
+    }
+    let (of_1000, of_10000) = (Wanted::AtMost(50.0), Wanted::AtMost(500.0));
+    let wanted = if subscribers > 1_000 { of_10000 } else { of_1000 };
+    let p50 = each.percentile(0.5) * 1e3;
+    let slowest = whole.percentile(0.5) * 1e3;
+    let kib = after.saturating_sub(before) as f64 / subscribers as f64;
+    let note = format!(
+        "{} deliveries, p50 {p50:.2} ms; the last subscriber of a commit has it after {slowest:.2} ms (median); subscribers and origin share the processors",
+        grouped(each.len() as f64)
+    );
+    let memory = Figure::new(
+        format!("{title}: resident memory at the origin for each"),
+        "KiB",
+        Spread::of([kib]),
+    )
+    .wanted(Wanted::AtMost(16.0))
+    .note(format!("{before} KiB without them; the kernel's buffers aren't in it"));
+    Ok(vec![
+        Figure::new(what, "ms", ms(&[each.percentile(0.99)])).wanted(wanted).note(note),
+        memory,
+    ])
+}
+
+/// When each subscriber had this commit whole; gives back the last.
+fn arrivals(deliveries: &[Delivery], commit: &Acked, each: &mut Latencies) -> u64 {
+    let its = deliveries.iter().filter(|it| (it.from + 1..=it.to).contains(&commit.offset));
+    its.map(|delivery| {
+        each.add_between_ns(commit.answered_ns, delivery.at_ns);
+        delivery.at_ns
+    })
+    .max()
+    .unwrap_or(u64::MAX)
+}
+
+/// What a subscriber got at once: everything from one offset to another.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Delivery {
+    from: u64,
+    to: u64,
+    at_ns: u64,
+}
+
+impl Delivery {
+    pub(super) const fn bytes(&self) -> u64 {
+        self.to - self.from
+    }
+}
+
+/// The subscribers' thread.
+pub(super) struct Swarm {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Outcome<Members>>,
+}
+
+impl Swarm {
+    /// They subscribe to what follows `from`.
+    pub(super) fn connect(address: SocketAddr, from: Checkpoint, count: usize) -> Outcome<Self> {
+        let mut members = Members {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            members: Vec::with_capacity(count),
+            deliveries: Vec::new(),
+            buffer: vec![0; READ_BYTES],
+        };
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let (tell, ready) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || -> Outcome<Members> {
+            for _ in 0..count {
+                members.add(Member::subscribe(address, Some(from), from)?)?;
+                members.turn(Duration::ZERO)?;
+            }
+            tell.send(())?;
+            while !seen.load(Ordering::Acquire) {
+                members.turn(Duration::from_millis(20))?;
+            }
+            Ok(members)
+        });
+        if ready.recv().is_err() {
+            return match thread.join().map_err(|_| "the subscribers panicked")? {
+                Ok(_) => Err("the subscribers are gone".into()),
+                Err(error) => Err(error),
+            };
+        }
+        Ok(Self { stop, thread })
+    }
+
+    pub(super) fn stop(self) -> Outcome<()> {
+        self.members().map(drop)
+    }
+
+    /// When all have got everything up to there.
+    fn stop_at(self, offset: u64) -> Outcome<Vec<Delivery>> {
+        let mut members = self.members()?;
+        let began = now_ns();
+        while members.members.iter().any(|member| member.at < offset) {
+            members.turn(Duration::from_millis(20))?;
+            if Duration::from_nanos(now_ns() - began) > PATIENCE {
+                return Err("a subscriber is stuck".into());
+            }
+        }
+        Ok(members.deliveries)
+    }
+
+    fn members(self) -> Outcome<Members> {
+        self.stop.store(true, Ordering::Release);
+        self.thread.join().map_err(|_| "the subscribers panicked")?
+    }
+}
+
+struct Members {
+    epoll: OwnedFd,
+    members: Vec<Member>,
+    deliveries: Vec<Delivery>,
+    buffer: Vec<u8>,
+}
+
+impl Members {
+    fn add(&mut self, member: Member) -> Outcome<()> {
+        member.stream.set_nonblocking(true)?;
+        let number = epoll::EventData::new_u64(self.members.len() as u64);
+        epoll::add(&self.epoll, &member.stream, number, epoll::EventFlags::IN)?;
+        self.members.push(member);
+        Ok(())
+    }
+
+    /// Takes what has arrived.
+    fn turn(&mut self, patience: Duration) -> Outcome<()> {
+        let timeout = Timespec::try_from(patience)?;
+        let mut events = Vec::with_capacity(1024);
+        match epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for event in events {
+            let number = usize::try_from(event.data.u64())?;
+            let member = self.members.get_mut(number).ok_or("whose socket?")?;
+            self.deliveries.extend(member.take(&mut self.buffer)?);
+        }
+        Ok(())
+    }
+}
+
+/// One subscriber.
+pub(super) struct Member {
+    stream: TcpStream,
+    reader: FrameReader,
+    /// Up to where it has the journal.
+    at: u64,
+    acked: Checkpoint,
+}
+
+impl Member {
+    /// Subscribes from a checkpoint on, or from the beginning, which is `acked` then.
+    pub(super) fn subscribe(
+        address: SocketAddr,
+        from: Option<Checkpoint>,
+        acked: Checkpoint,
+    ) -> Outcome<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut member = Self { stream, reader: FrameReader::new(), at: acked.offset, acked };
+        member.say(&Message::Hello(Hello {
+            versions: PROTOCOL_VERSIONS,
+            features: 0,
+            max_frame: FRAME_BYTES_MAX,
+            node: Some(NodeId::random()),
+            nonce: [7; 16],
+            agent: "headwater-services".to_owned(),
+        }))?;
+        member.expect("WELCOME")?;
+        let subscribe = Subscribe { from, witness: None, window_bytes: WINDOW_BYTES };
+        member.say(&Message::Subscribe(subscribe))?;
+        member.reader.allow_data(FRAME_BYTES_MAX);
+        member.expect("SUBSCRIBED")?;
+        member.acknowledge()?;
+        Ok(member)
+    }
+
+    fn say(&mut self, message: &Message<'_>) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        self.stream.write_all(&bytes)
+    }
+
+    /// It is alive, and has this much.
+    pub(super) fn acknowledge(&mut self) -> io::Result<()> {
+        let (mirrored, applied) = (self.acked, None);
+        self.say(&Message::Ack(Ack { mirrored, applied }))
+    }
+
+    /// Byte by byte, so that nothing behind the frame is taken.
+    fn expect(&mut self, name: &str) -> Outcome<()> {
+        let mut byte = [0];
+        loop {
+            if let Some(message) = self.reader.next_message()? {
+                if message.name() == name {
+                    return Ok(());
+                }
+                return Err(format!("the origin says {message:?} instead of {name}").into());
+            }
+            self.stream.read_exact(&mut byte)?;
+            self.reader.push(&byte);
+        }
+    }
+
+    /// Reads once. What came of the journal was there when the read returned.
+    pub(super) fn take(&mut self, buffer: &mut [u8]) -> Outcome<Option<Delivery>> {
+        let read = match self.stream.read(buffer) {
+            Ok(0) => return Err("the origin has closed a connection".into()),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let (at_ns, from) = (now_ns(), self.at);
+        self.reader.push(buffer.get(..read).unwrap_or_default());
+        let mut is_alive = false;
+        while let Some(message) = self.reader.next_message()? {
+            match message {
+                Message::Data(data) => {
+                    self.at = data.offset + data.bytes.len() as u64;
+                    self.acked = last_end(data.bytes, self.acked).unwrap_or(self.acked);
+                }
+                Message::Heartbeat(_) => is_alive = true,
+                Message::Segment(_) => {}
+                other => return Err(format!("the origin says {other:?}").into()),
+            }
+        }
+        if is_alive || self.at > from {
+            self.acknowledge()?;
+        }
+        let to = self.at;
+        Ok((to > from).then_some(Delivery { from, to, at_ns }))
+    }
+}
+
+/// The end of the last whole batch in there, read from its header as `docs/format.md` says. Verifying it is left to those
+/// who keep it.
+fn last_end(mut bytes: &[u8], before: Checkpoint) -> Option<Checkpoint> {
+    let mut end = None;
+    while let Some(header) = bytes.first_chunk::<128>() {
+        let u32_at = |at: usize| Some(u32::from_le_bytes(*header.get(at..)?.first_chunk()?));
+        let u64_at = |at: usize| Some(u64::from_le_bytes(*header.get(at..)?.first_chunk()?));
+        let len = u32_at(60)?;
+        let Some(rest) = bytes.get(usize::try_from(len).ok()?..) else { break };
+        end = Some(Checkpoint {
+            journal: before.journal,
+            epoch: u32_at(56)?,
+            incarnation: Incarnation::new(u64_at(64)?),
+            offset: u64_at(40)? + u64::from(len),
+            position: Position::new(u64_at(32)? + u64::from(u32_at(28)?)),
+            chain: Chain::from_bytes(*header.get(80..)?.first_chunk()?),
+        });
+        bytes = rest;
+    }
+    end
+}
