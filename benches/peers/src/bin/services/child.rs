@@ -25,10 +25,6 @@ impl Service {
         Ok(Self { child, input, output: Some(output) })
     }
 
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     pub(crate) fn say(&mut self, line: &str) -> Outcome<()> {
         Ok(writeln!(self.input, "{line}")?)
     }

@@ -130,6 +130,14 @@ impl<'a> Client<'a> {
             Ok(())
         })
     }
+
+    /// Leaves nothing prepared behind, however long that takes.
+    pub(super) fn settle(&mut self) {
+        let Self { runtime, orders, customers, .. } = self;
+        runtime.block_on(async {
+            join(orders.settle(), customers.settle()).await;
+        });
+    }
 }
 
 /// A database, as a client sees it.
@@ -176,6 +184,12 @@ impl Participant {
             self.unwanted = None;
         }
         Ok(())
+    }
+
+    async fn settle(&mut self) {
+        while self.clean_up().await.is_err() {
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 
     async fn finish(&mut self, verb: &str, gid: &str) -> Result<(), tokio_postgres::Error> {

@@ -85,7 +85,11 @@ fn two_phase(dir: &Path, scale: &Scale) -> Outcome<TwoPhase> {
             .into_iter()
             .enumerate()
             .map(|(place, mut client)| {
-                scope.spawn(move || steadily(scale, place, |number| client.place(number), next))
+                scope.spawn(move || {
+                    let tried = steadily(scale, place, |number| client.place(number), next);
+                    client.settle();
+                    tried
+                })
             })
             .collect();
         // The server ends with the thread that started it, so this one does it.
