@@ -45,7 +45,7 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 #[derive(Debug, Parser)]
 enum Cli {
     /// Shipping beside the bare machine, and beside PostgreSQL's logical replication.
-    Shipping(Settings),
+    Shipping(shipping::Choice),
     /// An order that two services must know of: two-phase commit beside replication.
     TwoPhase(Settings),
     #[command(hide = true)]
@@ -61,19 +61,12 @@ struct Settings {
     /// Less of everything, in less than half a minute; not to be quoted, and written to the target folder.
     #[arg(long)]
     quick: bool,
-    /// Only this part; nothing is written then. May be repeated.
-    #[arg(long)]
-    only: Vec<String>,
     /// Where data, tables and plots go, instead of docs.
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
 impl Settings {
-    fn wants(&self, part: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|only| only == part)
-    }
-
     /// The folder for pages and data: that of the documentation, or as it was asked for.
     fn out(&self, folder: &str) -> Outcome<PathBuf> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -97,7 +90,7 @@ fn scratch() -> Outcome<tempfile::TempDir> {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse() {
-        Cli::Shipping(settings) => shipping::run(&settings),
+        Cli::Shipping(choice) => shipping::run(&choice),
         Cli::TwoPhase(settings) => two_phase::run(&settings),
         Cli::Origin { dir, address } => shipping::origin::serve(&dir, &address),
         Cli::Coordinator(task) => two_phase::coordinator::run(&task),

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use serde::Serialize;
 
 use crate::figure::{self, Figure};
@@ -26,6 +27,15 @@ const PART: Part = Part {
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Args)]
+pub(crate) struct Choice {
+    #[command(flatten)]
+    settings: Settings,
+    /// Only this part; nothing is written then. May be repeated.
+    #[arg(long, value_parser = PARTS.map(|(part, _)| part))]
+    only: Vec<String>,
+}
 
 /// How much of everything.
 #[derive(Clone, Debug, Serialize)]
@@ -97,13 +107,14 @@ const PARTS: [(&str, Measure); 6] = [
     ("restarts", restarts::measure),
 ];
 
-pub(crate) fn run(settings: &Settings) -> Outcome<()> {
+pub(crate) fn run(Choice { settings, only }: &Choice) -> Outcome<()> {
     let scratch = crate::scratch()?;
     let machine = Machine::look(scratch.path());
     eprintln!("{machine}");
     let scale = if settings.quick { Scale::quick() } else { Scale::full() };
     let mut figures = Vec::new();
-    for (part, measure) in PARTS.iter().filter(|(part, _)| settings.wants(part)) {
+    let wanted = |part: &str| only.is_empty() || only.iter().any(|only| only == part);
+    for (part, measure) in PARTS.into_iter().filter(|(part, _)| wanted(part)) {
         let began = Instant::now();
         let dir = scratch.path().join(part);
         fs::create_dir(&dir)?;
@@ -112,7 +123,7 @@ pub(crate) fn run(settings: &Settings) -> Outcome<()> {
         eprint!("{part}, {:.0} s\n{}", began.elapsed().as_secs_f64(), figure::table(&measured));
         figures.extend(measured);
     }
-    if !settings.only.is_empty() {
+    if !only.is_empty() {
         return Ok(());
     }
     let postgres = cluster::missing().map_or_else(|| Ok(cluster::Cluster::version()), Err);
