@@ -15,7 +15,7 @@ use std::time::Duration;
 use headwater::Position;
 use headwater::position::{Chain, Checkpoint, Incarnation, NodeId};
 use headwater::shipping::message::{
-    Ack, FRAME_BYTES_MAX, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
+    Ack, Authentication, FRAME_BYTES_MAX, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
 };
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -246,6 +246,7 @@ impl Member {
             max_frame: FRAME_BYTES_MAX,
             node: Some(NodeId::random()),
             nonce: [7; 16],
+            authentication: Authentication::None,
             agent: "headwater-services".to_owned(),
         }))?;
         member.expect("WELCOME")?;
