@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ const WINDOW_BYTES: u32 = 64 << 20;
 /// Parts of a run, for the spread.
 const ROUNDS: usize = 5;
 const COMMITS_PER_SECOND: u32 = 10;
+/// At the same time; fewer than an origin allows.
+const INTRODUCTIONS: usize = 16;
 /// Descriptors that are needed besides those of subscribers.
 const DESCRIPTORS: u64 = 200;
 
@@ -145,10 +148,7 @@ impl Swarm {
         let seen = Arc::clone(&stop);
         let (tell, ready) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || -> Outcome<Members> {
-            for _ in 0..count {
-                members.add(Member::subscribe(address, Some(from), from)?)?;
-                members.turn(Duration::ZERO)?;
-            }
+            members.gather(address, from, count)?;
             tell.send(())?;
             while !seen.load(Ordering::Acquire) {
                 members.turn(Duration::from_millis(20))?;
@@ -195,6 +195,33 @@ struct Members {
 }
 
 impl Members {
+    /// Several introduce themselves at a time; who is in already is served meanwhile.
+    fn gather(&mut self, address: SocketAddr, from: Checkpoint, count: usize) -> Outcome<()> {
+        std::thread::scope(|scope| {
+            let (tell, new) = sync_channel(INTRODUCTIONS);
+            for first in 0..INTRODUCTIONS {
+                let tell = tell.clone();
+                scope.spawn(move || {
+                    for _ in (first..count).step_by(INTRODUCTIONS) {
+                        if tell.send(Member::subscribe(address, Some(from), from)).is_err() {
+                            return; // one has failed
+                        }
+                    }
+                });
+            }
+            drop(tell);
+            while self.members.len() < count {
+                match new.recv_timeout(Duration::from_millis(1)) {
+                    Ok(member) => self.add(member?)?,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return Err("who is missing?".into()),
+                }
+                self.turn(Duration::ZERO)?;
+            }
+            Ok(())
+        })
+    }
+
     fn add(&mut self, member: Member) -> Outcome<()> {
         member.stream.set_nonblocking(true)?;
         let number = epoll::EventData::new_u64(self.members.len() as u64);
