@@ -200,7 +200,7 @@ fn write(cli: &Cli, keys: u64, dir: &Path) -> Outcome<f64> {
     let (mut random, rest) = (fastrand::Rng::with_seed(1), "x".repeat(240));
     let mut tickets = VecDeque::new();
     let began = Instant::now();
-    for written in (0..cli.events).step_by(BATCH) {
+    for _ in (0..cli.events).step_by(BATCH) {
         let sales = (0..BATCH).map(|_| {
             let (key, cents) = (random.u64(..keys), random.u64(..1000));
             NewEvent::typed(&SaleEvent::from(Sale { key, cents, rest: rest.clone() }))
