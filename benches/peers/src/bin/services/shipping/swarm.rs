@@ -42,15 +42,30 @@ const DESCRIPTORS: u64 = 200;
 pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
     let mut figures = Vec::new();
     for &subscribers in &scale.subscribers {
-        figures.extend(fan_out(&dir.join(subscribers.to_string()), subscribers, scale.fan_out)?);
+        let measured = fan_out(&dir.join(subscribers.to_string()), subscribers, scale.fan_out);
+        // What is too much for this machine shall not cost the other figures.
+        figures.extend(measured.unwrap_or_else(|error| {
+            let failed = Figure::new(arrival(subscribers), "ms", None).wanted(wanted(subscribers));
+            vec![failed.note(format!("failed: {error}"))]
+        }));
     }
     Ok(figures)
 }
 
+fn title(subscribers: usize) -> String {
+    format!("{} subscribers, {COMMITS_PER_SECOND} commits/s", grouped(subscribers as f64))
+}
+
+fn arrival(subscribers: usize) -> String {
+    format!("{}: from the answer to the last byte at a subscriber, p99", title(subscribers))
+}
+
+const fn wanted(subscribers: usize) -> Wanted {
+    Wanted::AtMost(if subscribers > 1_000 { 500.0 } else { 50.0 })
+}
+
 fn fan_out(dir: &Path, subscribers: usize, time: Duration) -> Outcome<Vec<Figure>> {
-    let title =
-        format!("{} subscribers, {COMMITS_PER_SECOND} commits/s", grouped(subscribers as f64));
-    let what = format!("{title}: from the answer to the last byte at a subscriber, p99");
+    let what = arrival(subscribers);
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     if limit.is_some_and(|limit| limit < subscribers as u64 + DESCRIPTORS) {
         let note =
@@ -85,8 +100,6 @@ fn fan_out(dir: &Path, subscribers: usize, time: Duration) -> Outcome<Vec<Figure
     if arrived != acked.len() * subscribers {
         return Err("a subscriber has not got everything".into());
     }
-    let (of_1000, of_10000) = (Wanted::AtMost(50.0), Wanted::AtMost(500.0));
-    let wanted = if subscribers > 1_000 { of_10000 } else { of_1000 };
     let p50 = ms(&rounds.p50).map_or(f64::NAN, |it| it.median);
     let slowest = whole.percentile(0.5) * 1e3;
     let kib = after.saturating_sub(before) as f64 / subscribers as f64;
@@ -95,13 +108,16 @@ fn fan_out(dir: &Path, subscribers: usize, time: Duration) -> Outcome<Vec<Figure
         grouped(arrived as f64)
     );
     let memory = Figure::new(
-        format!("{title}: resident memory at the origin for each"),
+        format!("{}: resident memory at the origin for each", title(subscribers)),
         "KiB",
         Spread::of([kib]),
     )
     .wanted(Wanted::AtMost(16.0))
     .note(format!("{before} KiB without them; the kernel's buffers aren't in it"));
-    Ok(vec![Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted).note(note), memory])
+    Ok(vec![
+        Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted(subscribers)).note(note),
+        memory,
+    ])
 }
 
 /// When each subscriber had this commit whole; gives back the last.
@@ -212,7 +228,10 @@ impl Members {
             drop(tell);
             while self.members.len() < count {
                 match new.recv_timeout(Duration::from_millis(1)) {
-                    Ok(member) => self.add(member?)?,
+                    Ok(member) => {
+                        self.add(member?)?;
+                        new.try_iter().try_for_each(|member| self.add(member?))?;
+                    }
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Err("who is missing?".into()),
                 }
