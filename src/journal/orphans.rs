@@ -98,6 +98,7 @@ impl SetAsideError {
     }
 
     /// Whether there is only no space for the copy at present.
+    #[cfg(feature = "shipping")]
     pub(crate) fn is_disk_full(&self) -> bool {
         matches!(self, Self::Open(OpenError::Io(error)) if error.is_disk_full())
     }

@@ -189,6 +189,10 @@ pub(crate) enum Standing {
     /// It has this journal's end, and itself ends here.
     Holds(Checkpoint),
     /// It is a mirror that isn't as far yet.
+    #[cfg_attr(
+        not(feature = "cli"),
+        allow(dead_code, reason = "only the command line says how far")
+    )]
     Behind(Option<Position>),
     /// It is an origin that has lost what lies behind the common end, or has something else there.
     Parted(ShippingError),
