@@ -209,9 +209,8 @@ mod tests {
         assert_eq!(text.replacen("hw1", "hw2", 1).parse::<Token>(), Err(InvalidToken::Version));
         assert_eq!(text.replacen("a7", "a6", 1).parse::<Token>(), Err(InvalidToken::Checksum));
         let fields = text[..TEXT_LEN - 10].to_owned() + "02";
-        let sealed = format!("{fields}{:08x}", crc32fast::hash(fields.as_bytes()));
         assert_eq!(
-            sealed.parse::<Token>(),
+            sealed(&fields).parse::<Token>(),
             Err(InvalidToken::Form),
             "a durability that there isn't"
         );
