@@ -282,7 +282,7 @@ struct Worker<'a> {
 impl Worker<'_> {
     fn open(&self) -> ViewHandle<Sums> {
         let view = self.store.view_with(Sums, self.life.options()).unwrap();
-        say(&format!("live {}", live(&view)));
+        say_live(&view);
         view
     }
 
@@ -324,7 +324,7 @@ impl Worker<'_> {
         if let Ok(rebuild) = begun {
             drop(rebuild.wait());
         }
-        say(&format!("live {}", live(view)));
+        say_live(view);
         if self.life.kind == Kind::Poison || self.rng.bool() {
             remove_all_but_live(view);
         }
@@ -357,8 +357,15 @@ impl Worker<'_> {
     }
 }
 
-fn live(view: &ViewHandle<Sums>) -> u32 {
-    view.generations().unwrap().iter().find(|it| it.live).map_or(0, |it| it.number)
+/// The generation that serves: none before the first is built.
+fn live(view: &ViewHandle<Sums>) -> Option<u32> {
+    view.generations().unwrap().iter().find(|it| it.live).map(|it| it.number)
+}
+
+fn say_live(view: &ViewHandle<Sums>) {
+    if let Some(live) = live(view) {
+        say(&format!("live {live}"));
+    }
 }
 
 fn remove_all_but_live(view: &ViewHandle<Sums>) {
@@ -516,7 +523,7 @@ impl World {
         if self.kind == Kind::Poison {
             remove_all_but_live(&view);
         }
-        self.told = Told { live: Some(live(&view)), ..Told::default() };
+        self.told = Told { live: live(&view), ..Told::default() };
         view.close().map_err(|error| violated(format!("can't be closed: {error}")))?;
         let is_long = store.journal().end().offset > WORLD_BYTES_MAX;
         drop(view);
@@ -529,16 +536,14 @@ impl World {
 
     /// Another generation than the child has spoken of: nothing is known of how durable it is.
     fn was_built(&self, view: &ViewHandle<Sums>) -> bool {
-        self.told.live != Some(live(view))
+        self.told.live != live(view)
     }
 
     fn look_at_live(&self, view: &ViewHandle<Sums>, under_way: &str) -> Result<(), Stop> {
-        let (found, Some(told)) = (live(view), self.told.live) else { return Ok(()) };
-        let may_flip = matches!(under_way, "rebuild" | "rollback");
-        if found == told || may_flip {
-            Ok(())
-        } else {
-            Err(violated(format!("generation {found} serves, but {told} did")))
+        let Some(told) = self.told.live else { return Ok(()) };
+        match live(view) {
+            Some(found) if found == told || matches!(under_way, "rebuild" | "rollback") => Ok(()),
+            found => Err(violated(format!("generation {found:?} serves, but {told} did"))),
         }
     }
 
