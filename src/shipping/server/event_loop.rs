@@ -515,3 +515,23 @@ fn turn_away(mut stream: TcpStream) {
         drop(stream.read(&mut [0; READ_BYTES]));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_deadlines_of_a_connection_the_earlier_counts() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let (mut timers, mut first, mut second) = (Timers::default(), None, None);
+        timers.set(&mut first, at(30), 1);
+        timers.set(&mut first, at(50), 1);
+        assert_eq!((first, timers.first()), (Some(at(30)), Some(at(30))));
+        timers.set(&mut second, at(40), 2);
+        timers.set(&mut second, at(20), 2);
+        assert_eq!((timers.pop(at(19)), timers.pop(at(20))), (None, Some(2)));
+        timers.clear(&mut first, 1);
+        assert_eq!((first, timers.first()), (None, None));
+    }
+}
