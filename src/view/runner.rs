@@ -32,7 +32,7 @@ use super::inline::{self, InlineViews, Lane, Steps};
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::program::{Batches, Build, Program};
-use super::rebuild::{Control, RebuildOptions, RebuildStatus};
+use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase, RebuildStatus};
 use super::sources::{Bell, Checkpoints, Sources};
 use super::watch::Watchers;
 use super::{LostTail, ViewOptions};
@@ -74,6 +74,8 @@ pub(super) struct Shared {
     pub(super) lane: Lane,
     /// The last rebuild.
     pub(super) rebuild: Mutex<Option<Arc<Control>>>,
+    /// A first build that is made as the journal is followed, until it has what there was when it began.
+    first_build: Mutex<Option<FirstBuild>>,
     // Behind the database: the folder stays locked until that is closed.
     pub(super) folder: Mutex<Generations>,
 }
@@ -100,6 +102,13 @@ pub(super) enum Phase {
     AwaitingMirror,
     Stopped(Arc<StopError>),
     Closed,
+}
+
+/// How far a first build in order is, and how many events it is to have.
+#[derive(Clone)]
+struct FirstBuild {
+    control: Arc<Control>,
+    until_events: u64,
 }
 
 /// Ends the threads when the last handle is dropped.
@@ -160,8 +169,12 @@ pub(super) fn start<P: Program>(
         previous: Mutex::new(None),
         lane: Lane::default(),
         rebuild: Mutex::new(None),
+        first_build: Mutex::new(None),
         folder: Mutex::new(folder),
     });
+    if opened.is_begun_in_order {
+        shared.begin_first_build();
+    }
     let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.bytes());
     let (threads, closing, inline) = (Mutex::default(), Mutex::default(), OnceLock::new());
     let running = Running { shared, threads, closing, inline };
@@ -174,6 +187,8 @@ struct Opened {
     progress: Progress,
     phase: Phase,
     set_aside: Option<PathBuf>,
+    /// There are no rows yet, and they are made as the journal is followed.
+    is_begun_in_order: bool,
 }
 
 fn open_live<P: Program>(
@@ -224,7 +239,13 @@ fn open_live<P: Program>(
                 }
                 let source = ReadError::Truncated { first };
                 let phase = Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }));
-                return Ok(Opened { db, progress, phase, set_aside: None });
+                return Ok(Opened {
+                    db,
+                    progress,
+                    phase,
+                    set_aside: None,
+                    is_begun_in_order: false,
+                });
             }
             let set_aside = Some(db.path().to_owned());
             drop(db);
@@ -234,7 +255,7 @@ fn open_live<P: Program>(
             return Ok(Opened { set_aside, ..begin(folder)? });
         }
     };
-    Ok(Opened { db, progress, phase, set_aside: None })
+    Ok(Opened { db, progress, phase, set_aside: None, is_begun_in_order: false })
 }
 
 /// Begins a new generation: to be built in bulk if there is enough to build it from, and live when it is; or live from
@@ -255,7 +276,8 @@ fn begin_live<P: Program>(
         folder.set_live(number)?;
         Phase::Following
     };
-    Ok(Opened { db, progress, phase, set_aside: None })
+    let is_begun_in_order = matches!(phase, Phase::Following);
+    Ok(Opened { db, progress, phase, set_aside: None, is_begun_in_order })
 }
 
 /// The beginning of a generation that is built as the journal is followed; durable, so that one that is live isn't empty.
@@ -514,6 +536,7 @@ impl<P: Program> Runner<P> {
         let until = shared.sources.end();
         let in_order = || {
             let begun = begin_in_order(&*self.view, db, &shared.sources);
+            shared.begin_first_build();
             begun.map(Some).map_err(storage_failed::<P>)
         };
         if self.note.forbids_bulk() {
@@ -578,6 +601,7 @@ impl<P: Program> Runner<P> {
             return Ok(Step::Ended);
         }
         let mut applied = shared.state().applied;
+        let before = applied.checkpoints.clone();
         if self.cursors.is_empty() {
             self.db.keep_written_rows(shared.options.row_cache_bytes);
             self.cursors = cursors::<P>(&shared.sources, &applied.checkpoints)?;
@@ -604,6 +628,9 @@ impl<P: Program> Runner<P> {
                 shared.applied(progress, shared.sources.first().id(), row);
             })?;
             self.tend().map_err(storage_failed::<P>)?;
+        }
+        if shared.advance_first_build(&before, &applied.checkpoints).is_err() {
+            return Ok(Step::Ended);
         }
         match failure {
             Some(failure) => Err(failure),
@@ -881,13 +908,44 @@ impl Shared {
         }
     }
 
-    /// How far the rebuild is that is under way.
+    /// The rows are made as the journal is followed: how far that is can be seen, as of any other build.
+    fn begin_first_build(&self) {
+        let until_events = self.sources.end().events();
+        if until_events > 0 {
+            let control = Control::new(&self.building);
+            control.pass_begins(RebuildPhase::Building, until_events);
+            *self.first_build.lock() = Some(FirstBuild { control, until_events });
+        }
+    }
+
+    /// So much was folded since.
+    fn advance_first_build(
+        &self,
+        before: &Checkpoints,
+        applied: &Checkpoints,
+    ) -> Result<(), Cancelled> {
+        let Some(FirstBuild { control, until_events }) = self.first_build.lock().clone() else {
+            return Ok(());
+        };
+        if applied.events() >= until_events {
+            *self.first_build.lock() = None;
+        }
+        let events = applied.events().saturating_sub(before.events());
+        control.advance(events, applied.bytes().saturating_sub(before.bytes()))
+    }
+
+    /// How far the rebuild is that is under way, or the first build.
     pub(super) fn rebuild_status(&self) -> Option<RebuildStatus> {
         if let Phase::Building { control, .. } = self.state().phase {
             return Some(control.status());
         }
         let rebuild = self.rebuild.lock();
-        rebuild.as_ref().filter(|control| !control.has_ended()).map(|control| control.status())
+        let rebuild = rebuild.as_ref().filter(|control| !control.has_ended());
+        let follows = matches!(self.state().phase, Phase::Following);
+        let first_build = || self.first_build.lock().clone().filter(|_| follows);
+        rebuild
+            .map(|control| control.status())
+            .or_else(|| first_build().map(|it| it.control.status()))
     }
 
     /// Whether the view has applied `position` of this journal, or why it won't.
@@ -960,6 +1018,9 @@ impl Running {
         }
         if let Some(control) = &*self.shared.rebuild.lock() {
             control.cancel();
+        }
+        if let Some(first) = &*self.shared.first_build.lock() {
+            first.control.cancel();
         }
         self.shared.watchers.end();
         if inline::is_stepping() || is_within_fold() {
