@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::golden::golden;
+use crate::views::copy_dir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -991,6 +992,46 @@ fn a_view_of_several_journals_is_looked_at_checked_and_rebuilt() {
     std::fs::rename(world.path.join("mirrors/other"), world.path.join("elsewhere")).unwrap();
     failed(&service(&["view", "rebuild", dir, "spent"]), 1, "view.no_journal");
     assert_eq!(world.status(&[])[1]["state"], "unknown");
+}
+
+/// It lies beside the store's journal, which it has nothing of.
+#[test]
+fn a_view_of_exactly_one_mirror_that_lies_with_the_stores_own_is_looked_at_checked_and_rebuilt() {
+    let world = World::new();
+    let dir = world.dir();
+    std::fs::remove_dir_all(world.path.join("views")).unwrap();
+    let mirror = world.path.join("mirrors/other/journal");
+    copy_dir(&golden().join("mirror"), &mirror);
+    let store = Store::open(&world.path).unwrap();
+    let fs: std::sync::Arc<dyn Fs> = std::sync::Arc::new(OsFs);
+    let (other, _) = Journal::open_read_only(&fs, &mirror).unwrap();
+    let journals = [other.clone()];
+    let view = store.view_over(&journals, Spent::<1>::default(), ViewOptions::default()).unwrap();
+    view.wait_for_latest(PATIENCE).unwrap();
+    view.close().unwrap();
+    drop(view);
+    store.close().unwrap();
+    let is_of_the_mirror = |status: &Value| {
+        assert_eq!(status["state"], "caught_up");
+        assert_eq!(
+            (&status["durable_position"], &status["journal_end_position"]),
+            (&json!(4), &json!(4))
+        );
+        assert_eq!(status["journals"][0]["journal"], other.id().to_string());
+    };
+    is_of_the_mirror(&world.status(&[])[0]);
+    let checked = json_of(service(&["view", "check", "--json", dir, "spent"]));
+    assert_eq!((&checked["equal"], &checked["position"]), (&json!(true), &json!(4)));
+    let rebuilt = json_of(service(&["view", "rebuild", "--json", dir, "spent"]));
+    assert_eq!((&rebuilt["generation"], &rebuilt["compared"]["equal"]), (&json!(2), &json!(true)));
+    is_of_the_mirror(&world.status(&[])[1]);
+    // What can't be read may be it.
+    let files = std::fs::read_dir(&mirror).unwrap().map(|it| it.unwrap().path());
+    let files = files.filter(|it| it.is_file());
+    files.for_each(|file| std::fs::write(file, b"damaged").unwrap());
+    let refused = service(&["view", "rebuild", dir, "spent"]);
+    assert_ne!(refused.status.code(), Some(0), "{}", err(&refused));
+    assert_eq!(world.generations(), ["1.1", "1.2 live"]);
 }
 
 #[test]

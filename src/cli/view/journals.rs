@@ -19,10 +19,20 @@ pub(super) struct Found {
     pub(super) corruption: Option<Corruption>,
 }
 
-/// Where the journals with these ids are: of one journal, the one beside the view, whichever it is by now.
+/// Where the journals with these ids are. If there is one id, and none has it: the one beside the view, which has been
+/// replaced.
 pub(super) fn find(located: &Located, ids: &[JournalId]) -> Result<Vec<Found>, Failure> {
-    if ids.len() <= 1 {
-        return Ok(vec![open(&located.place)?]);
+    if let [] | [_] = ids {
+        let beside = open(&located.place)?;
+        if ids.iter().all(|id| *id == beside.journal.id()) {
+            return Ok(vec![beside]);
+        }
+        // A store's own view may be of one mirror.
+        let (mut all, mut failures) = those_there(located);
+        let found = all.iter().position(|found| ids.contains(&found.journal.id()));
+        let found = found.map(|at| all.swap_remove(at));
+        let missing = || failures.pop().map_or(Ok(beside), Err); // one that can't be read may be it
+        return Ok(vec![found.map_or_else(missing, Ok)?]);
     }
     let (mut all, mut failures) = those_there(located);
     let take = |id: &JournalId| {

@@ -246,9 +246,10 @@ impl Status {
     /// Compares it with its journals, of which these are there.
     fn judge(&mut self, journals: &[(String, Journal)]) {
         let Some(rest) = &self.at_rest else { return };
-        let of = |at: &Checkpoint| match rest.durable.len() {
-            1 => journals.iter().find(|(label, _)| *label == self.of), // whichever it is by now
-            _ => journals.iter().find(|(_, journal)| journal.id() == at.journal),
+        let of = |at: &Checkpoint| {
+            let beside = || journals.iter().find(|(label, _)| *label == self.of);
+            let found = journals.iter().find(|(_, journal)| journal.id() == at.journal);
+            found.or_else(|| beside().filter(|_| rest.durable.len() == 1)) // it has been replaced
         };
         let found: Option<Vec<&Journal>> =
             rest.durable.iter().map(|at| of(at).map(|(_, journal)| journal)).collect();
