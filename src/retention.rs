@@ -46,6 +46,9 @@ pub struct Options {
     pub lease_age_max: Duration,
     /// Nor does one that lacks more than so many bytes of batches. Default: no limit.
     pub lease_bytes_max: u64,
+    /// Nor, while the disk has fewer free bytes than this, do those that lack what must go for as many to be free: the one
+    /// that lacks most lets go first. Default 1 GiB. Where it can't be told how many are free, it is as if there were enough.
+    pub lease_free_bytes_min: u64,
 }
 
 /// How far the oldest events are to be removed.
@@ -83,6 +86,7 @@ impl Options {
             history: None,
             lease_age_max: Duration::from_secs(7 * 24 * 3600),
             lease_bytes_max: u64::MAX,
+            lease_free_bytes_min: 1 << 30,
         }
     }
 
@@ -209,7 +213,7 @@ impl Holder {
             }
             Self::UnknownReactors { .. } => "mend or delete the folder",
             Self::Mirror { .. } => {
-                "let the mirror catch up; one that is gone for good lets go after lease_age_max"
+                "let the mirror catch up; one that is gone for good lets go after lease_age_max, or when it lacks more than lease_bytes_max, or when the disk has less than lease_free_bytes_min left"
             }
             Self::UnknownMirrors { .. } => {
                 "close the store and delete the file, if no mirror needs what is to be removed"
@@ -231,7 +235,8 @@ pub struct Gate {
     pub holder: Holder,
     /// It needs nothing in front of this; `None` if that isn't known, and everything is held back.
     pub position: Option<Position>,
-    /// It holds nothing back: it has long been silent, lacks too much, or needs what is gone already.
+    /// It holds nothing back: it has long been silent, lacks too much, lacks what must go because the disk is full, or needs
+    /// what is gone already.
     pub passed_over: bool,
 }
 
@@ -440,7 +445,7 @@ pub(crate) fn plan_of(journal: &Journal, options: &Options) -> Result<Plan, Rete
     let asked = removable.get(..wanted).and_then(<[_]>::last).map_or(first, end_of);
     let mut gates = views(journal);
     gates.extend(reactors(journal));
-    gates.extend(mirrors(journal, options));
+    gates.extend(mirrors(journal, options, removable.get(..wanted).unwrap_or_default()));
     for gate in &mut gates {
         // It can't go on any more in any case.
         gate.passed_over |= gate.position.is_some_and(|position| position < first);
@@ -527,12 +532,25 @@ fn archive_gate(
     Some((Gate { holder, position, passed_over: false }, has))
 }
 
-fn mirrors(journal: &Journal, options: &Options) -> Vec<Gate> {
+/// In front of which position segments must go for the disk to have as many free bytes as it should.
+fn must_go(journal: &Journal, wanted: &[Removable], free_bytes_min: u64) -> Position {
+    let free = journal.fs().free_bytes(journal.dir()).ok().flatten().unwrap_or(u64::MAX);
+    let mut missing = free_bytes_min.saturating_sub(free);
+    let must_go = wanted.iter().take_while(|segment| {
+        let is_missing = missing > 0;
+        missing = missing.saturating_sub(segment.file_bytes);
+        is_missing
+    });
+    must_go.last().map_or(Position::START, end_of)
+}
+
+fn mirrors(journal: &Journal, options: &Options, wanted: &[Removable]) -> Vec<Gate> {
     let Some(leases) = journal.leases() else {
         let holder = Holder::UnknownMirrors { path: journal.leases_path() };
         return vec![Gate { holder, position: None, passed_over: false }];
     };
     let (now, end) = (crate::env::now_us(), journal.end());
+    let must_go = must_go(journal, wanted, options.lease_free_bytes_min);
     let age_max_us = i64::try_from(options.lease_age_max.as_micros()).unwrap_or(i64::MAX);
     let gate = |lease: &Lease| Gate {
         holder: Holder::Mirror {
@@ -541,7 +559,8 @@ fn mirrors(journal: &Journal, options: &Options) -> Vec<Gate> {
         },
         position: Some(lease.position),
         passed_over: now.saturating_sub(lease.heard_at_us) > age_max_us
-            || end.offset.saturating_sub(lease.offset) > options.lease_bytes_max,
+            || end.offset.saturating_sub(lease.offset) > options.lease_bytes_max
+            || lease.position < must_go,
     };
     leases.iter().map(gate).collect()
 }

@@ -43,6 +43,9 @@ pub(crate) struct Args {
     /// Passes over mirrors that lack more than so many bytes
     #[arg(long, value_name = "N")]
     mirror_bytes_max: Option<u64>,
+    /// While the disk has less than so many bytes left, passes over mirrors that lack what must go [default: 1073741824]
+    #[arg(long, value_name = "N")]
+    mirror_free_bytes_min: Option<u64>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
@@ -74,6 +77,8 @@ fn options(args: &Args) -> Options {
         options.lease_age_max = Duration::from_secs(hours.saturating_mul(3600));
     }
     options.lease_bytes_max = args.mirror_bytes_max.unwrap_or(options.lease_bytes_max);
+    options.lease_free_bytes_min =
+        args.mirror_free_bytes_min.unwrap_or(options.lease_free_bytes_min);
     options
 }
 

@@ -69,6 +69,10 @@ pub trait Fs: Debug + Send + Sync + 'static {
     /// if there is space for it.
     /// The outer error is of the file system; the inner one says who holds the lock.
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>>;
+    /// How many bytes can still be written below `dir`; `None` if that can't be told.
+    fn free_bytes(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
     /// The time by the clock of the machine that has the files, in microseconds since 1970: what events are recorded
     /// with. Information only.
     fn now_us(&self) -> i64 {

@@ -1166,13 +1166,18 @@ impl State {
         buf.len()
     }
 
+    /// `None` if there is no end to them.
+    fn free_sectors(&self) -> Option<u64> {
+        let capacity = self.capacity?;
+        let used = self.file_ids().filter_map(|id| self.inodes.get(&id));
+        let used: u64 = used.map(|inode| inode.cache.allocated.len() as u64).sum();
+        Some((capacity / self.sector).saturating_sub(used))
+    }
+
     /// How many of the first `len` bytes at `offset` there is space for.
     fn fitting(&mut self, id: u64, offset: u64, len: usize) -> io::Result<usize> {
         let sector = self.sector;
-        let Some(capacity) = self.capacity else { return Ok(len) };
-        let used = self.file_ids().filter_map(|id| self.inodes.get(&id));
-        let used: u64 = used.map(|inode| inode.cache.allocated.len() as u64).sum();
-        let mut free = (capacity / sector).saturating_sub(used);
+        let Some(mut free) = self.free_sectors() else { return Ok(len) };
         let (inode, _) = self.inode(id)?;
         for number in offset / sector..(offset + len as u64).div_ceil(sector) {
             if inode.cache.allocated.contains(&number) {
@@ -1278,6 +1283,11 @@ impl Fs for SimFs {
         let dir = key(dir);
         let args = [digest(&dir), 0, 0];
         self.0.lock().call(Op::SyncDir, args, |state, how| state.sync_dir(&dir, how))
+    }
+
+    fn free_bytes(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        let state = self.0.lock();
+        Ok(state.free_sectors().map(|sectors| sectors * state.sector))
     }
 
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>> {

@@ -103,6 +103,10 @@ impl Fs for Clocked {
         self.fs.sync_dir(dir)
     }
 
+    fn free_bytes(&self, dir: &Path) -> io::Result<Option<u64>> {
+        self.fs.free_bytes(dir)
+    }
+
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>> {
         self.fs.lock(path, owner)
     }

@@ -266,6 +266,51 @@ fn as_many_bytes_stay_as_are_to_be_kept() {
 
 // ------------------------------------------------------------------------------------------- what is told then
 
+/// Leases are caps, in free disk as in age and bytes.
+#[test]
+fn on_a_full_disk_the_mirrors_that_lack_most_let_go_first_and_only_as_far_as_must_be() {
+    use headwater::format::leases::{Lease, encode};
+    let (fs, _) = filled(7, 300);
+    let journal = read(&fs, JOURNAL);
+    let ends: Vec<_> = journal.segments().iter().map(|it| it.end_position).collect();
+    let lease = |id, position| Lease {
+        id: [id; 16],
+        nameless: false,
+        position,
+        offset: 0,
+        heard_at_us: i64::MAX,
+    };
+    // The first lacks the second segment and what follows, the other one the fourth.
+    let leases = [lease(1, ends[0]), lease(2, ends[2])];
+    let path = Path::new(JOURNAL).join("leases");
+    let file = fs.open(&path, OpenMode::CreateNew).unwrap();
+    let bytes = encode(journal.id(), &leases);
+    assert_eq!(file.write_at(&bytes, 0).unwrap(), bytes.len());
+    fs.set_capacity(Some(u64::MAX / 2));
+    let free = fs.free_bytes(Path::new(JOURNAL)).unwrap().unwrap();
+    let asked = before(u64::MAX >> 1);
+    let plan = |missing: u64| {
+        let options = Options { lease_free_bytes_min: free + missing, ..asked.clone() };
+        let plan = retention::plan(&dynamic(&fs), Path::new(JOURNAL), &options).unwrap();
+        let passed_over: Vec<_> = plan.gates.iter().map(|gate| gate.passed_over).collect();
+        (plan.target, passed_over, plan)
+    };
+    let (target, passed_over, whole) = plan(0);
+    assert_eq!((target, passed_over), (ends[0], vec![false, false]));
+    assert!(matches!(whole.blocker.unwrap().holder, Holder::Mirror { .. }));
+    let first = whole.removals[0].file_bytes;
+    let (target, passed_over, _) = plan(first);
+    assert_eq!((target, passed_over), (ends[0], vec![false, false]), "that much goes in any case");
+    let (target, passed_over, _) = plan(first + 1);
+    assert_eq!((target, passed_over), (ends[2], vec![true, false]));
+    let (target, passed_over, _) = plan(free);
+    assert!(target > ends[2], "{target}");
+    assert_eq!(passed_over, [true, true]);
+    // Nobody knows how many are free.
+    fs.set_capacity(None);
+    assert_eq!(plan(free).0, ends[0]);
+}
+
 #[test]
 fn conditions_stay_exact_and_a_repetition_of_what_is_gone_is_a_conflict() {
     let fs = SimFs::new(4);

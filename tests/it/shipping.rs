@@ -1072,10 +1072,11 @@ fn a_mirror_holds_back_what_it_lacks_also_after_a_restart() {
     assert!(matches!(blocker.holder, Holder::Mirror { node: Some(_), .. }), "{}", blocker.holder);
     assert!(blocker.position.unwrap() <= had && plan.target <= had);
     assert_eq!(plan.gates.len(), 1, "the lease without an id was taken over: {:?}", plan.gates);
-    // One that is silent for too long, or too far behind, holds nothing back.
+    // One that is silent for too long, or too far behind, or on a full disk, holds nothing back.
     for options in [
         Options { lease_age_max: Duration::ZERO, ..options.clone() },
         Options { lease_bytes_max: 1, ..options.clone() },
+        Options { lease_free_bytes_min: u64::MAX, ..options.clone() },
     ] {
         let plan = origin.store().plan_retention(&options).unwrap();
         assert!(plan.target > had && plan.gates[0].passed_over);
