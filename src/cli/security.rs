@@ -8,7 +8,7 @@ use serde_json::json;
 use super::failure::Failure;
 use super::stat::plain;
 use crate::shipping::security::{
-    AccessList, Anonymous, Journals, KeyPin, Mode, Peer, Pem, Right, Token, TokenSource,
+    AccessList, AccessToken, Anonymous, Journals, KeyPin, Mode, Peer, Pem, Right, TokenSource,
 };
 
 /// What `token` is told.
@@ -43,7 +43,7 @@ pub(crate) fn token(args: &TokenArgs) -> Result<(), Failure> {
             }
         }
         (None, json) => {
-            let token = Token::generate()?;
+            let token = AccessToken::generate()?;
             let (secret, hash) = (token.expose(), token.hash());
             match json {
                 true => writeln!(out, "{}", json!({ "token": secret, "hash": hash }))?,

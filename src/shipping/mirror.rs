@@ -33,7 +33,7 @@ use super::link::{Arrived, Link};
 use super::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented,
 };
-use super::security::{ClientTls, Token, TokenSource};
+use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
     Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, batches,
 };
@@ -324,7 +324,7 @@ impl Credentials {
         let tls = options.tls.as_ref();
         let tls = tls.map(|tls| Ok((tls.config()?, tls.server_name(address)?)));
         let token = options.token.as_ref().map(TokenSource::token).transpose()?;
-        let presented = |token: Token| Presented::new(token.expose().as_bytes());
+        let presented = |token: AccessToken| Presented::new(token.expose().as_bytes());
         Ok(Self {
             tls: tls.transpose().map_err(ShippingError::Security)?,
             authentication: token
@@ -1112,7 +1112,7 @@ mod tests {
         }
         options.allow_plaintext_off_loopback = true;
         assert_eq!(check_plaintext(&addresses, &options).unwrap(), addresses);
-        options.token = Some(Token::generate().unwrap().into());
+        options.token = Some(AccessToken::generate().unwrap().into());
         let kept = check_plaintext(&addresses, &options).unwrap();
         assert_eq!(kept, addresses[1..], "a token in clear");
         options.tls = Some(ClientTls::trusting(Trust::Keys(Vec::new())));

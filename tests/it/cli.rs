@@ -432,10 +432,10 @@ fn every_command_that_the_documentation_shows_works() {
 /// A certificate, a token and an access list.
 #[cfg(feature = "shipping")]
 fn security_files(dir: &Path) {
-    use headwater::shipping::security::{KeyPin, Peer, Pem, Right, Token};
+    use headwater::shipping::security::{AccessToken, KeyPin, Peer, Pem, Right};
 
     let certified = rcgen::generate_simple_self_signed(["a".to_owned()]).unwrap();
-    let (pem, token) = (certified.cert.pem(), Token::generate().unwrap());
+    let (pem, token) = (certified.cert.pem(), AccessToken::generate().unwrap());
     let peer = Peer {
         keys: vec![KeyPin::of(&Pem::text(pem.clone())).unwrap()],
         tokens: vec![token.hash()],

@@ -12,8 +12,8 @@ use headwater::shipping::message::{
     Authentication, ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Presented, Subscribe,
 };
 use headwater::shipping::security::{
-    ALPN, Access, AccessList, Anonymous, Certificate, ClientTls, KeyPin, Peer, Pem, Right,
-    Security, SecurityError, SecurityOptions, ServerTls, TlsReason, Token, TokenSource, Trust,
+    ALPN, Access, AccessList, AccessToken, Anonymous, Certificate, ClientTls, KeyPin, Peer, Pem,
+    Right, Security, SecurityError, SecurityOptions, ServerTls, TlsReason, TokenSource, Trust,
 };
 use headwater::shipping::{
     Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, ServeError, ServeOptions, Server,
@@ -112,7 +112,7 @@ fn with_keys(name: &str, keys: &[KeyPin]) -> Peer {
     Peer { keys: keys.to_vec(), ..may_all(name) }
 }
 
-fn with_token(name: &str, token: &Token) -> Peer {
+fn with_token(name: &str, token: &AccessToken) -> Peer {
     Peer { tokens: vec![token.hash()], ..may_all(name) }
 }
 
@@ -245,7 +245,7 @@ fn pins(held: &[&Held]) -> Trust {
     Trust::Keys(held.iter().map(|held| held.pin).collect())
 }
 
-fn bearing(token: &Token, options: FollowOptions) -> FollowOptions {
+fn bearing(token: &AccessToken, options: FollowOptions) -> FollowOptions {
     FollowOptions { token: Some(token.clone().into()), ..options }
 }
 
@@ -335,7 +335,7 @@ fn the_name_in_the_certificate_must_be_the_one_that_is_followed() {
 fn a_token_is_let_in_within_tls_and_another_or_none_is_not() {
     let dir = tempfile::tempdir().unwrap();
     let server = Held::self_signed(dir.path(), "server");
-    let [right, wrong] = [0; 2].map(|_| Token::generate().unwrap());
+    let [right, wrong] = [0; 2].map(|_| AccessToken::generate().unwrap());
     let tls = ServerTls::with(server.certificate());
     let origin = Origin::new(Some(secured(Some(tls), list([with_token("holder", &right)]))));
     let following = origin.follow(bearing(&right, self::tls(pins(&[&server]))));
@@ -350,7 +350,7 @@ fn a_token_is_let_in_within_tls_and_another_or_none_is_not() {
 /// Only the beginning of a hash being the same is not enough, nor its end.
 #[test]
 fn a_token_whose_hash_differs_in_one_digit_is_not_let_in() {
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let hash = token.hash().to_string();
     let flipped = |at: usize| {
         let digit = if &hash[at..=at] == "0" { "1" } else { "0" };
@@ -385,7 +385,7 @@ impl Raw {
         self.stream.write_all(&out).unwrap();
     }
 
-    fn hello(&mut self, token: &Token) {
+    fn hello(&mut self, token: &AccessToken) {
         let token = Presented::new(token.expose().as_bytes());
         self.say(&Message::Hello(hello(Authentication::Token(token))));
         let mut buffer = [0; 4096];
@@ -418,7 +418,7 @@ fn hello(authentication: Authentication) -> Hello {
 
 #[test]
 fn what_may_not_be_had_looks_exactly_like_what_is_not_there() {
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let elsewhere = JournalId::from_bytes([9; 16]);
     let right = Right::verbatim(elsewhere);
     let peer = Peer { may: vec![right], ..with_token("holder", &token) };
@@ -455,7 +455,7 @@ fn what_may_not_be_had_looks_exactly_like_what_is_not_there() {
 
 #[test]
 fn a_right_to_filtered_feeds_is_no_right_to_a_mirror() {
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let text = format!(
         r#"{{ "peers": [{{ "name": "feeds", "tokens": ["{}"],
               "may": [{{ "journal": "*", "mode": "filtered", "filter": {{}} }}] }}] }}"#,
@@ -474,7 +474,7 @@ fn without_authentication_this_machine_is_let_in_unless_a_list_says_otherwise() 
     unsecured.follow(nothing()).converges_with(&unsecured);
     let no_list = Origin::new(Some(secured(None, Access::NoList)));
     no_list.follow(nothing()).converges_with(&no_list);
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let listed = Origin::new(Some(secured(None, list([with_token("holder", &token)]))));
     assert_eq!(listed.follow(nothing()).halts_with(), ErrorCode::AUTH_REQUIRED);
     let local = Peer { anonymous: Anonymous::Loopback, ..may_all("local") };
@@ -486,7 +486,7 @@ fn without_authentication_this_machine_is_let_in_unless_a_list_says_otherwise() 
 fn off_the_loopback_a_server_needs_tls_or_the_word_plaintext_and_a_token_needs_tls() {
     let dir = tempfile::tempdir().unwrap();
     let server = Held::self_signed(dir.path(), "server");
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let store = Store::create(dir.path().join("store")).unwrap();
     let everywhere = SocketAddr::from(([0, 0, 0, 0], 0));
     let serve = |security: Option<Security>, allow_plaintext_off_loopback: bool| {
@@ -516,7 +516,7 @@ fn off_the_loopback_a_server_needs_tls_or_the_word_plaintext_and_a_token_needs_t
 fn a_reload_lets_new_ones_in_cuts_off_the_revoked_and_leaves_the_rest_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access.json");
-    let [stays, goes, comes] = [0; 3].map(|_| Token::generate().unwrap());
+    let [stays, goes, comes] = [0; 3].map(|_| AccessToken::generate().unwrap());
     let peers = [with_token("stays", &stays), with_token("goes", &goes)];
     write_list(&path, &peers);
     let security = secured(None, Access::File(path.clone()));
@@ -556,7 +556,7 @@ fn a_reload_lets_new_ones_in_cuts_off_the_revoked_and_leaves_the_rest_alone() {
 fn a_right_that_is_taken_away_ends_the_session_and_one_that_stays_does_not() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access.json");
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let peer = |right: Right| Peer { may: vec![right], ..with_token("holder", &token) };
     write_list(&path, &[peer(Right::everything())]);
     let security = secured(None, Access::File(path.clone()));
@@ -618,7 +618,7 @@ fn keys_of_both_sides_are_rotated_without_an_interruption() {
 fn a_mirror_reads_its_files_before_every_connection() {
     let dir = tempfile::tempdir().unwrap();
     let server = Held::self_signed(dir.path(), "server");
-    let [first, second] = [0; 2].map(|_| Token::generate().unwrap());
+    let [first, second] = [0; 2].map(|_| AccessToken::generate().unwrap());
     let path = dir.path().join("token");
     fs::write(&path, format!("{}\n", first.expose())).unwrap();
     let tls = ServerTls::with(server.certificate());
@@ -858,7 +858,7 @@ fn a_pinned_certificate_without_its_key_is_worth_nothing() {
         .with_cert_resolver(Arc::new(Forger::showing(&server, &forger)));
     config.alpn_protocols = vec![ALPN.to_vec()];
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let options = bearing(&token, tls(pins(&[&server])));
     let following = origin.follow_at(&listener.local_addr().unwrap().to_string(), options);
     let (stream, _) = listener.accept().unwrap();
@@ -954,7 +954,7 @@ fn garbage_in_a_handshake_is_cut_off_and_the_rest_goes_on() {
 fn secrets_show_in_no_debug_output() {
     let dir = tempfile::tempdir().unwrap();
     let held = Held::self_signed(dir.path(), "server");
-    let token = Token::generate().unwrap();
+    let token = AccessToken::generate().unwrap();
     let key = fs::read_to_string(&held.key).unwrap();
     let certificate = Certificate { chain: Pem::file(&held.chain), key: Pem::text(key.clone()) };
     let tls = ServerTls::with(certificate.clone());

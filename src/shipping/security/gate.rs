@@ -160,14 +160,15 @@ mod tests {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
     use super::super::{
-        Access, AccessList, Anonymous, Certificate, Pem, Right, SecurityOptions, ServerTls, Token,
+        Access, AccessList, AccessToken, Anonymous, Certificate, Pem, Right, SecurityOptions,
+        ServerTls,
     };
     use super::*;
     use crate::shipping::message::Presented;
 
     const JOURNAL: JournalId = JournalId::from_bytes([7; 16]);
 
-    fn presented(token: &Token) -> Authentication {
+    fn presented(token: &AccessToken) -> Authentication {
         Authentication::Token(Presented::new(token.expose().as_bytes()))
     }
 
@@ -206,7 +207,7 @@ mod tests {
     fn whoever_presents_nothing_is_let_in_only_where_the_list_says_so() {
         let local = Peer { anonymous: Anonymous::Loopback, ..peer("local") };
         let public = Peer { anonymous: Anonymous::Anywhere, ..peer("public") };
-        let token = Token::generate().unwrap();
+        let token = AccessToken::generate().unwrap();
         let holder = Peer { tokens: vec![token.hash()], ..peer("holder") };
         let (nothing, unknown) = (Authentication::None, Authentication::Other(7));
         let list = plain([holder.clone()]);
@@ -220,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_token_counts_within_tls_or_this_machine_and_never_in_clear_over_a_network() {
-        let (token, other) = (Token::generate().unwrap(), Token::generate().unwrap());
+        let (token, other) = (AccessToken::generate().unwrap(), AccessToken::generate().unwrap());
         let security = plain([Peer { tokens: vec![token.hash()], ..peer("holder") }]);
         assert_eq!(entered(&security, true, &presented(&token)), Ok("holder".to_owned()));
         assert_eq!(entered(&security, false, &presented(&token)), Err(ErrorCode::DENIED));
@@ -245,7 +246,7 @@ mod tests {
         let shown = CertificateParams::new(["mirror.internal".to_owned()]).unwrap();
         let shown = shown.signed_by(&key, &issuer).unwrap();
         let own = rcgen::generate_simple_self_signed(["origin.internal".to_owned()]).unwrap();
-        let token = Token::generate().unwrap();
+        let token = AccessToken::generate().unwrap();
         let entered = |authority: &str, certificates: Vec<CertificateDer<'static>>| {
             let certificate = Certificate {
                 chain: Pem::text(own.cert.pem()),

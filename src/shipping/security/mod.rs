@@ -39,7 +39,7 @@ pub use access::{
 pub use error::{SecurityError, TlsFailure, TlsReason, TlsSource};
 pub(crate) use gate::Gate;
 pub use pem::{Certificate, Pem};
-pub use secret::{InvalidFingerprint, KeyPin, Token, TokenHash, TokenSource};
+pub use secret::{AccessToken, InvalidFingerprint, KeyPin, TokenHash, TokenSource};
 pub use tls::{ALPN, ClientTls, Trust};
 use tls::{ClientVerifier, PinnedKeys};
 

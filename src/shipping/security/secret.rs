@@ -139,7 +139,7 @@ impl KeyPin {
 }
 
 fingerprint! {
-    /// The hash of a [`Token`]: what is kept where tokens are checked. Nobody can make the token of it.
+    /// The hash of a [`AccessToken`]: what is kept where tokens are checked. Nobody can make the token of it.
     ///
     /// A plain SHA-256 is enough: slow hashes are for secrets that can be guessed, and a token is 256 random bits.
     TokenHash
@@ -163,18 +163,18 @@ impl TokenHash {
 /// overwritten when it is dropped.
 ///
 /// ```
-/// use headwater::shipping::security::Token;
+/// use headwater::shipping::security::AccessToken;
 ///
-/// let token = Token::generate()?;
+/// let token = AccessToken::generate()?;
 /// let hash = token.hash(); // into the origin's access list; the token itself to the mirror
-/// assert_eq!(Token::parse(token.expose())?.hash(), hash);
+/// assert_eq!(AccessToken::parse(token.expose())?.hash(), hash);
 /// assert!(!format!("{token:?}").contains(token.expose()));
 /// # Ok::<(), headwater::shipping::security::SecurityError>(())
 /// ```
 #[derive(Clone)]
-pub struct Token(Zeroizing<String>);
+pub struct AccessToken(Zeroizing<String>);
 
-impl Token {
+impl AccessToken {
     /// A new one, from the system's randomness.
     ///
     /// # Errors
@@ -219,9 +219,9 @@ impl Token {
     }
 }
 
-impl fmt::Debug for Token {
+impl fmt::Debug for AccessToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token(..)")
+        f.write_str("AccessToken(..)")
     }
 }
 
@@ -230,26 +230,26 @@ impl fmt::Debug for Token {
 #[non_exhaustive]
 pub enum TokenSource {
     /// It is this one.
-    Value(Token),
+    Value(AccessToken),
     /// It is in this file, which is read anew before every connection: a new token needs no restart.
     File(PathBuf),
 }
 
 impl TokenSource {
-    pub(crate) fn token(&self) -> Result<Token, SecurityError> {
+    pub(crate) fn token(&self) -> Result<AccessToken, SecurityError> {
         match self {
             Self::Value(token) => Ok(token.clone()),
             Self::File(path) => {
                 let read = std::fs::read_to_string(path);
                 let text = Zeroizing::new(read.map_err(|error| SecurityError::file(path, error))?);
-                Token::parse(&text)
+                AccessToken::parse(&text)
             }
         }
     }
 }
 
-impl From<Token> for TokenSource {
-    fn from(token: Token) -> Self {
+impl From<AccessToken> for TokenSource {
+    fn from(token: AccessToken) -> Self {
         Self::Value(token)
     }
 }
@@ -260,19 +260,19 @@ mod tests {
 
     #[test]
     fn tokens_are_256_random_bits_and_nothing_else_is_one() {
-        let (a, b) = (Token::generate().unwrap(), Token::generate().unwrap());
+        let (a, b) = (AccessToken::generate().unwrap(), AccessToken::generate().unwrap());
         assert!(a.expose().len() == 68 && a.expose() != b.expose() && a.hash() != b.hash());
-        assert_eq!(Token::parse(&format!(" {}\n", a.expose())).unwrap().expose(), a.expose());
+        assert_eq!(AccessToken::parse(&format!(" {}\n", a.expose())).unwrap().expose(), a.expose());
         let (short, upper) = (&a.expose()[..67], a.expose().to_uppercase());
         let wide = format!("{TOKEN_PREFIX}{}", "é".repeat(32));
         for wrong in ["", "secret", TOKEN_PREFIX, short, &upper, &a.expose()[4..], &wide] {
-            assert!(matches!(Token::parse(wrong), Err(SecurityError::Token)), "{wrong}");
+            assert!(matches!(AccessToken::parse(wrong), Err(SecurityError::Token)), "{wrong}");
         }
     }
 
     #[test]
     fn a_token_shows_in_no_debug_output() {
-        let token = Token::generate().unwrap();
+        let token = AccessToken::generate().unwrap();
         let source = TokenSource::from(token.clone());
         for shown in [format!("{token:?}"), format!("{source:?}"), format!("{source:#?}")] {
             assert!(!shown.contains(&token.expose()[4..8]), "{shown}");
@@ -282,7 +282,7 @@ mod tests {
     /// Known from `printf %s hwt_00… | openssl dgst -sha256`.
     #[test]
     fn the_hash_is_the_sha_256_of_the_text() {
-        let token = Token::parse(&format!("hwt_{}", "0".repeat(64))).unwrap();
+        let token = AccessToken::parse(&format!("hwt_{}", "0".repeat(64))).unwrap();
         let hash = "sha256:e62c31c7405ccc7b258dc178de1b9651e53d14e40ecbbb1a211d3d27a625f5a3";
         assert_eq!(token.hash().to_string(), hash);
         assert_eq!(hash.parse(), Ok(token.hash()));
