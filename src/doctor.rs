@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   machine   file system, sync, space, clock
-//!   journal   role, lock, damage, mark, end, segments, sidecars, lost events, restore, quarantine
+//!   journal   role, lock, damage, mark, end, segments, sidecars, lost events, restore, recovery, what was set aside
 //!   around    views, mirrors
 //! ```
 //! It reads headers and the end of the journal, not every byte: that is what [`verify`](crate::verify) is
@@ -14,6 +14,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::OpenError;
@@ -21,6 +22,8 @@ use crate::format::files::Role;
 use crate::fs::Fs;
 use crate::fs::os::{OsFs, lock_holder};
 use crate::journal::condition::{self, Condition};
+use crate::journal::layout;
+use crate::journal::orphans::orphans_in;
 use crate::position::Checkpoint;
 use crate::{Journal, Position};
 
@@ -137,6 +140,8 @@ pub fn examine(dir: &Path) -> Result<Diagnosis, OpenError> {
     }
     check_lock(&mut found, dir);
     check_incoming(&mut found, dir);
+    check_recovering(&mut found, dir);
+    check_orphans(&mut found, "orphaned", "", dir);
     check_quarantine(&mut found, dir);
     check_file_system(&mut found, dir);
     check_sync(&mut found, dir);
@@ -273,6 +278,43 @@ fn check_incoming(found: &mut Diagnosis, dir: &Path) {
         );
     } else {
         found.ok("restore", "none under way");
+    }
+}
+
+fn check_recovering(found: &mut Diagnosis, dir: &Path) {
+    if dir.join(layout::RECOVERING).exists() {
+        found.fail(
+            "recovery",
+            "what was lost is being taken back from a mirror, and not all of it has come",
+            "run `headwater recover` again, or keep what has come with `headwater recover --abandon`",
+        );
+    } else {
+        found.ok("recovery", "none under way");
+    }
+}
+
+/// What an origin had lost and its mirror keeps. With an empty `name` of the journal itself, else of one of its mirrors.
+fn check_orphans(found: &mut Diagnosis, check: &'static str, name: &str, dir: &Path) {
+    let fs: Arc<dyn Fs> = Arc::new(OsFs);
+    let orphans = orphans_in(&fs, dir);
+    if orphans.is_empty() && name.is_empty() {
+        found.ok(check, "no events were set aside because their origin had lost them");
+    }
+    let name = if name.is_empty() { String::new() } else { format!("{name}: ") };
+    for it in orphans {
+        let events = match it.end {
+            Some(end) => format!("{} events", end.position.since(it.from)),
+            None => "events that can't be read".to_owned(),
+        };
+        found.warn(
+            check,
+            format!(
+                "{name}{events} from position {} on, which the origin has lost, lie in {}",
+                it.from,
+                it.dir.display()
+            ),
+            "they may be the only copy: see docs/operate/forks.md before the folder is moved away",
+        );
     }
 }
 
@@ -443,7 +485,7 @@ fn check_clock(found: &mut Diagnosis, dir: &Path) {
 }
 
 fn last_recorded_us(dir: &Path) -> Option<i64> {
-    let fs: std::sync::Arc<dyn Fs> = std::sync::Arc::new(OsFs);
+    let fs: Arc<dyn Fs> = Arc::new(OsFs);
     let (journal, _) = Journal::open_read_only(&fs, dir).ok()?;
     let last = Position::new(journal.end().position.get().checked_sub(1)?);
     let event = journal.read_all(last).ok()?.next()?.ok()?;
@@ -528,13 +570,13 @@ fn check_mirrors(found: &mut Diagnosis, store: &Path) {
         let journal = path.join("journal");
         let journal = if journal.is_dir() { journal } else { path.clone() };
         match condition::examine(&OsFs, &journal) {
-            Ok(condition) => check_mirror(found, &name, &path, &condition),
+            Ok(condition) => check_mirror(found, &name, &path, &journal, &condition),
             Err(error) => found.warn("mirror", format!("{name}: {error}"), error.hint()),
         }
     }
 }
 
-fn check_mirror(found: &mut Diagnosis, name: &str, path: &Path, condition: &Condition) {
+fn check_mirror(found: &mut Diagnosis, name: &str, path: &Path, dir: &Path, condition: &Condition) {
     let (journal, end) = (condition.node.journal, condition.end);
     if condition.role != Some(Role::Mirror) {
         let hint = "mirrors belong to the store that follows them: move it away";
@@ -551,6 +593,7 @@ fn check_mirror(found: &mut Diagnosis, name: &str, path: &Path, condition: &Cond
                 .ok("mirror", format!("{name}: journal {journal} up to position {}", end.position));
         }
     }
+    check_orphans(found, "mirror", name, dir);
     check_views(found, path, end);
 }
 

@@ -69,6 +69,8 @@ mod doctor;
 mod events;
 mod failure;
 #[cfg(feature = "shipping")]
+mod link;
+#[cfg(feature = "shipping")]
 mod peer;
 #[cfg(feature = "shipping")]
 mod recover;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::failure::Failure;
+use super::link::LinkArgs;
 use super::{Target, target};
 use crate::fs::{Fs, os::OsFs};
 use crate::journal::orphans::orphans_in;
-use crate::shipping::{FollowOptions, ShippingError, Standing, ask};
+use crate::shipping::{ShippingError, Standing, ask};
 use crate::{Checkpoint, Journal, Orphans, Position};
 
 /// What `peer` is told.
@@ -21,9 +22,8 @@ pub(crate) struct Args {
     /// Asks who serves the journal here, or a mirror of it, how both relate
     #[arg(value_name = "HOST:PORT")]
     address: Option<String>,
-    /// Connects to other machines, too; nothing is encrypted
-    #[arg(long)]
-    allow_plaintext: bool,
+    #[command(flatten)]
+    link: LinkArgs,
 }
 
 /// A mirror at rest.
@@ -47,11 +47,7 @@ impl Mirror {
     }
 
     fn to_json(&self) -> Value {
-        let orphan = |it: &Orphans| {
-            let end = it.end.map(|end| end.position.get());
-            json!({ "path": it.dir.display().to_string(), "from_position": it.from.get(), "end_position": end })
-        };
-        let orphaned: Vec<_> = self.orphans.iter().map(orphan).collect();
+        let orphaned: Vec<_> = self.orphans.iter().map(target::orphan).collect();
         let end = self.state.as_ref().ok();
         json!({
             "name": self.name,
@@ -98,10 +94,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let mut known = vec![Mirror::of(None, &args.target.dir)];
     let mirrors = target::mirrors(&args.target.dir).into_iter();
     known.extend(mirrors.map(|(name, dir)| Mirror::of(Some(name), &dir)));
-    let options = FollowOptions {
-        allow_plaintext_off_loopback: args.allow_plaintext,
-        ..FollowOptions::default()
-    };
+    let options = args.link.options();
     let ask = |address: &String| {
         let asked = ask(address, &journal, journal.end(), &options);
         asked.map(|standing| Peer { address: address.clone(), journal: &journal, standing })

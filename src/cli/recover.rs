@@ -7,10 +7,11 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::failure::Failure;
+use super::link::LinkArgs;
 use super::target;
 use crate::JournalOptions;
 use crate::fs::{Fs, os::OsFs};
-use crate::shipping::{FollowOptions, PeersCheck, abandon_recovery, recover};
+use crate::shipping::{PeersCheck, abandon_recovery, recover};
 
 /// What `recover` is told.
 #[derive(Debug, clap::Args)]
@@ -32,9 +33,8 @@ pub(crate) struct Args {
     /// Keeps what has arrived of an interrupted recovery, and asks nobody
     #[arg(long, conflicts_with_all = ["from", "check", "require", "give_up"])]
     abandon: bool,
-    /// Connects to other machines, too; nothing is encrypted
-    #[arg(long)]
-    allow_plaintext: bool,
+    #[command(flatten)]
+    link: LinkArgs,
     /// Prints JSON, with the fields of docs/cli.md
     #[arg(long)]
     json: bool,
@@ -53,10 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
             recover: !args.check,
             required: args.require,
             given_up: args.give_up.clone(),
-            options: FollowOptions {
-                allow_plaintext_off_loopback: args.allow_plaintext,
-                ..FollowOptions::default()
-            },
+            options: args.link.options(),
         };
         recover(&fs, &dir, &journal, &check)?
     };

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::fs::{Fs, os::OsFs};
-use crate::{Corruption, Journal};
+use crate::{Corruption, Journal, Orphans};
+use serde_json::{Value, json};
 
 use super::failure::Failure;
 
@@ -31,4 +32,10 @@ pub(crate) fn mirrors(store: &Path) -> Vec<(String, PathBuf)> {
 pub(crate) fn open(dir: &Path) -> Result<(Journal, Option<Corruption>), Failure> {
     let fs: Arc<dyn Fs> = Arc::new(OsFs);
     Ok(Journal::open_read_only(&fs, &journal_dir(dir))?)
+}
+
+/// A tail that was set aside, as `peer` and `verify` print it.
+pub(crate) fn orphan(it: &Orphans) -> Value {
+    let end = it.end.map(|end| end.position.get());
+    json!({ "path": it.dir.display().to_string(), "from_position": it.from.get(), "end_position": end })
 }

@@ -1,14 +1,19 @@
 //! `headwater verify`: reads every byte.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::fs::os::OsFs;
-use crate::{Damage, SegmentCheck, SegmentState, VerifyProgress, VerifyReport};
+use crate::fs::{Fs, os::OsFs};
+use crate::journal::layout;
+use crate::journal::orphans::orphans_in;
+use crate::{Damage, Orphans, SegmentCheck, SegmentState, VerifyProgress, VerifyReport};
 use serde_json::{Value, json};
 
 use super::failure::Failure;
 use super::stat::{plain, right};
+use super::target::orphan;
 use super::{Target, target};
 
 #[derive(Debug, clap::Args)]
@@ -32,13 +37,28 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     meter.clear();
     let report = report?;
     let mut out = io::stdout().lock();
+    let beside = Beside::of(&dir);
     if args.json {
-        writeln!(out, "{}", to_json(&report))?;
+        writeln!(out, "{}", to_json(&report, &beside))?;
     } else {
-        print(&mut out, &report)?;
+        print(&mut out, &report, &beside)?;
     }
     out.flush()?;
     if report.is_healthy() { Ok(()) } else { Err(Failure::Reported) }
+}
+
+/// What lies beside the segments and is no damage of theirs.
+struct Beside {
+    recovering: bool,
+    orphans: Vec<Orphans>,
+}
+
+impl Beside {
+    fn of(dir: &Path) -> Self {
+        let fs: Arc<dyn Fs> = Arc::new(OsFs);
+        let recovering = dir.join(layout::RECOVERING).exists();
+        Self { recovering, orphans: orphans_in(&fs, dir) }
+    }
 }
 
 const fn state(segment: &SegmentCheck) -> &'static str {
@@ -52,7 +72,7 @@ const fn state(segment: &SegmentCheck) -> &'static str {
     }
 }
 
-fn to_json(report: &VerifyReport) -> Value {
+fn to_json(report: &VerifyReport, beside: &Beside) -> Value {
     let segment = |segment: &SegmentCheck| {
         json!({
             "number": segment.number,
@@ -92,12 +112,14 @@ fn to_json(report: &VerifyReport) -> Value {
             "from_position": lost.start.get(),
             "to_position": lost.end.get(),
         })).collect::<Vec<_>>(),
+        "recovering": beside.recovering,
+        "orphaned": beside.orphans.iter().map(orphan).collect::<Vec<_>>(),
         "segments": report.segments.iter().map(segment).collect::<Vec<_>>(),
         "damage": report.damage.iter().map(damage).collect::<Vec<_>>(),
     })
 }
 
-fn print(out: &mut impl Write, report: &VerifyReport) -> io::Result<()> {
+fn print(out: &mut impl Write, report: &VerifyReport, beside: &Beside) -> io::Result<()> {
     let mut table = plain();
     table.set_header(["segment", "state", "positions", "batches", "file bytes", "sidecar"]);
     for segment in &report.segments {
@@ -128,6 +150,16 @@ fn print(out: &mut impl Write, report: &VerifyReport) -> io::Result<()> {
     }
     for lost in &report.lost {
         writeln!(out, "events at positions {}..{} were lost and given up", lost.start, lost.end)?;
+    }
+    if beside.recovering {
+        writeln!(
+            out,
+            "events are being taken back from a mirror, and not all have come: see headwater recover"
+        )?;
+    }
+    for it in &beside.orphans {
+        let (from, dir) = (it.from, it.dir.display());
+        writeln!(out, "events from position {from} on, which the origin has lost, are in {dir}")?;
     }
     let verdict = match report.damage.len() {
         0 => "healthy".to_owned(),
