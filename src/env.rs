@@ -31,6 +31,13 @@ pub(crate) fn roughly_now_ms() -> i64 {
     }
 }
 
+/// Milliseconds by a clock that all processes of the machine share, and that nobody sets. It begins anew with the machine.
+#[cfg(feature = "shipping")]
+pub(crate) fn monotonic_ms() -> i64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.tv_sec.saturating_mul(1000).saturating_add(time.tv_nsec / 1_000_000)
+}
+
 /// Sixteen random bytes.
 pub(crate) fn random_id() -> [u8; 16] {
     #[cfg(feature = "test-kit")]

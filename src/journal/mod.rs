@@ -443,6 +443,13 @@ impl Journal {
         self.find_header(position, end).map_err(|error| self.or_truncated(position, error))
     }
 
+    /// When the event at `position` was recorded, in microseconds since 1970 by the origin's clock; `None` if it isn't
+    /// here, or can't be read. Blocks for the disk.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn recorded_at_us(&self, position: Position) -> Option<i64> {
+        self.header_holding(position).ok().flatten().map(|header| header.time_us)
+    }
+
     fn find_header(
         &self,
         position: Position,

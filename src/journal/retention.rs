@@ -61,6 +61,14 @@ pub(crate) struct Removable {
 pub(crate) type Guard<'a> = parking_lot::MutexGuard<'a, ()>;
 
 impl Journal {
+    /// Bytes of the segment files that can't be removed as long as somebody needs what lies behind `position`.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn held_bytes(&self, position: Position) -> u64 {
+        let segments = self.segments();
+        let held = segments.iter().filter(|it| it.sealed && it.end_position > position);
+        held.map(|it| HEADER_PAGE_BYTES as u64 + it.end_offset.saturating_sub(it.base_offset)).sum()
+    }
+
     pub(crate) fn fs(&self) -> &Arc<dyn Fs> {
         self.0.files.fs()
     }

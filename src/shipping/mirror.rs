@@ -33,10 +33,12 @@ use super::link::{Arrived, Link};
 use super::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented,
 };
+use super::observe::{EndReason, Ends};
 use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
-    Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, batches,
+    Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, Told, batches,
 };
+use super::status_file::{self, Afterwards, StatusFile};
 use super::transport;
 use crate::env;
 use crate::error::{IngestError, OpenError};
@@ -93,6 +95,9 @@ pub struct FollowOptions {
     /// copied, verified, and only the rest is fetched. An interrupted copy is continued by following again. Default
     /// none: everything is fetched.
     pub begin_with: Option<PathBuf>,
+    /// How often it is written down how the mirror does, for `headwater lag` and `peer ls` beside this process: into the file
+    /// `following` beside the mirror's journal, in place, never synced. `None`: it isn't. Default 1 s.
+    pub status_interval: Option<Duration>,
 }
 
 /// What a mirror does when its origin has lost events that it has, or has others in their place.
@@ -128,6 +133,7 @@ impl Default for FollowOptions {
             agent: concat!("headwater/", env!("CARGO_PKG_VERSION")).to_owned(),
             forks: ForkPolicy::default(),
             begin_with: None,
+            status_interval: Some(Duration::from_secs(1)),
         }
     }
 }
@@ -149,6 +155,12 @@ pub enum MirrorState {
 }
 
 /// How a mirror is doing.
+///
+/// Lag is `None` wherever it isn't known: before the first session, while there is no connection, when the other side
+/// hasn't been heard for three heartbeats, when the mirror has halted or was stopped. It is never 0 then.
+///
+/// It is told of the node that is followed. If that is a mirror itself ([`path`](Self::path) has more than one node), how
+/// far *that* lags is in its own status.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct MirrorStatus {
@@ -156,8 +168,17 @@ pub struct MirrorStatus {
     pub address: String,
     /// What it is doing.
     pub state: MirrorState,
+    /// The nodes that the journal comes through, its origin first and the one that is followed last, as told in the last
+    /// session; empty before.
+    pub path: Vec<NodeId>,
+    /// For how long this session has lasted; `None`: there is none.
+    pub connected_for: Option<Duration>,
+    /// The offset up to which bytes have come in this session, also those that aren't durable yet.
+    pub received_offset: Option<u64>,
     /// Its durable end; `None` while there is no mirror yet.
     pub mirrored: Option<Checkpoint>,
+    /// Up to where views are applied, as was [reported](Mirror::report_applied) last.
+    pub applied: Option<Position>,
     /// The origin's durable end as last told; `None` if it has never been.
     pub origin_end: Option<OriginEnd>,
     /// How long ago that was.
@@ -166,10 +187,17 @@ pub struct MirrorStatus {
     pub last_error: Option<ShippingError>,
     /// How many sessions there have been after the first.
     pub reconnects: u64,
+    /// Why sessions and attempts have ended, since it is followed.
+    pub ends: Ends,
     /// Tails that the origin had lost, and that were set aside.
     pub orphans: Vec<Orphans>,
     /// Whether what is known of the origin's end is fresh.
     lag_is_known: bool,
+    /// What time it is at the origin.
+    origin_now_us: Option<i64>,
+    /// How long ago the origin told an end that the mirror has reached.
+    caught_up: Option<Duration>,
+    journal: Option<Journal>,
 }
 
 impl MirrorStatus {
@@ -186,6 +214,38 @@ impl MirrorStatus {
     pub fn lag_bytes(&self) -> Option<u64> {
         let (end, mirrored) = self.known_ends()?;
         Some(end.offset.saturating_sub(mirrored.offset))
+    }
+
+    /// For how long, at most, the origin has had something that this mirror hasn't: zero if it has all, and `None` if
+    /// that isn't known. Off by the time that a message takes. May block for the disk.
+    ///
+    /// It is the shorter of two times: since the mirror had everything that the origin told; and since its last event was
+    /// recorded, by the origin's clock alone: clocks that differ don't matter. With a mirror between, it is that mirror's
+    /// clock against the origin's; where the result would be negative it is unknown.
+    #[must_use]
+    pub fn lag_time(&self) -> Option<Duration> {
+        let (end, mirrored) = self.known_ends()?;
+        if mirrored.offset >= end.offset {
+            return Some(Duration::ZERO);
+        }
+        let since_last = self.age_of(mirrored).into_iter();
+        since_last.chain(self.caught_up).min()
+    }
+
+    /// How long ago the last event in front of this was recorded.
+    fn age_of(&self, mirrored: Checkpoint) -> Option<Duration> {
+        let last = Position::new(mirrored.position.get().checked_sub(1)?);
+        let recorded_us = self.journal.as_ref()?.recorded_at_us(last)?;
+        let age_us = self.origin_now_us?.checked_sub(recorded_us)?;
+        u64::try_from(age_us).ok().map(Duration::from_micros)
+    }
+
+    /// How many events are durable at the origin and not [applied](Self::applied) to views here; `None` if that isn't
+    /// known, or views haven't reported.
+    #[must_use]
+    pub fn applied_lag_events(&self) -> Option<u64> {
+        let (end, _) = self.known_ends()?;
+        Some(end.position.since(self.applied?))
     }
 
     fn known_ends(&self) -> Option<(OriginEnd, Checkpoint)> {
@@ -212,6 +272,7 @@ impl MirrorStatus {
 pub struct Mirror {
     shared: Arc<Shared>,
     following: Option<JoinHandle<Result<(), IngestError>>>,
+    status: Option<StatusFile>,
 }
 
 #[derive(Debug)]
@@ -231,9 +292,15 @@ struct State {
     phase: MirrorState,
     journal: Option<Journal>,
     origin: Option<(OriginEnd, Instant)>,
+    /// What else it has told in the last session.
+    told: Told,
+    /// When the origin told an end that the mirror has reached.
+    caught_up_at: Option<Instant>,
     applied: Option<Position>,
     last_error: Option<ShippingError>,
     sessions: u64,
+    session_since: Option<Instant>,
+    ends: Ends,
     orphans: Vec<Orphans>,
     stopping: bool,
     resuming: bool,
@@ -287,9 +354,13 @@ pub fn follow(
             phase: MirrorState::Connecting,
             journal,
             origin: None,
+            told: Told::default(),
+            caught_up_at: None,
             applied: None,
             last_error: None,
             sessions: 0,
+            session_since: None,
+            ends: Ends::default(),
             orphans,
             stopping: false,
             resuming: false,
@@ -297,12 +368,13 @@ pub fn follow(
         }),
         changed: Condvar::new(),
     });
+    let status = shared.write_status().transpose().map_err(setup_error)?;
     let for_thread = Arc::clone(&shared);
     let following = thread::Builder::new()
         .name("headwater-mirror".into())
         .spawn(move || for_thread.run(ingest))
         .map_err(setup_error)?;
-    Ok(Mirror { shared, following: Some(following) })
+    Ok(Mirror { shared, following: Some(following), status })
 }
 
 fn open_error(error: OpenError) -> ShippingError {
@@ -481,7 +553,9 @@ impl Mirror {
 
     fn stop_following(&mut self) -> Result<(), IngestError> {
         self.shared.stop();
-        match self.following.take().map(JoinHandle::join) {
+        let ended = self.following.take().map(JoinHandle::join);
+        self.status = None;
+        match ended {
             Some(Ok(closed)) => closed,
             Some(Err(panic)) => std::panic::resume_unwind(panic),
             None => Ok(()),
@@ -544,6 +618,7 @@ impl Shared {
         let (mut pauses, mut refusals) = (back_off(), Refusals::default());
         while !self.state.lock().stopping {
             let mut attempt = self.attempt(&mut ingest);
+            self.count(&attempt.error);
             if self.options.forks == ForkPolicy::Quarantine
                 && let Some(Fork { common: Some(common) }) = attempt.error.fork()
             {
@@ -590,8 +665,33 @@ impl Shared {
         let orphans = whole.journal().orphans();
         self.publish_journal(Some(&whole));
         *ingest = Some(whole);
-        self.state.lock().orphans = orphans;
+        let mut state = self.state.lock();
+        state.orphans = orphans;
+        state.caught_up_at = None; // with another history
         Ok(())
+    }
+
+    /// Why an attempt ended; that it was stopped is no reason.
+    fn count(&self, error: &ShippingError) {
+        let mut state = self.state.lock();
+        if !state.stopping {
+            state.ends.count(EndReason::from(error));
+        }
+    }
+
+    fn write_status(self: &Arc<Self>) -> Option<std::io::Result<StatusFile>> {
+        let interval = self.options.status_interval?;
+        let place = status_file::place(&self.dir);
+        if place != self.dir {
+            // Also while there is no mirror: nothing else says why not.
+            drop(self.fs.create_dir_all(&place));
+        }
+        let (shared, path) = (Arc::clone(self), place.join(status_file::FOLLOWING));
+        let status = move || {
+            let status = shared.status(&shared.state.lock());
+            status_file::of_mirror(&status) // may wait for the disk, and holds nobody up
+        };
+        Some(StatusFile::start(&self.fs, path, interval, Afterwards::Kept, status))
     }
 
     fn stop(&self) {
@@ -703,6 +803,7 @@ impl Shared {
         let end = connection.session.into_inner().end().cloned();
         let mut state = self.state.lock();
         state.socket = None;
+        state.session_since = None;
         let was_live = matches!(state.phase, MirrorState::Live);
         let had = resume.map_or(Position::START, |resume| resume.end.position);
         let progressed = state.mirrored().is_some_and(|mirrored| mirrored.position > had);
@@ -736,10 +837,11 @@ impl Shared {
         }
     }
 
-    /// The origin has told its end.
-    fn origin_ends_at(&self, end: Option<(OriginEnd, Instant)>) {
+    /// The origin has told something of itself.
+    fn origin_told(&self, told: Told) {
         let mut state = self.state.lock();
-        state.origin = end.or(state.origin);
+        state.origin = told.end.or(state.origin);
+        state.told = told;
         self.judge_phase(&mut state);
     }
 
@@ -751,8 +853,11 @@ impl Shared {
     /// Live once it has reached the origin's end; catching up again when it lags by more than the window.
     fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
-        let Some(((end, _), mirrored)) = state.origin.zip(state.mirrored()) else { return };
+        let Some(((end, told_at), mirrored)) = state.origin.zip(state.mirrored()) else { return };
         let lag_bytes = end.offset.saturating_sub(mirrored.offset);
+        if lag_bytes == 0 && state.session_since.is_some() {
+            state.caught_up_at = Some(told_at);
+        }
         match state.phase {
             MirrorState::CatchingUp if lag_bytes == 0 => state.phase = MirrorState::Live,
             MirrorState::Live if lag_bytes > u64::from(self.options.window_bytes) => {
@@ -766,15 +871,27 @@ impl Shared {
         let heard = state.origin.map(|(_, told)| told.elapsed());
         let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
         let fresh = |age: Duration| age <= 3 * self.options.deadlines.heartbeat;
+        let now_there = |(us, at): (i64, Instant)| {
+            us.saturating_add(i64::try_from(at.elapsed().as_micros()).unwrap_or(i64::MAX))
+        };
+        let since = state.session_since;
         MirrorStatus {
             address: self.address.clone(),
             state: state.phase.clone(),
+            path: state.told.path.to_vec(),
+            connected_for: since.map(|since| since.elapsed()),
+            received_offset: since.map(|_| state.told.received),
             mirrored: state.mirrored(),
+            applied: state.applied,
             origin_end: state.origin.map(|(end, _)| end),
             origin_heard: heard,
             last_error: state.last_error.clone(),
             reconnects: state.sessions.saturating_sub(1),
+            ends: state.ends.clone(),
             orphans: state.orphans.clone(),
+            origin_now_us: state.told.clock.map(now_there),
+            caught_up: state.caught_up_at.map(|at| at.elapsed()),
+            journal: state.journal.clone(),
             lag_is_known: connected && heard.is_some_and(fresh),
         }
     }
@@ -841,7 +958,7 @@ impl Connection<'_> {
     fn listen(&self, sender: &Sender<Delivery>) {
         let (mut raw, mut plain) = (vec![0; 128 << 10], Vec::new());
         let mut deliveries = Vec::new();
-        let mut told = None;
+        let mut told = Told::default();
         while self.flush() {
             let arrived = self.link.receive(&mut raw, &mut plain);
             let now = transport::now();
@@ -852,12 +969,12 @@ impl Connection<'_> {
                 Arrived::Closed => session.on_closed(),
             }
             session.on_time(now);
-            let (ended, origin_end) = (session.end().is_some(), session.origin_end());
+            let (ended, told_now) = (session.end().is_some(), session.told());
             drop(session);
             // The end goes first: a mirror isn't live because it has reached that of an earlier session.
-            if told != origin_end {
-                told = origin_end;
-                self.shared.origin_ends_at(origin_end);
+            if told != told_now {
+                told = told_now;
+                self.shared.origin_told(told.clone());
             }
             let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
             if ended || !writing {
@@ -1019,6 +1136,7 @@ impl<'a> MirrorWriter<'a> {
         state.journal.iter().for_each(|journal| journal.set_fork(None));
         state.phase = MirrorState::CatchingUp;
         state.sessions += 1;
+        state.session_since = Some(Instant::now());
         shared.judge_phase(&mut state);
         Ok(())
     }

@@ -27,14 +27,17 @@ pub mod security;
 mod error;
 mod link;
 mod mirror;
+mod observe;
 mod recover;
 mod server;
 mod session;
+pub(crate) mod status_file;
 mod transport;
 mod wire;
 
 pub use error::{Divergent, ServeError, ShippingError, WaitError};
 pub use mirror::{FollowOptions, ForkPolicy, Mirror, MirrorState, MirrorStatus, follow};
+pub use observe::{EndReason, Ends};
 pub use recover::{PeersCheck, PeersError, TakenBack, abandon_recovery, recover};
 #[cfg(feature = "cli")]
 pub(crate) use recover::{Standing, ask};

@@ -64,6 +64,14 @@ impl Wire {
         }
     }
 
+    /// Whether TLS didn't come about, or broke.
+    pub(crate) fn is_broken(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(tls) => tls.broken,
+        }
+    }
+
     /// To be registered for both directions.
     pub(crate) fn socket(&self) -> RawFd {
         match self {

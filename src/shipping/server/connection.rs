@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use super::{Peer, PeerState};
 use crate::format::leases::Lease;
 use crate::journal::AckKeeper;
-use crate::shipping::session::{Next, Now, OriginSession, Output, Source};
+use crate::position::NodeId;
+use crate::shipping::observe::EndReason;
+use crate::shipping::session::{Next, Now, OriginSession, OriginStatus, Output, Source};
 use crate::shipping::transport::Received;
 use crate::shipping::wire::Wire;
 
@@ -190,8 +192,22 @@ impl Connection {
         if is_over { Step::Gone } else { Step::Wait { until, for_more: false } }
     }
 
-    /// Lets others see how it is.
-    pub(super) fn show(&mut self, step: Step) {
+    /// Why it is closed.
+    pub(super) fn end_reason(&self) -> EndReason {
+        match self.session.end_reason() {
+            _ if self.wire.is_broken() => EndReason::Tls,
+            Some(reason) => reason,
+            // It took nothing any more.
+            None => EndReason::Timeout,
+        }
+    }
+
+    pub(super) fn node(&self) -> Option<NodeId> {
+        self.session.status().node
+    }
+
+    /// Lets others see how it is, and how far it is from the durable end.
+    pub(super) fn show(&mut self, step: Step, end_offset: u64, now: Instant) {
         let status = self.session.status();
         self.acks.note(status.node, status.acked);
         let mut seen = self.peer.seen.lock();
@@ -203,6 +219,13 @@ impl Connection {
             _ if seen.state == PeerState::Live => PeerState::Live,
             _ => PeerState::CatchingUp,
         };
+        let place =
+            |status: &OriginStatus| [status.sent, status.acked].map(|it| it.map(|it| it.offset));
+        let lacks = status.acked.is_some_and(|acked| acked.offset < end_offset);
+        if !lacks || place(status) != place(&seen.status) {
+            seen.moved_at = now;
+        }
+        seen.heard_at = self.session.heard_at();
         seen.sent_bytes = self.sent_bytes;
         seen.lease = self.session.lease();
         seen.status.clone_from(status);

@@ -20,9 +20,10 @@ use super::leases::{LeaseKeeper, Note};
 use super::live::Live;
 use super::{FIRST_CONNECTION, LISTENER, Peer, Shared};
 use crate::journal::Bell;
-use crate::position::Position;
+use crate::position::{Checkpoint, Position};
 use crate::shipping::error::ServeError;
 use crate::shipping::message::{ErrorCode, Failure, Message};
+use crate::shipping::observe::EndReason;
 use crate::shipping::security::Security;
 use crate::shipping::session::{Now, OriginSession};
 use crate::shipping::transport::{self, TICK};
@@ -272,7 +273,7 @@ impl EventLoop {
             connection.shut_down();
         }
         let step = connection.advance(&mut self.live, now, TURN);
-        self.settle(connection, step);
+        self.settle(connection, step, now);
         if more && matches!(step, Step::Wait { .. }) {
             self.give_turn(token);
         }
@@ -286,13 +287,14 @@ impl EventLoop {
         }
     }
 
-    fn settle(&mut self, mut connection: Box<Connection>, step: Step) {
+    fn settle(&mut self, mut connection: Box<Connection>, step: Step, now: Now) {
         let token = connection.token;
-        connection.show(step);
+        connection.show(step, self.live_end().offset, now.at);
         let Some(slot) = self.slots.get_mut(&token) else { return };
         if slot.is_stranger && connection.has_subscribed() {
             slot.is_stranger = false;
             self.handshakes -= 1;
+            self.shared.guests.lock().came(connection.node());
         }
         match step {
             Step::Wait { until, for_more } => {
@@ -322,6 +324,12 @@ impl EventLoop {
         // Where the socket has a copy somewhere, closing it wouldn't do.
         drop(self.poll.registry().deregister(&mut SourceFd(&connection.wire.socket())));
         self.timers.clear(&mut slot.timer, token);
+        let mut guests = self.shared.guests.lock();
+        match slot.is_stranger {
+            true => guests.refused.count(connection.end_reason()),
+            false => guests.went(connection.node(), connection.end_reason()),
+        }
+        drop(guests);
         if slot.is_stranger {
             self.handshakes -= 1;
         }
@@ -364,7 +372,7 @@ impl EventLoop {
         }
         self.flush_at = None;
         self.live.renew();
-        self.flushed = (self.live_end(), now.at);
+        self.flushed = (self.live_end().position, now.at);
         let shared = Arc::clone(&self.shared);
         let _first = shared.live_first.lock();
         for token in std::mem::take(&mut self.at_the_end) {
@@ -375,8 +383,8 @@ impl EventLoop {
         }
     }
 
-    fn live_end(&self) -> Position {
-        crate::shipping::session::Source::end(&self.live).position
+    fn live_end(&self) -> Checkpoint {
+        crate::shipping::session::Source::end(&self.live)
     }
 
     /// The next commit wakes the loop if there is anybody to be sent it, and not before it is their time.
@@ -428,6 +436,7 @@ impl EventLoop {
             || self.handshakes >= options.handshakes_max
             || options.connections_per_address_max.is_some_and(|max| from_there >= max)
         {
+            self.shared.guests.lock().refused.count(EndReason::Limit);
             if tls.is_none() {
                 turn_away(stream);
             }

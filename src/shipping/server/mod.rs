@@ -30,8 +30,10 @@ mod connection;
 mod event_loop;
 mod leases;
 mod live;
+mod visits;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,10 +44,13 @@ use mio::{Poll, Token, Waker};
 use parking_lot::Mutex;
 
 use self::event_loop::EventLoop;
+use self::visits::{Guests, Visits};
 use super::error::ServeError;
 use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
+use super::observe::Ends;
 use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
+use super::status_file::{self, Afterwards, StatusFile};
 use super::transport;
 use super::wire::ENCRYPTED_BYTES_MAX;
 use crate::env;
@@ -95,6 +100,9 @@ pub struct ServeOptions {
     /// Plain TCP also at other addresses than those of the loopback: everybody on the way can read and forge what is
     /// shipped. Without an access list, everybody who can reach the address can have the journal.
     pub allow_plaintext_off_loopback: bool,
+    /// How often it is written down who follows and how far they are, for `headwater lag` and `peer ls` beside this process:
+    /// into the file `serving-ADDRESS` in the store's directory, in place, never synced. `None`: it isn't. Default 1 s.
+    pub status_interval: Option<Duration>,
 }
 
 impl Default for ServeOptions {
@@ -116,6 +124,7 @@ impl Default for ServeOptions {
             ],
             security: None,
             allow_plaintext_off_loopback: false,
+            status_interval: Some(Duration::from_secs(1)),
         }
     }
 }
@@ -156,11 +165,18 @@ pub enum PeerState {
     CatchingUp,
     /// It has been sent everything that is durable here, and is sent what comes as it comes.
     Live,
+    /// It lacks something, and for three heartbeats nothing could be sent to it and it has acknowledged nothing: its disk,
+    /// its machine or the way there is stuck. If it stays so, it is cut off.
+    Stalled,
     /// It is about to be closed.
     Closing,
 }
 
 /// One connection, as the origin sees it.
+///
+/// Lag is `None` wherever it isn't known: before there is a subscription, when the peer hasn't been heard for three
+/// heartbeats, when the connection is about to be closed. It is never 0 then. It is counted from the durable end of the
+/// journal that is served here: of a mirror that is served, how far *that* lags is in its own status.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PeerStatus {
@@ -184,21 +200,64 @@ pub struct PeerStatus {
     pub connected_for: Duration,
     /// How many bytes it has been sent in that time.
     pub sent_bytes: u64,
+    /// How long ago the last byte came from it.
+    pub heard: Duration,
+    /// How often this node has subscribed before, since this server runs.
+    pub reconnects: u64,
+    /// Why its sessions have ended before.
+    pub ends: Ends,
     /// The durable end here.
     pub end: Checkpoint,
+    heard_lately: bool,
+    now_us: i64,
+    journal: Journal,
 }
 
 impl PeerStatus {
-    /// How many events are durable here and, as far as it has said, not there; `None` before it has subscribed.
+    /// How many events are durable here and, as far as it has said, not there; `None` if that isn't known.
     #[must_use]
     pub fn lag_events(&self) -> Option<u64> {
-        self.acked.map(|acked| self.end.position.since(acked.position))
+        self.known_ack().map(|acked| self.end.position.since(acked.position))
     }
 
     /// The same in bytes.
     #[must_use]
     pub fn lag_bytes(&self) -> Option<u64> {
-        self.acked.map(|acked| self.end.offset.saturating_sub(acked.offset))
+        self.known_ack().map(|acked| self.end.offset.saturating_sub(acked.offset))
+    }
+
+    /// How long ago the oldest event was recorded that is not durable there, as far as it has said: zero if there is none,
+    /// and `None` if that isn't known. May block for the disk.
+    ///
+    /// Both times are by the clock of the origin's machine. Where a mirror is served, it is this machine's clock against
+    /// the origin's; where the result would be negative it is unknown.
+    #[must_use]
+    pub fn lag_time(&self) -> Option<Duration> {
+        let acked = self.known_ack()?;
+        if acked.offset >= self.end.offset {
+            return Some(Duration::ZERO);
+        }
+        let recorded_us = self.journal.recorded_at_us(acked.position)?;
+        u64::try_from(self.now_us.checked_sub(recorded_us)?).ok().map(Duration::from_micros)
+    }
+
+    /// How many events are durable here and, as far as it has said, not applied to views there; `None` if that isn't
+    /// known, or it doesn't say.
+    #[must_use]
+    pub fn applied_lag_events(&self) -> Option<u64> {
+        self.known_ack().and(self.applied).map(|applied| self.end.position.since(applied))
+    }
+
+    /// How many bytes of segment files can't be removed here until it has acknowledged more, unless
+    /// [`retention`](crate::retention) passes it over; `None` before there is a subscription. The lease that holds them
+    /// follows the acknowledgements within ten seconds.
+    #[must_use]
+    pub fn held_bytes(&self) -> Option<u64> {
+        self.acked.map(|acked| self.journal.held_bytes(acked.position))
+    }
+
+    fn known_ack(&self) -> Option<Checkpoint> {
+        self.acked.filter(|_| self.heard_lately && self.state != PeerState::Closing)
     }
 
     /// Whether it is sent what comes as it comes.
@@ -214,6 +273,7 @@ pub struct Server {
     shared: Arc<Shared>,
     address: SocketAddr,
     serving: Option<JoinHandle<()>>,
+    status: Option<StatusFile>,
 }
 
 /// What the threads of a server have in common.
@@ -227,6 +287,7 @@ pub(super) struct Shared {
     /// The durable end has moved since the loop looked.
     rung: AtomicBool,
     peers: Mutex<BTreeMap<usize, Arc<Peer>>>,
+    guests: Mutex<Guests>,
     /// Held while live subscribers are sent to: those that catch up wait for it between two frames.
     live_first: Mutex<()>,
 }
@@ -248,6 +309,15 @@ impl Shared {
     /// The loop is about to look: whatever comes from now on wakes it again.
     fn is_looking(&self) {
         self.woken.swap(false, Ordering::AcqRel);
+    }
+
+    fn peers(&self) -> Vec<PeerStatus> {
+        let peers: Vec<_> = self.peers.lock().values().cloned().collect();
+        peers.iter().map(|peer| peer.status(self)).collect()
+    }
+
+    fn refused(&self) -> Ends {
+        self.guests.lock().refused.clone()
     }
 
     fn is_stopping(&self) -> bool {
@@ -277,30 +347,51 @@ struct Seen {
     status: OriginStatus,
     sent_bytes: u64,
     lease: Option<Lease>,
+    heard_at: Instant,
+    /// When it lacked nothing, was sent something or has acknowledged something last.
+    moved_at: Instant,
 }
 
 impl Peer {
     fn new(address: SocketAddr) -> Self {
         let (state, status) = (PeerState::Handshake, OriginStatus::default());
-        let seen = Seen { state, status, sent_bytes: 0, lease: None };
-        Self { address, since: Instant::now(), seen: Mutex::new(seen) }
+        let since = Instant::now();
+        let (heard_at, moved_at) = (since, since);
+        let seen = Seen { state, status, sent_bytes: 0, lease: None, heard_at, moved_at };
+        Self { address, since, seen: Mutex::new(seen) }
     }
 
-    fn status(&self, end: Checkpoint) -> PeerStatus {
+    fn status(&self, shared: &Shared) -> PeerStatus {
         let seen = self.seen.lock();
         let status = &seen.status;
+        let (journal, lately) = (&shared.journal, 3 * shared.options.deadlines.heartbeat);
+        // What it has acknowledged is of an end that was there before.
+        let end = journal.end();
+        let lacks = status.acked.is_some_and(|acked| acked.offset < end.offset);
+        let is_stuck = lacks && seen.moved_at.elapsed() > lately;
+        let (heard, visits) = (seen.heard_at.elapsed(), shared.guests.lock().of(status.node));
+        let Visits { sessions, ends } = visits;
         PeerStatus {
             address: self.address,
             node: status.node,
             peer: status.peer.clone(),
             agent: status.agent.clone(),
-            state: seen.state,
+            state: match seen.state {
+                PeerState::CatchingUp | PeerState::Live if is_stuck => PeerState::Stalled,
+                state => state,
+            },
             sent: status.sent,
             acked: status.acked,
             applied: status.applied,
             connected_for: self.since.elapsed(),
             sent_bytes: seen.sent_bytes,
+            heard,
+            reconnects: sessions.saturating_sub(1),
+            ends,
             end,
+            heard_lately: heard <= lately,
+            now_us: journal.fs().now_us(),
+            journal: journal.clone(),
         }
     }
 }
@@ -337,11 +428,15 @@ pub fn serve(
         woken: AtomicBool::new(false),
         rung: AtomicBool::new(false),
         peers: Mutex::default(),
+        guests: Mutex::default(),
         live_first: Mutex::default(),
     });
     let event_loop = EventLoop::new(&shared, poll, listener)?;
-    let serving = event_loop.start().map_err(|error| ServeError::Thread(Arc::new(error)))?;
-    Ok(Server { shared, address, serving: Some(serving) })
+    let thread = |error| ServeError::Thread(Arc::new(error));
+    let serving = Some(event_loop.start().map_err(thread)?);
+    let mut server = Server { shared, address, serving, status: None };
+    server.status = server.write_status().transpose().map_err(thread)?;
+    Ok(server)
 }
 
 const LISTENER: Token = Token(0);
@@ -359,9 +454,30 @@ impl Server {
     /// Everybody who is connected.
     #[must_use]
     pub fn peers(&self) -> Vec<PeerStatus> {
-        let peers: Vec<_> = self.shared.peers.lock().values().cloned().collect();
-        let status = |peer: &Arc<Peer>| peer.status(self.shared.journal.end());
-        peers.iter().map(status).collect()
+        self.shared.peers()
+    }
+
+    /// How many connections have come to no subscription, and why: turned away, not let in, given up. Since it serves.
+    #[must_use]
+    pub fn refused(&self) -> Ends {
+        self.shared.refused()
+    }
+
+    /// Why subscriptions that had been granted have ended, since it serves.
+    #[must_use]
+    pub fn ended(&self) -> Ends {
+        self.shared.guests.lock().ended.clone()
+    }
+
+    fn write_status(&self) -> Option<io::Result<StatusFile>> {
+        let interval = self.shared.options.status_interval?;
+        let (fs, dir) = (self.shared.journal.fs(), status_file::place(self.shared.journal.dir()));
+        status_file::remove_stale(&**fs, &dir);
+        let path = dir.join(format!("{}{}", status_file::SERVING, self.address));
+        let shared = Arc::clone(&self.shared);
+        let status =
+            move || status_file::of_server(&shared.journal, &shared.peers(), &shared.refused());
+        Some(StatusFile::start(fs, path, interval, Afterwards::Removed, status))
     }
 
     /// Says goodbye to everybody, closes all connections and waits for all threads to end: a second at
@@ -376,6 +492,7 @@ impl Server {
         if let Some(serving) = self.serving.take() {
             drop(serving.join());
         }
+        self.status = None;
     }
 }
 

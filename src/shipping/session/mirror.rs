@@ -1,5 +1,6 @@
 //! The mirror's end of a session.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::probe::{Held, Search};
@@ -50,6 +51,19 @@ pub(crate) enum Delivery {
     Probed(Vec<Option<Link>>),
 }
 
+/// What the origin has told of itself, in this session.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Told {
+    /// Its durable end, and when it was told.
+    pub(crate) end: Option<(OriginEnd, Instant)>,
+    /// Its clock, in microseconds since 1970, and when it was told.
+    pub(crate) clock: Option<(i64, Instant)>,
+    /// The nodes through which the journal comes, the one that serves it here last.
+    pub(crate) path: Arc<[NodeId]>,
+    /// The offset up to which bytes have come.
+    pub(crate) received: u64,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     AwaitWelcome,
@@ -79,7 +93,7 @@ pub(crate) struct MirrorSession {
     durable: Option<Checkpoint>,
     applied: Option<Position>,
     ack_due: bool,
-    origin_end: Option<(OriginEnd, Instant)>,
+    told: Told,
     /// The features that are used in this session.
     features: u64,
     search: Option<Search>,
@@ -101,7 +115,7 @@ impl MirrorSession {
             durable,
             applied: None,
             ack_due: false,
-            origin_end: None,
+            told: Told::default(),
             features: 0,
             search: None,
             end: None,
@@ -133,7 +147,12 @@ impl MirrorSession {
 
     /// The origin's durable end as last told in this session, and when.
     pub(crate) const fn origin_end(&self) -> Option<(OriginEnd, Instant)> {
-        self.origin_end
+        self.told.end
+    }
+
+    /// All that the origin has told of itself.
+    pub(crate) fn told(&self) -> Told {
+        Told { received: self.next_offset, ..self.told.clone() }
     }
 
     /// Takes what is to be written.
@@ -288,6 +307,7 @@ impl MirrorSession {
             return Ok(());
         }
         self.features = welcome.features;
+        self.told.clock = Some((welcome.now_us, now.at));
         self.state = State::AwaitSubscribed;
         self.deadline = now.at + self.config.deadlines.silence;
         self.say(&Message::Subscribe(Subscribe {
@@ -385,7 +405,8 @@ impl MirrorSession {
         self.durable = Some(from);
         self.state = State::Streaming;
         self.deadline = now.at + self.config.deadlines.silence;
-        self.origin_end = Some((OriginEnd::from(&end), now.at));
+        self.told.end = Some((OriginEnd::from(&end), now.at));
+        self.told.path = subscribed.path.as_slice().into();
         self.ack_due = true;
         deliveries.push(Delivery::Subscribed(end));
         Ok(())
@@ -395,16 +416,17 @@ impl MirrorSession {
         if self.durable.is_none_or(|durable| durable.journal != heartbeat.end.journal) {
             return Err(Violation::Subscribed);
         }
+        self.told.clock = Some((heartbeat.now_us, now.at));
         self.origin_is_durable_to(OriginEnd::from(&heartbeat.end), now)
     }
 
     /// A durable end never goes back, and never lies in front of what was sent.
     fn origin_is_durable_to(&mut self, end: OriginEnd, now: Now) -> Result<(), Violation> {
-        let known = self.origin_end.map_or(end, |(end, _)| end);
+        let known = self.told.end.map_or(end, |(end, _)| end);
         if end.offset < known.offset || end.position < known.position {
             return Err(Violation::EndWentBack { known: known.position, found: end.position });
         }
-        self.origin_end = Some((end, now.at));
+        self.told.end = Some((end, now.at));
         Ok(())
     }
 

@@ -33,7 +33,7 @@ mod origin;
 mod probe;
 
 pub(crate) use frames::{Limits, Piece, Place, pack};
-pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, batches};
+pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, Told, batches};
 pub(crate) use origin::{
     Next, OriginConfig, OriginSession, OriginStatus, Source, SourceError, Supply,
 };

@@ -18,6 +18,7 @@ use crate::shipping::message::{
     Heartbeat, Hello, Message, PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed, Truncated,
     Welcome,
 };
+use crate::shipping::observe::EndReason;
 use crate::shipping::security::Gate;
 
 /// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
@@ -233,6 +234,24 @@ impl OriginSession {
     /// Why the session ended, once it has.
     pub(crate) const fn end(&self) -> Option<&SessionEnd> {
         self.end.as_ref()
+    }
+
+    /// When the peer was heard of last.
+    pub(crate) const fn heard_at(&self) -> Instant {
+        self.heard_at
+    }
+
+    /// Why the session ended, in a word.
+    pub(crate) fn end_reason(&self) -> Option<EndReason> {
+        match &self.end {
+            // To the peer it looks the same.
+            Some(SessionEnd::Own(Failure { code: ErrorCode::DENIED, .. }))
+                if self.status.peer.is_none() =>
+            {
+                Some(EndReason::Credentials)
+            }
+            end => end.as_ref().map(EndReason::from),
+        }
     }
 
     /// The peer closed its side.
