@@ -167,6 +167,12 @@ impl Cursor {
         }
     }
 
+    /// How much memory its buffer takes: at least the largest batch that it has come across.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.window.as_ref().map_or(0, Window::held_bytes)
+    }
+
     /// The position of the next batch's first event.
     #[must_use]
     pub const fn position(&self) -> Position {

@@ -97,6 +97,12 @@ impl Window {
         &self.path
     }
 
+    /// How much memory it takes.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.data.capacity()
+    }
+
     /// Up to `len` bytes at `at`; fewer only at `limit` or the end of the file. Never reads at or behind
     /// `limit`: what lies there may be changing.
     pub(crate) fn read(&mut self, at: u64, len: usize, limit: u64) -> Result<&[u8], IoError> {

@@ -19,8 +19,10 @@ use crate::position::{Checkpoint, Position};
 use crate::shipping::session::{Limits, Place, Source, SourceError, Supply, pack};
 use crate::shipping::transport;
 
-/// So many cursors are kept from one turn to the next, with the files that they have open and up to 256 KiB each.
+/// So many cursors are kept from one turn to the next, with the files that they have open.
 const CURSORS_MAX: usize = 32;
+/// And with so many bytes, or the one that was used last: each holds 256 KiB, or a whole batch that is longer.
+const CURSORS_BYTES_MAX: usize = 16 << 20;
 
 /// What the catch-up threads have in common.
 #[derive(Debug)]
@@ -73,10 +75,15 @@ impl CatchUp {
 
     fn keep(&self, token: usize, cursor: Cursor) {
         let mut cursors = self.cursors.lock();
-        if cursors.len() >= CURSORS_MAX {
+        cursors.push((token, cursor));
+        let held_bytes = |cursors: &[(usize, Cursor)]| {
+            cursors.iter().map(|(_, cursor)| cursor.held_bytes()).sum::<usize>()
+        };
+        while cursors.len() > CURSORS_MAX
+            || (cursors.len() > 1 && held_bytes(&cursors) > CURSORS_BYTES_MAX)
+        {
             cursors.remove(0);
         }
-        cursors.push((token, cursor));
     }
 
     /// The connection is closed.
