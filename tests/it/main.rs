@@ -32,6 +32,9 @@ mod doctor;
 mod dump;
 #[cfg(feature = "derive")]
 mod evolution;
+#[cfg(feature = "shipping")]
+#[path = "../chaos/proxy.rs"]
+mod fault_proxy;
 #[cfg(feature = "test-kit")]
 mod forks;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]
@@ -52,6 +55,8 @@ mod poison;
 mod poison_parts;
 #[cfg(all(feature = "views", feature = "shipping"))]
 mod processes;
+#[cfg(all(feature = "shipping", feature = "test-kit"))]
+mod promises;
 #[cfg(feature = "shipping")]
 mod python_subscriber;
 #[cfg(feature = "test-kit")]
@@ -83,6 +88,9 @@ mod shipping_processes;
 mod simulation;
 #[cfg(feature = "views")]
 mod sources;
+#[cfg(feature = "shipping")]
+#[path = "../chaos/subscriber.rs"]
+mod subscriber;
 #[cfg(feature = "shipping")]
 mod subscribers;
 #[cfg(feature = "views")]

@@ -19,9 +19,10 @@ use headwater::{
 };
 use serde_json::Value;
 
+use crate::fault_proxy::{Fault, Proxy, What};
 use crate::shipping::{
-    Fault, Origin, assert_same_bytes, converged, copy_dir, false_origin_at, faulty_proxy, flip_bit,
-    forget_all, proxy, replace_dir, small, start_mirror,
+    Origin, assert_same_bytes, converged, copy_dir, false_origin_at, faulty_proxy, flip_bit,
+    forget_all, replace_dir, small, start_mirror,
 };
 
 const DONE: i32 = 0;
@@ -340,8 +341,8 @@ fn a_bit_that_is_flipped_again_and_again_ends_it_and_is_never_written() {
     for at in [14, 32, 85, 128 + 99] {
         let mirror = dir.path().join(format!("mirror-{at}"));
         let fault =
-            Fault { of_origin: true, at: FIRST_BATCH_AT + at, bit: Some(fastrand::u8(..8)) };
-        let through = proxy(origin.address, move |_| Some(fault));
+            Fault { of_origin: true, at: FIRST_BATCH_AT + at, what: What::Flip(fastrand::u8(..8)) };
+        let through = Proxy::start(origin.address, move |_| vec![fault]).address;
         let ended = Follower::start(through, &mirror, &["--until", "3"]).ended().assert(DAMAGE);
         assert_eq!(ended.of_kind("halted").next().unwrap()["code"], "REFUSED");
         assert_eq!(ended.of_kind("retry").count(), 2, "on the way it would have healed");

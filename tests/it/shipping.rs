@@ -22,6 +22,8 @@ use headwater::{
     Store, StreamId,
 };
 
+use crate::fault_proxy::{Fault, Proxy, What};
+
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 pub(crate) fn small() -> JournalOptions {
@@ -162,7 +164,7 @@ pub(crate) fn flip_bit(path: &Path, at: u64) {
 }
 
 #[test]
-fn a_mirror_catches_up_across_rolls_then_follows_live_and_is_identical_byte_for_byte() {
+fn s1_a_mirror_catches_up_across_rolls_then_follows_live_and_is_identical_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..300);
@@ -184,7 +186,7 @@ fn a_mirror_catches_up_across_rolls_then_follows_live_and_is_identical_byte_for_
 }
 
 #[test]
-fn both_sides_report_how_far_the_mirror_is() {
+fn s8_both_sides_report_how_far_the_mirror_is() {
     let dir = tempfile::tempdir().unwrap();
     let mut origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..20);
@@ -457,7 +459,7 @@ fn mirror_with_a_damaged_tail(mirror_dir: &Path, origin: &Origin) {
 }
 
 #[test]
-fn a_mirror_sets_a_damaged_tail_aside_and_fetches_it_again() {
+fn s6_a_mirror_sets_a_damaged_tail_aside_and_fetches_it_again() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..50);
@@ -503,7 +505,7 @@ fn a_replaced_origin_is_detected_by_what_the_mirror_had_set_aside() {
 }
 
 #[test]
-fn bit_rot_at_the_origin_is_reported_with_its_position_and_nothing_behind_it_is_shipped() {
+fn s6_bit_rot_at_the_origin_is_reported_with_its_position_and_nothing_behind_it_is_shipped() {
     let dir = tempfile::tempdir().unwrap();
     // What was appended last would be sent from memory.
     let from_disk = JournalOptions { recent_bytes_max: 0, ..small() };
@@ -629,7 +631,7 @@ fn hello(versions: VersionRange) -> Vec<u8> {
 }
 
 #[test]
-fn hostile_bytes_are_answered_with_an_error_and_a_closed_connection() {
+fn s7_hostile_bytes_are_answered_with_an_error_and_a_closed_connection() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..10);
@@ -649,7 +651,7 @@ fn hostile_bytes_are_answered_with_an_error_and_a_closed_connection() {
 }
 
 #[test]
-fn a_peer_that_dribbles_is_cut_off_after_the_handshake_deadline_and_others_are_served() {
+fn s7_a_peer_that_dribbles_is_cut_off_after_the_handshake_deadline_and_others_are_served() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..10);
@@ -695,7 +697,7 @@ fn a_peer_too_many_is_turned_away_and_comes_in_later() {
 
 /// A subscriber that reads nothing: the origin sends up to the window, others and commits go on.
 #[test]
-fn a_subscriber_that_never_reads_delays_nobody_and_is_cut_off() {
+fn s7_a_subscriber_that_never_reads_delays_nobody_and_is_cut_off() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..200);
@@ -771,73 +773,20 @@ fn a_mirror_that_waits_for_an_absent_origin_stops_at_once() {
     assert!(started.elapsed() < Duration::from_secs(2));
 }
 
-/// What a proxy does to what one side says on a connection.
-#[derive(Clone, Copy)]
-pub(crate) struct Fault {
-    /// Whose words.
-    pub(crate) of_origin: bool,
-    /// Behind how many bytes.
-    pub(crate) at: usize,
-    /// Flips this bit of the next byte; without one it cuts the connection.
-    pub(crate) bit: Option<u8>,
-}
-
-/// While `faults` last, it flips a bit in what the origin says, or cuts it off.
+/// A proxy that flips a bit in what the origin says, or cuts it off, on so many connections.
 pub(crate) fn faulty_proxy(origin: SocketAddr, seed: u64, faults: usize) -> SocketAddr {
     let mut rng = fastrand::Rng::with_seed(seed);
-    proxy(origin, move |number| {
+    let proxy = Proxy::start(origin, move |number| {
         let (at, cut, bit) = (rng.usize(..60_000), rng.bool(), rng.u8(..8));
-        (number < faults).then_some(Fault { of_origin: true, at, bit: (!cut).then_some(bit) })
-    })
-}
-
-/// Forwards both directions, with a fault on some of the connections.
-pub(crate) fn proxy(
-    origin: SocketAddr,
-    mut fault: impl FnMut(usize) -> Option<Fault> + Send + 'static,
-) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        for (number, downstream) in listener.incoming().enumerate() {
-            let (Ok(downstream), Ok(upstream)) = (downstream, TcpStream::connect(origin)) else {
-                return;
-            };
-            let fault = fault(number);
-            let (down, up) = (Arc::new(downstream), Arc::new(upstream));
-            for (from, to, of_origin) in [(&up, &down, true), (&down, &up, false)] {
-                let (from, to) = (Arc::clone(from), Arc::clone(to));
-                let fault = fault.filter(|fault| fault.of_origin == of_origin);
-                std::thread::spawn(move || {
-                    drop(forward(&from, &to, fault));
-                    drop(to.shutdown(std::net::Shutdown::Both));
-                    drop(from.shutdown(std::net::Shutdown::Both));
-                });
-            }
-        }
+        let what = if cut { What::Cut } else { What::Flip(bit) };
+        let fault = Fault { of_origin: true, at, what };
+        if number < faults { vec![fault] } else { Vec::new() }
     });
-    address
-}
-
-fn forward(mut from: &TcpStream, mut to: &TcpStream, fault: Option<Fault>) -> std::io::Result<()> {
-    let (mut passed, mut buffer) = (0, [0; 4096]);
-    loop {
-        let len = from.read(&mut buffer)?;
-        if let Some(fault) = fault.filter(|fault| (passed..passed + len).contains(&fault.at)) {
-            let at = fault.at - passed;
-            let Some(bit) = fault.bit else { return to.write_all(&buffer[..at]) };
-            buffer[at] ^= 1 << bit;
-        }
-        if len == 0 {
-            return Ok(());
-        }
-        passed += len;
-        to.write_all(&buffer[..len])?;
-    }
+    proxy.address
 }
 
 #[test]
-fn flipped_bits_and_cut_connections_on_the_way_heal_and_never_reach_the_mirror() {
+fn s6_flipped_bits_and_cut_connections_on_the_way_heal_and_never_reach_the_mirror() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..400);
@@ -856,14 +805,18 @@ fn flipped_bits_and_cut_connections_on_the_way_heal_and_never_reach_the_mirror()
 }
 
 #[test]
-fn a_flipped_bit_in_what_the_mirror_says_heals_wherever_it_is() {
+fn s6_a_flipped_bit_in_what_the_mirror_says_heals_wherever_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let origin = Origin::start(dir.path().join("origin"), small());
     origin.append(0..10);
     // HELLO: its length (beyond what is allowed, and within), type, flags, checksum, magic, versions.
     for at in [1, 0, 4, 5, 8, 12, 18] {
-        let fault = Fault { of_origin: false, at, bit: Some(5) };
-        let through = proxy(origin.address, move |number| (number == 0).then_some(fault));
+        let fault = Fault { of_origin: false, at, what: What::Flip(5) };
+        let through = Proxy::start(origin.address, move |number| match number {
+            0 => vec![fault],
+            _ => Vec::new(),
+        });
+        let through = through.address;
         let mirror = dir.path().join(format!("mirror-{at}"));
         let mirror = follow(Arc::new(OsFs), &mirror, through.to_string(), options()).unwrap();
         assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));

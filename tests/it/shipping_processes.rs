@@ -144,7 +144,7 @@ impl Drop for Process {
 }
 
 #[test]
-fn processes_killed_at_any_moment_lose_nothing_acknowledged_and_end_up_identical() {
+fn s5_processes_killed_at_any_moment_lose_nothing_acknowledged_and_end_up_identical() {
     let seed = fastrand::u64(..);
     println!("seed {seed}");
     let mut rng = fastrand::Rng::with_seed(seed);

@@ -222,7 +222,7 @@ fn subscribers_by_the_hundred_get_the_same_and_end_equal() {
 /// With hardly anything in memory they fall behind again and again, and come back; with small windows they stop in
 /// between.
 #[test]
-fn between_memory_and_disk_nothing_is_left_out_or_sent_twice() {
+fn s1_between_memory_and_disk_nothing_is_left_out_or_sent_twice() {
     for (recent_bytes_max, window_bytes) in [(0, 5000), (3000, 40_000), (30_000, 1 << 20)] {
         let journal = JournalOptions { recent_bytes_max, ..small() };
         let origin = Origin::start(journal, patient());
@@ -296,7 +296,7 @@ fn batches_longer_than_a_frame_go_to_many_in_parts() {
 
 /// One that takes nothing, though it goes on telling that it is there.
 #[test]
-fn a_peer_that_takes_nothing_is_cut_off_after_the_write_stall_and_delays_nobody() {
+fn s7_a_peer_that_takes_nothing_is_cut_off_after_the_write_stall_and_delays_nobody() {
     let options = ServeOptions { write_stall: Duration::from_millis(500), ..patient() };
     let journal = JournalOptions {
         batch_bytes_max: 1 << 20,
@@ -330,7 +330,7 @@ fn a_peer_that_takes_nothing_is_cut_off_after_the_write_stall_and_delays_nobody(
 }
 
 #[test]
-fn two_thousand_connections_at_once_meet_the_limits_and_the_origin_goes_on() {
+fn s7_two_thousand_connections_at_once_meet_the_limits_and_the_origin_goes_on() {
     let deadlines = Deadlines { handshake: Duration::from_secs(60), ..patient().deadlines };
     let origin = Origin::start(small(), ServeOptions { deadlines, ..patient() });
     let mut before = Client::subscribed(origin.address(), u32::MAX);
@@ -516,7 +516,7 @@ fn process_with_many_idle_subscribers() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn an_idle_subscriber_costs_less_than_16_kib() {
+fn s7_an_idle_subscriber_costs_less_than_16_kib() {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "subscribers::process_with_many_idle_subscribers", "--nocapture"])
         .env(ALONE, "1")

@@ -1,0 +1,210 @@
+//! S7: a lagging, stalled or hostile subscriber costs bounded memory and no more disk than its cap.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use headwater::retention::{History, Options, Until};
+use headwater::shipping::message::{ErrorCode, FrameReader, Message};
+use headwater::shipping::{Deadlines, PeerState, ServeOptions, serve};
+use headwater::{JournalOptions, Position};
+
+use crate::shipping::{Origin, SOON, converged, small, start_mirror};
+use crate::subscriber::Subscriber;
+
+fn patient() -> ServeOptions {
+    let silence = Duration::from_secs(120);
+    let deadlines = Deadlines { silence, ..Deadlines::default() };
+    ServeOptions { deadlines, write_stall: silence, ..ServeOptions::default() }
+}
+
+fn subscribe(address: SocketAddr, window_bytes: u32) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(&Subscriber::new(None, window_bytes).begin()).unwrap();
+    stream
+}
+
+const ALONE: &str = "HEADWATER_TEST_LIMITS_ALONE";
+
+/// In a process of its own, where nobody else takes memory.
+#[cfg(target_os = "linux")]
+#[test]
+fn process_with_many_stalled_subscribers() {
+    if std::env::var_os(ALONE).is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let large = JournalOptions {
+        batch_bytes_max: 1 << 20,
+        group_bytes_max: 1 << 20,
+        segment_bytes_first: 16 << 20,
+        segment_bytes_max: 16 << 20,
+        recent_bytes_max: 1 << 20,
+        ..JournalOptions::default()
+    };
+    let origin = Origin::start(dir.path().join("origin"), large);
+    // More than sockets hold, in batches longer than a frame.
+    (0..60).for_each(|_| origin.append_text(&"x".repeat(300_000)));
+    let options = ServeOptions { handshakes_max: 1000, ..patient() };
+    let server = serve(origin.store().journal().clone(), "127.0.0.1:0", options).unwrap();
+    let stalled = |count: usize| {
+        let streams: Vec<_> =
+            (0..count).map(|_| subscribe(server.local_addr(), u32::MAX)).collect();
+        // As much of a frame as there may be, and never the rest of it.
+        for mut stream in &streams {
+            let beginning = [&4096_u32.to_le_bytes()[..], &[0x80, 1, 0, 0], &[0; 4000]].concat();
+            stream.write_all(&beginning).unwrap();
+        }
+        streams
+    };
+    let blocked = |count: usize| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut last = (0, Instant::now());
+        loop {
+            let peers = server.peers();
+            let catching_up = peers.iter().filter(|peer| peer.state == PeerState::CatchingUp);
+            let sent = peers.iter().map(|peer| peer.sent_bytes).sum::<u64>();
+            if sent != last.0 {
+                last = (sent, Instant::now());
+            }
+            // Nobody has been sent anything for a while: all of them are blocked.
+            if catching_up.count() == count && last.1.elapsed() > Duration::from_millis(500) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{peers:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    // What all of them together may take, whoever they are.
+    let few = 34;
+    let first = stalled(few);
+    blocked(few);
+    let before = resident_bytes();
+    let count = 30;
+    let others = stalled(count);
+    blocked(count + few);
+    let each = resident_bytes().saturating_sub(before) / count;
+    let sent =
+        server.peers().iter().map(|peer| peer.sent_bytes).sum::<u64>() / (count + few) as u64;
+    println!("{each} bytes for each of {count} stalled subscribers, {sent} were sent to each");
+    // What is committed meanwhile is no more than what others are sent, too.
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    converged(&mirror, &origin);
+    assert!(each < 64 << 10, "{each}");
+    drop((first, others));
+}
+
+/// Bytes of this process that are in memory.
+#[cfg(target_os = "linux")]
+fn resident_bytes() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn s7_a_stalled_subscriber_costs_less_than_64_kib() {
+    let name = "promises::limits::process_with_many_stalled_subscribers";
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(ALONE, "1")
+        // What is freed is given back, so that what is measured is what is held.
+        .env("MALLOC_ARENA_MAX", "1")
+        .env("MALLOC_MMAP_THRESHOLD_", "131072")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("{said}");
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("stalled subscribers"));
+}
+
+/// One that is connected and acknowledges nothing holds back what it needs, up to the cap; then it is told.
+#[test]
+fn s7_a_stalled_subscriber_holds_back_no_more_of_the_disk_than_its_cap() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let server = serve(origin.store().journal().clone(), "127.0.0.1:0", patient()).unwrap();
+    let mut stalled = subscribe(server.local_addr(), 2000);
+    let deadline = Instant::now() + SOON;
+    while !server.peers().iter().any(|peer| peer.acked.is_some() && peer.sent_bytes > 0) {
+        assert!(Instant::now() < deadline, "{:?}", server.peers());
+        std::thread::yield_now();
+    }
+    origin.append(10..400);
+    let end = origin.store().journal().end();
+    let until_now = Options::new(Until::Position(end.position));
+    let plan = origin.store().plan_retention(&until_now).unwrap();
+    assert!(plan.removals.is_empty(), "it still needs everything: {plan:?}");
+    let cap = 64 << 10;
+    let capped = Options { lease_bytes_max: cap, ..until_now };
+    let plan = origin.store().plan_retention(&capped).unwrap();
+    let (target, passed_over) = (plan.target, plan.gates.iter().any(|gate| gate.passed_over));
+    assert!(passed_over && target > Position::START, "{plan:?}");
+    origin.store().retain(&capped.history(History::Forget(target))).unwrap();
+    let kept: u64 = origin.store().journal().segments().iter().map(bytes_of).sum();
+    assert!(kept <= cap + 16 * 1024, "{kept} bytes are held back, with a cap of {cap}");
+    // It goes on with what it was sent, and is told what it can't have any more.
+    let mut subscriber = Subscriber::new(None, u32::MAX);
+    drop(subscriber.begin());
+    let (mut buffer, mut told) = ([0; 4096], None);
+    while told.is_none() {
+        let len = stalled.read(&mut buffer).unwrap();
+        assert!(len > 0, "closed without a word");
+        match subscriber.hear(&buffer[..len]) {
+            Ok(said) => stalled.write_all(&said).unwrap(),
+            Err(ended) => told = Some(ended),
+        }
+    }
+    assert_eq!(told, Some(crate::subscriber::Ended::Told(ErrorCode::TRUNCATED)));
+}
+
+fn bytes_of(segment: &headwater::SegmentInfo) -> u64 {
+    4096 + segment.end_offset - segment.base_offset
+}
+
+/// Lengths that are claimed, frames without an end, requests without an answer: nothing is kept for them.
+#[test]
+fn s7_what_is_only_claimed_is_never_allocated_and_the_rest_is_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..10);
+    let header = |len: u32, kind: u8, flags: u8| {
+        let front = [&len.to_le_bytes()[..], &[kind, flags, 0, 0]].concat();
+        let crc = crc32fast::hash(&[&front[..], &[0; 32]].concat());
+        [front, crc.to_le_bytes().to_vec()].concat()
+    };
+    let begin = Subscriber::new(None, 1 << 20).begin();
+    for (what, said) in [
+        ("4 GiB of HELLO", header(u32::MAX, 0x01, 0)),
+        ("4 GiB that may be passed over", header(u32::MAX, 0x80, 1)),
+        ("4 GiB of DATA before WELCOME", header(u32::MAX, 0x10, 0)),
+        ("DATA to an origin", [begin.clone(), header(u32::MAX, 0x10, 2)].concat()),
+        ("a control frame of 1 MiB", [begin, header(1 << 20, 0x17, 0)].concat()),
+    ] {
+        let mut stream = TcpStream::connect(origin.address).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.write_all(&said).unwrap();
+        let (mut reader, mut buffer) = (FrameReader::new(), [0; 4096]);
+        reader.allow_data(1 << 20);
+        let code = loop {
+            let len = stream.read(&mut buffer).unwrap();
+            assert!(len > 0, "{what}: closed without a word");
+            reader.push(&buffer[..len]);
+            let mut code = None;
+            while let Some(message) = reader.next_message().unwrap() {
+                if let Message::Error(failure) = message {
+                    code = Some(failure.code);
+                }
+            }
+            if let Some(code) = code {
+                break code;
+            }
+        };
+        assert_eq!(code, ErrorCode::FRAME_TOO_LONG, "{what}");
+    }
+    let mirror = start_mirror(&dir.path().join("mirror"), &origin);
+    converged(&mirror, &origin);
+}
