@@ -498,15 +498,32 @@ fn folders(dir: &Path) -> Vec<(String, PathBuf)> {
     let mut folders: Vec<_> = entries
         .filter(|entry| entry.path().is_dir())
         .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
+        .filter(|(name, _)| !name.starts_with('.'))
         .collect();
     folders.sort();
     folders
+}
+
+/// In which order the journals of views over several are taken in.
+#[cfg(feature = "views")]
+fn check_intake(found: &mut Diagnosis, views: &Path) {
+    let rebuild = "delete it: the views over these journals are built anew, in an order that is recorded anew";
+    for (name, examined) in crate::view::intake_logs(views) {
+        match examined {
+            Ok((journals, runs)) => {
+                found
+                    .ok("intake", format!("{name}: the order of {journals} journals, {runs} runs"));
+            }
+            Err(error) => found.fail("intake", format!("{name}: {error}"), rebuild),
+        }
+    }
 }
 
 /// Views beside a journal that ends at `end`.
 #[cfg(feature = "views")]
 fn check_views(found: &mut Diagnosis, store: &Path, end: Checkpoint) {
     let rebuild = "move its folder away: the next opening builds it anew from the journal";
+    check_intake(found, &store.join("views"));
     for (name, path) in folders(&store.join("views")) {
         let generations = match crate::view::generations(&path) {
             Ok(generations) => generations,

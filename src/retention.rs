@@ -583,8 +583,14 @@ fn views_dir(dir: &Path) -> PathBuf {
 
 /// Whether something in the store's directory `dir` remembers events of its journal.
 pub(crate) fn is_remembered(fs: &dyn Fs, dir: &Path) -> bool {
-    let has_any = |name| fs.list(&dir.join(name)).is_ok_and(|names| !names.is_empty());
+    let has_any =
+        |name| fs.list(&dir.join(name)).is_ok_and(|names| names.iter().any(|it| is_of_one(&it)));
     has_any("views") || has_any(REACTORS)
+}
+
+/// Whether a name in the folder of views or reactors is that of one of them, and not of what several have in common.
+fn is_of_one(name: &&String) -> bool {
+    !name.starts_with('.')
 }
 
 /// Every reactor, as it is on disk.
@@ -645,7 +651,7 @@ fn views_in(journal: &Journal, dir: &Path, beside: Beside) -> Vec<Gate> {
         Err(_) => vec![unknown(dir.to_owned())],
         Ok(names) => {
             let view = |name: &String| view(journal, name, dir.join(name), beside, &unknown);
-            names.iter().flat_map(view).collect()
+            names.iter().filter(is_of_one).flat_map(view).collect()
         }
     }
 }

@@ -924,6 +924,10 @@ fn sources_of(
     }
     let none = ViewError::Journals { view, reason: "there is none" };
     let (first, others) = journals.split_first().ok_or(none)?;
+    let many = ViewError::Journals { view, reason: "there are more than 65535" };
+    if journals.len() > crate::format::intake::JOURNALS_MAX {
+        return Err(many);
+    }
     let twice = ViewError::Journals { view, reason: "one is named twice" };
     Sources::new(first.clone(), others.to_vec()).ok_or(twice)
 }

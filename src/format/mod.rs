@@ -16,6 +16,7 @@ mod entries;
 pub mod files;
 pub mod gaps;
 pub mod incoming;
+pub mod intake;
 pub mod labels;
 pub mod leases;
 pub mod map;

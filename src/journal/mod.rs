@@ -313,6 +313,12 @@ impl Journal {
         self.0.node.role
     }
 
+    /// Whether this process is the one that writes it, and so knows where it ends.
+    #[cfg(feature = "views")]
+    pub(crate) fn is_written_here(&self) -> bool {
+        self.0.access == Access::Writer
+    }
+
     /// The journal's directory.
     #[must_use]
     pub fn dir(&self) -> &Path {

@@ -26,6 +26,7 @@ use super::db::{
 use super::deadly::Note;
 use super::error::{StopError, ViewError, ViewReadError};
 use super::generation::{lock, remove_folder};
+use super::intake::Intake;
 use super::poison::{self, Degraded, Head, ParkedCounts, ParkedEvents, ParkedKey, Parking};
 use super::program::{Build, Program};
 use super::rebuild::{Comparison, RebuildError, RebuildHandle, RebuildOptions, RebuildPhase};
@@ -253,13 +254,21 @@ pub(super) fn check<P: Program>(
                 _ => return Err(ViewError::NotJudged { view: P::NAME }.into()),
             }
         }
+        let views_dir = dir.parent().unwrap_or(dir);
+        let intake = Intake::read_only(&fs, views_dir, sources)?;
+        let unordered = ViewError::Unordered { view: P::NAME };
+        let intake = &intake.ok_or_else(|| unordered.clone())?;
+        if !intake.leads_to(&until)? {
+            return Err(unordered.into());
+        }
         let position = Position::new(until.events());
         let memory = &ViewMemory::default();
         let db = &Arc::new(Db::open(&scratch.0, memory).map_err(ViewError::from)?);
         let decided = Parking::open(fs, dir, P::VERSION)?.discarded();
         let (means, control) = (Means::of(options, decided), watched.control());
         let note = &Note::nowhere();
-        let built = program.build(Build { sources, until, db, memory, means, control, note });
+        let what = Build { sources, intake, until, db, memory, means, control, note };
+        let built = program.build(what);
         built.map_err(|ended| match ended {
             Ended::Cancelled => RebuildError::Cancelled,
             Ended::Failed(error) => error.into(),

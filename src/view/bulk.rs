@@ -32,7 +32,8 @@ use super::audit::Tallies;
 use super::chunk::{Place, decode, guard, invalid_record, is_known, stop_at};
 use super::db::{Files, Progress, StorageError, row_key};
 use super::deadly::{At, Deadly, Stage};
-use super::error::{EventFailure, StopError};
+use super::error::{EventFailure, StopError, ViewError};
+use super::intake::{Failed, Intake, Pieces, Stretch};
 use super::key::{ViewKey, decode_all};
 use super::poison::{Discarded, ParkedCounts};
 use super::program::Build;
@@ -42,8 +43,9 @@ use super::sort::{Run, Runs};
 use super::sources::{Checkpoints, Sources};
 use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
+use crate::error::ReadError;
 use crate::event::{Names, Recorded};
-use crate::journal::Journal;
+use crate::journal::Cursor;
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId, Position};
 
@@ -99,7 +101,7 @@ impl From<StopError> for Ended {
 
 /// Builds the rows of everything in front of `until` into a database that was never written to.
 pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ended> {
-    let Build { sources, until, db, memory, means, control, note } = what;
+    let Build { sources, intake, until, db, memory, means, control, note } = what;
     let deadly = note.deadly();
     let storage = |source| Ended::Failed(StopError::Storage { view: V::NAME, source });
     let pool = ThreadPoolBuilder::new()
@@ -109,7 +111,7 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
         .map_err(|error| storage(db.no_threads(error)))?;
     let mut files = Files::new(db, memory).map_err(storage)?;
     let (pool, from, until) = (&pool, Vec::new(), &until);
-    let mut pass = Pass { view, sources, until, means, deadly, control, pool, from };
+    let mut pass = Pass { view, sources, intake, until, means, deadly, control, pool, from };
     let (indexes, runs) = (Indexes::of(view), Runs::new(files.dir()));
     let mut progress = None;
     let mut tallies: Option<Tallies> = None;
@@ -143,6 +145,7 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
 struct Pass<'a, V: View> {
     view: &'a V,
     sources: &'a Sources,
+    intake: &'a Intake,
     until: &'a Checkpoints,
     means: Means,
     /// What can't be tried.
@@ -196,7 +199,9 @@ struct Piece<V: View> {
     keys: Vec<u8>,
     tallies: Tallies,
     bytes: u64,
-    end: Option<Checkpoint>,
+    stored_events: u64,
+    /// Of each journal in it.
+    ends: SmallVec<[Checkpoint; 1]>,
 }
 
 /// An event concerns the row under a key.
@@ -215,23 +220,27 @@ impl<V: View> Pass<'_, V> {
         let mut to: Option<Vec<u8>> = None;
         let mut end = self.sources.beginning();
         let mut tallies = Tallies::new();
-        let all = pieces_of(self.sources, self.until);
+        let mut all = Pieces::new(self.sources, self.intake, self.until);
         let at_once = self.means.threads * PIECES_PER_THREAD;
         let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
-        for round in all.chunks(at_once) {
+        loop {
+            let round = (0..at_once).map(|_| all.next(PIECE_BYTES)).collect::<Result<Vec<_>, _>>();
+            let round = round.map_err(|error| Failed::from(error).stop(V::NAME))?;
+            if round.first().is_none_or(Vec::is_empty) {
+                break;
+            }
             let range = Range { from: &self.from, to: to.as_deref() };
             self.pool.install(|| {
-                let pieces = pieces.par_iter_mut().zip(round);
+                let pieces = pieces.par_iter_mut().zip(&round);
                 pieces
                     .map(|(piece, at)| self.fill(piece, at, &hasher, range))
                     .collect::<Result<(), _>>()
             })?;
-            let pieces = pieces.get(..round.len()).unwrap_or_default();
             let failures: Vec<_> = self.pool.install(|| {
                 let folded = parts.par_iter_mut().enumerate();
                 folded
                     .filter_map(|(n, part)| {
-                        part.fold(self.view, n, pieces, &hasher, &self.deadly).err()
+                        part.fold(self.view, n, &pieces, &hasher, &self.deadly).err()
                     })
                     .collect()
             });
@@ -241,7 +250,8 @@ impl<V: View> Pass<'_, V> {
             for (segment, tally) in pieces.iter().flat_map(|piece| &piece.tallies) {
                 tallies.entry(*segment).or_default().add(*tally);
             }
-            end = pieces.iter().filter_map(|piece| piece.end).fold(end, |end, at| end.moved(at));
+            let ends = pieces.iter().flat_map(|piece| &piece.ends);
+            end = ends.fold(end, |end, at| end.moved(*at));
             let bytes: usize = parts.iter().map(Part::bytes).sum();
             if bytes > self.means.memory_bytes_max {
                 to = self.pool.install(|| halve(&mut parts, &hasher)).or(to);
@@ -262,34 +272,64 @@ impl<V: View> Pass<'_, V> {
         }
     }
 
-    /// Decodes and routes the batches of a stretch.
+    /// Decodes and routes the batches of some stretches.
     fn fill(
         &self,
         piece: &mut Piece<V>,
-        stretch: &Stretch<'_>,
+        stretches: &[Stretch],
         hasher: &RandomState,
         wanted: Range<'_>,
     ) -> Result<(), Ended> {
-        let failed = |source| StopError::Journal { view: V::NAME, source };
         piece.clear();
-        let Stretch { journal: source, from, to } = *stretch;
-        let mut cursor = source.cursor(from).map_err(failed)?;
+        // Where a journal's next stretch begins, its last one has ended.
+        let mut cursors: SmallVec<[Cursor; 1]> = SmallVec::new();
+        for stretch in stretches {
+            let at = cursors.iter().position(|it| it.journal().id() == stretch.journal);
+            let begin = || -> Result<usize, StopError> {
+                let missing = ViewError::Journals { view: V::NAME, reason: "one isn't there" };
+                let journal = self.sources.get(stretch.journal);
+                let journal =
+                    journal.ok_or(Failed::from(missing)).map_err(|it| it.stop(V::NAME))?;
+                cursors.push(journal.cursor(stretch.from).map_err(journal_failed::<V>)?);
+                Ok(cursors.len() - 1)
+            };
+            let at = at.map_or_else(begin, Ok)?;
+            let Some(cursor) = cursors.get_mut(at) else { continue };
+            self.fill_from(cursor, piece, stretch, hasher, wanted)?;
+        }
+        Ok(self.control.advance(piece.stored_events, piece.bytes)?)
+    }
+
+    fn fill_from(
+        &self,
+        cursor: &mut Cursor,
+        piece: &mut Piece<V>,
+        stretch: &Stretch,
+        hasher: &RandomState,
+        wanted: Range<'_>,
+    ) -> Result<(), StopError> {
+        let failed = journal_failed::<V>;
+        let source = cursor.journal().clone();
+        let journal = source.id();
         let mut names = Names::default();
         let mut keys = Keys(Vec::new());
-        let mut stored_events = 0;
-        while cursor.position() < to {
+        while cursor.position() < stretch.to {
             let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
             let header = &batch.batch.header;
-            if header.base_position < from {
+            if header.base_position < stretch.from {
                 continue; // of the piece in front
             }
-            let (journal, recorded_at_us) = (source.id(), header.time_us);
+            if !stretch.allows(&batch.end()) {
+                let position = batch.end().position;
+                return Err(StopError::Order { view: V::NAME, journal, position });
+            }
+            let recorded_at_us = header.time_us;
             let place = (journal, batch.segment);
             let mut counts = piece.tallies.get(&place).copied().unwrap_or_default();
             for (position, record) in (header.base_position.get()..).zip(batch.batch.records()) {
                 let position = Position::new(position);
                 let record =
-                    record.map_err(|e| failed(invalid_record(source, &batch, position, e)))?;
+                    record.map_err(|e| failed(invalid_record(&source, &batch, position, e)))?;
                 let at = Place { journal, position, recorded_at_us };
                 let wrong = |cause| {
                     stop_at(V::NAME, &at.recorded(&record, &mut Names::default(), ()), cause)
@@ -315,13 +355,13 @@ impl<V: View> Pass<'_, V> {
                     self.leave_out(journal, position, &mut keys);
                     piece.add(event, &mut keys, hasher, wanted);
                 }
-                stored_events += 1;
+                piece.stored_events += 1;
             }
             piece.tallies.insert(place, counts);
             piece.bytes += batch.batch.bytes().len() as u64;
-            piece.end = Some(batch.end());
+            piece.ends_at(batch.end());
         }
-        Ok(self.control.advance(stored_events, piece.bytes)?)
+        Ok(())
     }
 }
 
@@ -346,7 +386,8 @@ impl<V: View> Piece<V> {
             keys: Vec::new(),
             tallies: Tallies::new(),
             bytes: 0,
-            end: None,
+            stored_events: 0,
+            ends: SmallVec::new(),
         }
     }
 
@@ -356,7 +397,15 @@ impl<V: View> Piece<V> {
         self.routes.iter_mut().for_each(Vec::clear);
         self.keys.clear();
         self.tallies.clear();
-        (self.bytes, self.end) = (0, None);
+        (self.bytes, self.stored_events) = (0, 0);
+        self.ends.clear();
+    }
+
+    fn ends_at(&mut self, end: Checkpoint) {
+        match self.ends.iter_mut().find(|it| it.journal == end.journal) {
+            Some(last) => *last = end,
+            None => self.ends.push(end),
+        }
     }
 
     fn add(
@@ -401,7 +450,7 @@ impl<V: View> Piece<V> {
 }
 
 impl Part {
-    /// Folds what the pieces have for this part. A failure comes with its event's place: which piece, which event.
+    /// Folds what the pieces have for this part. A failure comes with its event's place: which piece, which event of it.
     fn fold<V: View>(
         &mut self,
         view: &V,
@@ -409,7 +458,7 @@ impl Part {
         pieces: &[Piece<V>],
         hasher: &RandomState,
         deadly: &Deadly,
-    ) -> Result<(), ((usize, Position), StopError)> {
+    ) -> Result<(), ((usize, u32), StopError)> {
         for (nth, piece) in pieces.iter().enumerate() {
             let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
             let mut fetched_until = routes.len() + 1;
@@ -421,9 +470,8 @@ impl Part {
                 let key = piece.key(first);
                 let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
                 let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
-                self.fold_run(view, piece, key, run, hasher, deadly).map_err(
-                    |(event, cause)| ((nth, event.position()), stop_at(V::NAME, event, cause)),
-                )?;
+                self.fold_run(view, piece, key, run, hasher, deadly)
+                    .map_err(|(at, event, cause)| ((nth, at), stop_at(V::NAME, event, cause)))?;
                 routes = rest;
             }
         }
@@ -451,7 +499,7 @@ impl Part {
         run: &[Route<V::Key>],
         hasher: &RandomState,
         deadly: &Deadly,
-    ) -> Result<(), (&'p Recorded<V::Event>, EventFailure)> {
+    ) -> Result<(), (u32, &'p Recorded<V::Event>, EventFailure)> {
         let hash = run.first().map_or(0, |route| route.hash);
         let hash_of = |row: &Row| hasher.hash_one(row.key.as_slice());
         let entry = self.rows.entry(hash, |row| row.key.as_slice() == key, hash_of);
@@ -463,22 +511,24 @@ impl Part {
         let mut changed_by = None;
         for (n, route) in run.iter().enumerate() {
             let Some(event) = piece.events.get(route.event as usize) else { continue };
-            deadly.check(|| At::of(event, Stage::Fold)).map_err(|cause| (event, cause))?;
+            let at = route.event;
+            deadly.check(|| At::of(event, Stage::Fold)).map_err(|cause| (at, event, cause))?;
             if let Some(bytes) = stored.take() {
                 let decoded = Bincode::decode::<V::Row>(bytes);
-                row = Some(decoded.map_err(|error| (event, EventFailure::StoredRow(error)))?);
+                row = Some(decoded.map_err(|error| (at, event, EventFailure::StoredRow(error)))?);
             }
             // The last one may have it: if it changes nothing, it is as it was stored.
             let is_last = n + 1 == run.len() && changed_by.is_none();
             let given = if is_last { row.take() } else { row.clone() };
-            let folded = guard(|| view.fold(&route.key, given, event)).map_err(|it| (event, it))?;
-            match folded.map_err(|error| (event, EventFailure::Fold(error.0)))? {
-                Fold::Put(new) => (row, changed_by) = (Some(new), Some(event)),
-                Fold::Delete => (row, changed_by) = (None, Some(event)),
+            let folded = guard(|| view.fold(&route.key, given, event));
+            let folded = folded.map_err(|cause| (at, event, cause))?;
+            match folded.map_err(|error| (at, event, EventFailure::Fold(error.0)))? {
+                Fold::Put(new) => (row, changed_by) = (Some(new), Some((at, event))),
+                Fold::Delete => (row, changed_by) = (None, Some((at, event))),
                 Fold::Keep => {}
             }
         }
-        let Some(event) = changed_by else { return Ok(()) };
+        let Some((at, event)) = changed_by else { return Ok(()) };
         let mut bytes = row.is_some().then(Bytes::new);
         if let (Some(row), Some(bytes)) = (&row, &mut bytes) {
             let encoded = guard(|| {
@@ -487,7 +537,7 @@ impl Part {
             });
             encoded
                 .and_then(|encoded| encoded.map_err(EventFailure::NewRow))
-                .map_err(|cause| (event, cause))?;
+                .map_err(|cause| (at, event, cause))?;
         }
         match entry {
             Entry::Occupied(mut entry) => {
@@ -541,28 +591,8 @@ fn halve(parts: &mut [Part], hasher: &RandomState) -> Option<Vec<u8>> {
     Some(middle)
 }
 
-/// Batches that begin at `from` or behind it, in front of `to`.
-struct Stretch<'a> {
-    journal: &'a Journal,
-    from: Position,
-    to: Position,
-}
-
-/// The journals, one behind the other, in stretches. From the very first event on: where events were removed, the first
-/// one can't be read, and says so.
-fn pieces_of<'a>(sources: &'a Sources, until: &Checkpoints) -> Vec<Stretch<'a>> {
-    let mut all = Vec::new();
-    for (journal, until) in sources.iter().zip(until.iter()) {
-        let events = until.position.get();
-        let pieces = until.offset.div_ceil(PIECE_BYTES).clamp(1, events.max(1));
-        let at = |n: u64| {
-            let events = u128::from(events) * u128::from(n) / u128::from(pieces);
-            Position::new(events as u64)
-        };
-        let pieces = (0..pieces).map(|n| Stretch { journal, from: at(n), to: at(n + 1) });
-        all.extend(pieces.filter(|it| it.from < it.to));
-    }
-    all
+fn journal_failed<V: View>(source: ReadError) -> StopError {
+    StopError::Journal { view: V::NAME, source }
 }
 
 /// Sorts rows and writes them into files, and their index entries into runs.

@@ -726,9 +726,10 @@ impl ViewControl {
 #[cfg(test)]
 mod tests {
     use super::super::db::Db;
+    use super::super::intake::Limit;
     use super::super::poison::{OnPoison, Rules};
     use super::super::program::Keyed;
-    use super::super::runner::{Limit, collect, nothing};
+    use super::super::runner::{collect, nothing};
     use super::super::sources::Sources;
     use super::super::{Fold, FoldError, Indexes, Keys, View, ViewMemory};
     use super::*;
@@ -1059,7 +1060,7 @@ mod tests {
             let rules =
                 Rules { on_poison: OnPoison::Park, ..Rules::strict(Arc::default(), note.care()) };
             let limit = Limit::of(1 << 20);
-            let got = collect(&Keyed(Witness), &journal, &mut cursor, start.clone(), limit, rules);
+            let got = collect(&Keyed(Witness), &mut cursor, start.clone(), limit, rules);
             see("journal");
             got
         };

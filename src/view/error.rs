@@ -97,6 +97,29 @@ pub enum ViewError {
         /// The file.
         path: PathBuf,
     },
+    /// The file that says in which order several journals are taken in is damaged.
+    #[error(
+        "{}: damaged at byte {file_offset}: it says in which order the journals are taken in", path.display()
+    )]
+    DamagedIntake {
+        /// The file.
+        path: PathBuf,
+        /// The first byte of the record that can't be read.
+        file_offset: u64,
+    },
+    /// The order in which several journals are taken in was cut by somebody else while the view followed it: one of the
+    /// journals has another history.
+    #[error("{}: the order in which the journals are taken in has changed under the view", path.display())]
+    StaleIntake {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The rows are of an order that isn't recorded, so there is nothing to compare with.
+    #[error("view {view}: the order in which its journals were taken in isn't recorded")]
+    Unordered {
+        /// The view.
+        view: &'static str,
+    },
     /// A generation can't be deleted while it is the one that is read.
     #[error("{}: this generation is the one that is read", folder.display())]
     Live {
@@ -177,6 +200,9 @@ impl ViewError {
             Self::DamagedPointer { .. } => "view.damaged_pointer",
             Self::DamagedDecisions { .. } => "view.damaged_decisions",
             Self::DamagedDeadly { .. } => "view.damaged_deadly",
+            Self::DamagedIntake { .. } => "view.damaged_intake",
+            Self::StaleIntake { .. } => "view.stale_intake",
+            Self::Unordered { .. } => "view.unordered",
             Self::Live { .. } => "view.live",
             Self::NoGeneration { .. } => "view.no_generation",
             Self::Journals { .. } => "view.journals",
@@ -215,6 +241,13 @@ impl ViewError {
             }
             Self::DamagedDecisions { .. } => {
                 "put it back from a backup; without it, discarded events would come back"
+            }
+            Self::DamagedIntake { .. } => {
+                "delete it and open the views over these journals again: they are built anew, in an order that is recorded anew"
+            }
+            Self::StaleIntake { .. } => "open the view again",
+            Self::Unordered { .. } => {
+                "open the view: it is built anew, in an order that is recorded, if all events are left"
             }
             Self::Live { .. } => "roll back to another generation first",
             Self::NoGeneration { .. } => "list the generations to see which there are",
@@ -304,6 +337,26 @@ pub enum StopError {
         #[source]
         cause: EventFailure,
     },
+    /// The order in which its journals are taken in can't be read or recorded.
+    #[error("view {view} stopped: {source}")]
+    Intake {
+        /// The view.
+        view: &'static str,
+        /// Why not.
+        source: Box<ViewError>,
+    },
+    /// What is recorded of the order of intake is of another history of a journal.
+    #[error(
+        "view {view} stopped: the recorded order of intake is of another history of journal {journal}, at position {position}"
+    )]
+    Order {
+        /// The view.
+        view: &'static str,
+        /// The journal.
+        journal: JournalId,
+        /// Where in the journal.
+        position: Position,
+    },
     /// The view's code panicked outside of any event, such as while a value was dropped.
     #[error("view {view} stopped: panic: {message}")]
     Panic {
@@ -388,7 +441,8 @@ impl StopError {
                 EventFailure::Deadly { .. } => "view_stop.deadly",
             },
             Self::Index { .. } => "view_stop.index",
-            Self::Folder { source, .. } => source.code(),
+            Self::Folder { source, .. } | Self::Intake { source, .. } => source.code(),
+            Self::Order { .. } => "view_stop.order",
             Self::Fork { .. } => "view_stop.fork",
             Self::Journal { .. } => "view_stop.journal",
             Self::Storage { .. } => "view_stop.storage",
@@ -425,7 +479,8 @@ impl StopError {
                 }
             },
             Self::Index { .. } => "mend the function that makes the index keys",
-            Self::Folder { source, .. } => source.hint(),
+            Self::Folder { source, .. } | Self::Intake { source, .. } => source.hint(),
+            Self::Order { .. } => "open the view again: it is built anew if it has to be",
             Self::Fork { .. } => {
                 "two histories of one journal exist: decide which is right; to follow the mirror, move the view's directory away"
             }

@@ -50,9 +50,9 @@ const NOT_KEPT_FILE: &str = "not-kept";
 const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
-/// How long, and how often, it is tried to replace the pointer while others do.
-const POINTER_PATIENCE: Duration = Duration::from_secs(10);
-const POINTER_TICK: Duration = Duration::from_millis(10);
+/// How long, and how often, it is tried to lock what others hold for a moment.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_TICK: Duration = Duration::from_millis(10);
 /// Longest name of a view in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 64;
 
@@ -303,7 +303,7 @@ impl Generations {
     fn point_to(&mut self, number: Option<u32>) -> Result<(), ViewError> {
         static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
         let _guard = ONE_AT_A_TIME.lock();
-        let _lock = self.lock_pointer()?;
+        let _lock = lock_patiently(&*self.fs, &self.dir.join(LOCK_FILE))?;
         let mut live = read_pointer(&*self.fs, &self.dir.join(POINTER_FILE))?;
         match number {
             Some(number) => live.insert(self.version, number),
@@ -312,20 +312,6 @@ impl Generations {
         self.write_pointer(&live)?;
         self.live = number;
         Ok(())
-    }
-
-    /// Others hold it for a moment only, and what they would be in the way of may have taken hours.
-    fn lock_pointer(&self) -> Result<Box<dyn Lock>, ViewError> {
-        let path = self.dir.join(LOCK_FILE);
-        let began = Instant::now();
-        loop {
-            match lock(&*self.fs, &path) {
-                Err(ViewError::InUse { .. }) if began.elapsed() < POINTER_PATIENCE => {
-                    std::thread::sleep(POINTER_TICK);
-                }
-                locked => return locked,
-            }
-        }
     }
 
     fn write_pointer(&self, live: &BTreeMap<u32, u32>) -> Result<(), IoError> {
@@ -363,6 +349,19 @@ pub(super) fn lock(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError>
     fs.lock(&path, &owner)
         .context("locking the view", &path)?
         .map_err(|held| ViewError::InUse { path, owner: held.owner })
+}
+
+/// Others hold it for a moment only, and what they would be in the way of may have taken hours.
+pub(super) fn lock_patiently(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError> {
+    let began = Instant::now();
+    loop {
+        match lock(fs, path) {
+            Err(ViewError::InUse { .. }) if began.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(LOCK_TICK);
+            }
+            locked => return locked,
+        }
+    }
 }
 
 fn read_pointer(fs: &dyn Fs, path: &Path) -> Result<BTreeMap<u32, u32>, ViewError> {
@@ -524,7 +523,7 @@ mod tests {
         let held = lock(&OsFs, &dir.path().join("orders").join(LOCK_FILE)).unwrap();
         std::thread::scope(|scope| {
             let setting = scope.spawn(|| generations.set_live(number));
-            std::thread::sleep(POINTER_TICK * 5);
+            std::thread::sleep(LOCK_TICK * 5);
             assert!(!setting.is_finished());
             drop(held);
             setting.join().unwrap().unwrap();

@@ -48,6 +48,7 @@ mod generation;
 mod handle;
 mod index;
 mod inline;
+mod intake;
 mod key;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
@@ -93,6 +94,7 @@ pub(crate) use generation::{Generations, version_lock};
 pub use handle::{ViewHandle, ViewSnapshot};
 pub use index::{Index, IndexReader, IndexRows, Indexes};
 pub(crate) use inline::InlineViews;
+pub(crate) use intake::logs as intake_logs;
 #[cfg(feature = "cli")]
 pub(crate) use key::KeySpelling;
 pub use key::{EncodeKey, KeyError, KeyPrefix, ViewKey};

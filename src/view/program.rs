@@ -13,14 +13,16 @@ use super::chunk::{Chunk, Folded};
 use super::db::{Db, Identity, Progress};
 use super::deadly::{Care, Note};
 use super::error::{StopError, ViewError};
+use super::intake::{Course, Intake};
 use super::poison::{Parking, Rules};
 use super::rebuild::{Control, RebuildError, RebuildHandle, RebuildOptions, RebuildPhase};
-use super::runner::{Limit, Running, apply, collect, cursors, nothing};
+use super::runner::{Running, apply, collect, nothing};
 use super::sources::{Checkpoints, Sources};
 use super::takeover::{self, Source};
 use super::{Comparison, Indexes, View, ViewMemory};
 use crate::event::{Event, KnownKind};
-use crate::journal::{Cursor, CursorBatch, Journal};
+use crate::journal::{CursorBatch, Journal};
+use crate::position::Checkpoint;
 
 /// So much of the journal is applied at once by a build in order.
 const BUILD_CHUNK_BYTES: u64 = 4 << 20;
@@ -55,6 +57,7 @@ pub(super) trait Program: Send + Sync + Sized + 'static {
 /// What a generation is built from, into, and with.
 pub(super) struct Build<'a> {
     pub(super) sources: &'a Sources,
+    pub(super) intake: &'a Intake,
     pub(super) until: Checkpoints,
     pub(super) db: &'a Arc<Db>,
     pub(super) memory: &'a ViewMemory,
@@ -87,27 +90,38 @@ pub(super) fn build_in_order<P: Program>(
     program: &P,
     what: Build<'_>,
 ) -> Result<Progress, bulk::Ended> {
-    let Build { sources, until, db, memory: _, means, control, note } = what;
+    let Build { sources, intake, until, db, memory: _, means, control, note } = what;
     let storage = |source| StopError::Storage { view: P::NAME, source };
     let rules = Rules::strict(means.discarded, note.care());
     let mut progress = db.begin(&program.identity(), nothing(sources)).map_err(storage)?;
     control.pass_begins(RebuildPhase::Building, until.events());
-    let cursors = cursors::<P>(sources, &progress.checkpoints)?;
-    for (journal, mut cursor) in sources.iter().zip(cursors) {
-        let position = until.position(journal.id());
-        let limit = Limit { bytes: BUILD_CHUNK_BYTES, position };
-        while progress.checkpoints.position(journal.id()) < position {
-            let more = fold_more(program, journal, &mut cursor, db, &mut progress, limit, &rules)?;
-            if more.events == 0 {
-                let (checkpoint, end) = (until.first(), journal.end().position);
-                let checkpoint = until.of(journal.id()).unwrap_or(checkpoint);
-                return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
-            }
-            control.advance(more.events, more.bytes)?;
+    let course = Course::new(sources, intake, &progress.checkpoints);
+    let mut course = course.map_err(|it| it.stop(P::NAME))?;
+    while let Some(checkpoint) = missing(&progress, &until) {
+        let towards = Towards { until: Some(&until), bytes: BUILD_CHUNK_BYTES };
+        let more = fold_more(program, &mut course, db, &mut progress, towards, &rules)?;
+        if more.events == 0 {
+            let end = sources.end().position(checkpoint.journal);
+            return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
         }
+        control.advance(more.events, more.bytes)?;
     }
     db.flush(true).map_err(storage)?;
     Ok(progress)
+}
+
+/// A checkpoint that isn't reached.
+pub(super) fn missing(progress: &Progress, until: &Checkpoints) -> Option<Checkpoint> {
+    let is_missing = |it: &&Checkpoint| progress.checkpoints.position(it.journal) < it.position;
+    until.iter().find(is_missing).copied()
+}
+
+/// How far, and how much at once.
+#[derive(Clone, Copy)]
+pub(super) struct Towards<'a> {
+    /// Of each journal no further than that.
+    pub(super) until: Option<&'a Checkpoints>,
+    pub(super) bytes: u64,
 }
 
 /// What was folded.
@@ -116,18 +130,23 @@ pub(super) struct More {
     pub(super) bytes: u64,
 }
 
-/// Folds the next chunk of a journal, if there is one, into a generation that isn't served.
+/// Folds the next chunk, if there is one, into a generation that isn't served.
 pub(super) fn fold_more<P: Program>(
     program: &P,
-    journal: &Journal,
-    cursor: &mut Cursor,
+    course: &mut Course,
     db: &Arc<Db>,
     progress: &mut Progress,
-    limit: Limit,
+    towards: Towards<'_>,
     rules: &Rules,
 ) -> Result<More, StopError> {
-    let (chunk, failure) =
-        collect(program, journal, cursor, progress.clone(), limit, rules.clone());
+    let next = course.next(&progress.checkpoints, towards.bytes);
+    let Some((cursor, mut limit)) = next.map_err(|it| it.stop(P::NAME))? else {
+        return Ok(More { events: 0, bytes: 0 });
+    };
+    if let Some(until) = towards.until {
+        limit.position = limit.position.min(until.position(cursor.journal().id()));
+    }
+    let (chunk, failure) = collect(program, cursor, progress.clone(), limit, rules.clone());
     let mut more = More { events: 0, bytes: chunk.bytes() };
     if !chunk.is_empty() {
         let before = progress.checkpoints.events();

@@ -29,6 +29,7 @@ use super::deadly::{Attempts, Care, Duty, Note};
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::{Generations, is_kept};
 use super::inline::{self, InlineViews, Lane, Steps};
+use super::intake::{Course, Intake, Limit};
 use super::openings::Openings;
 use super::poison::{ParkedCounts, Parking, Rules};
 use super::program::{Batches, Build, Program};
@@ -39,6 +40,7 @@ use super::{LostTail, ViewOptions};
 use crate::error::ReadError;
 use crate::format::batch::genesis;
 use crate::format::files::Role;
+use crate::fs::Fs;
 use crate::fs::os::OsFs;
 use crate::journal::{Comparison, Cursor, Journal};
 use crate::planted::{self, Bug};
@@ -56,6 +58,7 @@ pub(super) struct Shared {
     /// The generation that is read.
     served: ArcSwap<Db>,
     pub(super) sources: Sources,
+    pub(super) intake: Intake,
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
     /// How a generation that is new at the opening is built in bulk.
@@ -142,7 +145,11 @@ pub(super) fn start<P: Program>(
     let openings = Arc::new(Openings::new(folder.lock()));
     let parking = Parking::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let attempts = Attempts::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
-    let opened = open_live(&*view, &mut folder, &openings, &sources, (&options, &building))?;
+    let fs: Arc<dyn Fs> = Arc::new(OsFs);
+    let intake = Intake::open(&fs, views_dir, &sources)?;
+    let sources_in_order = (&sources, &intake);
+    let opened =
+        open_live(&*view, &mut folder, &openings, sources_in_order, (&options, &building))?;
     let durable = opened.db.durable(sources.ids())?.unwrap_or_else(|| sources.beginning());
     parking.take_over(&opened.progress.checkpoints)?;
     let state = State {
@@ -157,6 +164,7 @@ pub(super) fn start<P: Program>(
         openings,
         served: ArcSwap::new(opened.db),
         sources,
+        intake,
         set_aside: opened.set_aside,
         options,
         building,
@@ -173,7 +181,7 @@ pub(super) fn start<P: Program>(
         folder: Mutex::new(folder),
     });
     if opened.is_begun_in_order {
-        shared.begin_first_build();
+        shared.begin_first_build(&shared.sources.end());
     }
     let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.bytes());
     let (threads, closing, inline) = (Mutex::default(), Mutex::default(), OnceLock::new());
@@ -195,12 +203,15 @@ fn open_live<P: Program>(
     view: &P,
     folder: &mut Generations,
     openings: &Arc<Openings>,
-    sources: &Sources,
+    (sources, intake): (&Sources, &Intake),
     (options, building): (&ViewOptions, &RebuildOptions),
 ) -> Result<Opened, ViewError> {
     let open = |path: &Path| openings.open(path, &options.memory);
     let live = folder.live()?.map(|path| open(&path)).transpose()?;
-    let begin = |folder: &mut Generations| begin_live(view, folder, &open, sources, building);
+    let begin = |folder: &mut Generations| {
+        intake.heed(sources)?;
+        begin_live(view, folder, &open, sources, building)
+    };
     let Some(db) = live else { return begin(folder) };
     // One that is pointed to and has nothing in it was deleted by hand.
     if db.is_empty()? {
@@ -212,7 +223,8 @@ fn open_live<P: Program>(
     let (progress, judgement) = match db.begin(&view.identity(), nothing(sources)) {
         Ok(progress) => {
             let judgement = judge::<P>(sources, &progress.checkpoints, options.lost_tail)?;
-            (progress, judgement)
+            let ordered = judge_order(sources, intake, &progress.checkpoints, judgement)?;
+            (progress, ordered)
         }
         Err(source) if source.kind() == StorageErrorKind::OtherShape => {
             if let Some(start) = sources.truncated() {
@@ -336,6 +348,21 @@ fn judge<P: Program>(
     Ok(judgement.and(if are_of { Judgement::GoOn } else { Judgement::SetAside }))
 }
 
+/// Rows that were made in another order than is recorded are made anew, if they can be.
+fn judge_order(
+    sources: &Sources,
+    intake: &Intake,
+    checkpoints: &Checkpoints,
+    judgement: Judgement,
+) -> Result<Judgement, ViewError> {
+    if !matches!(judgement, Judgement::GoOn | Judgement::AwaitMirror) {
+        return Ok(judgement);
+    }
+    intake.heed(sources)?;
+    let is_in_order = intake.leads_to(checkpoints)? || sources.truncated().is_some();
+    Ok(if is_in_order { judgement } else { Judgement::SetAside })
+}
+
 impl Judgement {
     /// What is to be done about both.
     fn and(self, other: Self) -> Self {
@@ -425,10 +452,8 @@ pub(super) struct Runner<P> {
     db: Arc<Db>,
     turn: u64,
     flush: FlushClock,
-    /// One for each journal, once it follows.
-    cursors: Vec<Cursor>,
-    /// Whose turn it is among the journals.
-    next: usize,
+    /// Once it follows.
+    course: Option<Course>,
     has_ended: bool,
     note: Arc<Note>,
 }
@@ -454,8 +479,7 @@ impl<P: Program> Runner<P> {
     ) -> Self {
         let flush = FlushClock::new(&shared.options, durable_offset);
         let note = shared.attempts.note(Duty::Follow);
-        let (cursors, next, has_ended) = (Vec::new(), 0, false);
-        Self { view, shared, db, turn, flush, cursors, next, has_ended, note }
+        Self { view, shared, db, turn, flush, course: None, has_ended: false, note }
     }
 
     pub(super) fn run(mut self) {
@@ -533,18 +557,20 @@ impl<P: Program> Runner<P> {
     /// which, and to apply what is in front of it.
     fn build(&self, control: &Control) -> Result<Option<Progress>, StopError> {
         let (shared, db) = (&*self.shared, &self.db);
-        let until = shared.sources.end();
+        let until = shared.intake.take_all(&shared.sources).map_err(|it| it.stop(P::NAME))?;
         let in_order = || {
             let begun = begin_in_order(&*self.view, db, &shared.sources);
-            shared.begin_first_build();
+            shared.begin_first_build(&until);
             begun.map(Some).map_err(storage_failed::<P>)
         };
         if self.note.forbids_bulk() {
             return in_order();
         }
         let means = Means::of(&shared.building, shared.parking.discarded());
-        let (sources, memory, note) = (&shared.sources, &shared.options.memory, &self.note);
-        let what = Build { sources, until, db, memory, means, control, note };
+        let (sources, intake) = (&shared.sources, &shared.intake);
+        let (memory, note) = (&shared.options.memory, &self.note);
+        let what =
+            Build { sources, intake, until: until.clone(), db, memory, means, control, note };
         match self.view.build(what) {
             Ok(progress) => Ok(Some(progress)),
             Err(bulk::Ended::Cancelled) => Ok(None),
@@ -602,13 +628,9 @@ impl<P: Program> Runner<P> {
         }
         let mut applied = shared.state().applied;
         let before = applied.checkpoints.clone();
-        if self.cursors.is_empty() {
-            self.db.keep_written_rows(shared.options.row_cache_bytes);
-            self.cursors = cursors::<P>(&shared.sources, &applied.checkpoints)?;
-        }
         // Asked first: what was published before the closing is still to be read.
         let closed = shared.sources.are_closed();
-        let (chunk, failure) = self.next_chunk(&applied);
+        let (chunk, failure) = self.next_chunk(&applied)?;
         let idle = chunk.is_none();
         {
             let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Step::Ended) };
@@ -637,6 +659,7 @@ impl<P: Program> Runner<P> {
             None if idle && closed => Ok(Step::Ended),
             None if idle => {
                 self.note.built();
+                *shared.first_build.lock() = None; // a journal that was longer before is no reason to wait
                 let first = shared.sources.first().id();
                 Ok(Step::Idle(applied.checkpoints.position(first)))
             }
@@ -644,28 +667,29 @@ impl<P: Program> Runner<P> {
         }
     }
 
-    /// What the journal whose turn it is has, or else one of the others, and why there is no more.
+    /// What the journal whose turn it is has, and why there is no more.
     #[allow(clippy::type_complexity, reason = "it is said in one place only")]
     fn next_chunk(
         &mut self,
         applied: &Progress,
-    ) -> (Option<(P::Chunk, JournalId)>, Option<StopError>) {
-        let Self { view, shared, cursors, next, note, .. } = self;
-        let limit = Limit::of(shared.options.chunk_bytes);
-        let count = cursors.len();
-        for _ in 0..count {
-            let turn = *next;
-            *next = (turn + 1) % count;
-            let Some(journal) = shared.sources.iter().nth(turn) else { continue };
-            let Some(cursor) = cursors.get_mut(turn) else { continue };
-            let rules = shared.parking.rules(&shared.options, &shared.watchers, note.care());
-            let (chunk, failure) = collect(&**view, journal, cursor, applied.clone(), limit, rules);
-            if failure.is_some() || !chunk.is_empty() {
-                let chunk = (!chunk.is_empty()).then(|| (chunk, journal.id()));
-                return (chunk, failure);
+    ) -> Result<(Option<(P::Chunk, JournalId)>, Option<StopError>), StopError> {
+        let Self { view, shared, db, course, note, .. } = self;
+        let course = match course {
+            Some(course) => course,
+            None => {
+                db.keep_written_rows(shared.options.row_cache_bytes);
+                let begun = Course::new(&shared.sources, &shared.intake, &applied.checkpoints);
+                course.insert(begun.map_err(|it| it.stop(P::NAME))?)
             }
-        }
-        (None, None)
+        };
+        let next = course.next(&applied.checkpoints, shared.options.chunk_bytes);
+        let Some((cursor, limit)) = next.map_err(|it| it.stop(P::NAME))? else {
+            return Ok((None, None));
+        };
+        let journal = cursor.journal().id();
+        let rules = shared.parking.rules(&shared.options, &shared.watchers, note.care());
+        let (chunk, failure) = collect(&**view, cursor, applied.clone(), limit, rules);
+        Ok(((!chunk.is_empty()).then_some((chunk, journal)), failure))
     }
 
     /// Flushes when it is time, and looks how far the last flush has got.
@@ -689,43 +713,25 @@ impl<P: Program> Runner<P> {
     }
 }
 
-/// Where each journal is read on.
-pub(super) fn cursors<P: Program>(
-    sources: &Sources,
-    from: &Checkpoints,
-) -> Result<Vec<Cursor>, StopError> {
-    let cursor = |journal: &Journal| journal.cursor(from.position(journal.id()));
-    sources.iter().map(cursor).collect::<Result<_, _>>().map_err(journal_failed::<P>)
-}
-
-/// How much is applied at once: up to so many bytes, or one batch, in front of a position.
-#[derive(Clone, Copy)]
-pub(super) struct Limit {
-    pub(super) bytes: u64,
-    pub(super) position: Position,
-}
-
-impl Limit {
-    pub(super) const fn of(bytes: u64) -> Self {
-        Self { bytes, position: Position::new(u64::MAX) }
-    }
-}
-
 /// Batches for one write behind `applied`, and why there are no more.
 pub(super) fn collect<P: Program>(
     view: &P,
-    journal: &Journal,
     cursor: &mut Cursor,
     applied: Progress,
     limit: Limit,
     rules: Rules,
 ) -> (P::Chunk, Option<StopError>) {
+    let journal = cursor.journal().clone();
     let care = rules.care.at(journal.id(), cursor.position());
     let rules = Rules { care: care.clone(), ..rules };
     let mut chunk = P::Chunk::new(applied, journal.clone(), rules);
     while chunk.bytes() < care.chunk_bytes(limit.bytes.max(1)) && cursor.position() < limit.position
     {
         let added = match cursor.next_batch() {
+            Ok(Some(batch)) if !limit.allows(&batch.end()) => {
+                let position = batch.end().position;
+                Err(StopError::Order { view: P::NAME, journal: journal.id(), position })
+            }
             Ok(Some(batch)) => {
                 let header = &batch.batch.header;
                 care.batch(journal.id(), header.base_position..header.end_position());
@@ -909,8 +915,8 @@ impl Shared {
     }
 
     /// The rows are made as the journal is followed: how far that is can be seen, as of any other build.
-    fn begin_first_build(&self) {
-        let until_events = self.sources.end().events();
+    fn begin_first_build(&self, until: &Checkpoints) {
+        let until_events = until.events();
         if until_events > 0 {
             let control = Control::new(&self.building);
             control.pass_begins(RebuildPhase::Building, until_events);

@@ -11,18 +11,18 @@ use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
 use super::deadly::{Duty, Note};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
+use super::intake::Course;
 use super::poison::{Discarded, Rules};
-use super::program::{Build, More, Program, fold_more};
+use super::program::{Build, More, Program, Towards, fold_more, missing};
 use super::rebuild::{
     Comparison, Control, Digest, OnDifference, RebuildError, RebuildHandle, RebuildOptions,
     RebuildPhase, Rebuilt,
 };
 use super::runner::{
-    Limit, Phase, Runner, Running, Shared, compare, cursors, journal_failed, nothing,
-    storage_failed,
+    Phase, Runner, Running, Shared, compare, journal_failed, nothing, storage_failed,
 };
 use super::sources::Checkpoints;
-use crate::journal::{self, Journal};
+use crate::journal;
 use crate::position::Position;
 
 /// Rows are looked at for a digest in steps of so many, between which it can be cancelled.
@@ -219,12 +219,13 @@ impl<P: Program> Takeover<P> {
         discarded: &Arc<Discarded>,
     ) -> Result<(Arc<Db>, Progress), RebuildError> {
         let shared = &self.shared;
-        let until = until.unwrap_or_else(|| shared.sources.end());
+        let all = || shared.intake.take_all(&shared.sources).map_err(|it| it.stop(P::NAME));
+        let until = until.map_or_else(all, Ok)?;
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let means = Means::of(&self.options, Arc::clone(discarded));
-        let (sources, memory, control) = (&shared.sources, &shared.options.memory, &*self.control);
-        let note = &self.note;
-        let what = Build { sources, until, db: &db, memory, means, control, note };
+        let (sources, intake) = (&shared.sources, &shared.intake);
+        let (memory, control, note) = (&shared.options.memory, &*self.control, &self.note);
+        let what = Build { sources, intake, until, db: &db, memory, means, control, note };
         match self.view.build(what) {
             Ok(progress) => {
                 self.note.built();
@@ -258,27 +259,26 @@ impl<P: Program> Takeover<P> {
         };
         self.control
             .pass_begins(RebuildPhase::CatchingUp, behind(&progress, &shared.sources.end()));
-        let mut cursors = cursors::<P>(&shared.sources, &progress.checkpoints)?;
+        let course = Course::new(&shared.sources, &shared.intake, &progress.checkpoints);
+        let mut course = course.map_err(|it| it.stop(P::NAME))?;
         let flush = |db: &Db| db.flush(true).map_err(storage_failed::<P>);
         let near = shared.options.chunk_bytes.max(1);
         while shared.sources.end().bytes() > progress.checkpoints.bytes().saturating_add(near) {
-            for (journal, cursor) in shared.sources.iter().zip(&mut cursors) {
-                let more = self.fold_more(journal, cursor, &db, &mut progress)?;
-                self.control.advance(more.events, more.bytes)?;
+            let more = self.fold_more(&mut course, &db, &mut progress)?;
+            if more.events == 0 {
+                break; // a mirror has less than was taken in before: nobody gets further
             }
+            self.control.advance(more.events, more.bytes)?;
         }
         flush(&db)?; // so that little is left to be flushed while the old one stands still
         self.control.check()?;
         // From here on nothing may wait for the one who asked for this: the old one stands still.
         let mut turn = shared.stand_still();
         let old = shared.state().applied.checkpoints;
-        for ((journal, cursor), applied) in shared.sources.iter().zip(&mut cursors).zip(old.iter())
-        {
-            while progress.checkpoints.position(journal.id()) < applied.position {
-                if self.fold_more(journal, cursor, &db, &mut progress)?.events == 0 {
-                    let (checkpoint, end) = (*applied, journal.end().position);
-                    return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
-                }
+        while let Some(checkpoint) = missing(&progress, &old) {
+            if self.fold_more(&mut course, &db, &mut progress)?.events == 0 {
+                let end = shared.sources.end().position(checkpoint.journal);
+                return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
             }
         }
         flush(&db)?;
@@ -303,14 +303,13 @@ impl<P: Program> Takeover<P> {
 
     fn fold_more(
         &self,
-        journal: &Journal,
-        cursor: &mut journal::Cursor,
+        course: &mut Course,
         db: &Arc<Db>,
         progress: &mut Progress,
     ) -> Result<More, StopError> {
-        let limit = Limit::of(self.shared.options.chunk_bytes);
+        let towards = Towards { until: None, bytes: self.shared.options.chunk_bytes };
         let rules = Rules::strict(self.shared.parking.discarded(), self.note.care());
-        fold_more(&*self.view, journal, cursor, db, progress, limit, &rules)
+        fold_more(&*self.view, course, db, progress, towards, &rules)
     }
 }
 

@@ -120,6 +120,7 @@ pub(super) fn views_of(place: &Place) -> Vec<Result<Located, (String, ViewError)
     let names = entries.filter_map(Result::ok).filter(|entry| entry.path().is_dir());
     let mut names: Vec<String> =
         names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.retain(|name| !name.starts_with('.')); // what several views have in common
     names.sort();
     let view =
         |name: String| located(place, Vec::new(), name.clone()).map_err(|error| (name, error));

@@ -111,7 +111,7 @@ fn refuse_unjudged(code: &Code, opened: &ViewControl) -> Result<(), Failure> {
 fn build_first(opened: &ViewControl, progress: &mut Progress) -> Result<(), Failure> {
     let is_done = || {
         let status = opened.status();
-        !matches!(status.state, ViewState::Building | ViewState::CatchingUp)
+        !matches!(status.state, ViewState::Building) && status.rebuild.is_none()
     };
     // A view that couldn't be closed has stopped, and says why below.
     progress.follow(|| opened.status().rebuild, is_done, || drop(opened.close()));

@@ -1,0 +1,507 @@
+//! The file in which the order of intake is recorded.
+//!
+//! ```text
+//! header │ run 0 │ run 1 │ … │ run n ┊ torn
+//!                               ▲ known: what was read or written, and synced
+//! ```
+//! - It only grows. Whoever appends holds the lock file from the reading of what others have appended until its own records
+//!   are synced: there is one order, whoever the views are, in this process or another.
+//! - A record is known only when it is durable. The last write of another process may have been torn, or lie in the page
+//!   cache only: what can be of it is written again and synced before it is believed.
+//! - Only what was never known to anybody is cut, but for runs of a history that a journal has no more.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use super::super::error::ViewError;
+use super::super::generation::lock_patiently;
+use super::super::sources::{Checkpoints, Sources};
+use crate::error::{IoContext, IoError};
+use crate::format::batch::{Link, genesis};
+use crate::format::files::Role;
+use crate::format::intake::{IntakeHeader, RUN_BYTES, Run};
+use crate::fs::{File, Fs, OpenMode, read_exact_at, read_full_at, write_all_at};
+use crate::journal::{Comparison, Journal};
+use crate::position::{JournalId, Position};
+
+/// The folder beside the views.
+const FOLDER: &str = ".intake";
+/// So many records are read at once.
+const BLOCK: u64 = 1024;
+const ACTION: &str = "recording the order of intake";
+
+/// The order in which a set of journals is taken in.
+#[derive(Debug)]
+pub(in super::super) struct Log {
+    fs: Arc<dyn Fs>,
+    path: PathBuf,
+    header: IntakeHeader,
+    known: Mutex<Known>,
+}
+
+/// What is durable, and was seen here.
+#[derive(Debug)]
+struct Known {
+    file: Arc<dyn File>,
+    count: u64,
+    /// The last record, as it lies in the file: if another one is there, somebody has cut the file meanwhile.
+    last: Option<Run>,
+    /// Where each journal is behind them, in the order of the ids.
+    ends: Vec<Link>,
+    /// How often what was known was cut.
+    cuts: u64,
+}
+
+/// A place between two records.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mark {
+    pub(super) count: u64,
+    cuts: u64,
+}
+
+impl Log {
+    /// That of these journals in this folder of views. It begins empty.
+    pub(super) fn open(
+        fs: &Arc<dyn Fs>,
+        views_dir: &Path,
+        ids: &[JournalId],
+    ) -> Result<Self, ViewError> {
+        let (header, path) = place(views_dir, ids)?;
+        if let Some(dir) = path.parent() {
+            fs.create_dir_all(dir).context(ACTION, dir)?;
+        }
+        let _lock = lock_patiently(&**fs, &lock_of(&path))?;
+        let known = Known::new(begin(&**fs, &path, &header)?, &header);
+        let log = Self { fs: Arc::clone(fs), path, header, known: Mutex::new(known) };
+        log.adopt(&mut log.known.lock())?;
+        Ok(log)
+    }
+
+    /// The same, shared with whoever has it open in this process.
+    pub(super) fn shared(
+        fs: &Arc<dyn Fs>,
+        views_dir: &Path,
+        ids: &[JournalId],
+    ) -> Result<Arc<Self>, ViewError> {
+        static ALL: Mutex<BTreeMap<PathBuf, Weak<Log>>> = Mutex::new(BTreeMap::new());
+        let (_, path) = place(views_dir, ids)?;
+        let path = std::path::absolute(&path).context(ACTION, &path)?;
+        let mut all = ALL.lock();
+        all.retain(|_, log| log.strong_count() > 0);
+        if let Some(log) = all.get(&path).and_then(Weak::upgrade) {
+            log.open_again()?;
+            return Ok(log);
+        }
+        let log = Arc::new(Self::open(fs, views_dir, ids)?);
+        all.insert(path, Arc::downgrade(&log));
+        Ok(log)
+    }
+
+    /// As far as it can be read now, beside whoever records; nothing is changed. Empty if there is none.
+    pub(super) fn read_only(
+        fs: &Arc<dyn Fs>,
+        views_dir: &Path,
+        ids: &[JournalId],
+    ) -> Result<Option<Self>, ViewError> {
+        let (header, path) = place(views_dir, ids)?;
+        let file = match fs.open(&path, OpenMode::Read) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file.context(ACTION, &path)?,
+        };
+        check_header(&*file, &path, &header)?;
+        let log =
+            Self { fs: Arc::clone(fs), path, known: Mutex::new(Known::new(file, &header)), header };
+        {
+            let mut known = log.known.lock();
+            log.read_on(&mut known)?;
+            while let Err(error) = log.check_tail(&known) {
+                // Others go on recording.
+                let before = known.count;
+                log.read_on(&mut known)?;
+                if known.count == before {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(Some(log))
+    }
+
+    /// It may have been deleted, or cut, since it was opened.
+    fn open_again(&self) -> Result<(), ViewError> {
+        let mut known = self.known.lock();
+        if let Some(dir) = self.path.parent() {
+            self.fs.create_dir_all(dir).context(ACTION, dir)?;
+        }
+        let _lock = lock_patiently(&*self.fs, &lock_of(&self.path))?;
+        let file = begin(&*self.fs, &self.path, &self.header)?;
+        let mut now = Known { cuts: known.cuts, ..Known::new(file, &self.header) };
+        self.adopt(&mut now)?;
+        let is_still_there = match known.count.checked_sub(1) {
+            None => true,
+            Some(last) => self.block(&*now.file, last, last + 1)?.last() == known.last.as_ref(),
+        };
+        now.cuts += u64::from(!is_still_there);
+        *known = now;
+        Ok(())
+    }
+
+    /// As far as it is known.
+    pub(super) fn mark(&self) -> Mark {
+        let known = self.known.lock();
+        Mark { count: known.count, cuts: known.cuts }
+    }
+
+    /// The beginning.
+    pub(super) fn beginning(&self) -> Mark {
+        Mark { count: 0, cuts: self.known.lock().cuts }
+    }
+
+    /// Where each journal is behind all that is known.
+    pub(super) fn end_of(&self, journal: JournalId) -> Link {
+        let ends = &self.known.lock().ends;
+        let found = self.header.journals().iter().zip(ends).find(|(id, _)| **id == journal);
+        found.map_or_else(|| start_of(journal), |(_, end)| *end)
+    }
+
+    /// Records from `mark` on, which moves behind them; none at the end of what is known.
+    pub(super) fn next(&self, mark: &mut Mark) -> Result<Vec<Run>, ViewError> {
+        let (file, count) = {
+            let known = self.known.lock();
+            if known.cuts != mark.cuts || known.count < mark.count {
+                return Err(self.stale());
+            }
+            (Arc::clone(&known.file), known.count)
+        };
+        let to = count.min(mark.count.saturating_add(BLOCK));
+        let runs = self.block(&*file, mark.count, to)?;
+        mark.count += runs.len() as u64;
+        if mark.count < to {
+            return Err(self.damaged(mark.count));
+        }
+        Ok(runs)
+    }
+
+    /// Goes on behind `mark`, if nobody else has: with the runs that `more` makes of where the journals are. They are durable
+    /// when this returns.
+    pub(super) fn extend<E: From<ViewError>>(
+        &self,
+        mark: Mark,
+        more: impl FnOnce(&dyn Fn(JournalId) -> Link) -> Result<Vec<Run>, E>,
+    ) -> Result<(), E> {
+        let mut known = self.known.lock();
+        if known.cuts != mark.cuts {
+            return Err(self.stale().into());
+        }
+        if known.count > mark.count {
+            return Ok(());
+        }
+        let _lock = lock_patiently(&*self.fs, &lock_of(&self.path))?;
+        if known.count == 0 {
+            known.file = begin(&*self.fs, &self.path, &self.header)?; // an empty one may have been replaced
+        }
+        self.adopt(&mut known)?;
+        if known.count > mark.count {
+            return Ok(());
+        }
+        let ends = known.ends.clone();
+        let journals = self.header.journals();
+        let end_of = |journal| {
+            let found = journals.iter().zip(&ends).find(|(id, _)| **id == journal);
+            found.map_or_else(|| start_of(journal), |(_, end)| *end)
+        };
+        let runs = more(&end_of)?;
+        Ok(self.append(&mut known, &runs).map_err(ViewError::from)?)
+    }
+
+    fn append(&self, known: &mut Known, runs: &[Run]) -> Result<(), IoError> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let numbered = (known.count..).zip(runs);
+        let bytes: Vec<u8> = numbered
+            .filter_map(|(number, run)| self.header.encode_run(number, run))
+            .flatten()
+            .collect();
+        let at = self.header.offset_of(known.count);
+        let written = write_all_at(&*known.file, &bytes, at).and_then(|()| known.file.sync_data());
+        if written.is_err() {
+            // An effort: what is left of it is found by whoever appends next, and written again.
+            drop(known.file.set_len(at));
+        }
+        written.context(ACTION, &self.path)?;
+        runs.iter().for_each(|run| {
+            self.learn(known, run);
+        });
+        Ok(())
+    }
+
+    /// What others have appended since, which is durable then. Under the lock.
+    fn adopt(&self, known: &mut Known) -> Result<(), ViewError> {
+        if let Some(last) = known.count.checked_sub(1)
+            && self.block(&*known.file, last, known.count)?.last() != known.last.as_ref()
+        {
+            return Err(self.stale());
+        }
+        let before = known.count;
+        self.read_on(known)?;
+        let size = self.check_tail(known)?;
+        let end = self.header.offset_of(known.count);
+        let in_one_write = self.header.journals().len() as u64;
+        if size > end {
+            known.file.set_len(end).context(ACTION, &self.path)?;
+        }
+        if size > end || known.count > before {
+            let from = before.max(known.count.saturating_sub(in_one_write));
+            let mut bytes = vec![0; (end - self.header.offset_of(from)) as usize];
+            let at = self.header.offset_of(from);
+            read_exact_at(&*known.file, &mut bytes, at).context(ACTION, &self.path)?;
+            write_all_at(&*known.file, &bytes, at).context(ACTION, &self.path)?;
+            known.file.sync_data().context(ACTION, &self.path)?;
+        }
+        Ok(())
+    }
+
+    /// What isn't whole can only be the last write, which has one run of each journal at the most. The file's size.
+    fn check_tail(&self, known: &Known) -> Result<u64, ViewError> {
+        let size = known.file.size().context(ACTION, &self.path)?;
+        let torn = size.saturating_sub(self.header.offset_of(known.count));
+        let in_one_write = self.header.journals().len() as u64 * RUN_BYTES as u64;
+        if torn > in_one_write { Err(self.damaged(known.count)) } else { Ok(size) }
+    }
+
+    /// Reads what lies behind what is known.
+    fn read_on(&self, known: &mut Known) -> Result<(), IoError> {
+        loop {
+            let runs = self.block(&*known.file, known.count, known.count + BLOCK)?;
+            for run in &runs {
+                if !self.learn(known, run) {
+                    return Ok(());
+                }
+            }
+            if (runs.len() as u64) < BLOCK {
+                return Ok(());
+            }
+        }
+    }
+
+    /// False if it can't be the next run.
+    fn learn(&self, known: &mut Known, run: &Run) -> bool {
+        let at = self.header.journals().iter().position(|id| *id == run.journal);
+        let Some(end) = at.and_then(|at| known.ends.get_mut(at)) else { return false };
+        if run.end.position <= end.position || run.end.offset <= end.offset {
+            return false;
+        }
+        *end = run.end;
+        known.last = Some(*run);
+        known.count += 1;
+        true
+    }
+
+    /// The records with these numbers, up to the first one that isn't whole.
+    fn block(&self, file: &dyn File, from: u64, to: u64) -> Result<Vec<Run>, IoError> {
+        let count = to.saturating_sub(from).min(BLOCK);
+        let mut bytes = vec![0; count as usize * RUN_BYTES];
+        let read = read_full_at(file, &mut bytes, self.header.offset_of(from));
+        bytes.truncate(read.context(ACTION, &self.path)?);
+        let records = bytes.chunks_exact(RUN_BYTES);
+        let decoded = (from..).zip(records).map(|(n, bytes)| self.header.decode_run(n, bytes));
+        Ok(decoded.map_while(Result::ok).collect())
+    }
+
+    /// The last run of a journal among the first `before` records, with its number.
+    fn last_of(
+        &self,
+        known: &Known,
+        journal: JournalId,
+        mut before: u64,
+    ) -> Result<Option<(u64, Run)>, ViewError> {
+        while before > 0 {
+            let from = before.saturating_sub(BLOCK);
+            let runs = self.block(&*known.file, from, before)?;
+            if runs.len() as u64 != before - from {
+                return Err(self.damaged(from + runs.len() as u64));
+            }
+            if let Some(at) = runs.iter().rposition(|run| run.journal == journal) {
+                return Ok(runs.get(at).map(|run| (from + at as u64, *run)));
+            }
+            before = from;
+        }
+        Ok(None)
+    }
+
+    /// Cuts what is of a history that a journal has no more, and what was recorded behind it.
+    pub(super) fn heed(&self, sources: &Sources) -> Result<(), ViewError> {
+        let mut known = self.known.lock();
+        let _lock = lock_patiently(&*self.fs, &lock_of(&self.path))?;
+        self.adopt(&mut known)?;
+        let mut keep = known.count;
+        for journal in sources.iter() {
+            keep = keep.min(self.valid(&known, journal)?);
+        }
+        if keep < known.count {
+            let file = Arc::clone(&known.file);
+            file.set_len(self.header.offset_of(keep)).context(ACTION, &self.path)?;
+            file.sync_data().context(ACTION, &self.path)?;
+            *known = Known { cuts: known.cuts + 1, ..Known::new(file, &self.header) };
+            self.adopt(&mut known)?;
+        }
+        Ok(())
+    }
+
+    /// How many records there are in front of the first one that isn't of this journal's history.
+    fn valid(&self, known: &Known, journal: &Journal) -> Result<u64, ViewError> {
+        let end = journal.end().position;
+        // One that is appended to here won't come back to what it has lost. Any other may get as far again.
+        let is_all_there = journal.is_written_here() && journal.role() == Role::Origin;
+        let is_of_it = |run: &Run| {
+            let Link { offset, position, chain } = run.end;
+            // What can't be read is told by whoever gets there.
+            let compared = journal.compare_place(offset, position, chain);
+            position <= end && matches!(compared, Ok(Comparison::Equal) | Err(_))
+        };
+        let mut last = self.last_of(known, journal.id(), known.count)?;
+        while let Some((number, run)) = last
+            && run.end.position > end
+            && !is_all_there
+        {
+            last = self.last_of(known, journal.id(), number)?;
+        }
+        let Some((number, _)) = last.filter(|(_, run)| !is_of_it(run)) else {
+            return Ok(known.count);
+        };
+        // Those of its history are the first ones of the journal's.
+        let (mut of_it, mut not) = (0, number);
+        while of_it < not {
+            let middle = of_it + (not - of_it) / 2;
+            match self.last_of(known, journal.id(), middle + 1)? {
+                Some((number, run)) if !is_of_it(&run) => not = number,
+                _ => of_it = middle + 1,
+            }
+        }
+        Ok(not)
+    }
+
+    /// Whether views that have come as far as `at` have taken the journals in in this order.
+    pub(super) fn leads_to(&self, at: &Checkpoints) -> Result<bool, ViewError> {
+        let mut here: Vec<(JournalId, Position)> =
+            self.header.journals().iter().map(|id| (*id, Position::START)).collect();
+        let is_there = |here: &[(JournalId, Position)], but: Option<JournalId>| {
+            let mut others = here.iter().filter(|(id, _)| Some(*id) != but);
+            others.all(|(id, position)| at.position(*id) == *position)
+        };
+        let mut mark = self.beginning();
+        loop {
+            let runs = self.next(&mut mark)?;
+            if runs.is_empty() {
+                return Ok(is_there(&here, None));
+            }
+            for Run { journal, end } in runs {
+                if at.position(journal) < end.position {
+                    return Ok(is_there(&here, Some(journal)));
+                }
+                let moved = here.iter_mut().find(|(id, _)| *id == journal);
+                moved.into_iter().for_each(|(_, position)| *position = end.position);
+            }
+        }
+    }
+
+    fn stale(&self) -> ViewError {
+        ViewError::StaleIntake { path: self.path.clone() }
+    }
+
+    fn damaged(&self, number: u64) -> ViewError {
+        let file_offset = self.header.offset_of(number);
+        ViewError::DamagedIntake { path: self.path.clone(), file_offset }
+    }
+}
+
+impl Known {
+    fn new(file: Arc<dyn File>, header: &IntakeHeader) -> Self {
+        let ends = header.journals().iter().map(|id| start_of(*id)).collect();
+        Self { file, count: 0, last: None, ends, cuts: 0 }
+    }
+}
+
+fn start_of(journal: JournalId) -> Link {
+    Link { offset: 0, position: Position::START, chain: genesis(journal) }
+}
+
+fn place(views_dir: &Path, ids: &[JournalId]) -> Result<(IntakeHeader, PathBuf), ViewError> {
+    let header = IntakeHeader::new(ids.to_vec());
+    let path = views_dir.join(FOLDER).join(header.name());
+    Ok((header, path))
+}
+
+/// Each log in a folder of views: its file, how many journals it is of, and how many runs it has.
+#[allow(clippy::type_complexity, reason = "it is said in one place only")]
+pub(crate) fn logs(views_dir: &Path) -> Vec<(String, Result<(usize, u64), ViewError>)> {
+    let fs: Arc<dyn Fs> = Arc::new(crate::fs::os::OsFs);
+    let dir = views_dir.join(FOLDER);
+    let names = fs.list(&dir).unwrap_or_default().into_iter().filter(|name| !name.contains('.'));
+    let examined = |name: &str| {
+        let path = dir.join(name);
+        let mut bytes = vec![0; IntakeHeader::LEN_BYTES_MAX];
+        let read = fs.open(&path, OpenMode::Read).and_then(|it| read_full_at(&*it, &mut bytes, 0));
+        bytes.truncate(read.context(ACTION, &path)?);
+        let damaged = ViewError::DamagedIntake { path: path.clone(), file_offset: 0 };
+        let header = IntakeHeader::decode(&bytes).map_err(|_| damaged.clone())?;
+        let log = Log::read_only(&fs, views_dir, header.journals())?;
+        let log = log.filter(|log| log.path == path).ok_or(damaged)?;
+        let count = log.known.lock().count;
+        Ok((header.journals().len(), count))
+    };
+    let with_examined = |name: String| {
+        let examined = examined(&name);
+        (name, examined)
+    };
+    names.map(with_examined).collect()
+}
+
+fn lock_of(path: &Path) -> PathBuf {
+    path.with_extension("lock")
+}
+
+/// Opens the file, or makes it. Its name is durable when this returns.
+fn begin(fs: &dyn Fs, path: &Path, header: &IntakeHeader) -> Result<Arc<dyn File>, ViewError> {
+    let file = match fs.open(path, OpenMode::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let new = path.with_extension("new");
+            match fs.remove(&new) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            }
+            .context(ACTION, &new)?;
+            let file = fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
+            write_all_at(&*file, &header.encode(), 0).context(ACTION, &new)?;
+            file.sync_data().context(ACTION, &new)?;
+            fs.rename(&new, path).context(ACTION, path)?;
+            file
+        }
+        file => file.context(ACTION, path)?,
+    };
+    if let Some(dir) = path.parent() {
+        let synced = fs.sync_dir(dir);
+        // A failed sync can't be repeated: the next attempt has to make a new name. What was recorded was it under a name that
+        // was durable.
+        if synced.is_err() && file.size().is_ok_and(|size| size <= header.len_bytes()) {
+            drop(fs.remove(path));
+        }
+        synced.context(ACTION, dir)?;
+    }
+    check_header(&*file, path, header)?;
+    Ok(file)
+}
+
+fn check_header(file: &dyn File, path: &Path, header: &IntakeHeader) -> Result<(), ViewError> {
+    let mut bytes = vec![0; header.len_bytes() as usize];
+    let read = read_full_at(file, &mut bytes, 0).context(ACTION, path)?;
+    bytes.truncate(read);
+    if IntakeHeader::decode(&bytes).as_ref() == Ok(header) {
+        return Ok(());
+    }
+    Err(ViewError::DamagedIntake { path: path.to_owned(), file_offset: 0 })
+}
