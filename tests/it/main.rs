@@ -44,6 +44,8 @@ mod golden;
 mod indexes;
 #[cfg(feature = "views")]
 mod inline;
+#[cfg(all(feature = "views", feature = "test-kit"))]
+mod intake;
 mod journal;
 #[cfg(feature = "test-kit")]
 mod operations;
