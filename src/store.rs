@@ -32,7 +32,8 @@ use crate::reactor::{self, OpenReactorError, REACTORS, Reactor, ReactorHandle, R
 use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{
-    FollowOptions, Mirror, PeersCheck, ServeError, ServeOptions, Server, ShippingError, TakenBack,
+    Addresses, FollowOptions, Mirror, PeersCheck, ServeError, ServeOptions, Server, ShippingError,
+    TakenBack,
 };
 #[cfg(feature = "views")]
 use crate::view::{
@@ -656,17 +657,22 @@ impl Store {
         crate::shipping::serve(self.journal().clone(), address, options)
     }
 
-    /// Follows the journal that another service serves at `address` into the mirror `name`, which is
-    /// created if there is none. The address is kept as it is and resolved before every attempt; the other
+    /// Follows the journal that another service serves at `addresses`, one or more of it and of its relays in order of
+    /// preference, into the mirror `name`, which is
+    /// created if there is none. An address is kept as it is and resolved before every attempt; the other
     /// service needs not be there. `name` is 1 to 64 of `a-z`, `0-9`, `-` and `_`.
     ///
     /// # Errors
     /// [`ShippingError`] if the mirror can't be opened; whatever happens on the way to the origin is told by
     /// [`Mirror::status`] and retried.
     #[cfg(feature = "shipping")]
-    pub fn mirror(&self, name: &str, address: impl Into<String>) -> Result<Mirror, ShippingError> {
+    pub fn mirror(
+        &self,
+        name: &str,
+        addresses: impl Into<Addresses>,
+    ) -> Result<Mirror, ShippingError> {
         let journal = self.inner.options.clone();
-        self.mirror_with(name, address, FollowOptions { journal, ..FollowOptions::default() })
+        self.mirror_with(name, addresses, FollowOptions { journal, ..FollowOptions::default() })
     }
 
     /// The same with options.
@@ -677,7 +683,7 @@ impl Store {
     pub fn mirror_with(
         &self,
         name: &str,
-        address: impl Into<String>,
+        addresses: impl Into<Addresses>,
         options: FollowOptions,
     ) -> Result<Mirror, ShippingError> {
         let allowed = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '-' | '_');
@@ -687,7 +693,7 @@ impl Store {
             return Err(ShippingError::Open(Arc::new(invalid)));
         }
         let dir = self.inner.dir.join("mirrors").join(name).join("journal");
-        crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, address, options)
+        crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, addresses, options)
     }
 
     /// What [`retain`](Self::retain) would remove, and what keeps more from being removed. Changes nothing.

@@ -368,6 +368,12 @@ impl Journal {
         }
     }
 
+    /// Whether both are handles of the same opening.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Blocks until the durable end lies behind `position`, or the journal is closed, or the time is up.
     /// Returns the durable end as it is then.
     #[must_use]

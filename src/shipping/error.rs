@@ -12,7 +12,7 @@ use crate::error::{IngestError, OpenError, Refusal};
 use crate::format::FormatError;
 use crate::format::files::Witness;
 use crate::journal::{Fork, RestoreError, SetAsideError, TokenError};
-use crate::position::{Checkpoint, JournalId, Position};
+use crate::position::{Checkpoint, JournalId, NodeId, Position};
 
 /// Why a journal can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +95,10 @@ pub enum ShippingError {
     },
     /// The journal comes from this mirror itself.
     #[error("the origin at this address is the mirror itself, or gets the journal from it")]
-    Cycle,
+    Cycle {
+        /// The nodes that the journal comes through, this mirror among them.
+        path: Vec<NodeId>,
+    },
     /// No version of the protocol in common.
     #[error("the origin speaks versions {} to {} of the protocol", versions.min, versions.max)]
     Version {
@@ -257,7 +260,7 @@ impl ShippingError {
             | Self::Fork(_)
             | Self::Foreign { .. }
             | Self::Truncated { .. }
-            | Self::Cycle
+            | Self::Cycle { .. }
             | Self::Version { .. }
             | Self::Plaintext { .. }
             | Self::Begin(_)
@@ -278,6 +281,24 @@ impl ShippingError {
         }
     }
 
+    /// Whether it says something of this mirror or machine, so that other upstreams are no help.
+    pub(crate) const fn is_own(&self) -> bool {
+        matches!(
+            self,
+            Self::Storage(_)
+                | Self::SetAside(_)
+                | Self::Begin(_)
+                | Self::Open(_)
+                | Self::Setup(_)
+                | Self::Security(_)
+        )
+    }
+
+    /// Whether the histories differ, and it is known up to where they agree: what lies behind could be set aside.
+    pub(crate) const fn is_parting(&self) -> bool {
+        matches!(self.fork(), Some(Fork { common: Some(_) }))
+    }
+
     /// Of a mirror whose history parts from the origin's, what is known of that.
     pub(crate) const fn fork(&self) -> Option<Fork> {
         match self {
@@ -294,7 +315,7 @@ impl ShippingError {
             Self::Fork(_) => "shipping.fork",
             Self::Foreign { .. } => "shipping.foreign",
             Self::Truncated { .. } => "shipping.truncated",
-            Self::Cycle => "shipping.cycle",
+            Self::Cycle { .. } => "shipping.cycle",
             Self::Version { .. } => "shipping.version",
             Self::Reported { .. } => "shipping.reported",
             Self::Refused { .. } => "shipping.refused",
@@ -331,7 +352,9 @@ impl ShippingError {
             Self::Truncated { .. } => {
                 "the origin has removed these events: begin the mirror anew from a backup or archive of the origin that reaches further (FollowOptions::begin_with), or follow one of the sources first"
             }
-            Self::Cycle => "follow the journal's origin, not its mirror",
+            Self::Cycle { .. } => {
+                "follow the journal's origin, or a relay that doesn't get it from this mirror"
+            }
             Self::Version { .. } => "upgrade the older side",
             Self::Reported { failure } => match failure.code {
                 ErrorCode::AUTH_REQUIRED => {
@@ -384,7 +407,7 @@ impl ShippingError {
                 Self::GoingAway { reconnect_after_ms: go_away.reconnect_after_ms }
             }
             SessionEnd::Truncated(at) => Self::from_truncation(at, mirror),
-            SessionEnd::Cycle => Self::Cycle,
+            SessionEnd::Cycle(path) => Self::Cycle { path },
             SessionEnd::Diverged(at) => Self::from_divergence(&at, mirror, witness),
         }
     }

@@ -34,25 +34,26 @@ use super::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented,
 };
 use super::observe::{EndReason, Ends};
+use super::relay::Relay;
 use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
     Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, Told, batches,
 };
 use super::status_file::{self, Afterwards, StatusFile};
 use super::transport;
+use super::upstreams::{Addresses, UpstreamStatus, Upstreams};
 use crate::env;
 use crate::error::{IngestError, OpenError};
 use crate::format::batch;
+use crate::format::files::Mark;
 use crate::fs::Fs;
 use crate::journal::{self, Comparison, Fork, Ingest, Journal, Orphans};
 use crate::options::JournalOptions;
-use crate::position::{self, Checkpoint, NodeId, Position};
+use crate::position::{self, Checkpoint, JournalId, NodeId, Position};
 
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 /// Jitter comes on top, up to as much again.
 const BACK_OFF_MAX: Duration = Duration::from_secs(5);
-/// An origin can ask for no longer a wait than this.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 /// A session that lasted this long was healthy, as is one that was live or brought something: the next
 /// attempt after it comes soon.
 const HEALTHY_AFTER: Duration = Duration::from_secs(5);
@@ -60,8 +61,6 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(5);
 const LIVE_LAG_BYTES: u64 = 1 << 20;
 /// While catching up, a pause in the stream longer than this ends a group.
 const CATCH_UP_PAUSE: Duration = Duration::from_millis(20);
-/// Bytes refused so many times at the same place weren't damaged on the way.
-const REFUSALS_MAX: u32 = 3;
 
 /// How an origin is followed.
 ///
@@ -73,6 +72,9 @@ const REFUSALS_MAX: u32 = 3;
 pub struct FollowOptions {
     /// How the mirror is written.
     pub journal: JournalOptions,
+    /// Which journal is followed, where several are served. Default `None`: that of the mirror, and of one that has yet
+    /// to be made the own journal of who is at the first address; the others are not asked before there is a mirror.
+    pub journal_id: Option<JournalId>,
     /// How long the origin may take, and how often it is told that this side is alive.
     pub deadlines: Deadlines,
     /// How long one address may take to answer a connection attempt. Default 3 s.
@@ -124,6 +126,7 @@ impl Default for FollowOptions {
     fn default() -> Self {
         Self {
             journal: JournalOptions::default(),
+            journal_id: None,
             deadlines: Deadlines::default(),
             connect_timeout: Duration::from_secs(3),
             window_bytes: 16 << 20,
@@ -164,8 +167,10 @@ pub enum MirrorState {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct MirrorStatus {
-    /// The origin's address, as it was given.
+    /// The address, as it was given, of the upstream that is in use or was tried last.
     pub address: String,
+    /// All upstreams, in order of preference.
+    pub upstreams: Vec<UpstreamStatus>,
     /// What it is doing.
     pub state: MirrorState,
     /// The nodes that the journal comes through, its origin first and the one that is followed last, as told in the last
@@ -279,9 +284,11 @@ pub struct Mirror {
 struct Shared {
     /// Which node a mirror will be that has yet to be made: the origin counts its acknowledgements from the first on.
     new_node: NodeId,
+    /// For those who serve it on.
+    relay: Arc<Relay>,
     fs: Arc<dyn Fs>,
     dir: PathBuf,
-    address: String,
+    addresses: Addresses,
     options: FollowOptions,
     state: Mutex<State>,
     changed: Condvar,
@@ -298,6 +305,9 @@ struct State {
     caught_up_at: Option<Instant>,
     applied: Option<Position>,
     last_error: Option<ShippingError>,
+    /// The upstream in use or tried last, and why the last session with each ended.
+    upstream: usize,
+    upstream_errors: Vec<Option<ShippingError>>,
     sessions: u64,
     session_since: Option<Instant>,
     ends: Ends,
@@ -315,40 +325,57 @@ impl State {
     }
 }
 
-/// Follows the journal that is served at `address` into a mirror in `dir`.
+/// Follows the journal that is served at one or more addresses into a mirror in `dir`.
 ///
 /// The mirror is opened, with recovery, before this returns; if there is none yet, it is created once the
-/// origin has said which journal it serves. `address` is kept as it is and resolved before every attempt.
+/// origin has said which journal it serves. An address is kept as it is and resolved before every attempt. Of several,
+/// of the origin and of relays, the first one that serves is used, and the next ones when it doesn't any more; whatever
+/// they are, the mirror's end is compared with their history before they send anything.
 ///
 /// # Errors
-/// [`ShippingError::Open`] if there is something in `dir` that can't be opened as a mirror,
+/// [`ShippingError::Open`] if there is something in `dir` that can't be opened as a mirror, or no address is given,
+/// [`ShippingError::Foreign`] if it is a mirror of another journal than the options name,
 /// [`ShippingError::Begin`] if it can't begin with the backup that the options name,
-/// [`ShippingError::Plaintext`] if the address is a literal one off the loopback and there is no TLS,
+/// [`ShippingError::Plaintext`] if an address is a literal one off the loopback and there is no TLS,
 /// [`ShippingError::Security`] if certificates, keys or the token can't be used, [`ShippingError::Setup`] if no thread can be started.
 pub fn follow(
     fs: Arc<dyn Fs>,
     dir: &Path,
-    address: impl Into<String>,
+    addresses: impl Into<Addresses>,
     mut options: FollowOptions,
 ) -> Result<Mirror, ShippingError> {
     options.deadlines = options.deadlines.bounded();
-    let address = address.into();
-    if let Ok(literal) = address.parse::<SocketAddr>() {
-        check_plaintext(&[literal], &options)?;
+    let addresses = addresses.into();
+    if addresses.as_slice().is_empty() {
+        let (option, reason) = ("addresses", "name at least one");
+        return Err(open_error(OpenError::InvalidOption { option, reason }));
     }
-    Credentials::read(&options, &address)?;
+    for address in addresses.as_slice() {
+        if let Ok(literal) = address.parse::<SocketAddr>() {
+            check_plaintext(&[literal], &options)?;
+        }
+        Credentials::read(&options, address)?;
+    }
     if let Some(backup) = &options.begin_with {
         let begun = journal::begin_mirror(&fs, backup, dir);
         begun.map_err(|error| ShippingError::Begin(Arc::new(error)))?;
     }
     let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
     let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
+    if let (Some(journal), Some(origin)) = (&journal, options.journal_id)
+        && journal.id() != origin
+    {
+        return Err(ShippingError::Foreign { mirror: journal.id(), origin });
+    }
     let orphans = journal.as_ref().map(Journal::orphans).unwrap_or_default();
+    let new_node = NodeId::random();
+    let relay = Arc::new(Relay::new(new_node, &fs, dir));
+    relay.publish(journal.as_ref());
     let shared = Arc::new(Shared {
-        new_node: NodeId::random(),
+        new_node,
+        relay,
         fs,
         dir: dir.to_owned(),
-        address,
         options,
         state: Mutex::new(State {
             phase: MirrorState::Connecting,
@@ -358,6 +385,8 @@ pub fn follow(
             caught_up_at: None,
             applied: None,
             last_error: None,
+            upstream: 0,
+            upstream_errors: vec![None; addresses.as_slice().len()],
             sessions: 0,
             session_since: None,
             ends: Ends::default(),
@@ -367,6 +396,7 @@ pub fn follow(
             socket: None,
         }),
         changed: Condvar::new(),
+        addresses,
     });
     let status = shared.write_status().transpose().map_err(setup_error)?;
     let for_thread = Arc::clone(&shared);
@@ -442,6 +472,10 @@ fn check_plaintext(
 }
 
 impl Mirror {
+    pub(super) fn relay(&self) -> &Arc<Relay> {
+        &self.shared.relay
+    }
+
     /// The mirrored journal, to read from and to fold views from; `None` until the origin was reached for
     /// the first time.
     #[must_use]
@@ -585,23 +619,14 @@ impl From<ShippingError> for Attempt {
     }
 }
 
-/// Counts how often bytes were refused at one place.
-#[derive(Default)]
-struct Refusals {
-    at: Option<Position>,
-    count: u32,
-}
-
-impl Refusals {
-    /// Whether this was one too many.
-    fn count(&mut self, error: &ShippingError) -> bool {
-        let ShippingError::Refused { position, .. } = error else { return false };
-        if self.at != Some(*position) {
-            *self = Self { at: Some(*position), count: 0 };
-        }
-        self.count += 1;
-        self.count >= REFUSALS_MAX
-    }
+/// What comes of trying all upstreams.
+enum Round {
+    /// Another one.
+    Again,
+    /// Nothing more before somebody acts.
+    Halt(ShippingError),
+    /// What lies behind the common end is to be set aside.
+    SetAside(Position),
 }
 
 fn back_off() -> ExponentialBackoff {
@@ -615,42 +640,100 @@ fn back_off() -> ExponentialBackoff {
 
 impl Shared {
     fn run(&self, mut ingest: Option<Ingest>) -> Result<(), IngestError> {
-        let (mut pauses, mut refusals) = (back_off(), Refusals::default());
+        let mut pauses = back_off();
+        let mut upstreams = Upstreams::new(self.addresses.as_slice().len());
         while !self.state.lock().stopping {
-            let mut attempt = self.attempt(&mut ingest);
-            self.count(&attempt.error);
-            if self.options.forks == ForkPolicy::Quarantine
-                && let Some(Fork { common: Some(common) }) = attempt.error.fork()
-            {
-                match self.set_aside(&mut ingest, common) {
-                    Ok(()) => {
-                        self.note(attempt.error);
-                        self.pause(pauses.next().unwrap_or(BACK_OFF_MAX));
-                        continue;
-                    }
-                    Err(error) => attempt = error.into(),
-                }
-            }
-            if attempt.healthy {
+            let (round, healthy) = self.round(&mut ingest, &mut upstreams);
+            if healthy {
                 pauses = back_off();
             }
-            if attempt.error.is_halting() || refusals.count(&attempt.error) {
-                let poisoned = is_poisoned(&attempt.error);
-                self.halt(attempt.error);
-                (pauses, refusals) = (back_off(), Refusals::default());
-                if poisoned {
-                    ingest = None;
+            let round = match round {
+                Round::SetAside(common) => match self.set_aside(&mut ingest, common) {
+                    Ok(()) => {
+                        upstreams.forget();
+                        Round::Again
+                    }
+                    Err(error) if error.is_halting() => Round::Halt(error),
+                    Err(error) => {
+                        self.note(error);
+                        Round::Again
+                    }
+                },
+                round => round,
+            };
+            match round {
+                Round::Halt(error) => {
+                    let poisoned = is_poisoned(&error);
+                    self.halt(error);
+                    pauses = back_off();
+                    upstreams.forget();
+                    if poisoned {
+                        ingest = None;
+                    }
                 }
-            } else {
-                let asked_for = retry_after(&attempt.error);
-                self.note(attempt.error);
-                self.pause(pauses.next().unwrap_or(BACK_OFF_MAX).max(asked_for));
+                _ => {
+                    let rest = upstreams.rest(self.usable(), Instant::now());
+                    if self.pause(pauses.next().unwrap_or(BACK_OFF_MAX).max(rest)) {
+                        upstreams.forget();
+                    }
+                }
             }
         }
         let closed = ingest.map_or(Ok(()), Ingest::close);
+        self.relay.publish(None);
         self.state.lock().phase = MirrorState::Stopped;
         self.changed.notify_all();
         closed
+    }
+
+    /// Who doesn't know yet which journal to follow follows the first one's.
+    fn usable(&self) -> usize {
+        let is_known = self.options.journal_id.is_some() || self.state.lock().journal.is_some();
+        if is_known { self.addresses.as_slice().len() } else { 1 }
+    }
+
+    /// Tries one upstream after the other, until one has served for a while, or has said what nobody else can say
+    /// otherwise. Whether one has served.
+    fn round(&self, ingest: &mut Option<Ingest>, upstreams: &mut Upstreams) -> (Round, bool) {
+        let mut was_healthy = false;
+        for number in 0..self.usable() {
+            if upstreams.rests(number, Instant::now()) || self.state.lock().stopping {
+                continue;
+            }
+            let Attempt { error, healthy } = self.attempt(ingest, number);
+            was_healthy |= healthy;
+            let is_refused = upstreams.note(number, &error, Instant::now());
+            self.count(&error);
+            self.note(error.clone());
+            if self.is_settled(&error) {
+                return (self.settle(error, is_refused), was_healthy);
+            }
+            if healthy && !is_refused {
+                return (Round::Again, was_healthy);
+            }
+        }
+        if let Some(error) = upstreams.parted().filter(|_| self.quarantines()) {
+            return (self.settle(error, true), was_healthy);
+        }
+        let halted = upstreams.refused_by_all(self.usable());
+        (halted.map_or(Round::Again, Round::Halt), was_healthy)
+    }
+
+    fn quarantines(&self) -> bool {
+        self.options.forks == ForkPolicy::Quarantine
+    }
+
+    /// Whether other upstreams can't do better: it is the trouble of this side, or the origin's own word.
+    fn is_settled(&self, error: &ShippingError) -> bool {
+        error.is_own() || matches!(error, ShippingError::Ahead(_))
+    }
+
+    fn settle(&self, error: ShippingError, is_refused: bool) -> Round {
+        match error.fork() {
+            Some(Fork { common: Some(common) }) if self.quarantines() => Round::SetAside(common),
+            _ if is_refused => Round::Halt(error),
+            _ => Round::Again,
+        }
     }
 
     /// Sets aside what lies behind the common end; then the mirror follows from there.
@@ -720,14 +803,20 @@ impl Shared {
         state.phase = MirrorState::Connecting;
     }
 
+    /// Of the upstream that was tried last.
     fn note(&self, error: ShippingError) {
         let mut state = self.state.lock();
+        let upstream = state.upstream;
+        state.upstream_errors.get_mut(upstream).into_iter().for_each(|known| {
+            *known = Some(error.clone());
+        });
         state.last_error = Some(error);
         state.phase = MirrorState::Connecting;
         self.changed.notify_all();
     }
 
-    fn pause(&self, pause: Duration) {
+    /// Whether it was told to try again.
+    fn pause(&self, pause: Duration) -> bool {
         let deadline = Instant::now() + pause;
         let mut state = self.state.lock();
         while !state.resuming && !state.stopping {
@@ -735,20 +824,22 @@ impl Shared {
                 break;
             }
         }
-        state.resuming = false;
+        std::mem::take(&mut state.resuming)
     }
 
-    fn attempt(&self, ingest: &mut Option<Ingest>) -> Attempt {
-        match self.connect(ingest) {
+    fn attempt(&self, ingest: &mut Option<Ingest>, upstream: usize) -> Attempt {
+        self.state.lock().upstream = upstream;
+        match self.connect(ingest, upstream) {
             Ok((link, authentication)) => self.converse(ingest, &link, authentication),
             Err(error) => error.into(),
         }
     }
 
-    /// Opens the mirror if it isn't open, and connects to the origin, wherever it is now.
+    /// Opens the mirror if it isn't open, and connects to an upstream, wherever it is now.
     fn connect(
         &self,
         ingest: &mut Option<Ingest>,
+        upstream: usize,
     ) -> Result<(Link, Authentication), ShippingError> {
         if ingest.is_none() {
             let opened = Ingest::open(&self.fs, &self.dir, &self.options.journal);
@@ -756,7 +847,8 @@ impl Shared {
             self.publish_journal(ingest.as_ref());
         }
         let give_up = || self.state.lock().stopping;
-        connect(&self.address, &self.options, give_up, |stream| {
+        let address = self.addresses.as_slice().get(upstream).map_or("", String::as_str);
+        connect(address, &self.options, give_up, |stream| {
             let mut state = self.state.lock();
             if state.stopping {
                 return Err(ShippingError::Disconnected);
@@ -771,6 +863,8 @@ impl Shared {
             let mut state = self.state.lock();
             state.journal = Some(ingest.journal().clone());
             self.changed.notify_all();
+            drop(state);
+            self.relay.publish(Some(ingest.journal()));
         }
     }
 
@@ -783,6 +877,8 @@ impl Shared {
     ) -> Attempt {
         let started = Instant::now();
         let resume = ingest.as_ref().map(|i| Resume { end: i.end(), witness: i.witness() });
+        let beginning = |id| Resume { end: Mark::start(id).end, witness: None };
+        let resume = resume.or_else(|| self.options.journal_id.map(beginning));
         let node = ingest.as_ref().map_or(self.new_node, |ingest| ingest.journal().node());
         let config = self.config(node, resume, authentication);
         let session = Mutex::new(MirrorSession::new(config, transport::now()));
@@ -875,8 +971,17 @@ impl Shared {
             us.saturating_add(i64::try_from(at.elapsed().as_micros()).unwrap_or(i64::MAX))
         };
         let since = state.session_since;
+        let address =
+            |number: usize| self.addresses.as_slice().get(number).cloned().unwrap_or_default();
+        let upstream = |(number, last_error): (usize, &Option<ShippingError>)| UpstreamStatus {
+            address: address(number),
+            is_in_use: connected && number == state.upstream,
+            last_error: last_error.clone(),
+        };
+        let upstreams = state.upstream_errors.iter().enumerate().map(upstream).collect();
         MirrorStatus {
-            address: self.address.clone(),
+            address: address(state.upstream),
+            upstreams,
             state: state.phase.clone(),
             path: state.told.path.to_vec(),
             connected_for: since.map(|since| since.elapsed()),
@@ -934,16 +1039,6 @@ impl Shared {
 
 fn is_poisoned(error: &ShippingError) -> bool {
     matches!(error, ShippingError::Storage(IngestError::Poisoned(_)))
-}
-
-/// How long the origin asked to wait.
-fn retry_after(error: &ShippingError) -> Duration {
-    let asked_for_ms = match error {
-        ShippingError::Reported { failure } => failure.retry_after_ms,
-        ShippingError::GoingAway { reconnect_after_ms } => *reconnect_after_ms,
-        _ => 0,
-    };
-    Duration::from_millis(asked_for_ms.into()).min(RETRY_AFTER_MAX)
 }
 
 /// A connection, shared by the listener and the writer.
@@ -1132,6 +1227,8 @@ impl<'a> MirrorWriter<'a> {
             *self.ingest = Some(created.map_err(open_error)?);
         }
         shared.publish_journal(self.ingest.as_ref());
+        let path = self.connection.session.lock().told().path;
+        shared.relay.comes_through(&path);
         let mut state = shared.state.lock();
         state.journal.iter().for_each(|journal| journal.set_fork(None));
         state.phase = MirrorState::CatchingUp;
@@ -1191,23 +1288,6 @@ pub(super) fn compare_ends(journal: &Journal, ends: &[Option<batch::Link>]) -> V
 mod tests {
     use super::super::security::Trust;
     use super::*;
-    use crate::error::Refusal;
-
-    fn refused_at(position: u64) -> ShippingError {
-        let position = Position::new(position);
-        ShippingError::Refused { position, refusal: Refusal::BatchLink }
-    }
-
-    #[test]
-    fn only_refusals_at_one_place_in_a_row_are_too_many() {
-        let mut refusals = Refusals::default();
-        let counted: Vec<_> = [1, 1, 2, 2, 1, 1, 1]
-            .map(|position| refusals.count(&refused_at(position)))
-            .into_iter()
-            .collect();
-        assert_eq!(counted, [false, false, false, false, false, false, true]);
-        assert!(!refusals.count(&ShippingError::Disconnected));
-    }
 
     #[test]
     fn pauses_begin_at_50_ms_never_exceed_10_s_and_never_end() {

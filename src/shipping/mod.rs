@@ -29,10 +29,12 @@ mod link;
 mod mirror;
 mod observe;
 mod recover;
+mod relay;
 mod server;
 mod session;
 pub(crate) mod status_file;
 mod transport;
+mod upstreams;
 mod wire;
 
 pub use error::{Divergent, ServeError, ShippingError, WaitError};
@@ -41,8 +43,10 @@ pub use observe::{EndReason, Ends};
 pub use recover::{PeersCheck, PeersError, TakenBack, abandon_recovery, recover};
 #[cfg(feature = "cli")]
 pub(crate) use recover::{Standing, ask};
+pub use relay::Served;
 pub use server::{PeerState, PeerStatus, ServeOptions, Server, serve};
 pub use session::{Deadline, Deadlines, Violation};
+pub use upstreams::{Addresses, UpstreamStatus};
 
 /// Runs the examples of the specification.
 #[cfg(doctest)]

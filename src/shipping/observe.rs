@@ -126,7 +126,7 @@ impl From<&ShippingError> for EndReason {
                 Self::History
             }
             ShippingError::Truncated { .. } => Self::Removed,
-            ShippingError::Cycle => Self::Cycle,
+            ShippingError::Cycle { .. } => Self::Cycle,
             ShippingError::Storage(_)
             | ShippingError::SetAside(_)
             | ShippingError::Begin(_)
@@ -150,7 +150,7 @@ impl From<&SessionEnd> for EndReason {
             SessionEnd::GoAway(_) | SessionEnd::ShuttingDown => Self::GoingAway,
             SessionEnd::Diverged(_) => Self::History,
             SessionEnd::Truncated(_) => Self::Removed,
-            SessionEnd::Cycle => Self::Cycle,
+            SessionEnd::Cycle(_) => Self::Cycle,
         }
     }
 }

@@ -191,13 +191,12 @@ pub(crate) fn remove_stale(fs: &dyn Fs, dir: &Path) {
 }
 
 /// What a server knows.
-pub(super) fn of_server(journal: &Journal, peers: &[PeerStatus], refused: &Ends) -> Value {
-    let (end, start) = (journal.end(), journal.start());
+pub(super) fn of_server(journal: Option<&Journal>, peers: &[PeerStatus], refused: &Ends) -> Value {
     json!({
-        "journal": journal.id().to_string(),
-        "node": journal.node().to_string(),
-        "first_position": start.position.get(),
-        "end_position": end.position.get(),
+        "journal": journal.map(|it| it.id().to_string()),
+        "node": journal.map(|it| it.node().to_string()),
+        "first_position": journal.map(|it| it.start().position.get()),
+        "end_position": journal.map(|it| it.end().position.get()),
         "refused": ends(refused),
         "peers": peers.iter().map(peer).collect::<Vec<_>>(),
     })
@@ -206,6 +205,7 @@ pub(super) fn of_server(journal: &Journal, peers: &[PeerStatus], refused: &Ends)
 fn peer(status: &PeerStatus) -> Value {
     json!({
         "name": status.peer,
+        "journal": status.journal().map(|id| id.to_string()),
         "node": status.node.map(|node| node.to_string()),
         "address": status.address.to_string(),
         "agent": status.agent,

@@ -73,6 +73,8 @@ mod reads;
 mod rebuild;
 #[cfg(feature = "test-kit")]
 mod recovery;
+#[cfg(feature = "shipping")]
+mod relays;
 #[cfg(feature = "test-kit")]
 mod repair;
 #[cfg(feature = "test-kit")]

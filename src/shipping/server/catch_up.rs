@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::Shared;
 use super::connection::{Connection, Step, TURN};
+use super::feeds::Feed;
 use crate::error::ReadError;
 use crate::format::batch::{BatchRef, Link};
 use crate::format::files::Witness;
@@ -57,8 +58,9 @@ impl CatchUp {
     /// While others wait, a turn is one frame: all of them are to be heard of before their peers give them up.
     fn advance(&self, connection: &mut Connection) {
         let frames = if self.turns.is_empty() { TURN } else { 1 };
+        let Some(feed) = connection.feed.clone() else { return };
         let cursor = self.cursor_of(connection.token);
-        let mut source = OnDisk { shared: &self.shared, cursor };
+        let mut source = OnDisk { shared: &self.shared, feed: &feed, cursor };
         let step = connection.advance(&mut source, transport::now(), frames);
         if let (Step::Again | Step::Wait { for_more: false, .. }, Some(cursor)) =
             (step, source.cursor)
@@ -95,6 +97,7 @@ impl CatchUp {
 /// The journal, wherever it lies.
 struct OnDisk<'a> {
     shared: &'a Shared,
+    feed: &'a Feed,
     cursor: Option<Cursor>,
 }
 
@@ -111,32 +114,32 @@ impl From<ReadError> for SourceError {
 
 impl Source for OnDisk<'_> {
     fn end(&self) -> Checkpoint {
-        self.shared.journal.end()
+        self.feed.journal.end()
     }
 
     fn start(&self) -> Checkpoint {
-        self.shared.journal.start()
+        self.feed.journal.start()
     }
 
     fn is_closed(&self) -> bool {
-        self.shared.journal.is_closed()
+        self.feed.journal.is_closed()
     }
 
     fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError> {
-        Ok(self.shared.journal.compare(checkpoint)?)
+        Ok(self.feed.journal.compare(checkpoint)?)
     }
 
     fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {
         let (offset, position, chain) = (witness.offset, witness.position, witness.chain);
-        Ok(self.shared.journal.compare_place(offset, position, chain)?)
+        Ok(self.feed.journal.compare_place(offset, position, chain)?)
     }
 
     fn batch_end_at(&mut self, position: Position) -> Result<Option<Link>, SourceError> {
-        Ok(self.shared.journal.batch_end_at(position)?.map(Link::from))
+        Ok(self.feed.journal.batch_end_at(position)?.map(Link::from))
     }
 
     fn seek(&mut self, from: Position) -> Result<(), SourceError> {
-        self.cursor = Some(self.shared.journal.cursor(from)?);
+        self.cursor = Some(self.feed.journal.cursor(from)?);
         Ok(())
     }
 
@@ -144,7 +147,7 @@ impl Source for OnDisk<'_> {
         &mut self,
         at: &Checkpoint,
     ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
-        let journal = &self.shared.journal;
+        let journal = &self.feed.journal;
         let cursor = self.cursor.get_or_insert_with(|| journal.cursor_at(at));
         cursor.go_to(at);
         Ok(cursor.next_batch()?.map(|next| (next.batch, next.page)))

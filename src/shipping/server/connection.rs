@@ -5,12 +5,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Peer, PeerState};
+use super::feeds::{Choice, Feed};
+use super::{Peer, PeerState, Shared};
 use crate::format::leases::Lease;
 use crate::journal::AckKeeper;
 use crate::position::NodeId;
 use crate::shipping::observe::EndReason;
-use crate::shipping::session::{Next, Now, OriginSession, OriginStatus, Output, Source};
+use crate::shipping::session::{Next, Now, Offer, OriginSession, OriginStatus, Output, Source};
 use crate::shipping::transport::Received;
 use crate::shipping::wire::Wire;
 
@@ -24,8 +25,10 @@ pub(super) struct Connection {
     pub(super) token: usize,
     pub(super) wire: Wire,
     pub(super) peer: Arc<Peer>,
+    /// The journal that it is sent, once it has said which it wants.
+    pub(super) feed: Option<Arc<Feed>>,
     session: OriginSession,
-    acks: AckKeeper,
+    acks: Option<AckKeeper>,
     output: Output,
     write_stall: Duration,
     sent_bytes: u64,
@@ -62,7 +65,6 @@ impl Connection {
         token: usize,
         wire: Wire,
         session: OriginSession,
-        acks: AckKeeper,
         peer: Arc<Peer>,
         write_stall: Duration,
     ) -> Self {
@@ -70,8 +72,9 @@ impl Connection {
             token,
             wire,
             peer,
+            feed: None,
             session,
-            acks,
+            acks: None,
             output: Output::default(),
             write_stall,
             sent_bytes: 0,
@@ -119,8 +122,26 @@ impl Connection {
         true
     }
 
+    /// Finds the journal that it has asked for, if it has.
+    pub(super) fn choose(&mut self, shared: &Arc<Shared>) {
+        let Some(wanted) = self.session.wants().filter(|_| self.feed.is_none()) else { return };
+        match shared.feeds.choose(wanted, |journal| self.session.may_mirror(journal), shared) {
+            Choice::Feed(feed) => {
+                let (role, path) = (feed.journal.role(), feed.path.clone());
+                self.session.offer(Offer { role, path });
+                self.acks = Some(feed.journal.ack_keeper());
+                self.feed = Some(feed);
+            }
+            Choice::NotYet => self.session.not_yet(None),
+            Choice::Denied => self.session.deny(),
+        }
+    }
+
     /// Sends what there is to send, so many frames at most.
     pub(super) fn advance(&mut self, source: &mut impl Source, now: Now, frames: usize) -> Step {
+        if self.feed.as_ref().is_some_and(|feed| feed.is_over()) {
+            self.session.shut_down();
+        }
         // The first step says what there is to write, the last that it is written.
         for _ in 0..=frames {
             if !self.is_leased && self.session.lease().is_some() {
@@ -209,7 +230,9 @@ impl Connection {
     /// Lets others see how it is, and how far it is from the durable end.
     pub(super) fn show(&mut self, step: Step, end_offset: u64, now: Instant) {
         let status = self.session.status();
-        self.acks.note(status.node, status.acked);
+        if let Some(acks) = &mut self.acks {
+            acks.note(status.node, status.acked);
+        }
         let mut seen = self.peer.seen.lock();
         seen.state = match step {
             _ if self.session.end().is_some() => PeerState::Closing,
@@ -228,6 +251,7 @@ impl Connection {
         seen.heard_at = self.session.heard_at();
         seen.sent_bytes = self.sent_bytes;
         seen.lease = self.session.lease();
+        seen.feed.clone_from(&self.feed);
         seen.status.clone_from(status);
     }
 }

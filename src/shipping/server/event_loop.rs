@@ -1,12 +1,12 @@
 //! The loop. Each turn: sleep until something happens or a deadline passes, then look at everything that may have
 //! changed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,11 +16,10 @@ use mio::{Events, Interest, Poll, Token};
 
 use super::catch_up::CatchUp;
 use super::connection::{Connection, LINGER, Step, TURN};
+use super::fans::Fan;
+use super::feeds::{Feed, Nothing};
 use super::leases::{LeaseKeeper, Note};
-use super::live::Live;
 use super::{FIRST_CONNECTION, LISTENER, Peer, Shared};
-use crate::journal::Bell;
-use crate::position::{Checkpoint, Position};
 use crate::shipping::error::ServeError;
 use crate::shipping::message::{ErrorCode, Failure, Message};
 use crate::shipping::observe::EndReason;
@@ -40,7 +39,8 @@ const READ_BYTES: usize = 4096;
 pub(super) struct EventLoop {
     shared: Arc<Shared>,
     poll: Poll,
-    live: Live,
+    /// By the numbers of their feeds: the journals that somebody has subscribed to.
+    fans: BTreeMap<usize, Fan>,
     buffer: Vec<u8>,
 
     /// `None`: nobody is admitted any more.
@@ -55,12 +55,6 @@ pub(super) struct EventLoop {
     timers: Timers,
     /// Whose turn was over before they were through.
     again: Vec<usize>,
-    /// Who has been sent everything.
-    at_the_end: Vec<usize>,
-    /// How far it was durable when they were sent to last, and when that was.
-    flushed: (Position, Instant),
-    flush_at: Option<Instant>,
-    bell_is_hung: bool,
     leases_at: Instant,
     /// While shutting down: until when peers may take.
     stop_at: Option<Instant>,
@@ -103,6 +97,7 @@ impl Timers {
 struct Slot {
     connection: Option<Box<Connection>>,
     peer: Arc<Peer>,
+    feed: Option<Arc<Feed>>,
     timer: Option<Instant>,
     is_at_the_end: bool,
     /// It is in `again`.
@@ -126,11 +121,10 @@ impl Workers {
         let (turns, turns_taken) = unbounded();
         let (notes, notes_taken) = unbounded();
         let (come, back) = unbounded();
-        let keeper = LeaseKeeper::new(shared);
-        let for_keeper = come.clone();
+        let (for_keeper, server) = (come.clone(), Arc::clone(shared));
         let keeping = thread::Builder::new()
             .name("headwater-leases".into())
-            .spawn(move || keeper.run(&notes_taken, &for_keeper))?;
+            .spawn(move || LeaseKeeper::default().run(&server, &notes_taken, &for_keeper))?;
         let catch_up = Arc::new(CatchUp::new(shared, turns_taken, come));
         let start = |_| {
             let catch_up = Arc::clone(&catch_up);
@@ -156,12 +150,11 @@ impl EventLoop {
             .map_err(listen)?;
         let workers =
             Workers::start(shared).map_err(|error| ServeError::Thread(Arc::new(error)))?;
-        let (live, now) = (Live::new(&shared.journal), Instant::now());
-        let flushed = (shared.journal.end().position, now);
+        let now = Instant::now();
         Ok(Self {
             shared: Arc::clone(shared),
             poll,
-            live,
+            fans: BTreeMap::new(),
             buffer: vec![0; READ_BYTES],
             listener: Some(listener),
             accept_at: None,
@@ -171,10 +164,6 @@ impl EventLoop {
             per_address: HashMap::new(),
             timers: Timers::default(),
             again: Vec::new(),
-            at_the_end: Vec::new(),
-            flushed,
-            flush_at: None,
-            bell_is_hung: false,
             leases_at: now + LEASES_EVERY,
             stop_at: None,
             workers,
@@ -188,7 +177,7 @@ impl EventLoop {
     fn run(mut self) {
         let mut events = Events::with_capacity(1024);
         while !self.is_done() {
-            self.hang_bell();
+            self.fans.values_mut().for_each(Fan::hang_bell);
             match self.poll.poll(&mut events, self.sleep()) {
                 Err(error) if error.kind() != ErrorKind::Interrupted => thread::sleep(TICK),
                 _ => {}
@@ -196,6 +185,7 @@ impl EventLoop {
             self.shared.is_looking();
             let now = transport::now();
             self.stop(now);
+            self.end_feeds();
             self.take_back(now);
             for event in &events {
                 match event.token() {
@@ -223,7 +213,7 @@ impl EventLoop {
         let times = [
             self.timers.first(),
             self.accept_at,
-            self.flush_at,
+            self.fans.values().filter_map(Fan::flush_at).min(),
             self.stop_at,
             Some(self.leases_at),
         ];
@@ -255,8 +245,9 @@ impl EventLoop {
         let (back, count) = (&self.workers.back, self.workers.back.len());
         let returned: Vec<_> = back.try_iter().take(count).collect();
         for connection in returned {
-            self.live.renew();
             let token = connection.token;
+            let fan = connection.feed.as_ref().and_then(|feed| self.fans.get_mut(&feed.number));
+            fan.into_iter().for_each(|fan| fan.live.renew());
             if let Some(slot) = self.slots.get_mut(&token) {
                 slot.connection = Some(connection);
                 self.touch(token, true, now);
@@ -272,11 +263,29 @@ impl EventLoop {
         if self.stop_at.is_some() {
             connection.shut_down();
         }
-        let step = connection.advance(&mut self.live, now, TURN);
+        connection.choose(&self.shared);
+        let step = match connection.feed.clone() {
+            Some(feed) => connection.advance(&mut self.fan(&feed, now.at).live, now, TURN),
+            None => connection.advance(&mut Nothing, now, TURN),
+        };
         self.settle(connection, step, now);
         if more && matches!(step, Step::Wait { .. }) {
             self.give_turn(token);
         }
+    }
+
+    fn fan(&mut self, feed: &Arc<Feed>, now: Instant) -> &mut Fan {
+        self.fans.entry(feed.number).or_insert_with(|| Fan::new(feed, now))
+    }
+
+    /// Those whose journal comes in another way now, or is another handle, are looked at: they are to connect again.
+    fn end_feeds(&mut self) {
+        if !self.shared.changed.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let is_over = |slot: &Slot| slot.feed.as_ref().is_some_and(|feed| feed.is_over());
+        let over = self.slots.iter().filter(|(_, slot)| is_over(slot)).map(|(token, _)| *token);
+        over.collect::<Vec<_>>().into_iter().for_each(|token| self.give_turn(token));
     }
 
     /// It goes on in the next turn of the loop.
@@ -289,8 +298,10 @@ impl EventLoop {
 
     fn settle(&mut self, mut connection: Box<Connection>, step: Step, now: Now) {
         let token = connection.token;
-        connection.show(step, self.live_end().offset, now.at);
+        let fan = connection.feed.as_ref().and_then(|feed| self.fans.get(&feed.number));
+        connection.show(step, fan.map_or(0, Fan::end_offset), now.at);
         let Some(slot) = self.slots.get_mut(&token) else { return };
+        slot.feed.clone_from(&connection.feed);
         if slot.is_stranger && connection.has_subscribed() {
             slot.is_stranger = false;
             self.handshakes -= 1;
@@ -299,8 +310,10 @@ impl EventLoop {
         match step {
             Step::Wait { until, for_more } => {
                 slot.connection = Some(connection);
-                if for_more && !std::mem::replace(&mut slot.is_at_the_end, true) {
-                    self.at_the_end.push(token);
+                let fan = slot.feed.as_ref().and_then(|feed| self.fans.get_mut(&feed.number));
+                if let Some(fan) = fan.filter(|_| for_more && !slot.is_at_the_end) {
+                    slot.is_at_the_end = true;
+                    fan.at_the_end.push(token);
                 }
                 self.timers.set(&mut slot.timer, until, token);
             }
@@ -350,7 +363,7 @@ impl EventLoop {
     /// Some are to be told how far it is durable by now.
     fn time_out(&mut self, now: Now) {
         if self.timers.first().is_some_and(|at| at <= now.at) {
-            self.live.renew();
+            self.fans.values_mut().for_each(|fan| fan.live.renew());
         }
         while let Some(token) = self.timers.pop(now.at) {
             if let Some(slot) = self.slots.get_mut(&token) {
@@ -362,39 +375,21 @@ impl EventLoop {
 
     /// Sends to everybody who has been sent everything, if there is more.
     fn flush(&mut self, now: Now) {
-        if self.shared.rung.swap(false, Ordering::AcqRel) {
-            self.bell_is_hung = false;
-            let interval = self.shared.options.flush_interval(self.at_the_end.len());
-            self.flush_at = Some(self.flushed.1 + interval);
-        }
-        if self.flush_at.is_none_or(|at| at > now.at) {
+        let options = &self.shared.options;
+        let interval = |subscribers| options.flush_interval(subscribers);
+        let due = self.fans.values_mut().flat_map(|fan| fan.flush(interval, now.at));
+        let due: Vec<_> = due.collect();
+        if due.is_empty() {
             return;
         }
-        self.flush_at = None;
-        self.live.renew();
-        self.flushed = (self.live_end().position, now.at);
         let shared = Arc::clone(&self.shared);
         let _first = shared.live_first.lock();
-        for token in std::mem::take(&mut self.at_the_end) {
+        for token in due {
             if let Some(slot) = self.slots.get_mut(&token) {
                 slot.is_at_the_end = false;
                 self.touch(token, false, now);
             }
         }
-    }
-
-    fn live_end(&self) -> Checkpoint {
-        crate::shipping::session::Source::end(&self.live)
-    }
-
-    /// The next commit wakes the loop if there is anybody to be sent it, and not before it is their time.
-    fn hang_bell(&mut self) {
-        if self.bell_is_hung || self.flush_at.is_some() || self.at_the_end.is_empty() {
-            return;
-        }
-        self.bell_is_hung = true;
-        let bell: Weak<dyn Bell> = Arc::<Shared>::downgrade(&self.shared);
-        self.shared.journal.ring_past(self.flushed.0, bell);
     }
 
     fn accept(&mut self, now: Now) {
@@ -454,18 +449,17 @@ impl EventLoop {
         {
             return;
         }
-        let session = OriginSession::new(options.session(&self.shared.journal, &address), now);
+        let session = OriginSession::new(options.session(self.shared.feeds.node(), &address), now);
         let peer = Arc::new(Peer::new(address));
         let write_stall = options.write_stall;
-        let acks = self.shared.journal.ack_keeper();
-        let connection =
-            Connection::new(token, wire, session, acks, Arc::clone(&peer), write_stall);
+        let connection = Connection::new(token, wire, session, Arc::clone(&peer), write_stall);
         self.shared.peers.lock().insert(token, Arc::clone(&peer));
         *self.per_address.entry(address.ip()).or_default() += 1;
         self.handshakes += 1;
         let slot = Slot {
             connection: Some(Box::new(connection)),
             peer,
+            feed: None,
             timer: None,
             is_at_the_end: false,
             has_a_turn: false,
@@ -481,6 +475,9 @@ impl EventLoop {
             return;
         }
         self.leases_at = now.at + LEASES_EVERY;
+        let of = |slot: &Slot| slot.feed.as_ref().map(|feed| feed.number);
+        let used: BTreeSet<_> = self.slots.values().filter_map(of).collect();
+        self.fans.retain(|number, fan| used.contains(number) || !fan.is_over());
         let leased = self.slots.iter().filter(|(_, slot)| slot.is_leased);
         let lease = |slot: &Slot| slot.peer.seen.lock().lease;
         let leases: Vec<_> =

@@ -1,17 +1,17 @@
 //! Keeps the leases of subscribers, durably, on a thread of its own: from the subscription on, before the first byte
 //! is sent; again every few seconds; and at the end. What waits is noted with one write.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
 
 use super::Shared;
 use super::connection::Connection;
+use super::feeds::Feed;
 use crate::env;
 use crate::format::leases::Lease;
 use crate::journal::leases::Stage;
-use crate::position::Position;
 
 /// What the loop tells the keeper, of connections by their numbers.
 #[derive(Debug)]
@@ -27,33 +27,41 @@ pub(super) enum Note {
 /// What the keeper knows of a connection.
 #[derive(Debug)]
 struct Kept {
-    id: [u8; 16],
-    position: Position,
+    feed: Arc<Feed>,
+    lease: Lease,
     /// It was noted once.
     begun: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct LeaseKeeper {
-    shared: Arc<Shared>,
     kept: HashMap<usize, Kept>,
 }
 
-impl LeaseKeeper {
-    pub(super) fn new(shared: &Arc<Shared>) -> Self {
-        Self { shared: Arc::clone(shared), kept: HashMap::new() }
+impl Kept {
+    fn end(&self) {
+        self.feed.journal.end_lease(&self.lease.id);
     }
+}
 
+impl LeaseKeeper {
     /// Until nobody sends notes any more.
-    pub(super) fn run(mut self, notes: &Receiver<Note>, back: &Sender<Box<Connection>>) {
+    pub(super) fn run(
+        mut self,
+        shared: &Shared,
+        notes: &Receiver<Note>,
+        back: &Sender<Box<Connection>>,
+    ) {
         while let Ok(first) = notes.recv() {
             let (mut begun, mut ended, mut due) = (Vec::new(), Vec::new(), Vec::new());
             for note in std::iter::once(first).chain(notes.try_iter()) {
                 match note {
                     Note::Begins(connection) => {
-                        due.extend(
-                            connection.lease().map(|lease| (connection.token, lease, false)),
-                        );
+                        let (token, lease) = (connection.token, connection.lease());
+                        if let Some((feed, lease)) = connection.feed.clone().zip(lease) {
+                            self.kept.insert(token, Kept { feed, lease, begun: false });
+                            due.push((token, lease, false));
+                        }
                         begun.push(connection);
                     }
                     Note::GoesOn(leases) => {
@@ -66,17 +74,11 @@ impl LeaseKeeper {
                 }
             }
             self.note(&due);
-            let ended: Vec<_> = ended.iter().filter_map(|token| self.kept.remove(token)).collect();
-            self.end(&ended);
+            ended.iter().filter_map(|token| self.kept.remove(token)).for_each(|kept| kept.end());
             begun.into_iter().for_each(|connection| drop(back.send(connection)));
-            self.shared.wake();
+            shared.wake();
         }
-        let left: Vec<_> = self.kept.drain().map(|(_, kept)| kept).collect();
-        self.end(&left);
-    }
-
-    fn end(&self, ended: &[Kept]) {
-        ended.iter().for_each(|kept| self.shared.journal.end_lease(&kept.id));
+        self.kept.drain().for_each(|(_, kept)| kept.end());
     }
 
     /// A failure to write them is made good next time; meanwhile this process knows them.
@@ -84,31 +86,33 @@ impl LeaseKeeper {
         let heard_at_us = env::now_us();
         // A mirror may have come back before its last connection was given up: what that had reached doesn't count.
         let mut latest: HashMap<[u8; 16], usize> = HashMap::new();
-        let all = self.kept.iter().map(|(token, kept)| (kept.id, *token));
+        let all = self.kept.iter().map(|(token, kept)| (kept.lease.id, *token));
         for (id, token) in all.chain(due.iter().map(|(token, lease, _)| (lease.id, *token))) {
             latest.entry(id).and_modify(|it| *it = token.max(*it)).or_insert(token);
         }
-        let mut notes = Vec::with_capacity(due.len());
+        let mut notes: BTreeMap<usize, (Arc<Feed>, Vec<(Lease, Stage)>)> = BTreeMap::new();
         for (token, lease, ends) in due {
-            let kept = self.kept.get(token);
-            let is_known = *ends && kept.is_some_and(|kept| kept.position == lease.position);
+            let Some(kept) = self.kept.get(token) else { continue };
+            let is_known = *ends && kept.begun && kept.lease.position == lease.position;
             if is_known || latest.get(&lease.id) != Some(token) {
                 continue;
             }
-            let stage = match (kept.is_some_and(|kept| kept.begun), ends) {
+            let stage = match (kept.begun, ends) {
                 (false, _) => Stage::Begins,
                 (true, false) => Stage::GoesOn,
                 (true, true) => Stage::Ends,
             };
+            let of_feed = notes.entry(kept.feed.number);
+            let (_, notes) = of_feed.or_insert_with(|| (Arc::clone(&kept.feed), Vec::new()));
             notes.push((Lease { heard_at_us, ..*lease }, stage));
         }
-        let noted = !notes.is_empty() && self.shared.journal.note_leases(&notes).is_ok();
+        // One write for each journal.
+        notes.retain(|_, (feed, notes)| feed.journal.note_leases(notes).is_ok());
         for (token, lease, _) in due {
-            let kept = self.kept.entry(*token);
-            let kept =
-                kept.or_insert(Kept { id: lease.id, position: lease.position, begun: false });
-            kept.position = lease.position;
-            kept.begun |= noted;
+            if let Some(kept) = self.kept.get_mut(token) {
+                kept.lease = *lease;
+                kept.begun |= notes.contains_key(&kept.feed.number);
+            }
         }
     }
 }

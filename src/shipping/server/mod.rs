@@ -28,6 +28,8 @@
 mod catch_up;
 mod connection;
 mod event_loop;
+mod fans;
+mod feeds;
 mod leases;
 mod live;
 mod visits;
@@ -44,19 +46,22 @@ use mio::{Poll, Token, Waker};
 use parking_lot::Mutex;
 
 use self::event_loop::EventLoop;
+use self::feeds::{Feed, Feeds};
 use self::visits::{Guests, Visits};
 use super::error::ServeError;
 use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
 use super::observe::Ends;
+use super::relay::Served;
 use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
 use super::status_file::{self, Afterwards, StatusFile};
 use super::transport;
 use super::wire::ENCRYPTED_BYTES_MAX;
 use crate::env;
+use crate::format::files::{Mark, Role};
 use crate::format::leases::Lease;
 use crate::journal::{Bell, Journal};
-use crate::position::{Checkpoint, NodeId, Position};
+use crate::position::{Checkpoint, JournalId, NodeId, Position};
 
 /// How a journal is served. The defaults suit some hundred subscribers.
 ///
@@ -130,14 +135,14 @@ impl Default for ServeOptions {
 }
 
 impl ServeOptions {
-    fn session(&self, journal: &Journal, address: &SocketAddr) -> OriginConfig {
+    fn session(&self, node: NodeId, address: &SocketAddr) -> OriginConfig {
         let encrypted = self.security.as_ref().is_some_and(Security::is_encrypted);
         let frame_bytes =
             self.frame_bytes.saturating_sub(if encrypted { ENCRYPTED_BYTES_MAX } else { 0 });
         let frame_bytes = frame_bytes.clamp(FRAME_BYTES_MIN as usize, FRAME_BYTES_MAX as usize);
         OriginConfig {
-            node: journal.node(),
-            role: journal.role(),
+            node,
+            role: Role::Origin,
             sources: self.sources.clone(),
             session: env::random_id(),
             deadlines: self.deadlines,
@@ -206,14 +211,20 @@ pub struct PeerStatus {
     pub reconnects: u64,
     /// Why its sessions have ended before.
     pub ends: Ends,
-    /// The durable end here.
+    /// The durable end here of the journal that it gets; before it has subscribed, the beginning of none.
     pub end: Checkpoint,
     heard_lately: bool,
     now_us: i64,
-    journal: Journal,
+    journal: Option<Journal>,
 }
 
 impl PeerStatus {
+    /// The journal that it gets, once it has subscribed.
+    #[must_use]
+    pub fn journal(&self) -> Option<JournalId> {
+        self.journal.as_ref().map(Journal::id)
+    }
+
     /// How many events are durable here and, as far as it has said, not there; `None` if that isn't known.
     #[must_use]
     pub fn lag_events(&self) -> Option<u64> {
@@ -237,7 +248,7 @@ impl PeerStatus {
         if acked.offset >= self.end.offset {
             return Some(Duration::ZERO);
         }
-        let recorded_us = self.journal.recorded_at_us(acked.position)?;
+        let recorded_us = self.journal.as_ref()?.recorded_at_us(acked.position)?;
         u64::try_from(self.now_us.checked_sub(recorded_us)?).ok().map(Duration::from_micros)
     }
 
@@ -253,7 +264,7 @@ impl PeerStatus {
     /// follows the acknowledgements within ten seconds.
     #[must_use]
     pub fn held_bytes(&self) -> Option<u64> {
-        self.acked.map(|acked| self.journal.held_bytes(acked.position))
+        self.journal.as_ref().zip(self.acked).map(|(it, acked)| it.held_bytes(acked.position))
     }
 
     fn known_ack(&self) -> Option<Checkpoint> {
@@ -267,7 +278,7 @@ impl PeerStatus {
     }
 }
 
-/// Serves a journal to mirrors until it is shut down or dropped.
+/// Serves journals to mirrors until it is shut down or dropped.
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
@@ -278,14 +289,14 @@ pub struct Server {
 
 /// What the threads of a server have in common.
 pub(super) struct Shared {
-    journal: Journal,
+    feeds: Feeds,
     options: ServeOptions,
     stopping: AtomicBool,
     waker: Waker,
     /// The loop has been woken and hasn't looked yet.
     woken: AtomicBool,
-    /// The durable end has moved since the loop looked.
-    rung: AtomicBool,
+    /// A mirror that is served has something else since the loop looked.
+    changed: AtomicBool,
     peers: Mutex<BTreeMap<usize, Arc<Peer>>>,
     guests: Mutex<Guests>,
     /// Held while live subscribers are sent to: those that catch up wait for it between two frames.
@@ -294,7 +305,7 @@ pub(super) struct Shared {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("journal", &self.journal.id()).finish_non_exhaustive()
+        f.debug_struct("Shared").field("feeds", &self.feeds).finish_non_exhaustive()
     }
 }
 
@@ -311,6 +322,11 @@ impl Shared {
         self.woken.swap(false, Ordering::AcqRel);
     }
 
+    /// The server's own journal, if there is one at present.
+    fn own(self: &Arc<Self>) -> Option<Journal> {
+        self.feeds.own(self).map(|feed| feed.journal.clone())
+    }
+
     fn peers(&self) -> Vec<PeerStatus> {
         let peers: Vec<_> = self.peers.lock().values().cloned().collect();
         peers.iter().map(|peer| peer.status(self)).collect()
@@ -325,9 +341,10 @@ impl Shared {
     }
 }
 
+/// Rung by mirrors.
 impl Bell for Shared {
     fn ring(&self) {
-        self.rung.store(true, Ordering::Release);
+        self.changed.store(true, Ordering::Release);
         self.wake();
     }
 }
@@ -350,6 +367,7 @@ struct Seen {
     heard_at: Instant,
     /// When it lacked nothing, was sent something or has acknowledged something last.
     moved_at: Instant,
+    feed: Option<Arc<Feed>>,
 }
 
 impl Peer {
@@ -357,16 +375,19 @@ impl Peer {
         let (state, status) = (PeerState::Handshake, OriginStatus::default());
         let since = Instant::now();
         let (heard_at, moved_at) = (since, since);
-        let seen = Seen { state, status, sent_bytes: 0, lease: None, heard_at, moved_at };
+        let seen =
+            Seen { state, status, sent_bytes: 0, lease: None, heard_at, moved_at, feed: None };
         Self { address, since, seen: Mutex::new(seen) }
     }
 
     fn status(&self, shared: &Shared) -> PeerStatus {
         let seen = self.seen.lock();
         let status = &seen.status;
-        let (journal, lately) = (&shared.journal, 3 * shared.options.deadlines.heartbeat);
+        let journal = seen.feed.as_ref().map(|feed| &feed.journal);
+        let lately = 3 * shared.options.deadlines.heartbeat;
         // What it has acknowledged is of an end that was there before.
-        let end = journal.end();
+        let none = || Mark::start(JournalId::from_bytes([0; 16])).end;
+        let end = journal.map_or_else(none, Journal::end);
         let lacks = status.acked.is_some_and(|acked| acked.offset < end.offset);
         let is_stuck = lacks && seen.moved_at.elapsed() > lately;
         let (heard, visits) = (seen.heard_at.elapsed(), shared.guests.lock().of(status.node));
@@ -390,20 +411,22 @@ impl Peer {
             ends,
             end,
             heard_lately: heard <= lately,
-            now_us: journal.fs().now_us(),
-            journal: journal.clone(),
+            now_us: journal.map_or(0, |journal| journal.fs().now_us()),
+            journal: journal.cloned(),
         }
     }
 }
 
-/// Serves `journal` at `address` until the returned [`Server`] is shut down or dropped.
+/// Serves one or more journals at `address` until the returned [`Server`] is shut down or dropped: a store's own,
+/// and mirrors that are being followed, which are served on as relays under their origin's journal id, or mirrors at
+/// rest. Who subscribes says which journal; see [`Served`].
 ///
 /// Port 0 asks the system for a free one; see [`Server::local_addr`].
 ///
 /// # Errors
 /// [`ServeError`]; nothing listens then.
 pub fn serve(
-    journal: Journal,
+    served: impl Into<Served>,
     address: impl ToSocketAddrs,
     mut options: ServeOptions,
 ) -> Result<Server, ServeError> {
@@ -421,16 +444,17 @@ pub fn serve(
     let address = listener.local_addr().map_err(listen)?;
     let poll = Poll::new().map_err(listen)?;
     let shared = Arc::new(Shared {
-        journal,
+        feeds: Feeds::default(),
         options,
         stopping: AtomicBool::new(false),
         waker: Waker::new(poll.registry(), WAKER).map_err(listen)?,
         woken: AtomicBool::new(false),
-        rung: AtomicBool::new(false),
+        changed: AtomicBool::new(false),
         peers: Mutex::default(),
         guests: Mutex::default(),
         live_first: Mutex::default(),
     });
+    shared.feeds.add(served.into(), &shared);
     let event_loop = EventLoop::new(&shared, poll, listener)?;
     let thread = |error| ServeError::Thread(Arc::new(error));
     let serving = Some(event_loop.start().map_err(thread)?);
@@ -449,6 +473,19 @@ impl Server {
     #[must_use]
     pub const fn local_addr(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Serves these, too, from now on.
+    ///
+    /// ```no_run
+    /// let store = headwater::Store::open("shop")?;
+    /// let server = store.serve("127.0.0.1:7000")?;
+    /// let orders = store.mirror("orders", "orders.internal:7000")?;
+    /// server.add(&orders);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn add(&self, served: impl Into<Served>) {
+        self.shared.feeds.add(served.into(), &self.shared);
     }
 
     /// Everybody who is connected.
@@ -471,13 +508,15 @@ impl Server {
 
     fn write_status(&self) -> Option<io::Result<StatusFile>> {
         let interval = self.shared.options.status_interval?;
-        let (fs, dir) = (self.shared.journal.fs(), status_file::place(self.shared.journal.dir()));
-        status_file::remove_stale(&**fs, &dir);
+        let (fs, dir) = self.shared.feeds.home()?;
+        let dir = status_file::place(&dir);
+        status_file::remove_stale(&*fs, &dir);
         let path = dir.join(format!("{}{}", status_file::SERVING, self.address));
         let shared = Arc::clone(&self.shared);
-        let status =
-            move || status_file::of_server(&shared.journal, &shared.peers(), &shared.refused());
-        Some(StatusFile::start(fs, path, interval, Afterwards::Removed, status))
+        let status = move || {
+            status_file::of_server(shared.own().as_ref(), &shared.peers(), &shared.refused())
+        };
+        Some(StatusFile::start(&fs, path, interval, Afterwards::Removed, status))
     }
 
     /// Says goodbye to everybody, closes all connections and waits for all threads to end: a second at

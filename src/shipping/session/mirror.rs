@@ -303,7 +303,7 @@ impl MirrorSession {
             return Err(Violation::Welcome);
         }
         if self.config.node == Some(welcome.node) {
-            self.finish(SessionEnd::Cycle);
+            self.finish(SessionEnd::Cycle(vec![welcome.node]));
             return Ok(());
         }
         self.features = welcome.features;
@@ -395,7 +395,7 @@ impl MirrorSession {
             return Err(Violation::Subscribed);
         }
         if self.config.node.is_some_and(|node| subscribed.path.contains(&node)) {
-            self.finish(SessionEnd::Cycle);
+            self.finish(SessionEnd::Cycle(subscribed.path.clone()));
             return Ok(());
         }
         if subscribed.first_position > from.position {

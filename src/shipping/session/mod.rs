@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::message::{Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange};
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, NodeId, Position};
 
 mod frames;
 mod mirror;
@@ -35,7 +35,7 @@ mod probe;
 pub(crate) use frames::{Limits, Piece, Place, pack};
 pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, Told, batches};
 pub(crate) use origin::{
-    Next, OriginConfig, OriginSession, OriginStatus, Source, SourceError, Supply,
+    Next, Offer, OriginConfig, OriginSession, OriginStatus, Source, SourceError, Supply,
 };
 pub(crate) use probe::Held;
 
@@ -238,7 +238,7 @@ pub(crate) enum SessionEnd {
     Truncated(TruncatedAt),
     /// The journal comes from the mirror itself.
     #[error("the path of the journal leads through this mirror")]
-    Cycle,
+    Cycle(Vec<NodeId>),
     /// This side ended the session because of its own journal or disk.
     #[error("ended by this side: {}", .0.detail)]
     Own(Failure),

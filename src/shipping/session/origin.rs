@@ -15,8 +15,8 @@ use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
     Ack, CONTROL_BYTES_MAX, Common, Diverged, Divergence, ErrorCode, FEATURE_PROBE,
     FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Failure, FrameReader, GoAway,
-    Heartbeat, Hello, Message, PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed, Truncated,
-    Welcome,
+    Heartbeat, Hello, Message, PATH_NODES_MAX, PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed,
+    Truncated, Welcome,
 };
 use crate::shipping::observe::EndReason;
 use crate::shipping::security::Gate;
@@ -107,11 +107,20 @@ pub(crate) enum Supply {
     OnDisk,
 }
 
+/// What a subscriber is told of the journal that it gets.
+#[derive(Clone, Debug)]
+pub(crate) struct Offer {
+    /// Only an origin knows that events are lost; a mirror may be behind.
+    pub(crate) role: Role,
+    /// The nodes that the journal comes through, the one that serves it last.
+    pub(crate) path: Vec<NodeId>,
+}
+
 /// What an origin's session is told at its beginning.
 #[derive(Clone, Debug)]
 pub(crate) struct OriginConfig {
     pub(crate) node: NodeId,
-    /// Only an origin knows that events are lost; a mirror may be behind.
+    /// What is served until something else is offered: the node's own journal.
     pub(crate) role: Role,
     /// Where events may be found that were removed here, as text.
     pub(crate) sources: Vec<String>,
@@ -196,6 +205,7 @@ pub(crate) struct OriginSession {
     idle_acks: (u32, Instant),
     /// How much of the batch behind `status.sent` has been sent.
     part: usize,
+    offer: Offer,
     status: OriginStatus,
     end: Option<SessionEnd>,
 }
@@ -217,6 +227,7 @@ impl OriginSession {
             handshake_bytes: 0,
             idle_acks: (0, now.at),
             part: 0,
+            offer: Offer { role: config.role, path: vec![config.node] },
             status: OriginStatus::default(),
             end: None,
             config,
@@ -401,6 +412,30 @@ impl OriginSession {
         *count <= self.config.idle_acks_max
     }
 
+    /// The journal that is asked for and hasn't been compared yet; the inner `None`: the server's own.
+    pub(crate) const fn wants(&self) -> Option<Option<JournalId>> {
+        match &self.state {
+            State::Judging(Subscribe { from: Some(from), .. }) => Some(Some(from.journal)),
+            State::Judging(Subscribe { from: None, .. }) => Some(None),
+            _ => None,
+        }
+    }
+
+    /// This is what it gets: the source is that journal from now on.
+    pub(crate) fn offer(&mut self, offer: Offer) {
+        self.offer = offer;
+    }
+
+    /// Whether the peer may have this journal.
+    pub(crate) fn may_mirror(&self, journal: &JournalId) -> bool {
+        self.config.gate.may_mirror(journal)
+    }
+
+    /// It may not have what it has asked for, or that isn't here.
+    pub(crate) fn deny(&mut self) {
+        self.refuse(ErrorCode::DENIED);
+    }
+
     /// What the subscriber needs the journal for, once it has subscribed.
     pub(crate) fn lease(&self) -> Option<Lease> {
         let acked = self.status.acked.filter(|_| self.status.streaming)?;
@@ -545,8 +580,8 @@ impl OriginSession {
         };
         let from = subscribe.from.unwrap_or_else(|| Mark::start(end.journal).end);
         match divergence {
-            Some((Divergence::Ahead, _)) if self.config.role == Role::Mirror => {
-                return self.not_yet(&end);
+            Some((Divergence::Ahead, _)) if self.offer.role == Role::Mirror => {
+                return self.not_yet(Some(end.position));
             }
             Some((divergence, at_witness)) => {
                 // What the mirror still holds was found here, if only its witness was not.
@@ -555,6 +590,10 @@ impl OriginSession {
                 return self.diverged(DivergedAt { divergence, at_witness, common, origin: end });
             }
             None => {}
+        }
+        if self.offer.path.len() > PATH_NODES_MAX {
+            let detail = format!("the journal comes through more than {PATH_NODES_MAX} nodes");
+            return self.end_with(Failure::new(ErrorCode::CYCLE, detail));
         }
         if let Err(error) = source.seek(from.position) {
             return self.fail(error, source);
@@ -568,14 +607,14 @@ impl OriginSession {
         self.say(&Message::Subscribed(Subscribed {
             end,
             first_position: source.start().position,
-            path: vec![self.config.node],
+            path: self.offer.path.clone(),
         }));
     }
 
     /// Only the origin itself knows that there is nothing more than it has.
-    fn not_yet(&mut self, end: &Checkpoint) {
+    pub(crate) fn not_yet(&mut self, end: Option<Position>) {
         let failure = Failure {
-            position: Some(end.position),
+            position: end,
             retry_after_ms: NOT_YET_RETRY_MS,
             ..Failure::new(ErrorCode::NOT_YET, "this mirror is behind you")
         };

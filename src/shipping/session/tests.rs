@@ -753,7 +753,7 @@ fn a_mirror_refuses_its_own_journal_coming_back() {
     origin.on_bytes(&to_origin, start);
     origin.poll(&mut filled(0, 0), start, &mut to_mirror);
     mirror.on_bytes(&to_mirror, start, &mut Vec::new());
-    assert_eq!(mirror.end(), Some(&SessionEnd::Cycle));
+    assert_eq!(mirror.end(), Some(&SessionEnd::Cycle(vec![origin_config().node])));
 }
 
 #[test]

@@ -1,0 +1,209 @@
+//! The journals that a server has, and which of them a subscriber gets.
+//!
+//! A feed is one journal as it is told to subscribers: its handle, and the path by which it comes. When a mirror has
+//! another of either, its feed is over: its subscribers are told to connect again, and get the next one.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use super::Shared;
+use crate::format::batch::{BatchRef, Link};
+use crate::format::files::{Mark, Witness};
+use crate::format::segment::SegmentPage;
+use crate::fs::Fs;
+use crate::journal::{Bell, Comparison, Journal};
+use crate::position::{Checkpoint, JournalId, NodeId, Position};
+use crate::shipping::relay::{Origin, Relay, Served};
+use crate::shipping::session::{Source, SourceError};
+
+#[derive(Debug)]
+pub(super) struct Feed {
+    pub(super) number: usize,
+    pub(super) journal: Journal,
+    /// The nodes that it comes through, this one last.
+    pub(super) path: Vec<NodeId>,
+    /// Of a mirror that is being followed, and what of it this is.
+    relay: Option<(Arc<Relay>, u64)>,
+    /// The durable end has moved since the loop looked.
+    rung: AtomicBool,
+    server: Weak<Shared>,
+}
+
+impl Feed {
+    /// What was told of it doesn't hold any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.relay.as_ref().is_some_and(|(relay, of)| relay.generation() != *of)
+    }
+
+    /// Whether the durable end has moved; asked once.
+    pub(super) fn has_rung(&self) -> bool {
+        self.rung.swap(false, Ordering::AcqRel)
+    }
+}
+
+impl Bell for Feed {
+    fn ring(&self) {
+        self.rung.store(true, Ordering::Release);
+        if let Some(server) = self.server.upgrade() {
+            server.wake();
+        }
+    }
+}
+
+/// What somebody who asks for a journal gets.
+#[derive(Debug)]
+pub(super) enum Choice {
+    Feed(Arc<Feed>),
+    /// What is to be served may turn out to be that journal.
+    NotYet,
+    /// Nothing, for whatever reason.
+    Denied,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Feeds(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    all: Vec<(Origin, Option<Arc<Feed>>)>,
+    next: usize,
+}
+
+impl Feeds {
+    pub(super) fn add(&self, served: Served, server: &Arc<Shared>) {
+        let mut known = self.0.lock();
+        for origin in served.0 {
+            if let Origin::Relay(relay) = &origin {
+                let bell: Weak<dyn Bell> = Arc::<Shared>::downgrade(server);
+                relay.watch(bell);
+            }
+            known.all.push((origin, None));
+        }
+    }
+
+    /// The first of them: the server's own.
+    pub(super) fn own(&self, server: &Arc<Shared>) -> Option<Arc<Feed>> {
+        self.0.lock().current(server).into_iter().next().flatten()
+    }
+
+    /// Where the files of the first of them are.
+    pub(super) fn home(&self) -> Option<(Arc<dyn Fs>, PathBuf)> {
+        match &self.0.lock().all.first()?.0 {
+            Origin::Journal(journal) => Some((Arc::clone(journal.fs()), journal.dir().to_owned())),
+            Origin::Relay(relay) => Some((Arc::clone(&relay.fs), relay.dir.clone())),
+        }
+    }
+
+    /// The node by which the server is known.
+    pub(super) fn node(&self) -> NodeId {
+        match self.0.lock().all.first() {
+            Some((Origin::Journal(journal), _)) => journal.node(),
+            Some((Origin::Relay(relay), _)) => relay.offer().node,
+            None => NodeId::random(),
+        }
+    }
+
+    /// The journal that was asked for, if it is here and `may` be had; which of both it isn't shows in nothing.
+    /// Whoever asks for none, or for another one than there is, gets the server's own, and compares.
+    pub(super) fn choose(
+        &self,
+        wanted: Option<JournalId>,
+        may: impl Fn(&JournalId) -> bool,
+        server: &Arc<Shared>,
+    ) -> Choice {
+        let current = self.0.lock().current(server);
+        let is_wanted = |feed: &&Arc<Feed>| wanted.is_none_or(|id| feed.journal.id() == id);
+        let found = match wanted {
+            Some(_) => current.iter().flatten().find(is_wanted),
+            None => current.first().and_then(Option::as_ref),
+        };
+        if let Some(feed) = found.filter(|feed| may(&feed.journal.id())) {
+            return Choice::Feed(Arc::clone(feed));
+        }
+        let is_complete = current.iter().all(Option::is_some);
+        match current.into_iter().next().flatten() {
+            _ if !is_complete => Choice::NotYet,
+            Some(own) if may(&own.journal.id()) => Choice::Feed(own),
+            Some(_) => Choice::Denied,
+            None => Choice::NotYet,
+        }
+    }
+}
+
+impl Known {
+    /// Every journal's feed as it is now; `None` where there is none at present.
+    fn current(&mut self, server: &Arc<Shared>) -> Vec<Option<Arc<Feed>>> {
+        let Self { all, next } = self;
+        let renew = |(origin, feed): &mut (Origin, Option<Arc<Feed>>)| {
+            let (journal, path, relay) = match origin {
+                Origin::Journal(journal) if feed.is_none() => {
+                    (journal.clone(), vec![journal.node()], None)
+                }
+                Origin::Journal(_) => return feed.clone(),
+                Origin::Relay(relay) => {
+                    let offer = relay.offer();
+                    let Some(journal) = offer.journal else {
+                        *feed = None;
+                        return None;
+                    };
+                    if feed.as_ref().is_some_and(|feed| !feed.is_over()) {
+                        return feed.clone();
+                    }
+                    (journal, offer.path, Some((Arc::clone(relay), offer.generation)))
+                }
+            };
+            *next += 1;
+            let (rung, server) = (AtomicBool::new(false), Arc::downgrade(server));
+            *feed = Some(Arc::new(Feed { number: *next, journal, path, relay, rung, server }));
+            feed.clone()
+        };
+        all.iter_mut().map(renew).collect()
+    }
+}
+
+/// What there is for those who haven't said what they want.
+pub(super) struct Nothing;
+
+impl Source for Nothing {
+    fn end(&self) -> Checkpoint {
+        Mark::start(JournalId::from_bytes([0; 16])).end
+    }
+
+    fn start(&self) -> Checkpoint {
+        self.end()
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+
+    fn may_wait(&self) -> bool {
+        false
+    }
+
+    fn compare(&mut self, _: &Checkpoint) -> Result<Comparison, SourceError> {
+        Err(SourceError::Storage)
+    }
+
+    fn compare_witness(&mut self, _: &Witness) -> Result<Comparison, SourceError> {
+        Err(SourceError::Storage)
+    }
+
+    fn batch_end_at(&mut self, _: Position) -> Result<Option<Link>, SourceError> {
+        Err(SourceError::Storage)
+    }
+
+    fn seek(&mut self, _: Position) -> Result<(), SourceError> {
+        Err(SourceError::Storage)
+    }
+
+    fn next_batch(
+        &mut self,
+        _: &Checkpoint,
+    ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
+        Err(SourceError::Storage)
+    }
+}
