@@ -143,12 +143,14 @@ fn mirror(dir: &Path, upstream: &str, address: Option<&str>) -> ! {
         if let MirrorState::Halted(error) = &status.state {
             say(&format!("halted {}", error.to_string().replace('\n', " ")));
         }
-        let now = (status.mirrored.map(|end| end.position), status.lag_events(), status.reconnects);
+        let lag = Some(status.lag_events());
+        let now = (status.mirrored.map(|end| end.position), lag, status.reconnects);
         if let Some(position) = now.0.filter(|_| now.0 != said.0) {
             say(&format!("mirrored {position}"));
         }
         if now.1 != said.1 {
-            say(&now.1.map_or("lag unknown".into(), |lag| format!("lag {lag}")));
+            let lag = status.lag_events();
+            say(&lag.map_or("lag unknown".into(), |lag| format!("lag {lag}")));
         }
         if now.2 != said.2 {
             say(&format!("reconnects {}", now.2));

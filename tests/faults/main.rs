@@ -9,6 +9,7 @@
 //!     ├── power    file system shutdown on loop-mounted ext4 and XFS: what was not synced is gone
 //!     ├── device   EIO from chosen blocks of the device, restart, append, power cut
 //!     ├── full     file systems without space or inodes
+//!     ├── network  packets lost, late, twice, and partitions (with feature `shipping`: its children ship)
 //!     ├── views    SIGKILL in the life of a view (with feature `views`: its child is another one)
 //!     ▼
 //!   opens the journal again and compares it with what it has read from the pipe
@@ -43,7 +44,12 @@ mod driver;
 mod full;
 mod kills;
 mod mounts;
+#[cfg(feature = "shipping")]
+mod network;
 mod power;
+#[cfg(feature = "shipping")]
+#[path = "../chaos/processes.rs"]
+mod processes;
 #[cfg(feature = "views")]
 mod views;
 
@@ -139,6 +145,8 @@ const PARTS: &[Part] = &[
     ("device xfs", |plan| device::run(plan, mounts::Kind::Xfs)),
     ("full tmpfs", full::tmpfs),
     ("full ext4", full::ext4),
+    #[cfg(feature = "shipping")]
+    ("network", network::run),
     #[cfg(feature = "views")]
     ("views: catches a checkpoint apart from its rows", views::catches_a_checkpoint_apart),
     #[cfg(feature = "views")]
@@ -151,6 +159,10 @@ fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|arg| arg == "child") {
         child::run(&args.split_off(1));
+    }
+    #[cfg(feature = "shipping")]
+    if args.first().is_some_and(|arg| arg == processes::CHILD) {
+        processes::run(&args.split_off(1));
     }
     #[cfg(feature = "views")]
     if args.first().is_some_and(|arg| arg == "view-child") {
