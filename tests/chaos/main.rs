@@ -358,15 +358,16 @@ impl Scene {
             node.kill(Duration::MAX / 4);
         }
         let (digests, tally) = self.swarm.stop()?;
+        let store = processes::reopen(&self.nodes[0].dir)?;
+        let origin = store.journal();
         for (dir, mirror, _) in self.mirrors.drain(..) {
             mirror.stop().map_err(|error| format!("{}: {error}", dir.display()))?;
-            processes::compare(&processes::read(&self.nodes[0].dir.join("journal"))?, &dir)?;
+            processes::compare(origin, &dir)?;
         }
-        let origin = processes::read(&self.nodes[0].dir.join("journal"))?;
         for node in &self.nodes[1..] {
-            processes::compare(&origin, &node.dir)?;
+            processes::compare(origin, &node.dir)?;
         }
-        let wanted = processes::digest(&origin)?;
+        let wanted = processes::digest(origin)?;
         let others = digests.iter().filter(|digest| **digest != wanted).count();
         println!("chaos: {:?}, {tally:?}", self.tally);
         let segments = origin.segments().len();

@@ -232,9 +232,13 @@ pub(crate) fn run(plan: &Plan) -> Reached {
     mirror.hear_until(PATIENCE, |heard| heard.position >= end).map_err(Stop::Violated)?;
     reconnects += mirror.kill().reconnects;
     drop(origin.kill());
-    let journal = processes::read(&dir.join("origin/journal")).map_err(Stop::Violated)?;
-    processes::digest(&journal).map_err(Stop::Violated)?;
-    processes::compare(&journal, &dir.join("mirror")).map_err(Stop::Violated)?;
+    let store = processes::reopen(&dir.join("origin")).map_err(Stop::Violated)?;
+    let journal = store.journal();
+    if journal.end().position.get() != end {
+        return Err(Stop::Violated(format!("{end} were acknowledged: {:?}", journal.end())));
+    }
+    processes::digest(journal).map_err(Stop::Violated)?;
+    processes::compare(journal, &dir.join("mirror")).map_err(Stop::Violated)?;
     let link = match net.link {
         Link::Netem => "tc netem",
         Link::Program(..) => "a link of our own, as the kernel has no netem",
