@@ -514,7 +514,7 @@ fn check_intake(found: &mut Diagnosis, views: &Path) {
                 found
                     .ok("intake", format!("{name}: the order of {journals} journals, {runs} runs"));
             }
-            Err(error) => found.fail("intake", format!("{name}: {error}"), rebuild),
+            Err(error) => found.warn("intake", format!("{name}: {error}"), rebuild),
         }
     }
 }

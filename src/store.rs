@@ -418,9 +418,12 @@ impl Store {
     /// in any order, the one that is meant where nothing else is said first. Its rows lie with those of the store's own
     /// views. Another set of journals makes a new generation at the next opening.
     ///
-    /// Each journal's events are folded in its order, and those of different journals as they come: **what the view
-    /// makes of events of two journals must not depend on which comes first.** Then a rebuild makes the same rows. A
-    /// token of any of the journals can be waited for.
+    /// Each journal's events are folded in its order, and those of different journals as they come. Which came first is
+    /// recorded, durably and before it is folded, in the folder `.intake` beside the views: all views of the store over the
+    /// same journals have the same order, and so has every rebuild. Deleting the folder of *all* views deletes the order
+    /// with it, and another one is recorded. A token of any of the journals can be waited for.
+    ///
+    /// A mirror that comes to have less than was taken in from it (it was fetched anew, say) is waited for, at its turn.
     ///
     /// ```
     /// # use std::time::Duration;

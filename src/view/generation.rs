@@ -1,6 +1,7 @@
 //! The folder of a view: which generation of it serves which version.
 //!
 //! ```text
+//! views/.intake/   what views over the same journals have in common; see `intake`
 //! views/<name>/
 //!   lock.1         held as long as version 1 is open
 //!   lock           held while the pointer is replaced

@@ -5,8 +5,8 @@
 //! mirror a ─────chunk─┼──▶ one write batch per chunk: rows, and the checkpoints of all journals
 //! mirror b ─────chunk─┘
 //! ```
-//! Most views have one. With several, their chunks are taken in turns, as they come: within each journal the order is
-//! the journal's, between them it is not determined, and a rebuild may take another one.
+//! Most views have one. With several, within each journal the order is the journal's; between them see
+//! [`intake`](super::intake).
 
 use std::iter;
 use std::sync::Arc;

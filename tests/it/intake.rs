@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use headwater::doctor::{self, Level};
 use headwater::fs::{Fs, os::OsFs};
 use headwater::view::{
     Fold, FoldError, Keys, LostTail, RebuildOptions, Table, TableView, Tables, View, ViewControl,
@@ -453,6 +454,34 @@ fn a_journal_that_has_less_than_was_taken_in_is_waited_for() {
     let again = of(&journals(&journal));
     again.control.wait_for(&last, PATIENCE).unwrap();
     assert_eq!((again.rows)(), seen);
+}
+
+/// It is told what it is, and no view.
+#[test]
+fn the_doctor_examines_the_order_of_intake() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 70, 2);
+    world.open("first");
+    world.append_some(20);
+    world.rows();
+    world.close_all();
+    let log = world.log();
+    let journal = dir.path().join("store-0/journal");
+    let examined = || {
+        let checks = doctor::examine(&journal).unwrap().checks.into_iter();
+        let (intake, others): (Vec<_>, Vec<_>) = checks.partition(|it| it.name == "intake");
+        assert!(!others.iter().any(|it| it.finding.contains(".intake")), "{others:?}");
+        intake.into_iter().next().unwrap()
+    };
+    let fine = examined();
+    let name = log.file_name().unwrap().to_str().unwrap();
+    let expected = format!("{name}: the order of 2 journals");
+    assert!(fine.level < Level::Warn && fine.finding.starts_with(&expected), "{fine:?}");
+    let mut bytes = std::fs::read(&log).unwrap();
+    bytes[60] ^= 1;
+    std::fs::write(&log, bytes).unwrap();
+    let damaged = examined();
+    assert!(damaged.level == Level::Warn && damaged.finding.contains("byte 52"), "{damaged:?}");
 }
 
 const CHILD: &str = "HEADWATER_INTAKE_CHILD";

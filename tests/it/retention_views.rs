@@ -247,4 +247,14 @@ fn a_view_over_several_journals_holds_back_what_it_needs_of_each_and_nothing_els
     let ViewError::Journals { reason, .. } = refused else { panic!("{refused}") };
     assert!(reason.contains("can't be made anew"), "{reason}");
     view_over(&[peer.journal().clone(), own.journal().clone()]);
+
+    // Nor because the order is lost in which they were taken in.
+    std::fs::remove_dir_all(dir.path().join("store/views/.intake")).unwrap();
+    append(&own, 300);
+    let journals = [&own, &peer].map(|store| store.journal().clone());
+    let view = own.view_over(&journals, Counts::<1>, ViewOptions::default()).unwrap();
+    assert!(view.status().set_aside.is_none());
+    append(&peer, 300);
+    view.wait_for_latest(PATIENCE).unwrap();
+    assert_eq!(view.status().lag_events, Some(0));
 }

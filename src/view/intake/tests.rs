@@ -55,7 +55,7 @@ impl Follower {
 }
 
 /// Whatever was followed by anybody is the beginning of what is found afterwards, by everybody.
-fn assert_settled(fs: &SimFs, ids: &[JournalId], followed: &[Vec<Run>], what: &str) {
+fn assert_settled(fs: &SimFs, ids: &[JournalId], followed: &[Vec<Run>], what: &str) -> Vec<Run> {
     let mut after = Follower::open(fs, ids).unwrap_or_else(|error| panic!("{what}: {error}"));
     let mut all = Vec::new();
     loop {
@@ -68,20 +68,21 @@ fn assert_settled(fs: &SimFs, ids: &[JournalId], followed: &[Vec<Run>], what: &s
     for followed in followed {
         assert!(all.starts_with(followed), "{what}: {followed:?} followed, {all:?} found");
     }
+    all
 }
 
 /// Two processes extend the log by turns; at one operation after the other the power goes, the process dies, or the disk
-/// fails and the power goes later.
+/// fails, and perhaps the process dies of that, and the power goes later.
 #[test]
 fn what_anybody_has_followed_is_there_whatever_dies_or_fails() {
     for seed in 0..8 {
         let ids = ids(2 + seed as u8 % 3);
         let sector = [SectorSize::B64, SectorSize::B512, SectorSize::B4096][seed as usize % 3];
-        let run = |plan: Option<(u64, Fault)>| {
+        let run = |plan: &[(u64, Fault)]| {
             let fs = SimFs::with_sector_size(seed, sector);
             fs.set_garbage_growth(seed % 2 == 0);
-            if let Some((op, fault)) = plan {
-                fs.fail_at(op, fault, Repeat::Once);
+            for (op, fault) in plan {
+                fs.fail_at(*op, *fault, Repeat::Once);
             }
             let mut rng = Rng::with_seed(seed);
             let mut followers: Vec<Option<Follower>> = vec![None, None];
@@ -103,16 +104,19 @@ fn what_anybody_has_followed_is_there_whatever_dies_or_fails() {
             followed.extend(followers.into_iter().flatten().map(|it| it.followed));
             (fs, followed)
         };
-        let (fs, followed) = run(None);
+        let (fs, followed) = run(&[]);
         let ops = fs.ops();
         assert!(followed.iter().map(Vec::len).sum::<usize>() > 5, "seed {seed}: {followed:?}");
         for op in 0..ops {
-            for fault in [Fault::PowerCut, Fault::Kill, Fault::Eio, Fault::ShortWrite] {
-                let what = format!("seed {seed}, {fault:?} at operation {op}");
-                let (fs, followed) = run(Some((op, fault)));
+            let at_op = |fault| vec![(op, fault)];
+            let plans = [Fault::PowerCut, Fault::Kill, Fault::Eio, Fault::ShortWrite].map(at_op);
+            let both = vec![(op, Fault::Eio), (op + 1, Fault::Kill)];
+            for plan in plans.into_iter().chain([both]) {
+                let what = format!("seed {seed}, {plan:?}");
+                let (fs, mut followed) = run(&plan);
                 if fs.down() == Some(crate::fs::sim::Down::Kill) {
                     fs.kill();
-                    assert_settled(&fs, &ids, &followed, &what);
+                    followed.push(assert_settled(&fs, &ids, &followed, &what));
                 }
                 fs.clear_faults();
                 for fork in 0..3 {
@@ -159,6 +163,11 @@ fn what_rots_is_told_with_its_place_and_a_torn_tail_is_cut() {
             Err(other) => panic!("{other}"),
         }
     }
+    // Whole, and in its place, but not behind the one in front of it.
+    let again = IntakeHeader::new(ids.clone()).encode_run(followed.len() as u64, &followed[0]);
+    let longer = fs.fork(0);
+    longer.write_raw(&path, &[fs.raw(&path).unwrap(), again.unwrap().to_vec()].concat());
+    assert_eq!(assert_settled(&longer, &ids, &[], "twice"), followed);
     for length in at(followed.len() - 1) as usize..length {
         let fs = fs.fork(length as u64);
         fs.write_raw(&path, &fs.raw(&path).unwrap()[..length]);
