@@ -69,7 +69,11 @@ mod doctor;
 mod events;
 mod failure;
 #[cfg(feature = "shipping")]
+mod lag;
+#[cfg(feature = "shipping")]
 mod link;
+#[cfg(feature = "shipping")]
+mod links;
 #[cfg(feature = "shipping")]
 mod peer;
 #[cfg(feature = "shipping")]
@@ -82,6 +86,8 @@ mod security;
 mod stat;
 mod tail;
 mod target;
+#[cfg(feature = "shipping")]
+mod topology;
 mod verify;
 #[cfg(feature = "views")]
 mod view;
@@ -141,6 +147,12 @@ enum Command {
     /// Shows what is known of mirrors, and how a journal and one that is served relate
     #[cfg(feature = "shipping")]
     Peer(peer::Args),
+    /// Shows how far mirrors are behind, of the journal and of those that the store mirrors
+    #[cfg(feature = "shipping")]
+    Lag(lag::Args),
+    /// Shows from where and to where journals are shipped
+    #[cfg(feature = "shipping")]
+    Topology(topology::Args),
     /// Takes back from mirrors what an origin has lost
     #[cfg(feature = "shipping")]
     Recover(recover::Args),
@@ -271,6 +283,10 @@ impl Cli {
             Command::Restore(args) => backup::restore_or_abandon(args),
             #[cfg(feature = "shipping")]
             Command::Peer(args) => peer::run(args),
+            #[cfg(feature = "shipping")]
+            Command::Lag(args) => lag::run(args),
+            #[cfg(feature = "shipping")]
+            Command::Topology(args) => topology::run(args),
             #[cfg(feature = "shipping")]
             Command::Recover(args) => recover::run(args),
             Command::Schema(args) => schema::run(args),

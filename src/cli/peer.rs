@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::failure::Failure;
 use super::link::LinkArgs;
-use super::{Target, target};
+use super::{Target, lag, target};
 use crate::fs::{Fs, os::OsFs};
 use crate::journal::orphans::orphans_in;
 use crate::shipping::{ShippingError, Standing, ask};
@@ -16,14 +16,27 @@ use crate::{Checkpoint, Journal, Orphans, Position};
 
 /// What `peer` is told.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Args {
-    #[command(flatten)]
-    target: Target,
+    #[command(subcommand)]
+    list: Option<List>,
+    /// A store, its journal, or a mirror
+    #[arg(required = true)]
+    dir: Option<PathBuf>,
+    /// Prints JSON, with the fields of docs/cli.md
+    #[arg(long)]
+    json: bool,
     /// Asks who serves the journal here, or a mirror of it, how both relate
     #[arg(value_name = "HOST:PORT")]
     address: Option<String>,
     #[command(flatten)]
     link: LinkArgs,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum List {
+    /// Lists who follows the journal, and whom the store's mirrors follow
+    Ls(Target),
 }
 
 /// A mirror at rest.
@@ -87,12 +100,16 @@ impl Mirror {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
-    let (journal, damage) = target::open(&args.target.dir)?;
+    if let Some(List::Ls(target)) = &args.list {
+        return lag::list(&target.dir, target.json);
+    }
+    let Some(dir) = &args.dir else { return Ok(()) }; // the parser asks for it
+    let (journal, damage) = target::open(dir)?;
     if let Some(damage) = damage {
         return Err(Failure::Damaged(damage));
     }
-    let mut known = vec![Mirror::of(None, &args.target.dir)];
-    let mirrors = target::mirrors(&args.target.dir).into_iter();
+    let mut known = vec![Mirror::of(None, dir)];
+    let mirrors = target::mirrors(dir).into_iter();
     known.extend(mirrors.map(|(name, dir)| Mirror::of(Some(name), &dir)));
     let options = args.link.options();
     let ask = |address: &String| {
@@ -101,7 +118,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     };
     let peer = args.address.as_ref().map(ask).transpose().map_err(Failure::Shipping)?;
     let mut out = io::stdout().lock();
-    if args.target.json {
+    if args.json {
         let known: Vec<_> = known.iter().map(Mirror::to_json).collect();
         let value = json!({ "journals": known, "peer": peer.as_ref().map(Peer::to_json) });
         writeln!(out, "{value}")?;

@@ -92,7 +92,7 @@ fn print_from(journal: &Journal, from: Position, json: bool) -> Result<Position,
 }
 
 /// Waits, or finds that nobody reads the output any more.
-fn wait(how_long: Duration) -> Result<(), Failure> {
+pub(super) fn wait(how_long: Duration) -> Result<(), Failure> {
     let stdout = io::stdout();
     let mut fds = [PollFd::new(&stdout, PollFlags::empty())];
     let timeout = Timespec::try_from(how_long).ok();

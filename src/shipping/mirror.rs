@@ -33,7 +33,7 @@ use super::link::{Arrived, Link};
 use super::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented,
 };
-use super::observe::{EndReason, Ends};
+use super::observe::{EndReason, Ends, LookUp};
 use super::relay::Relay;
 use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
@@ -202,7 +202,7 @@ pub struct MirrorStatus {
     origin_now_us: Option<i64>,
     /// How long ago the origin told an end that the mirror has reached.
     caught_up: Option<Duration>,
-    journal: Option<Journal>,
+    journal: Option<LookUp>,
 }
 
 impl MirrorStatus {
@@ -240,7 +240,7 @@ impl MirrorStatus {
     /// How long ago the last event in front of this was recorded.
     fn age_of(&self, mirrored: Checkpoint) -> Option<Duration> {
         let last = Position::new(mirrored.position.get().checked_sub(1)?);
-        let recorded_us = self.journal.as_ref()?.recorded_at_us(last)?;
+        let recorded_us = self.journal.as_ref()?.0.recorded_at_us(last)?;
         let age_us = self.origin_now_us?.checked_sub(recorded_us)?;
         u64::try_from(age_us).ok().map(Duration::from_micros)
     }
@@ -996,7 +996,7 @@ impl Shared {
             orphans: state.orphans.clone(),
             origin_now_us: state.told.clock.map(now_there),
             caught_up: state.caught_up_at.map(|at| at.elapsed()),
-            journal: state.journal.clone(),
+            journal: state.journal.clone().map(LookUp),
             lag_is_known: connected && heard.is_some_and(fresh),
         }
     }

@@ -8,6 +8,7 @@ use super::error::ShippingError;
 use super::message::ErrorCode;
 use super::session::SessionEnd;
 use crate::error::IngestError;
+use crate::journal::Journal;
 
 /// Why a connection ended, or didn't come about; the same kinds at both ends.
 ///
@@ -155,6 +156,16 @@ impl From<&SessionEnd> for EndReason {
     }
 }
 
+/// A journal that a status looks something up in; in `Debug` output there is only its id.
+#[derive(Clone)]
+pub(super) struct LookUp(pub(super) Journal);
+
+impl fmt::Debug for LookUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LookUp({})", self.0.id())
+    }
+}
+
 /// How often connections have ended, by reason.
 ///
 /// ```
@@ -191,3 +202,8 @@ impl Ends {
         *self.0.entry(reason).or_default() += 1;
     }
 }
+
+/// Compiles the examples of the manual.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/operate/watching.md")]
+mod manual {}

@@ -14,26 +14,26 @@ use serde_json::{Value, json};
 use crate::golden::{golden, golden_json};
 use crate::verify::{fill, small};
 
-fn headwater(args: &[&str]) -> Command {
+pub(crate) fn headwater(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_headwater"));
     command.args(args).env("NO_COLOR", "1");
     command
 }
 
-fn run(args: &[&str]) -> Output {
+pub(crate) fn run(args: &[&str]) -> Output {
     headwater(args).output().unwrap()
 }
 
-fn out(output: &Output) -> String {
+pub(crate) fn out(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-fn err(output: &Output) -> String {
+pub(crate) fn err(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
 #[track_caller]
-fn ok(args: &[&str]) -> String {
+pub(crate) fn ok(args: &[&str]) -> String {
     let output = run(args);
     assert_eq!((output.status.code(), err(&output)), (Some(0), String::new()), "{args:?}");
     out(&output)
@@ -390,7 +390,7 @@ fn every_command_that_the_documentation_shows_works() {
     let text = include_str!("../../docs/cli.md");
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
-    let of_shipping = ["token", "pin ", "access ", "peer ", "recover "];
+    let of_shipping = ["token", "pin ", "access ", "peer ", "recover ", "lag ", "topology "];
     let is_built_in = |command: &&str| {
         let of_shipping = of_shipping.iter().any(|verb| command.starts_with(verb));
         (cfg!(feature = "views") || !command.starts_with("view "))
@@ -415,7 +415,7 @@ fn every_command_that_the_documentation_shows_works() {
         command = command.replace("COPY", copy.to_str().unwrap());
         command = command.replace("HOST:PORT", &address);
         let args: Vec<&str> = command.split_whitespace().collect();
-        let following = args.contains(&"-f") || args.contains(&"--follow");
+        let following = ["-f", "--watch"].iter().any(|flag| args.contains(flag));
         if following || piped.is_some() {
             let mut child = headwater(&args).stdout(Stdio::piped()).spawn().unwrap();
             let mut line = String::new();

@@ -47,6 +47,8 @@ mod inline;
 #[cfg(all(feature = "views", feature = "test-kit"))]
 mod intake;
 mod journal;
+#[cfg(all(feature = "shipping", feature = "testing"))]
+mod observe;
 #[cfg(feature = "test-kit")]
 mod operations;
 #[cfg(feature = "test-kit")]

@@ -50,7 +50,7 @@ use self::feeds::{Feed, Feeds};
 use self::visits::{Guests, Visits};
 use super::error::ServeError;
 use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
-use super::observe::Ends;
+use super::observe::{Ends, LookUp};
 use super::relay::Served;
 use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
@@ -215,14 +215,14 @@ pub struct PeerStatus {
     pub end: Checkpoint,
     heard_lately: bool,
     now_us: i64,
-    journal: Option<Journal>,
+    journal: Option<LookUp>,
 }
 
 impl PeerStatus {
     /// The journal that it gets, once it has subscribed.
     #[must_use]
     pub fn journal(&self) -> Option<JournalId> {
-        self.journal.as_ref().map(Journal::id)
+        self.journal.as_ref().map(|journal| journal.0.id())
     }
 
     /// How many events are durable here and, as far as it has said, not there; `None` if that isn't known.
@@ -248,7 +248,7 @@ impl PeerStatus {
         if acked.offset >= self.end.offset {
             return Some(Duration::ZERO);
         }
-        let recorded_us = self.journal.as_ref()?.recorded_at_us(acked.position)?;
+        let recorded_us = self.journal.as_ref()?.0.recorded_at_us(acked.position)?;
         u64::try_from(self.now_us.checked_sub(recorded_us)?).ok().map(Duration::from_micros)
     }
 
@@ -264,7 +264,7 @@ impl PeerStatus {
     /// follows the acknowledgements within ten seconds.
     #[must_use]
     pub fn held_bytes(&self) -> Option<u64> {
-        self.journal.as_ref().zip(self.acked).map(|(it, acked)| it.held_bytes(acked.position))
+        self.journal.as_ref().zip(self.acked).map(|(it, acked)| it.0.held_bytes(acked.position))
     }
 
     fn known_ack(&self) -> Option<Checkpoint> {
@@ -412,7 +412,7 @@ impl Peer {
             end,
             heard_lately: heard <= lately,
             now_us: journal.map_or(0, |journal| journal.fs().now_us()),
-            journal: journal.cloned(),
+            journal: journal.cloned().map(LookUp),
         }
     }
 }
