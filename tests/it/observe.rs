@@ -29,8 +29,9 @@ use headwater::{
 #[cfg(feature = "cli")]
 mod command_line;
 
+use crate::fault_proxy::{Fault, Proxy, What};
 use crate::shipping::{
-    Fault, Origin, SOON, converged, copy_dir, forget_all, proxy, replace_dir, small, start_mirror,
+    Origin, SOON, converged, copy_dir, forget_all, replace_dir, small, start_mirror,
 };
 
 /// So much is told within moments, and nobody is cut off for being quiet.
@@ -420,9 +421,10 @@ fn reconnects_are_counted_by_reasons_that_happen_on_the_way() {
     let origin = Origin::start(path("origin"), small());
     origin.append(0..50);
     // Behind SUBSCRIBED, in the bytes of the first batch.
-    let fault = Fault { of_origin: true, at: 9000, bit: Some(3) };
-    let flipping = proxy(origin.address, move |number| (number < 1).then_some(fault));
-    let mirror = following(&path("damaged"), flipping, options());
+    let fault = Fault { of_origin: true, at: 9000, what: What::Flip(3) };
+    let flip_once = move |number| if number == 0 { vec![fault] } else { Vec::new() };
+    let flipping = Proxy::start(origin.address, flip_once);
+    let mirror = following(&path("damaged"), flipping.address, options());
     converged(&mirror, &origin);
     let found = mirror.status().ends;
     assert_eq!(
