@@ -106,6 +106,26 @@ impl Link {
     pub(super) fn to_json(&self) -> Value {
         Value::Object(self.0.clone())
     }
+
+    /// Whether it is to the mirror whose lease this is.
+    fn is_to(&self, lease: &Lease) -> bool {
+        node(lease).is_some_and(|node| self.text("node") == Some(&node))
+            && self.text("direction") == Some("to")
+    }
+}
+
+/// What a server says that runs.
+struct ServerSays {
+    /// The place in which its file lies.
+    of: String,
+    reading: Reading,
+}
+
+impl ServerSays {
+    fn peers(&self) -> impl Iterator<Item = (&Self, &Value)> {
+        let peers = self.reading.status.get("peers").and_then(Value::as_array);
+        peers.into_iter().flatten().map(move |peer| (self, peer))
+    }
 }
 
 /// The journal that `dir` stands for, and the mirrors of the store.
@@ -121,6 +141,9 @@ pub(super) fn places(dir: &Path) -> Result<Vec<Place>, Failure> {
         let opened = Journal::open_read_only(&fs, &dir);
         places.push(Place::new(format!("mirrors/{name}"), dir, opened));
     }
+    // A server has the journals of several of them.
+    let servers: Vec<_> = places.iter().flat_map(Place::servers).collect();
+    places.iter_mut().for_each(|place| place.find_followers(&servers));
     Ok(places)
 }
 
@@ -139,7 +162,6 @@ impl Place {
         let (refused, links) = (Vec::new(), Vec::new());
         let mut place = Self { of, dir, journal, damage, error, refused, links };
         place.find_upstream();
-        place.find_followers();
         place
     }
 
@@ -178,52 +200,50 @@ impl Place {
         self.links.push(link);
     }
 
-    fn find_followers(&mut self) {
-        let fs: Arc<dyn Fs> = Arc::new(OsFs);
+    /// What servers tell that have begun here.
+    fn servers(&self) -> Vec<ServerSays> {
         let beside = status_file::place(&self.dir);
-        let names = fs.list(&beside).unwrap_or_default();
-        let servers = names.iter().filter(|name| name.starts_with(SERVING));
-        let servers = servers.filter_map(|name| status_file::read(&*fs, &beside.join(name)));
-        let servers: Vec<_> = servers.filter(|reading| reading.is_fresh).collect();
+        let names = OsFs.list(&beside).unwrap_or_default();
+        let names = names.iter().filter(|name| name.starts_with(SERVING));
+        let readings = names.filter_map(|name| status_file::read(&OsFs, &beside.join(name)));
+        let fresh = readings.filter(|reading| reading.is_fresh);
+        fresh.map(|reading| ServerSays { of: self.of.clone(), reading }).collect()
+    }
+
+    fn find_followers(&mut self, servers: &[ServerSays]) {
+        for server in servers.iter().filter(|server| server.of == self.of) {
+            self.refused.push(server.reading.status.get("refused").cloned().unwrap_or_default());
+        }
         let Some(journal) = self.journal.clone() else { return };
+        let id = journal.id().to_string();
         let leases = journal.leases();
-        for server in &servers {
-            self.refused.push(server.status.get("refused").cloned().unwrap_or_default());
-            let peers = server.status.get("peers").and_then(Value::as_array);
-            for peer in peers.into_iter().flatten() {
-                let mut link = Link::new(&self.of, "to", "unknown");
-                link.take(peer, FIELDS);
-                link.set("told_ms", millis(server.age.as_millis()));
-                // What holds back is the lease, which follows the acknowledgements.
-                let lease = leases
-                    .iter()
-                    .flatten()
-                    .find(|it| node(it) == link.text("node").map(str::to_owned));
-                if let Some(lease) = lease {
-                    link.set("held_bytes", journal.held_bytes(lease.position));
-                }
-                self.links.push(link);
+        let mut is_served = servers.iter().any(|server| server.of == self.of);
+        for (server, peer) in servers.iter().flat_map(ServerSays::peers) {
+            let gets = peer.get("journal").and_then(Value::as_str);
+            if gets.map_or(server.of != self.of, |gets| gets != id) {
+                continue;
             }
+            is_served = true;
+            let mut link = Link::new(&self.of, "to", "unknown");
+            link.take(peer, FIELDS);
+            link.set("told_ms", millis(server.reading.age.as_millis()));
+            // What holds back is the lease, which follows the acknowledgements.
+            let lease = leases.iter().flatten().find(|lease| link.is_to(lease));
+            if let Some(lease) = lease {
+                link.set("held_bytes", journal.held_bytes(lease.position));
+            }
+            self.links.push(link);
         }
-        match leases {
-            Some(leases) => {
-                let is_connected = |lease: &&Lease| {
-                    let node = node(lease);
-                    node.is_some()
-                        && self.links.iter().any(|it| it.text("node").map(str::to_owned) == node)
-                };
-                let away: Vec<_> = leases.iter().filter(|lease| !is_connected(lease)).collect();
-                let state = if servers.is_empty() { "unknown" } else { "away" };
-                let away = away.into_iter().map(|lease| self.away(&journal, lease, state));
-                let away: Vec<_> = away.collect();
-                self.links.extend(away);
-            }
-            None => {
-                let mut link = Link::new(&self.of, "to", "unreadable");
-                link.set("held_bytes", journal.held_bytes(Position::START));
-                self.links.push(link);
-            }
-        }
+        let Some(leases) = leases else {
+            let mut link = Link::new(&self.of, "to", "unreadable");
+            link.set("held_bytes", journal.held_bytes(Position::START));
+            return self.links.push(link);
+        };
+        let is_away = |lease: &&Lease| !self.links.iter().any(|link| link.is_to(lease));
+        let state = if is_served { "away" } else { "unknown" };
+        let away = leases.iter().filter(is_away).map(|lease| self.away(&journal, lease, state));
+        let away: Vec<_> = away.collect();
+        self.links.extend(away);
     }
 
     /// A mirror that isn't here: what it has said last holds back the journal.
