@@ -232,26 +232,18 @@ fn watching_goes_on_until_nobody_reads_or_it_is_interrupted() {
     assert!(!status.success());
 }
 
-/// A kill leaves the file of a server behind; nothing of it is believed, and the next server removes it.
+/// What a kill leaves behind: nothing of it is believed, and the next server removes that of a server.
 #[test]
 fn what_a_killed_process_has_left_is_not_believed() {
-    let services = Services::start();
-    let store = services.dir.path().join("orders");
+    let mut services = Services::start();
+    let (store, orders) = (services.dir.path().join("orders"), services.path("orders"));
     let mine = store.join(format!("serving-{}", services.address()));
     until(|| mine.exists(), |exists| *exists);
-    services.link("orders", is("live"));
+    let is_level = |link: &Value| link["state"] == "live" && link["lag_events"] == 0;
+    services.link("orders", is_level);
     let left = store.join("serving-127.0.0.1:1");
-    let text = std::fs::read_to_string(&mine).unwrap();
-    // As it was long ago: the time is within the checksum.
-    let (_, body) = text.split_once('\n').unwrap();
-    let mut status: Value =
-        serde_json::Deserializer::from_str(body).into_iter().next().unwrap().unwrap();
-    status["monotonic_ms"] = json!(status["monotonic_ms"].as_i64().unwrap() - 60_000);
-    let body = status.to_string();
-    let crc = crc32fast_of(body.as_bytes());
-    std::fs::write(&left, format!("headwater-status 1 {} {crc:08x}\n{body}\n", body.len()))
-        .unwrap();
-    let links = json_of(&["lag", "--json", &services.path("orders")]);
+    std::fs::write(&left, aged(&std::fs::read_to_string(&mine).unwrap())).unwrap();
+    let links = json_of(&["lag", "--json", &orders]);
     assert_eq!(links["links"].as_array().unwrap().len(), 1, "{links}");
     let other = services.orders.serve("127.0.0.1:0").unwrap();
     assert!(!left.exists() && mine.exists());
@@ -259,10 +251,32 @@ fn what_a_killed_process_has_left_is_not_believed() {
     until(|| path.exists(), |exists| *exists);
     other.shutdown();
     assert!(!path.exists());
+
+    let level = services.link("customers", is_level);
+    let following = services.dir.path().join("customers/mirrors/orders/following");
+    let alive = std::fs::read_to_string(&following).unwrap();
+    services.mirror.take().unwrap().stop().unwrap();
+    std::fs::write(&following, aged(&alive)).unwrap();
+    let link = services.link("customers", is("unknown"));
+    assert_nothing_live(&link);
+    for field in ["address", "node", "path", "durable_position"] {
+        assert_eq!(link[field], level[field], "{field}");
+    }
+    assert_eq!((&link["ends"], &link["reconnects"]), (&Value::Null, &Value::Null));
+}
+
+/// A status file as it was written a minute ago; the time is within the checksum.
+fn aged(text: &str) -> String {
+    let (_, body) = text.split_once('\n').unwrap();
+    let mut statuses = serde_json::Deserializer::from_str(body).into_iter::<Value>();
+    let mut status = statuses.next().unwrap().unwrap();
+    status["monotonic_ms"] = json!(status["monotonic_ms"].as_i64().unwrap() - 60_000);
+    let body = status.to_string();
+    format!("headwater-status 1 {} {:08x}\n{body}\n", body.len(), crc32(body.as_bytes()))
 }
 
 /// CRC-32 (IEEE), as docs/format.md has it, bit by bit.
-fn crc32fast_of(bytes: &[u8]) -> u32 {
+fn crc32(bytes: &[u8]) -> u32 {
     let mut crc = u32::MAX;
     for byte in bytes {
         crc ^= u32::from(*byte);
