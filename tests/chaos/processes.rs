@@ -17,9 +17,7 @@ use std::time::{Duration, Instant};
 
 use headwater::fs::os::OsFs;
 use headwater::planted::{self, Bug};
-use headwater::shipping::{
-    Deadlines, FollowOptions, MirrorState, ServeOptions, Server, follow, serve,
-};
+use headwater::shipping::{Deadlines, FollowOptions, MirrorState, ServeOptions, follow, serve};
 use headwater::{
     Append, ExpectedRevision, Journal, JournalOptions, NewEvent, Position, Store, StreamId,
 };
@@ -60,7 +58,7 @@ pub(crate) fn follow_options() -> FollowOptions {
 pub(crate) enum Role {
     /// Appends, with such a pause between two appends, and serves.
     Origin { address: String, pause_ms: u64 },
-    /// Follows, and serves what it has if it is given an address.
+    /// Follows, at one of several addresses with commas in between, and serves what it has if it is given one.
     Mirror { upstream: String, address: Option<String> },
 }
 
@@ -131,14 +129,13 @@ fn mirror(dir: &Path, upstream: &str, address: Option<&str>) -> ! {
     if std::env::var_os(PLANT).is_some() {
         planted::plant_everywhere(Bug::NoBodyCheck);
     }
-    let mirror = follow(Arc::new(OsFs), dir, upstream, follow_options()).unwrap();
-    let mut server: Option<Server> = None;
+    let upstreams: Vec<_> = upstream.split(',').collect();
+    let mirror = follow(Arc::new(OsFs), dir, upstreams, follow_options()).unwrap();
+    let serve = |address| serve(&mirror, address, serve_options()).unwrap();
+    let _server = address.map(serve);
     let mut said = (None, None, 0);
     loop {
         let status = mirror.status();
-        if let (None, Some(address), Some(journal)) = (&server, address, mirror.journal()) {
-            server = Some(serve(journal, address, serve_options()).unwrap());
-        }
         if let MirrorState::Halted(error) = &status.state {
             say(&format!("halted {}", error.to_string().replace('\n', " ")));
         }

@@ -23,6 +23,8 @@ mod cli_views;
 #[cfg(feature = "test-kit")]
 mod commands;
 #[cfg(feature = "shipping")]
+mod connections;
+#[cfg(feature = "shipping")]
 mod consistency;
 #[cfg(feature = "test-kit")]
 mod crash;

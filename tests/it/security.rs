@@ -869,6 +869,35 @@ fn a_pinned_certificate_without_its_key_is_worth_nothing() {
     assert_eq!(following.fails_in_tls(), TlsReason::Untrusted);
 }
 
+/// One that has the right key, and isn't what was expected at this address: a web server behind the same certificate.
+#[test]
+fn a_token_does_not_go_to_who_speaks_another_protocol() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Held::self_signed(dir.path(), "server");
+    let origin = open_tls_server(&server, [anybody()]);
+    let provider = Arc::new(ring::default_provider());
+    // It names no protocol at all, and takes whoever comes.
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(TLS13)
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(Forger::showing(&server, &server)));
+    let config = Arc::new(config);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let token = AccessToken::generate().unwrap();
+    let options = bearing(&token, tls(pins(&[&server])));
+    let following = origin.follow_at(&listener.local_addr().unwrap().to_string(), options);
+    for _ in 0..5 {
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let connection = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
+        let mut heard = Vec::new();
+        drop(rustls::StreamOwned::new(connection, stream).read_to_end(&mut heard));
+        assert!(heard.is_empty(), "{} bytes went to something else", heard.len());
+    }
+    assert_eq!(following.fails_in_tls(), TlsReason::Incompatible);
+}
+
 #[test]
 fn a_first_frame_of_more_than_4_kib_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use headwater::retention::{History, Options, Until};
 use headwater::shipping::message::{ErrorCode, FrameReader, Message};
-use headwater::shipping::{Deadlines, PeerState, ServeOptions, serve};
+use headwater::shipping::{Deadlines, ServeOptions, serve};
 use headwater::{JournalOptions, Position};
 
 use crate::shipping::{Origin, SOON, converged, small, start_mirror};
@@ -63,13 +63,13 @@ fn process_with_many_stalled_subscribers() {
         let mut last = (0, Instant::now());
         loop {
             let peers = server.peers();
-            let catching_up = peers.iter().filter(|peer| peer.state == PeerState::CatchingUp);
+            let behind = peers.iter().filter(|peer| peer.sent.is_some() && !peer.is_live());
             let sent = peers.iter().map(|peer| peer.sent_bytes).sum::<u64>();
             if sent != last.0 {
                 last = (sent, Instant::now());
             }
             // Nobody has been sent anything for a while: all of them are blocked.
-            if catching_up.count() == count && last.1.elapsed() > Duration::from_millis(500) {
+            if behind.count() == count && last.1.elapsed() > Duration::from_millis(500) {
                 return;
             }
             assert!(Instant::now() < deadline, "{peers:?}");
