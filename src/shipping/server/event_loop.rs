@@ -54,7 +54,7 @@ pub(super) struct EventLoop {
 
     timers: Timers,
     /// Whose turn was over before they were through.
-    again: Vec<usize>,
+    again: Turns,
     leases_at: Instant,
     /// While shutting down: until when peers may take.
     stop_at: Option<Instant>,
@@ -89,6 +89,18 @@ impl Timers {
     fn clear(&mut self, timer: &mut Option<Instant>, token: usize) {
         if let Some(at) = timer.take() {
             self.0.remove(&(at, token));
+        }
+    }
+}
+
+/// Who goes on in the next turn of the loop, each once.
+#[derive(Default)]
+struct Turns(Vec<usize>);
+
+impl Turns {
+    fn give(&mut self, has_one: &mut bool, token: usize) {
+        if !std::mem::replace(has_one, true) {
+            self.0.push(token);
         }
     }
 }
@@ -163,7 +175,7 @@ impl EventLoop {
             handshakes: 0,
             per_address: HashMap::new(),
             timers: Timers::default(),
-            again: Vec::new(),
+            again: Turns::default(),
             leases_at: now + LEASES_EVERY,
             stop_at: None,
             workers,
@@ -193,7 +205,7 @@ impl EventLoop {
                     Token(token) => self.touch(token, true, now),
                 }
             }
-            for token in std::mem::take(&mut self.again) {
+            for token in std::mem::take(&mut self.again.0) {
                 self.slots.get_mut(&token).into_iter().for_each(|slot| slot.has_a_turn = false);
                 self.touch(token, true, now);
             }
@@ -207,7 +219,7 @@ impl EventLoop {
 
     /// Until when nothing need be done, unless something happens.
     fn sleep(&self) -> Option<Duration> {
-        if !self.again.is_empty() {
+        if !self.again.0.is_empty() {
             return Some(Duration::ZERO);
         }
         let times = [
@@ -291,9 +303,7 @@ impl EventLoop {
     /// It goes on in the next turn of the loop.
     fn give_turn(&mut self, token: usize) {
         let Some(slot) = self.slots.get_mut(&token) else { return };
-        if !std::mem::replace(&mut slot.has_a_turn, true) {
-            self.again.push(token);
-        }
+        self.again.give(&mut slot.has_a_turn, token);
     }
 
     fn settle(&mut self, mut connection: Box<Connection>, step: Step, now: Now) {
@@ -539,5 +549,19 @@ mod tests {
         assert_eq!((timers.pop(at(19)), timers.pop(at(20))), (None, Some(2)));
         timers.clear(&mut first, 1);
         assert_eq!((first, timers.first()), (None, None));
+    }
+
+    #[test]
+    fn nobody_has_two_turns_in_one_round() {
+        let (mut turns, mut first, mut second) = (Turns::default(), false, false);
+        for _ in 0..3 {
+            turns.give(&mut first, 1);
+        }
+        turns.give(&mut second, 2);
+        assert_eq!(turns.0, [1, 2]);
+        // Its turn has come: it may have another one.
+        first = false;
+        turns.give(&mut first, 1);
+        assert_eq!(turns.0, [1, 2, 1]);
     }
 }
