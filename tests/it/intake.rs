@@ -12,11 +12,12 @@ use fastrand::Rng;
 use headwater::doctor::{self, Level};
 use headwater::fs::{Fs, os::OsFs};
 use headwater::view::{
-    Fold, FoldError, Keys, LostTail, RebuildOptions, Table, TableView, Tables, View, ViewControl,
-    ViewError, ViewOptions, ViewState, ViewTxn,
+    Fold, FoldError, Keys, LostTail, RebuildOptions, StopError, Table, TableView, Tables, View,
+    ViewControl, ViewError, ViewOptions, ViewState, ViewTxn, WaitError,
 };
 use headwater::{
-    Append, ExpectedRevision, Journal, Locator, NewEvent, Recorded, Store, StreamId, Token,
+    Append, ExpectedRevision, Journal, Locator, NewEvent, Position, Recorded, Store, StreamId,
+    Token,
 };
 
 use crate::views::{copy_dir, replace_dir};
@@ -415,8 +416,9 @@ fn a_journal_that_has_less_than_was_taken_in_is_waited_for() {
     let mut world = World::new(dir.path(), 50, 2);
     let fs: Arc<dyn Fs> = Arc::new(OsFs);
     let journal = dir.path().join("store-1/journal");
+    world.filler_bytes = 20_000; // so much that it is built in bulk
     world.open("first");
-    world.append_some(20);
+    world.append_some(80);
     world.rows();
     let backup = dir.path().join("backup");
     world.stores[1].journal().backup(&backup).unwrap();
@@ -454,6 +456,59 @@ fn a_journal_that_has_less_than_was_taken_in_is_waited_for() {
     let again = of(&journals(&journal));
     again.control.wait_for(&last, PATIENCE).unwrap();
     assert_eq!((again.rows)(), seen);
+}
+
+/// What was recorded of it can't be judged before the mirror gets as far.
+#[cfg(feature = "shipping")]
+#[test]
+fn a_mirror_that_goes_on_in_another_way_than_was_recorded_stops_its_views_and_they_are_made_anew() {
+    use headwater::format::intake::{IntakeHeader, Run};
+    use headwater::shipping::{FollowOptions, ServeOptions, follow, serve};
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 51, 2);
+    world.append_some(20);
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let origin = world.stores[1].journal().clone();
+    let server = serve(origin, address, ServeOptions::default()).unwrap();
+    let (fs, options) = (Arc::new(OsFs), FollowOptions::default());
+    let at = server.local_addr().to_string();
+    let mirror = follow(fs, &dir.path().join("mirror"), at, options).unwrap();
+    mirror.wait_for(&world.tokens[1].unwrap(), PATIENCE).unwrap();
+    let mirrored = mirror.journal().unwrap();
+    let journals = [world.stores[0].journal().clone(), mirrored.clone()];
+
+    let header = IntakeHeader::new(journals.iter().map(Journal::id).collect());
+    let mut end = mirrored.end();
+    end.offset += 64;
+    end.position = Position::new(end.position.get() + 3);
+    let run = Run { journal: mirrored.id(), end: end.into() };
+    let record = header.encode_run(0, &run).unwrap();
+    let folder = world.views().join(".intake");
+    std::fs::create_dir_all(&folder).unwrap();
+    let log = folder.join(header.name());
+    std::fs::write(&log, [header.encode(), record.to_vec()].concat()).unwrap();
+
+    let open =
+        || open_keyed::<0, 1>(&world.stores[0], &journals, ViewOptions::default()).unwrap().control;
+    let view = open();
+    view.wait_for(&world.tokens[1].unwrap(), PATIENCE).unwrap();
+    let stream = StreamId::new("told").unwrap();
+    for _ in 0..3 {
+        let events = [NewEvent::raw("told", vec![1, 1]).unwrap()];
+        let append = Append::to(&stream, ExpectedRevision::Any, events);
+        world.tokens[1] = Some(world.stores[1].append(&append).unwrap().token());
+    }
+    let refused = view.wait_for(&world.tokens[1].unwrap(), PATIENCE).unwrap_err();
+    let WaitError::Stopped(stopped) = refused else { panic!("{refused}") };
+    assert!(matches!(*stopped, StopError::Order { .. }), "{stopped}");
+    assert_eq!(stopped.code(), "view_stop.order");
+    view.close().unwrap();
+    drop(view);
+    let view = open();
+    assert!(view.status().set_aside.is_some());
+    let tokens = world.tokens.iter().flatten();
+    tokens.for_each(|token| view.wait_for(token, PATIENCE).unwrap());
+    assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
 }
 
 /// It is told what it is, and no view.
