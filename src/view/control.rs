@@ -52,7 +52,8 @@ pub struct ViewStatus {
     /// The folder of the generation that is served.
     pub generation: PathBuf,
     /// The folder of the generation that was set aside at this opening, because it was of another history
-    /// than the journal, or had other indexes than the view declares. Delete it when it is of no more use.
+    /// than the journal, or had other indexes than the view declares, or its journals were taken in in an order that isn't
+    /// recorded any more. Delete it when it is of no more use.
     pub set_aside: Option<PathBuf>,
     /// The rebuild that is under way, or the building of the first generation.
     pub rebuild: Option<RebuildStatus>,

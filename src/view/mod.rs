@@ -31,6 +31,7 @@
 //! | of another history, or of another journal | set the generation aside, build the next one | the same |
 //! | behind the journal's end | [`ViewError::LostTail`]: the view is the witness of a loss | serve, wait for the mirror, compare again: go on, or stop as [`StopError::Fork`] |
 //! | not to be judged: the journal is damaged there | serve, stopped | serve, stopped |
+//! | of several journals in an order that isn't recorded | set the generation aside, build the next one | the same |
 //!
 //! `applied` is what readers see, `durable` is what survives a crash. Whatever truncates or acknowledges
 //! goes by `durable`.

@@ -177,15 +177,15 @@ fn reach(journal: &Journal, from: Link, end: Checkpoint, bytes: u64) -> Result<L
     let events = u128::from(end.position.since(from.position));
     let events = events * u128::from(bytes) / u128::from(there);
     let about = from.position.advance(u64::try_from(events).unwrap_or(u64::MAX));
-    match journal.batch_end_at(about)? {
-        Some(found) if found.position > from.position => Ok(found.into()),
-        Some(_) => {
+    match journal.batch_end_at(about) {
+        Ok(Some(found)) if found.position > from.position => Ok(found.into()),
+        Ok(Some(_)) => {
             let mut cursor = journal.cursor(from.position)?;
             let next = cursor.next_batch()?.map(|batch| batch.end());
             Ok(next.unwrap_or(end).into())
         }
-        // Removed or lost: whoever reads it is told.
-        None => Ok(end.into()),
+        // Removed, lost or damaged: whoever gets there is told.
+        Ok(None) | Err(_) => Ok(end.into()),
     }
 }
 
