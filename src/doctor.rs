@@ -595,7 +595,7 @@ fn check_mirrors(found: &mut Diagnosis, store: &Path) {
 
 fn check_mirror(found: &mut Diagnosis, name: &str, path: &Path, dir: &Path, condition: &Condition) {
     let (journal, end) = (condition.node.journal, condition.end);
-    if condition.role != Some(Role::Mirror) {
+    if !matches!(condition.role, Some(Role::Mirror | Role::Feed)) {
         let hint = "mirrors belong to the store that follows them: move it away";
         return found.warn("mirror", format!("{name}: not a mirror's directory"), hint);
     }

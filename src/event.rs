@@ -380,6 +380,26 @@ pub struct NewEvent<P = Vec<u8>> {
     pub(crate) metadata: Vec<(String, String)>,
 }
 
+#[cfg(feature = "shipping")]
+impl<'a> NewEvent<&'a [u8]> {
+    /// What a record says, without its place. `None` if a name in it is not valid.
+    pub(crate) fn of_record(record: &RecordRef<'a>) -> Option<Self> {
+        Some(Self {
+            id: record.id,
+            event_type: EventType::new(record.event_type).ok()?,
+            schema_version: record.schema_version,
+            codec: record.codec,
+            payload: record.payload,
+            tags: record.tags().map(str::to_owned).collect(),
+            subject: record.subject.map(str::to_owned),
+            correlation: record.correlation,
+            causation: record.causation,
+            occurred_at_us: record.occurred_at_us,
+            metadata: record.metadata().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+        })
+    }
+}
+
 impl NewEvent {
     /// An event with a payload of plain bytes and a new id.
     ///
@@ -958,8 +978,10 @@ impl Event for Vec<u8> {
         Ok((PayloadCodec::Raw, self.clone()))
     }
 
-    fn step(_: EventKindRef<'_>, payload: Payload<'_>) -> Result<Step<Self>, CodecError> {
-        Ok(Step::Value(payload.bytes.to_vec()))
+    fn step(kind: EventKindRef<'_>, payload: Payload<'_>) -> Result<Step<Self>, CodecError> {
+        // What a journal notes for itself is nobody's event.
+        let is_own = kind.name.starts_with('$');
+        Ok(if is_own { Step::Foreign } else { Step::Value(payload.bytes.to_vec()) })
     }
 }
 

@@ -218,7 +218,29 @@ fn written_again(message: &crate::shipping::message::Message<'_>) -> Vec<u8> {
     {
         assert_eq!(SegmentPage::read(&page.bytes()), PageState::Valid { page, intact: true });
     }
+    if let Message::Events(events) = message {
+        read_run(events.from, events.bytes);
+    }
     bytes
+}
+
+/// A run that is taken in accounts for every position in front of its end.
+#[cfg(feature = "shipping")]
+fn read_run(from: Position, bytes: &[u8]) {
+    use crate::shipping::message::{RUN_FIXED_BYTES, Run};
+    let mut bytes = bytes.to_vec();
+    if bytes.len() > RUN_FIXED_BYTES {
+        let crc = crc32(&[&bytes[4..]]);
+        bytes[..4].copy_from_slice(&crc.to_le_bytes());
+    }
+    if let Ok(run) = Run::decode(from, bytes) {
+        let mut last = from;
+        for entry in run.entries() {
+            let entry = entry.unwrap();
+            assert!(entry.position >= last && entry.position < run.behind.position);
+            last = entry.position;
+        }
+    }
 }
 
 // ----------------------------------------------------------------------------------------------- segment
@@ -238,7 +260,7 @@ pub fn recover_segment(input: &[u8]) {
     let disk = Disk::with(role, &segment);
     let readable = disk.read_only();
     match role {
-        Role::Origin => disk.write_to(readable),
+        Role::Origin | Role::Feed => disk.write_to(readable),
         Role::Mirror => disk.reopen_mirror(readable),
     }
     env::seed(None);

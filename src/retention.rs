@@ -395,10 +395,10 @@ pub fn apply(fs: &Arc<dyn Fs>, dir: &Path, options: &Options) -> Result<Plan, Re
     let (journal, _) = Journal::open_read_only(fs, dir)?;
     let defaults = JournalOptions::default();
     match journal.role() {
-        Role::Origin => {
+        role @ (Role::Origin | Role::Feed) => {
             // As a store does it: where views or reactors remember events, an empty journal is a loss.
             let remembered = is_remembered(&**fs, &beside(dir));
-            let appender = Appender::open(fs, dir, &defaults, remembered)?;
+            let appender = Appender::open_as(role, fs, dir, &defaults, remembered)?;
             let outcome = apply_to(appender.journal(), options);
             let closed = appender.close();
             let plan = outcome?;
@@ -722,7 +722,7 @@ fn is_of_another_history(journal: &Journal, checkpoint: &crate::Checkpoint) -> b
     match journal.compare(checkpoint) {
         Ok(Comparison::Differs | Comparison::Foreign) => true,
         // A mirror may still come to where its view is.
-        Ok(Comparison::Ahead) => journal.role() == Role::Origin,
+        Ok(Comparison::Ahead) => journal.role().appends(),
         Ok(Comparison::Equal) | Err(_) => false,
     }
 }

@@ -32,8 +32,8 @@ use crate::reactor::{self, OpenReactorError, REACTORS, Reactor, ReactorHandle, R
 use crate::retention::{self, Plan, RetentionError};
 #[cfg(feature = "shipping")]
 use crate::shipping::{
-    Addresses, FollowOptions, Mirror, PeersCheck, ServeError, ServeOptions, Server, ShippingError,
-    TakenBack,
+    Addresses, Feed, FeedFilter, FollowOptions, Mirror, PeersCheck, ServeError, ServeOptions,
+    Server, ShippingError, TakenBack,
 };
 #[cfg(feature = "views")]
 use crate::view::{
@@ -689,14 +689,54 @@ impl Store {
         addresses: impl Into<Addresses>,
         options: FollowOptions,
     ) -> Result<Mirror, ShippingError> {
+        let dir = self.mirror_dir(name)?;
+        crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, addresses, options)
+    }
+
+    /// Follows a filtered feed of the journal that another service serves at `address`: only the events that `filter`
+    /// means, in the shape in which the service publishes them. They are kept in a journal of their own, under `name`
+    /// beside the mirrors; views of it are opened with [`view_of`](Self::view_of).
+    ///
+    /// # Errors
+    /// [`ShippingError`] as [`follow_feed`](crate::shipping::follow_feed); whatever happens on the way to the origin
+    /// is told by [`Feed::status`](crate::shipping::Feed::status) and retried.
+    #[cfg(feature = "shipping")]
+    pub fn feed(
+        &self,
+        name: &str,
+        address: impl Into<String>,
+        filter: impl Into<FeedFilter>,
+    ) -> Result<Feed, ShippingError> {
+        let journal = self.inner.options.clone();
+        let options = FollowOptions { journal, ..FollowOptions::default() };
+        self.feed_with(name, address, filter, options)
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// [`ShippingError`].
+    #[cfg(feature = "shipping")]
+    pub fn feed_with(
+        &self,
+        name: &str,
+        address: impl Into<String>,
+        filter: impl Into<FeedFilter>,
+        options: FollowOptions,
+    ) -> Result<Feed, ShippingError> {
+        let (fs, dir) = (Arc::clone(&self.inner.fs), self.mirror_dir(name)?);
+        crate::shipping::follow_feed(fs, &dir, address, filter.into(), options)
+    }
+
+    #[cfg(feature = "shipping")]
+    fn mirror_dir(&self, name: &str) -> Result<PathBuf, ShippingError> {
         let allowed = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '-' | '_');
         if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
             let reason = "must be 1 to 64 of a-z, 0-9, - and _";
             let invalid = OpenError::InvalidOption { option: "mirror name", reason };
             return Err(ShippingError::Open(Arc::new(invalid)));
         }
-        let dir = self.inner.dir.join("mirrors").join(name).join("journal");
-        crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, addresses, options)
+        Ok(self.inner.dir.join("mirrors").join(name).join("journal"))
     }
 
     /// What [`retain`](Self::retain) would remove, and what keeps more from being removed. Changes nothing.

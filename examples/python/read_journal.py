@@ -100,9 +100,9 @@ def read_node(directory):
     version, role = struct.unpack_from("<HB", data, 8)
     if version != 1:
         raise Unsupported(f"{directory}/node: version {version}")
-    if role not in (1, 2):
+    if role not in (1, 2, 3):
         raise Damage(f"{directory}/node: role {role}")
-    return Node({1: "origin", 2: "mirror"}[role], data[32:48], data[16:32])
+    return Node({1: "origin", 2: "mirror", 3: "feed"}[role], data[32:48], data[16:32])
 
 
 def read_mark(directory):

@@ -108,8 +108,8 @@ fn right(right: &Right) -> String {
         Journals::All => "all journals".to_owned(),
         Journals::One(journal) => journal.to_string(),
     };
-    match right.mode {
+    match &right.mode {
         Mode::Verbatim => journal,
-        Mode::Filtered(_) => format!("{journal}, filtered"),
+        Mode::Filtered(filter) => format!("{journal}, filtered: {filter}"),
     }
 }

@@ -26,6 +26,24 @@ pub enum Role {
     Origin,
     /// An exact read-only copy of an origin.
     Mirror,
+    /// What is received of another service's filtered feed, and nothing else: a journal of its own.
+    Feed,
+}
+
+impl Role {
+    /// Whether batches are written here for the first time, and were copied from nowhere.
+    #[must_use]
+    pub const fn appends(self) -> bool {
+        matches!(self, Self::Origin | Self::Feed)
+    }
+
+    const fn number(self) -> u8 {
+        match self {
+            Self::Origin => 1,
+            Self::Mirror => 2,
+            Self::Feed => 3,
+        }
+    }
 }
 
 impl std::fmt::Display for Role {
@@ -33,6 +51,7 @@ impl std::fmt::Display for Role {
         f.write_str(match self {
             Self::Origin => "origin",
             Self::Mirror => "mirror",
+            Self::Feed => "feed",
         })
     }
 }
@@ -40,7 +59,7 @@ impl std::fmt::Display for Role {
 /// The contents of `node`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// Origin or mirror.
+    /// Origin, mirror or feed.
     pub role: Role,
     /// This directory.
     pub node: NodeId,
@@ -55,7 +74,7 @@ impl Node {
         let mut out = Block::<NODE_BYTES>::new();
         out.put(0, &NODE_MAGIC);
         out.put(8, &VERSION.to_le_bytes());
-        out.put(10, &[if self.role == Role::Origin { 1 } else { 2 }]);
+        out.put(10, &[self.role.number()]);
         out.put(16, self.node.as_bytes());
         out.put(32, self.journal.as_bytes());
         let crc = crc32(&[&out.0[..NODE_BYTES - 4]]);
@@ -74,6 +93,7 @@ impl Node {
         let role = match input.u8()? {
             1 => Role::Origin,
             2 => Role::Mirror,
+            3 => Role::Feed,
             _ => return Err(FormatError::Invalid("role")),
         };
         input.bytes(5)?;

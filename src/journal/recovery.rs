@@ -181,7 +181,7 @@ pub(crate) fn survey(
             .max(mark.map_or(0, |mark| mark.end.offset))
             .max(gaps.end_offset())
             // In a mirror only its own place proves anything: the origin has the rest.
-            .max(if node.role == Role::Origin { start.proven } else { 0 }),
+            .max(if node.role.appends() { start.proven } else { 0 }),
         stop,
         epoch_max: walk
             .epoch_max
@@ -296,7 +296,7 @@ impl<'a> Walk<'a> {
         (used, gaps): (&[Found], &'a Gaps),
     ) -> Self {
         let claims = match role {
-            Role::Origin => {
+            Role::Origin | Role::Feed => {
                 let headers = used.iter().filter_map(Found::valid);
                 headers.map(|(page, _)| page.header.durable_offset).max().unwrap_or(0)
             }
@@ -561,7 +561,7 @@ impl<'a> Walk<'a> {
 
     fn note(&mut self, header: &BatchHeader) {
         self.epoch_max = self.epoch_max.max(header.epoch);
-        if self.role == Role::Origin {
+        if self.role.appends() {
             self.claims = self.claims.max(header.durable_offset);
         }
     }
@@ -744,10 +744,10 @@ pub(crate) fn mend(
     reserve_bytes: u64,
 ) -> Result<Recovered, OpenError> {
     let corruption = survey.corruption(layout);
-    if let Some(corruption) = corruption.clone().filter(|_| node.role == Role::Origin) {
+    if let Some(corruption) = corruption.clone().filter(|_| node.role.appends()) {
         return Err(OpenError::Corruption(corruption));
     }
-    if let Some((path, flags)) = survey.read_only.clone().filter(|_| node.role == Role::Origin) {
+    if let Some((path, flags)) = survey.read_only.clone().filter(|_| node.role.appends()) {
         let source = FormatError::Unsupported { version: FORMAT_VERSION, flags };
         return Err(OpenError::Unsupported { path, source });
     }

@@ -482,7 +482,7 @@ impl<'a> Scene<'a> {
     }
 
     fn walk(&mut self) -> Result<(), RepairError> {
-        if self.node.role == Role::Origin {
+        if self.node.role.appends() {
             let claims = self.segments.iter().filter_map(|s| s.page.as_ref());
             let claimed = claims.map(|page| page.header.durable_offset).max();
             self.proven = self.proven.max(claimed.unwrap_or(0)).max(self.start.proven);
@@ -516,7 +516,7 @@ impl<'a> Scene<'a> {
             return Ok(Some(fetched));
         }
         let (path, at) = self.describe(place);
-        match self.loss(place)?.filter(|_| self.role == Some(Role::Origin)) {
+        match self.loss(place)?.filter(|_| self.role.is_some_and(Role::appends)) {
             Some(gap) => {
                 let range = gap.from.position..gap.to_position;
                 let accepted = self.accept.contains(&range);

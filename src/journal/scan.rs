@@ -189,7 +189,7 @@ impl Window {
         self.walk_behind(at, page, |place| match place {
             Place::Batch(header) => {
                 found(&header);
-                if role == Role::Origin {
+                if role.appends() {
                     claims.durable_offset = claims.durable_offset.max(header.durable_offset);
                 }
             }

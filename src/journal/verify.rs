@@ -568,9 +568,9 @@ impl<'a> Verifier<'a> {
         progress: &'a mut dyn FnMut(VerifyProgress),
     ) -> Self {
         let claims = heads.iter().filter_map(Head::valid).map(|page| page.header.durable_offset);
-        let claimed = if node.role == Role::Origin { claims.max().unwrap_or(0) } else { 0 };
+        let claimed = if node.role.appends() { claims.max().unwrap_or(0) } else { 0 };
         let marked = mark.map_or(0, |mark| mark.end.offset);
-        let claimed = if node.role == Role::Origin { claimed.max(start.proven) } else { claimed };
+        let claimed = if node.role.appends() { claimed.max(start.proven) } else { claimed };
         let end = start.checkpoint;
         Self {
             fs,

@@ -126,7 +126,7 @@ impl Writer {
     /// In a mirror a header is a peer's word, so what is prepared on it is bounded.
     fn reserve_bytes_max(&self) -> u64 {
         match self.journal.role() {
-            Role::Origin => u64::MAX,
+            Role::Origin | Role::Feed => u64::MAX,
             Role::Mirror => RESERVE_BYTES_MAX,
         }
     }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::feed::FeedError;
 use super::message::{Divergence, ErrorCode, Failure, VersionRange};
 use super::security::{SecurityError, TlsFailure};
 use super::session::{Deadline, DivergedAt, SessionEnd, TruncatedAt, Violation};
@@ -164,6 +165,9 @@ pub enum ShippingError {
     /// A connection can't be set up on this side.
     #[error("can't set up the connection: {0}")]
     Setup(#[source] Arc<io::Error>),
+    /// A filtered feed doesn't go on.
+    #[error(transparent)]
+    Feed(#[from] FeedError),
     /// The connection was closed.
     #[error("the origin closed the connection")]
     Disconnected,
@@ -268,6 +272,7 @@ impl ShippingError {
             Self::Reported { failure } => !failure.code.is_transient(),
             Self::Storage(error) => !matches!(error, IngestError::DiskFull(_)),
             Self::SetAside(error) => !error.is_disk_full(),
+            Self::Feed(error) => error.is_halting(),
             Self::Refused { refusal, .. } => is_unsupported(refusal),
             Self::Security(_)
             | Self::Tls(_)
@@ -309,7 +314,7 @@ impl ShippingError {
 
     /// A stable name of the kind of error.
     #[must_use]
-    pub const fn code(&self) -> &'static str {
+    pub fn code(&self) -> &'static str {
         match self {
             Self::Ahead(_) => "shipping.ahead",
             Self::Fork(_) => "shipping.fork",
@@ -329,6 +334,7 @@ impl ShippingError {
             Self::Resolve { .. } => "shipping.resolve",
             Self::Connect { .. } => "shipping.connect",
             Self::Setup(_) => "shipping.setup",
+            Self::Feed(error) => error.code(),
             Self::Disconnected => "shipping.disconnected",
             Self::GoingAway { .. } => "shipping.going_away",
             Self::Timeout(_) => "shipping.timeout",
@@ -363,6 +369,12 @@ impl ShippingError {
                 ErrorCode::DENIED => {
                     "put this mirror's key or token, with a right to this journal, into the origin's access list, reload that, then resume; is it the right origin?"
                 }
+                ErrorCode::TERMS => {
+                    "the service publishes its events in another shape now: follow the feed anew under another name"
+                }
+                ErrorCode::SHAPE => {
+                    "the service can't publish the event at this position: it is to be mended there; attempts go on"
+                }
                 _ => "see the origin: the trouble is on its side",
             },
             Self::Refused { .. } => {
@@ -374,6 +386,7 @@ impl ShippingError {
             Self::Storage(_) => "check the mirror's disk, then resume",
             Self::Open(error) => error.hint(),
             Self::SetAside(error) => error.hint(),
+            Self::Feed(error) => error.hint(),
             Self::Begin(error) => error.hint(),
             Self::Resolve { .. } | Self::Connect { .. } => {
                 "is the origin running, and is the address right? Attempts go on"

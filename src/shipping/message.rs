@@ -15,6 +15,14 @@
 
 use zeroize::Zeroizing;
 
+mod feed;
+
+pub use feed::{
+    ENTRY_FIXED_BYTES, Entries, Entry, Events, FeedRequest, FeedTerms, RUN_BYTES_MAX,
+    RUN_FIXED_BYTES, Run, SHAPE_NAME_BYTES_MAX, ShapeId, Skip,
+};
+pub(crate) use feed::{RunWriter, put_part};
+
 use crate::format::batch::{Link, PADDED_BYTES_LIMIT};
 use crate::format::files::Witness;
 use crate::format::segment::HEADER_PAGE_BYTES;
@@ -39,11 +47,13 @@ pub const DATA_FIXED_BYTES: u32 = 32;
 pub const FRAME_BYTES_MIN: u32 = 8 * 1024;
 /// The largest frame limit that this code grants, and the one it asks for.
 pub const FRAME_BYTES_MAX: u32 = 1024 * 1024;
+/// Feature: filtered feeds. A mirror doesn't need it, and doesn't offer it.
+pub const FEATURE_FILTERED: u64 = 1;
 /// Feature: PROBE and PROBED, with which a mirror finds the last common batch end of two histories.
 pub const FEATURE_PROBE: u64 = 1 << 2;
 /// Feature: TRUNCATED, which says where else there are events that were removed.
 pub const FEATURE_TRUNCATED: u64 = 1 << 3;
-/// Feature bits that this code knows. Others are set apart in `docs/protocol.md`.
+/// Features that a mirror offers. Others are set apart in `docs/protocol.md`.
 pub const FEATURES: u64 = FEATURE_PROBE | FEATURE_TRUNCATED;
 /// The longest path of nodes that a SUBSCRIBED may carry.
 pub const PATH_NODES_MAX: usize = 8;
@@ -75,6 +85,8 @@ mod kind {
     pub(super) const PROBED: u8 = 0x07;
     pub(super) const DATA: u8 = 0x10;
     pub(super) const SEGMENT: u8 = 0x11;
+    pub(super) const SKIP: u8 = 0x14;
+    pub(super) const EVENTS: u8 = 0x15;
     pub(super) const HEARTBEAT: u8 = 0x16;
     pub(super) const ACK: u8 = 0x17;
     pub(super) const TRUNCATED: u8 = 0x18;
@@ -295,6 +307,13 @@ pub struct OriginEnd {
     pub position: Position,
 }
 
+impl OriginEnd {
+    /// That of a source which has gone on since it was asked.
+    pub(crate) fn at_least(self, sent: &Checkpoint) -> Self {
+        if sent.offset > self.offset { sent.into() } else { self }
+    }
+}
+
 impl From<&Checkpoint> for OriginEnd {
     fn from(end: &Checkpoint) -> Self {
         Self { offset: end.offset, position: end.position }
@@ -398,6 +417,10 @@ impl ErrorCode {
     pub const NOT_YET: Self = Self(20);
     /// The bytes received are not a continuation of the mirror.
     pub const REFUSED: Self = Self(21);
+    /// The feed was begun with other terms than there are now.
+    pub const TERMS: Self = Self(22);
+    /// The service can't publish the event at the position given.
+    pub const SHAPE: Self = Self(23);
 
     /// The name in `docs/protocol.md`.
     #[must_use]
@@ -421,6 +444,8 @@ impl ErrorCode {
             Self::RATE => "RATE",
             Self::NOT_YET => "NOT_YET",
             Self::REFUSED => "REFUSED",
+            Self::TERMS => "TERMS",
+            Self::SHAPE => "SHAPE",
             _ => "UNKNOWN",
         }
     }
@@ -439,6 +464,7 @@ impl ErrorCode {
                 | Self::CYCLE
                 | Self::CORRUPT
                 | Self::UNSUPPORTED
+                | Self::TERMS
         )
     }
 }
@@ -465,8 +491,12 @@ pub enum Message<'a> {
     Welcome(Welcome),
     /// See [`Subscribe`].
     Subscribe(Subscribe),
+    /// Asks for a filtered feed. There is no witness then.
+    SubscribeFeed(Subscribe, FeedRequest),
     /// See [`Subscribed`].
     Subscribed(Subscribed),
+    /// The feed is granted, with these terms.
+    SubscribedFeed(Subscribed, FeedTerms),
     /// See [`Diverged`].
     Diverged(Diverged),
     /// See [`Probe`].
@@ -477,6 +507,10 @@ pub enum Message<'a> {
     Segment(&'a [u8; HEADER_PAGE_BYTES]),
     /// See [`Data`].
     Data(Data<'a>),
+    /// See [`Skip`].
+    Skip(Skip),
+    /// See [`Events`].
+    Events(Events<'a>),
     /// See [`Heartbeat`].
     Heartbeat(Heartbeat),
     /// See [`Ack`].
@@ -500,13 +534,15 @@ impl Message<'_> {
         match self {
             Self::Hello(_) => kind::HELLO,
             Self::Welcome(_) => kind::WELCOME,
-            Self::Subscribe(_) => kind::SUBSCRIBE,
-            Self::Subscribed(_) => kind::SUBSCRIBED,
+            Self::Subscribe(_) | Self::SubscribeFeed(..) => kind::SUBSCRIBE,
+            Self::Subscribed(_) | Self::SubscribedFeed(..) => kind::SUBSCRIBED,
             Self::Diverged(_) => kind::DIVERGED,
             Self::Probe(_) => kind::PROBE,
             Self::Probed(_) => kind::PROBED,
             Self::Segment(_) => kind::SEGMENT,
             Self::Data(_) => kind::DATA,
+            Self::Skip(_) => kind::SKIP,
+            Self::Events(_) => kind::EVENTS,
             Self::Heartbeat(_) => kind::HEARTBEAT,
             Self::Ack(_) => kind::ACK,
             Self::Truncated(_) => kind::TRUNCATED,
@@ -522,8 +558,13 @@ impl Message<'_> {
         match self {
             Self::Hello(hello) => hello.encode(out),
             Self::Welcome(welcome) => welcome.encode(out),
-            Self::Subscribe(subscribe) => subscribe.encode(out),
+            Self::Subscribe(subscribe) => subscribe.encode(None, out),
+            Self::SubscribeFeed(subscribe, feed) => subscribe.encode(Some(feed), out),
             Self::Subscribed(subscribed) => subscribed.encode(out),
+            Self::SubscribedFeed(subscribed, terms) => {
+                subscribed.encode(out);
+                terms.encode(out);
+            }
             Self::Diverged(diverged) => diverged.encode(out),
             Self::Probe(probe) => probe.encode(out),
             Self::Probed(probed) => probed.encode(out),
@@ -532,6 +573,12 @@ impl Message<'_> {
                 data.encode_fixed(out);
                 out.extend_from_slice(data.bytes);
                 flags = if data.continued { FLAG_CONTINUED } else { 0 };
+            }
+            Self::Skip(skip) => skip.encode(out),
+            Self::Events(events) => {
+                events.encode_fixed(out);
+                out.extend_from_slice(events.bytes);
+                flags = if events.continued { FLAG_CONTINUED } else { 0 };
             }
             Self::Heartbeat(heartbeat) => heartbeat.encode(out),
             Self::Ack(ack) => ack.encode(out),
@@ -557,6 +604,8 @@ const fn frame_name(kind: u8) -> &'static str {
         kind::PROBED => "PROBED",
         kind::SEGMENT => "SEGMENT",
         kind::DATA => "DATA",
+        kind::SKIP => "SKIP",
+        kind::EVENTS => "EVENTS",
         kind::HEARTBEAT => "HEARTBEAT",
         kind::ACK => "ACK",
         kind::TRUNCATED => "TRUNCATED",
@@ -611,7 +660,12 @@ impl FrameWriter {
 
 /// How much of the payload the frame's checksum covers.
 fn covered_len(kind: u8, length: u32) -> usize {
-    if kind == kind::DATA { length.min(DATA_FIXED_BYTES) as usize } else { length as usize }
+    if is_bulk(kind) { length.min(DATA_FIXED_BYTES) as usize } else { length as usize }
+}
+
+/// Whether it carries events, which have checksums of their own.
+const fn is_bulk(kind: u8) -> bool {
+    matches!(kind, kind::DATA | kind::EVENTS)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -648,7 +702,7 @@ impl FrameHeader {
     }
 
     fn check_length(self, data_limit: u32) -> Result<(), FrameError> {
-        let limit = if self.kind == kind::DATA { data_limit } else { CONTROL_BYTES_MAX };
+        let limit = if is_bulk(self.kind) { data_limit } else { CONTROL_BYTES_MAX };
         if self.length > limit && !planted::is(Bug::UnboundedFrame) {
             return Err(FrameError::TooLong { kind: self.kind, length: self.length, limit });
         }
@@ -761,7 +815,7 @@ impl FrameReader {
 fn decode_payload(header: FrameHeader, payload: &[u8]) -> Result<Message<'_>, FrameError> {
     let frame = frame_name(header.kind);
     let malformed = |source| FrameError::Malformed { frame, source };
-    let allowed = if header.kind == kind::DATA { FLAG_CONTINUED } else { 0 };
+    let allowed = if is_bulk(header.kind) { FLAG_CONTINUED } else { 0 };
     if header.flags & !allowed != 0 {
         return Err(malformed(FormatError::Invalid("flags")));
     }
@@ -785,8 +839,14 @@ fn decode_message<'a>(
     Ok(match kind {
         kind::HELLO => Message::Hello(Hello::decode(input)?),
         kind::WELCOME => Message::Welcome(Welcome::decode(input)?),
-        kind::SUBSCRIBE => Message::Subscribe(Subscribe::decode(input)?),
-        kind::SUBSCRIBED => Message::Subscribed(Subscribed::decode(input)?),
+        kind::SUBSCRIBE => Subscribe::decode(input)?,
+        kind::SUBSCRIBED => {
+            let subscribed = Subscribed::decode(input)?;
+            match input.rest().is_empty() {
+                true => Message::Subscribed(subscribed),
+                false => Message::SubscribedFeed(subscribed, FeedTerms::decode(input)?),
+            }
+        }
         kind::DIVERGED => Message::Diverged(Diverged::decode(input)?),
         kind::PROBE => Message::Probe(Probe::decode(input)?),
         kind::PROBED => Message::Probed(Probed::decode(input)?),
@@ -795,6 +855,8 @@ fn decode_message<'a>(
             Message::Segment(page.try_into().map_err(|_| FormatError::Truncated)?)
         }
         kind::DATA => Message::Data(Data::decode(continued, input)?),
+        kind::SKIP => Message::Skip(Skip::decode(input)?),
+        kind::EVENTS => Message::Events(Events::decode(continued, input)?),
         kind::HEARTBEAT => Message::Heartbeat(Heartbeat::decode(input)?),
         kind::ACK => Message::Ack(Ack::decode(input)?),
         kind::TRUNCATED => Message::Truncated(Truncated::decode(input)?),
@@ -903,15 +965,20 @@ impl Welcome {
 }
 
 const SUBSCRIBE_WITNESS: u8 = 1;
+const SUBSCRIBE_GOES_ON: u8 = 2;
+const MODE_VERBATIM: u8 = 0;
+const MODE_FILTERED: u8 = 1;
 
 impl Subscribe {
-    fn encode(&self, out: &mut Vec<u8>) {
+    fn encode(&self, feed: Option<&FeedRequest>, out: &mut Vec<u8>) {
         match &self.from {
             Some(from) => out.extend_from_slice(&from.to_bytes()),
             None => out.extend_from_slice(&[0; Checkpoint::ENCODED_LEN]),
         }
-        out.push(0); // mode: verbatim
-        out.push(if self.witness.is_some() { SUBSCRIBE_WITNESS } else { 0 });
+        out.push(if feed.is_some() { MODE_FILTERED } else { MODE_VERBATIM });
+        let goes_on = feed.is_some_and(|feed| feed.goes_on);
+        let witness = if self.witness.is_some() { SUBSCRIBE_WITNESS } else { 0 };
+        out.push(witness | if goes_on { SUBSCRIBE_GOES_ON } else { 0 });
         put_u16(out, 0);
         put_u32(out, self.window_bytes);
         let witness = self.witness.unwrap_or(Witness {
@@ -922,18 +989,24 @@ impl Subscribe {
         put_u64(out, witness.offset);
         put_u64(out, witness.position.get());
         out.extend_from_slice(witness.chain.as_bytes());
-        put_u64(out, 0); // lengths of a filter and of a list of epochs
+        match feed {
+            Some(feed) => feed.terms.encode(out),
+            None => put_u64(out, 0),
+        }
     }
 
-    fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
+    fn decode(input: &mut Decoder<'_>) -> Result<Message<'static>, FormatError> {
         let from = input.array()?;
         let from =
             if from == [0; Checkpoint::ENCODED_LEN] { None } else { Some(checkpoint(&from)?) };
-        if input.u8()? != 0 {
-            return Err(FormatError::Invalid("mode"));
-        }
+        let mode = input.u8()?;
+        let allowed = match mode {
+            MODE_VERBATIM => SUBSCRIBE_WITNESS,
+            MODE_FILTERED => SUBSCRIBE_GOES_ON,
+            _ => return Err(FormatError::Invalid("mode")),
+        };
         let flags = input.u8()?;
-        if flags & !SUBSCRIBE_WITNESS != 0 {
+        if flags & !allowed != 0 {
             return Err(FormatError::Invalid("subscription flags"));
         }
         zeros(input, 2)?;
@@ -943,7 +1016,11 @@ impl Subscribe {
             position: Position::new(input.u64()?),
             chain: Chain::from_bytes(input.array()?),
         };
-        zeros(input, 8)?;
+        let goes_on = flags & SUBSCRIBE_GOES_ON != 0;
+        let feed = match mode {
+            MODE_FILTERED => Some(FeedRequest { terms: FeedTerms::decode(input)?, goes_on }),
+            _ => zeros(input, 8).map(|()| None)?,
+        };
         let witness = (flags & SUBSCRIBE_WITNESS != 0).then_some(witness);
         if window_bytes == 0 {
             return Err(FormatError::Invalid("window"));
@@ -951,7 +1028,14 @@ impl Subscribe {
         if from.is_none() && witness.is_some() {
             return Err(FormatError::Invalid("witness without a journal"));
         }
-        Ok(Self { from, witness, window_bytes })
+        if from.is_none() && goes_on {
+            return Err(FormatError::Invalid("feed that goes on from nowhere"));
+        }
+        let subscribe = Self { from, witness, window_bytes };
+        Ok(match feed {
+            Some(feed) => Message::SubscribeFeed(subscribe, feed),
+            None => Message::Subscribe(subscribe),
+        })
     }
 }
 

@@ -53,10 +53,10 @@ use crate::position::{self, Checkpoint, JournalId, NodeId, Position};
 
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 /// Jitter comes on top, up to as much again.
-const BACK_OFF_MAX: Duration = Duration::from_secs(5);
+pub(super) const BACK_OFF_MAX: Duration = Duration::from_secs(5);
 /// A session that lasted this long was healthy, as is one that was live or brought something: the next
 /// attempt after it comes soon.
-const HEALTHY_AFTER: Duration = Duration::from_secs(5);
+pub(super) const HEALTHY_AFTER: Duration = Duration::from_secs(5);
 /// A mirror that lags by less syncs whenever nothing more has arrived.
 const LIVE_LAG_BYTES: u64 = 1 << 20;
 /// While catching up, a pause in the stream longer than this ends a group.
@@ -351,9 +351,7 @@ pub fn follow(
         return Err(open_error(OpenError::InvalidOption { option, reason }));
     }
     for address in addresses.as_slice() {
-        if let Ok(literal) = address.parse::<SocketAddr>() {
-            check_plaintext(&[literal], &options)?;
-        }
+        check_literal(address, &options)?;
         Credentials::read(&options, address)?;
     }
     if let Some(backup) = &options.begin_with {
@@ -411,18 +409,18 @@ fn open_error(error: OpenError) -> ShippingError {
     ShippingError::Open(Arc::new(error))
 }
 
-fn setup_error(error: std::io::Error) -> ShippingError {
+pub(super) fn setup_error(error: std::io::Error) -> ShippingError {
     ShippingError::Setup(Arc::new(error))
 }
 
 /// What a connection is made with, as it is at present.
-struct Credentials {
+pub(super) struct Credentials {
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     authentication: Authentication,
 }
 
 impl Credentials {
-    fn read(options: &FollowOptions, address: &str) -> Result<Self, ShippingError> {
+    pub(super) fn read(options: &FollowOptions, address: &str) -> Result<Self, ShippingError> {
         let tls = options.tls.as_ref();
         let tls = tls.map(|tls| Ok((tls.config()?, tls.server_name(address)?)));
         let token = options.token.as_ref().map(TokenSource::token).transpose()?;
@@ -453,6 +451,14 @@ pub(super) fn connect(
         None => Link::plain(stream),
     };
     Ok((link, credentials.authentication))
+}
+
+/// Whether an address that needs no name service may be connected to.
+pub(super) fn check_literal(address: &str, options: &FollowOptions) -> Result<(), ShippingError> {
+    match address.parse::<SocketAddr>() {
+        Ok(literal) => check_plaintext(&[literal], options).map(drop),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Leaves the addresses that may be connected to; an error if there are none. A token isn't sent in clear, whatever
@@ -629,7 +635,7 @@ enum Round {
     SetAside(Position),
 }
 
-fn back_off() -> ExponentialBackoff {
+pub(super) fn back_off() -> ExponentialBackoff {
     ExponentialBuilder::new()
         .with_jitter()
         .with_min_delay(BACK_OFF_MIN)
@@ -1207,6 +1213,7 @@ impl<'a> MirrorWriter<'a> {
                 self.connection.compared(&compare_ends(&journal, &ends));
                 Ok(())
             }
+            Delivery::Granted(..) | Delivery::Run(_) | Delivery::Skipped(_) => Ok(()), // of feeds
             Delivery::Batches(bytes) => batches(&bytes).try_for_each(|batch| {
                 let taken = self.ingest()?.batch(batch);
                 taken.map_err(|error| self.ingest_error(error))?;

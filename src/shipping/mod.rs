@@ -25,6 +25,8 @@ pub mod message;
 pub mod security;
 
 mod error;
+mod feed;
+pub(crate) mod filter;
 mod link;
 mod mirror;
 mod observe;
@@ -32,12 +34,17 @@ mod recover;
 mod relay;
 mod server;
 mod session;
+mod shape;
 pub(crate) mod status_file;
 mod transport;
 mod upstreams;
 mod wire;
 
 pub use error::{Divergent, ServeError, ShippingError, WaitError};
+pub use feed::{Feed, FeedError, FeedStatus, follow_feed};
+pub use filter::{
+    FILTER_BYTES_MAX, FILTER_NAMES_MAX, FILTER_PARTS_MAX, FeedFilter, FeedPart, InvalidFilter,
+};
 pub use mirror::{FollowOptions, ForkPolicy, Mirror, MirrorState, MirrorStatus, follow};
 pub use observe::{EndReason, Ends};
 pub use recover::{PeersCheck, PeersError, TakenBack, abandon_recovery, recover};
@@ -46,9 +53,15 @@ pub(crate) use recover::{Standing, ask};
 pub use relay::Served;
 pub use server::{PeerState, PeerStatus, ServeOptions, Server, serve};
 pub use session::{Deadline, Deadlines, Violation};
+pub use shape::{Public, PublicShape, PublishError, Shape};
 pub use upstreams::{Addresses, UpstreamStatus};
 
 /// Runs the examples of the specification.
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/protocol.md")]
 mod protocol {}
+
+/// Runs the examples of the page.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/operate/feeds.md")]
+mod feeds_page {}

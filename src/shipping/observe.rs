@@ -5,6 +5,7 @@ use std::fmt;
 use std::io::ErrorKind;
 
 use super::error::ShippingError;
+use super::feed::FeedError;
 use super::message::ErrorCode;
 use super::session::SessionEnd;
 use crate::error::IngestError;
@@ -126,7 +127,12 @@ impl From<&ShippingError> for EndReason {
             ShippingError::Ahead(_) | ShippingError::Fork(_) | ShippingError::Foreign { .. } => {
                 Self::History
             }
-            ShippingError::Truncated { .. } => Self::Removed,
+            ShippingError::Truncated { .. } | ShippingError::Feed(FeedError::Removed { .. }) => {
+                Self::Removed
+            }
+            ShippingError::Feed(FeedError::Replaced { .. }) => Self::History,
+            ShippingError::Feed(FeedError::Filter(_) | FeedError::Differs { .. }) => Self::Settings,
+            ShippingError::Feed(_) => Self::Storage,
             ShippingError::Cycle { .. } => Self::Cycle,
             ShippingError::Storage(_)
             | ShippingError::SetAside(_)

@@ -217,7 +217,7 @@ pub(crate) fn ask(
                             let held = compare_ends(journal, &ends);
                             conversation.session.on_compared(&held, transport::now());
                         }
-                        Delivery::Segment(_) | Delivery::Batches(_) => {}
+                        _ => {}
                     }
                 }
             }
@@ -457,7 +457,7 @@ fn take(ingest: &mut Ingest, delivery: Delivery) -> Result<(), ShippingError> {
         Delivery::Batches(bytes) => {
             batches(&bytes).try_for_each(|batch| ingest.batch(batch).map(drop))
         }
-        Delivery::Subscribed(_) | Delivery::Probed(_) => Ok(()),
+        _ => Ok(()),
     };
     taken.map_err(|error| refused(ingest, error))
 }

@@ -170,7 +170,7 @@ impl Upstreams {
 }
 
 /// How long an upstream asked to wait.
-fn retry_after(error: &ShippingError) -> Duration {
+pub(super) fn retry_after(error: &ShippingError) -> Duration {
     let asked_for_ms = match error {
         ShippingError::Reported { failure } => {
             let Failure { retry_after_ms, .. } = **failure;

@@ -11,10 +11,11 @@ use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use headwater::fs::sim::SimFs;
 use headwater::fuzzing::{DATA, MIRROR, SEAL, TARGETS};
 use headwater::shipping::message::{
-    Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, Failure, GoAway, Heartbeat,
-    Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed, Subscribe, Subscribed, Truncated,
-    Welcome,
+    Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, Events, Failure,
+    FeedRequest, FeedTerms, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe,
+    Probed, ShapeId, Skip, Subscribe, Subscribed, Truncated, Welcome,
 };
+use headwater::shipping::{FeedFilter, FeedPart};
 use headwater::{
     Append, Chain, Checkpoint, EventId, ExpectedRevision, Incarnation, JournalId, JournalOptions,
     Locator, NewEvent, NodeId, Position, Store, StreamId,
@@ -159,6 +160,7 @@ fn message_seeds(seeds: &mut Seeds) {
     let origin_end = OriginEnd { offset: bytes.len() as u64, position: Position::new(4) };
     let agent = "headwater/0.1.0".to_owned();
     let failure = Failure::new(ErrorCode::CORRUPT, "damaged");
+    let run = crate::filtered::run(9, &[(2, 0, "placed"), (0, 1, "placed"), (1, 0, "x")], 3);
     let messages = [
         (
             "hello",
@@ -231,7 +233,7 @@ fn message_seeds(seeds: &mut Seeds) {
         ("goaway", Message::GoAway(GoAway { reconnect_after_ms: 1000 })),
     ];
     let mut all = Vec::new();
-    for (name, message) in &messages {
+    for (name, message) in messages.iter().chain(&feed_messages(&run)) {
         let mut frame = Vec::new();
         message.encode(&mut frame);
         all.extend_from_slice(&frame);
@@ -239,6 +241,34 @@ fn message_seeds(seeds: &mut Seeds) {
     }
     seeds.insert(("decode_message", "all"), with_switches(DATA, &all));
     seeds.insert(("decode_message", "all-without-data"), with_switches(0, &all));
+}
+
+/// What only filtered feeds use.
+fn feed_messages(run: &[u8]) -> [(&'static str, Message<'_>); 5] {
+    let part = FeedPart::categories(["order", "stock"]).and_types(["placed"]).and_tags(["eu"]);
+    let filter = FeedFilter::any_of([part, FeedPart::types(["x"])]);
+    let shape = Some(ShapeId { name: "public".to_owned(), version: 2 });
+    let terms = FeedTerms { filter, shape };
+    let subscribe = Subscribe { from: Some(checkpoint(9)), witness: None, window_bytes: 1 << 20 };
+    let path = vec![NodeId::from_bytes([5; 16])];
+    let subscribed = Subscribed { end: checkpoint(20), first_position: Position::START, path };
+    let (from, end) = (Position::new(2), checkpoint(20));
+    let origin_end = OriginEnd::from(&end);
+    let (bytes, rest) = run.split_at(run.len() / 2);
+    let (first, at) = (Position::START, bytes.len() as u32);
+    let part = |at, continued, bytes| {
+        Message::Events(Events { from: first, origin_end, at, continued, bytes })
+    };
+    [
+        (
+            "subscribe-to-a-feed",
+            Message::SubscribeFeed(subscribe, FeedRequest { terms: terms.clone(), goes_on: true }),
+        ),
+        ("a-feed-is-granted", Message::SubscribedFeed(subscribed, terms)),
+        ("skip", Message::Skip(Skip { from, behind: end, origin_end })),
+        ("events", part(0, false, run)),
+        ("a-part-of-events", part(at, true, rest)),
+    ]
 }
 
 /// Operations by their numbers in `src/fuzzing/ops.rs`, with what follows each; in front the disk's seed.

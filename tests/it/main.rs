@@ -37,6 +37,8 @@ mod evolution;
 #[cfg(feature = "shipping")]
 #[path = "../chaos/proxy.rs"]
 mod fault_proxy;
+#[cfg(feature = "shipping")]
+mod filtered;
 #[cfg(feature = "test-kit")]
 mod forks;
 #[cfg(all(feature = "test-kit", feature = "shipping"))]

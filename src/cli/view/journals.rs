@@ -85,10 +85,10 @@ pub(super) fn recovered(found: Found) -> Result<Journal, Failure> {
     let (dir, options) = (&place.journal, JournalOptions::default());
     // Nothing was appended: whatever can't be written at the end is made up for by the next opening.
     let recovered = match journal.role() {
-        Role::Origin => {
+        role @ (Role::Origin | Role::Feed) => {
             let beside = place.views.parent().unwrap_or(dir);
             let remembered = retention::is_remembered(&*fs, beside);
-            Appender::open(&fs, dir, &options, remembered).map(|it| drop(it.close()))
+            Appender::open_as(role, &fs, dir, &options, remembered).map(|it| drop(it.close()))
         }
         Role::Mirror => Ingest::open(&fs, dir, &options).and_then(|ingest| {
             let missing = || OpenError::NotFound { path: dir.clone() };

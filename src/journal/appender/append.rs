@@ -33,6 +33,8 @@ pub struct Append {
     /// Where each record begins.
     pub(super) starts: Vec<usize>,
     ids: Vec<EventId>,
+    /// A stream may come several times, whatever lies between: the events keep their order.
+    pub(super) interleaved: bool,
     /// What is wrong with the first event that can't be written.
     invalid: Option<InvalidEvent>,
 }
@@ -83,6 +85,33 @@ impl Append {
         let events = from..self.starts.len();
         self.parts.push(Part { stream: stream.clone(), expected, events });
         self
+    }
+
+    /// An event of any stream, behind those that were added before, whatever their streams: the order stays. Types
+    /// that are reserved are allowed.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn push<P: AsRef<[u8]>>(&mut self, stream: &StreamId, event: &NewEvent<P>) {
+        self.interleaved = true;
+        let from = self.starts.len();
+        self.encode_unchecked(event, stream);
+        match self.parts.last_mut().filter(|part| part.stream == *stream) {
+            Some(part) => part.events.end += 1,
+            None => {
+                let (stream, expected) = (stream.clone(), ExpectedRevision::Any);
+                self.parts.push(Part { stream, expected, events: from..from + 1 });
+            }
+        }
+    }
+
+    /// How long its batch will be, padding aside.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.bytes.len().max(BATCH_HEADER_BYTES)
+    }
+
+    #[cfg(feature = "shipping")]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.starts.is_empty()
     }
 
     /// A condition on a stream that isn't written.
@@ -140,6 +169,10 @@ impl Append {
             self.invalid.get_or_insert(invalid);
             return;
         }
+        self.encode_unchecked(event, stream);
+    }
+
+    fn encode_unchecked<P: AsRef<[u8]>>(&mut self, event: &NewEvent<P>, stream: &StreamId) {
         if self.bytes.is_empty() {
             self.bytes.resize(BATCH_HEADER_BYTES, 0);
         }
@@ -197,7 +230,7 @@ impl Append {
         }
         let mut streams = HashSet::new();
         for part in &self.parts {
-            if self.parts.len() > 1 && !streams.insert(&part.stream) {
+            if self.parts.len() > 1 && !self.interleaved && !streams.insert(&part.stream) {
                 return Err(InvalidAppend::RepeatedStream(part.stream.clone()));
             }
         }
@@ -233,7 +266,7 @@ impl Append {
 
 impl fmt::Debug for Append {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { parts, conditions, durability, bytes, starts: _, ids, invalid } = self;
+        let Self { parts, conditions, durability, bytes, ids, invalid, .. } = self;
         let mut shown = f.debug_struct("Append");
         shown
             .field("parts", parts)

@@ -1,5 +1,6 @@
 //! What becomes of an append: it is a duplicate, meets a conflict, or is written.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -89,7 +90,13 @@ impl Shared {
             }
         }
         let mut firsts = Vec::with_capacity(append.parts.len());
+        let mut heads = HashMap::new(); // of streams that may come again in this append
         for part in &append.parts {
+            if let Some(head) = heads.get_mut(&part.stream) {
+                firsts.push(Revision::next(*head));
+                *head = head.advance(part.events.len() as u64);
+                continue;
+            }
             let pending = state.heads.get(&part.stream);
             let head = match pending {
                 Some((revision, _)) => Some(*revision),
@@ -113,7 +120,11 @@ impl Shared {
                 return Ok(Decision::Conflict(conflict));
             }
             if !part.events.is_empty() {
-                firsts.push(head.map_or(Revision::FIRST, Revision::next));
+                let first = head.map_or(Revision::FIRST, Revision::next);
+                if append.interleaved {
+                    heads.insert(&part.stream, first.advance(part.events.len() as u64 - 1));
+                }
+                firsts.push(first);
             }
         }
         let refused = self.decide_queries(state, append, looked)?;

@@ -189,6 +189,17 @@ impl Appender {
         dir: &Path,
         options: &JournalOptions,
     ) -> Result<Self, OpenError> {
+        Self::create_as(Role::Origin, NodeId::random(), fs, dir, options)
+    }
+
+    /// The same for what is received of a feed.
+    pub(crate) fn create_as(
+        role: Role,
+        node: NodeId,
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        options: &JournalOptions,
+    ) -> Result<Self, OpenError> {
         options.check()?;
         let locked = Locked::take(fs, dir)?;
         locked.refuse_unfinished()?;
@@ -202,14 +213,24 @@ impl Appender {
             let position = mark.end.position;
             return Err(OpenError::LostJournal { path: dir.to_owned(), position });
         }
-        let node =
-            Node { role: Role::Origin, node: NodeId::random(), journal: JournalId::random() };
+        let node = Node { role, node, journal: JournalId::random() };
         Self::start(locked, node, options)
     }
 
     /// Opens a journal, after recovery. `witnessed` says that something else (a view) remembers events of
     /// this journal, so that an empty directory is a loss and not a beginning.
     pub(crate) fn open(
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        options: &JournalOptions,
+        witnessed: bool,
+    ) -> Result<Self, OpenError> {
+        Self::open_as(Role::Origin, fs, dir, options, witnessed)
+    }
+
+    /// The same for what is received of a feed.
+    pub(crate) fn open_as(
+        role: Role,
         fs: &Arc<dyn Fs>,
         dir: &Path,
         options: &JournalOptions,
@@ -230,8 +251,8 @@ impl Appender {
                 not_found()
             });
         };
-        if node.role != Role::Origin {
-            let (found, wanted) = (node.role, Role::Origin);
+        if node.role != role {
+            let (found, wanted) = (node.role, role);
             return Err(OpenError::Role { path: dir.to_owned(), found, wanted });
         }
         let survey = recovery::survey(&**fs, &locked.layout, &node, Access::Writer)?;

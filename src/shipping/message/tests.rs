@@ -1,7 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::event::{NewEvent, Revision, StreamId};
+use crate::format::record;
 use crate::position::Incarnation;
+use crate::shipping::filter::{FeedFilter, FeedPart};
 
 fn end(offset: u64, position: u64) -> Checkpoint {
     Checkpoint {
@@ -61,6 +64,23 @@ fn control_frames() -> Vec<Message<'static>> {
             first_position: Position::new(3),
             path: vec![node; PATH_NODES_MAX],
         }),
+        Message::SubscribeFeed(
+            Subscribe { from: None, witness: None, window_bytes: 1 },
+            FeedRequest { terms: FeedTerms { shape: None, ..terms() }, goes_on: false },
+        ),
+        Message::SubscribeFeed(
+            Subscribe { from: Some(end(64, 1)), witness: None, window_bytes: 1 },
+            FeedRequest { terms: terms(), goes_on: true },
+        ),
+        Message::SubscribedFeed(
+            Subscribed { end: end(64, 1), first_position: Position::START, path: vec![node] },
+            terms(),
+        ),
+        Message::Skip(Skip {
+            from: Position::new(2),
+            behind: end(64, 3),
+            origin_end: OriginEnd { offset: 64, position: Position::new(3) },
+        }),
         Message::Diverged(diverged(None)),
         Message::Diverged(diverged(Some(common))),
         Message::Probe(Probe { positions: (0..64).map(Position::new).collect() }),
@@ -83,6 +103,12 @@ fn control_frames() -> Vec<Message<'static>> {
         Message::GoAway(GoAway { reconnect_after_ms: 100 }),
         Message::Segment(&[0x5A; HEADER_PAGE_BYTES]),
     ]
+}
+
+fn terms() -> FeedTerms {
+    let part = FeedPart::categories(["order", "stock"]).and_types(["placed"]).and_tags(["eu"]);
+    let shape = Some(ShapeId { name: "public".into(), version: 7 });
+    FeedTerms { filter: FeedFilter::any_of([part, FeedPart::types(["x"])]), shape }
 }
 
 fn encoded(message: &Message<'_>) -> Vec<u8> {
@@ -342,5 +368,69 @@ proptest! {
             let again = encoded(&message);
             prop_assert!(message.kind() == kind::HELLO || again.len() == out.len());
         }
+    }
+}
+
+/// What a run is made of: for each event its position, and how long its payload is.
+fn run_of(from: u64, events: &[(u64, usize)], to: u64) -> Vec<u8> {
+    let mut run = RunWriter::new(Position::new(from));
+    for (position, len) in events {
+        let event = NewEvent::raw("happened", vec![*len as u8; *len]).unwrap();
+        let mut bytes = Vec::new();
+        record::encode(&mut bytes, &event, &StreamId::new("a").unwrap(), Revision::FIRST);
+        run.add(Position::new(*position), 5, &bytes);
+    }
+    run.finish(&end(64 * to, to))
+}
+
+proptest! {
+    /// Runs survive being cut into frames, account for each position, and no flipped bit is taken in.
+    #[test]
+    fn a_run_accounts_for_every_position_and_survives_being_sent_in_parts(
+        from in 0_u64..1000,
+        steps in proptest::collection::vec((0_u64..5, 0_usize..50), 1..20),
+        behind in 0_u64..9,
+        max_frame in 40_u32..200,
+        flip in any::<prop::sample::Index>(),
+    ) {
+        let mut next = from;
+        let events: Vec<_> = steps
+            .iter()
+            .enumerate()
+            .map(|(n, (step, len))| {
+                // 0: once more at the place of the one in front.
+                let position = if n == 0 || *step > 0 { next + step.saturating_sub(1) } else { next - 1 };
+                next = position + 1;
+                (position, *len)
+            })
+            .collect();
+        let to = next + behind;
+        let bytes = run_of(from, &events, to);
+        let mut frames = Vec::new();
+        let mut at = 0;
+        while at < bytes.len() {
+            let origin = OriginEnd { offset: 64 * to, position: Position::new(to) };
+            at += put_part(&mut frames, Position::new(from), &bytes, at, max_frame, origin);
+        }
+        let mut reader = reader();
+        reader.push(&frames);
+        let mut together = Vec::new();
+        while let Some(message) = reader.next_message().unwrap() {
+            let Message::Events(part) = message else { panic!("{message:?}") };
+            prop_assert_eq!(part.at as usize, together.len());
+            together.extend_from_slice(part.bytes);
+            prop_assert_eq!(part.continued, together.len() < bytes.len());
+        }
+        let run = Run::decode(Position::new(from), together).unwrap();
+        let read: Vec<_> = run.entries().map(|entry| {
+            let entry = entry.unwrap();
+            (entry.position.get(), entry.record.payload.len())
+        }).collect();
+        prop_assert_eq!(read, events);
+        prop_assert_eq!(run.behind, end(64 * to, to));
+        let bit = flip.index(8 * bytes.len());
+        let mut flipped = bytes;
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        prop_assert!(Run::decode(Position::new(from), flipped).is_err());
     }
 }

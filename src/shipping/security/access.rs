@@ -25,6 +25,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::error::SecurityError;
 use super::secret::{KeyPin, TokenHash};
 use crate::position::JournalId;
+use crate::shipping::filter::FeedFilter;
 
 /// The peers of an origin, and what each may have.
 ///
@@ -117,19 +118,7 @@ pub enum Mode {
     /// All of it, byte for byte.
     Verbatim,
     /// Only feeds that this filter lets through.
-    Filtered(Filter),
-}
-
-/// What a feed may hold, as it stands in the access list.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Filter(serde_json::Map<String, serde_json::Value>);
-
-impl Filter {
-    /// Its fields.
-    #[must_use]
-    pub const fn fields(&self) -> &serde_json::Map<String, serde_json::Value> {
-        &self.0
-    }
+    Filtered(FeedFilter),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -139,7 +128,7 @@ struct RightInFile {
     #[serde(default)]
     mode: ModeInFile,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    filter: Option<serde_json::Map<String, serde_json::Value>>,
+    filter: Option<FeedFilter>,
 }
 
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
@@ -162,7 +151,7 @@ impl TryFrom<RightInFile> for Right {
         };
         let mode = match (file.mode, file.filter) {
             (ModeInFile::Verbatim, None) => Mode::Verbatim,
-            (ModeInFile::Filtered, Some(filter)) => Mode::Filtered(Filter(filter)),
+            (ModeInFile::Filtered, Some(filter)) => Mode::Filtered(filter),
             (ModeInFile::Verbatim, Some(_)) => return Err("filter: only with mode \"filtered\""),
             (ModeInFile::Filtered, None) => return Err("filter: missing for mode \"filtered\""),
         };
@@ -178,7 +167,7 @@ impl From<Right> for RightInFile {
         };
         let (mode, filter) = match right.mode {
             Mode::Verbatim => (ModeInFile::Verbatim, None),
-            Mode::Filtered(filter) => (ModeInFile::Filtered, Some(filter.0)),
+            Mode::Filtered(filter) => (ModeInFile::Filtered, Some(filter)),
         };
         Self { journal, mode, filter }
     }
@@ -218,13 +207,24 @@ impl Peer {
     }
 
     /// The filters of the feeds that it may have of this journal.
-    pub fn filters(&self, journal: &JournalId) -> impl Iterator<Item = &Filter> {
+    pub fn filters(&self, journal: &JournalId) -> impl Iterator<Item = &FeedFilter> {
         self.may.iter().filter(|right| right.is_about(journal)).filter_map(|right| {
             match &right.mode {
                 Mode::Filtered(filter) => Some(filter),
                 Mode::Verbatim => None,
             }
         })
+    }
+
+    /// What it may have of this journal at the most, in feeds; `None`: nothing at all.
+    #[must_use]
+    pub fn may_be_fed(&self, journal: &JournalId) -> Option<FeedFilter> {
+        if self.may_mirror(journal) {
+            return Some(FeedFilter::everything());
+        }
+        let parts = self.filters(journal).flat_map(FeedFilter::parts).cloned();
+        let all = FeedFilter::any_of(parts);
+        (!all.parts().is_empty()).then_some(all)
     }
 
     fn is_known_by_something(&self) -> bool {
@@ -512,7 +512,7 @@ mod tests {
     #[test]
     fn a_right_is_for_the_journal_and_the_mode_that_it_names() {
         let other = JournalId::from_bytes([8; 16]);
-        let filtered = Mode::Filtered(Filter(serde_json::Map::new()));
+        let filtered = Mode::Filtered(FeedFilter::everything());
         let filtered = Right { journal: Journals::One(JOURNAL), mode: filtered };
         let may = |rights: &[Right]| Peer { may: rights.to_vec(), ..Peer::named("a") };
         let one = may(&[Right::verbatim(JOURNAL)]);

@@ -10,6 +10,7 @@ use super::access::Peer;
 use super::secret::{KeyPin, TokenHash};
 use super::{Rules, Security};
 use crate::position::JournalId;
+use crate::shipping::filter::FeedFilter;
 use crate::shipping::message::{Authentication, ErrorCode};
 
 /// What is known of a connection beside what is said in it.
@@ -86,9 +87,21 @@ impl Gate {
         }
     }
 
-    /// Whether what it was let in by doesn't hold any more, nor its right to `journal` where it is sent that.
-    /// Costs next to nothing unless there was a reload.
-    pub(crate) fn is_revoked(&mut self, journal: Option<&JournalId>) -> bool {
+    /// What it may have of this journal at the most, in feeds; `None`: nothing.
+    pub(crate) fn may_be_fed(&self, journal: &JournalId) -> Option<FeedFilter> {
+        match (&self.security, &self.admitted) {
+            (None, _) => Some(FeedFilter::everything()),
+            (Some(_), admitted) => admitted.as_ref()?.peer.may_be_fed(journal),
+        }
+    }
+
+    /// Whether what it was let in by doesn't hold any more, nor its right to `journal` where it is sent that, or
+    /// to what `filter` lets through of it. Costs next to nothing unless there was a reload.
+    pub(crate) fn is_revoked(
+        &mut self,
+        journal: Option<&JournalId>,
+        filter: Option<&FeedFilter>,
+    ) -> bool {
         let (Some(security), Some(admitted)) = (&self.security, &mut self.admitted) else {
             return false;
         };
@@ -99,7 +112,12 @@ impl Gate {
         let Ok(peer) = rules.identify(&self.channel, &admitted.credential) else { return true };
         admitted.peer = peer;
         admitted.generation = rules.generation;
-        journal.is_some_and(|journal| !admitted.peer.may_mirror(journal))
+        let peer = &admitted.peer;
+        let may = |journal| match filter {
+            None => peer.may_mirror(journal),
+            Some(filter) => peer.may_be_fed(journal).is_some_and(|all| filter.is_within(&all)),
+        };
+        !journal.is_none_or(may)
     }
 }
 
@@ -199,7 +217,9 @@ mod tests {
         assert_eq!(entered(&security, false, &nothing), Err(ErrorCode::AUTH_REQUIRED));
         let mut open = Gate::default();
         assert!(
-            open.enter(&nothing).is_ok() && open.may_mirror(&JOURNAL) && !open.is_revoked(None)
+            open.enter(&nothing).is_ok()
+                && open.may_mirror(&JOURNAL)
+                && !open.is_revoked(None, None)
         );
     }
 

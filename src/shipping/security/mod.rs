@@ -33,8 +33,7 @@ use rustls::ServerConfig;
 use rustls::server::danger::ClientCertVerifier;
 
 pub use access::{
-    AccessError, AccessList, Anonymous, DnsName, Filter, InvalidDnsName, Journals, Mode, Peer,
-    Right,
+    AccessError, AccessList, Anonymous, DnsName, InvalidDnsName, Journals, Mode, Peer, Right,
 };
 pub use error::{SecurityError, TlsFailure, TlsReason, TlsSource};
 pub(crate) use gate::Gate;

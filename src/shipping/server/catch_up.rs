@@ -17,7 +17,9 @@ use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor};
 use crate::position::{Checkpoint, Position};
-use crate::shipping::session::{Limits, Place, Source, SourceError, Supply, pack};
+use crate::shipping::session::{
+    Limits, Place, Sieve, Sifted, Source, SourceError, Span, Supply, pack, sift,
+};
 use crate::shipping::transport;
 
 /// So many cursors are kept from one turn to the next, with the files that they have open.
@@ -157,5 +159,17 @@ impl Source for OnDisk<'_> {
         // Whoever is live goes first.
         drop(self.shared.live_first.lock());
         Ok(pack(self, from, limits)?.map_or(Supply::Nothing, Supply::Piece))
+    }
+
+    fn sift(&mut self, span: &Span, sieve: &Arc<Sieve>) -> Result<Sifted, SourceError> {
+        drop(self.shared.live_first.lock());
+        if let Some(run) = self.shared.runs.get(span, sieve) {
+            return Ok(Sifted::Run(run));
+        }
+        let sifted = sift(self, span, sieve)?;
+        if let Sifted::Run(run) = &sifted {
+            self.shared.runs.keep(span, sieve, run);
+        }
+        Ok(sifted)
     }
 }

@@ -125,7 +125,7 @@ impl Connection {
     /// Finds the journal that it has asked for, if it has.
     pub(super) fn choose(&mut self, shared: &Arc<Shared>) {
         let Some(wanted) = self.session.wants().filter(|_| self.feed.is_none()) else { return };
-        match shared.feeds.choose(wanted, |journal| self.session.may_mirror(journal), shared) {
+        match shared.feeds.choose(wanted, |journal| self.session.may_have(journal), shared) {
             Choice::Feed(feed) => {
                 let (role, path) = (feed.journal.role(), feed.path.clone());
                 self.session.offer(Offer { role, path });
@@ -231,7 +231,8 @@ impl Connection {
     pub(super) fn show(&mut self, step: Step, end_offset: u64, now: Instant) {
         let status = self.session.status();
         if let Some(acks) = &mut self.acks {
-            acks.note(status.node, status.acked);
+            // Nobody who doesn't have everything stands for it.
+            acks.note(status.node.filter(|_| status.feed.is_none()), status.acked);
         }
         let mut seen = self.peer.seen.lock();
         seen.state = match step {

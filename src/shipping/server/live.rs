@@ -1,12 +1,16 @@
 //! The journal as the event loop reads it: what memory holds, up to a durable end that it knows, each piece packed
 //! once for all who are at the same place.
 
+use std::sync::Arc;
+
 use crate::format::batch::{BatchRef, Link};
 use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor, Journal};
 use crate::position::{Checkpoint, Position};
-use crate::shipping::session::{Limits, Piece, Place, Source, SourceError, Supply, pack};
+use crate::shipping::session::{
+    Limits, Piece, Place, Sieve, Sifted, Source, SourceError, Span, Supply, pack,
+};
 
 /// So many pieces are kept: subscribers that follow closely are at one of a few places.
 const PIECES_MAX: usize = 8;
@@ -103,13 +107,18 @@ impl Source for Live {
         }
         Ok(Supply::Piece(piece))
     }
+
+    /// What events are about, and the service's own code, are nothing for the loop.
+    fn sift(&mut self, span: &Span, _: &Arc<Sieve>) -> Result<Sifted, SourceError> {
+        let is_end = span.at.offset >= self.end.offset;
+        Ok(if is_end { Sifted::Nothing } else { Sifted::OnDisk })
+    }
 }
 
 #[cfg(all(test, feature = "test-kit", not(shuttle)))]
 #[allow(clippy::unwrap_used, reason = "tests: a failure is a panic")]
 mod tests {
     use std::path::Path;
-    use std::sync::Arc;
 
     use super::*;
     use crate::event::{ExpectedRevision, NewEvent, StreamId};

@@ -32,6 +32,7 @@ mod fans;
 mod feeds;
 mod leases;
 mod live;
+mod runs;
 mod visits;
 
 use std::collections::BTreeMap;
@@ -49,11 +50,12 @@ use self::event_loop::EventLoop;
 use self::feeds::{Feed, Feeds};
 use self::visits::{Guests, Visits};
 use super::error::ServeError;
-use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
+use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, FeedTerms};
 use super::observe::{Ends, LookUp};
 use super::relay::Served;
 use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
+use super::shape::Shape;
 use super::status_file::{self, Afterwards, StatusFile};
 use super::transport;
 use super::wire::ENCRYPTED_BYTES_MAX;
@@ -108,6 +110,8 @@ pub struct ServeOptions {
     /// How often it is written down who follows and how far they are, for `headwater lag` and `peer ls` beside this process:
     /// into the file `serving-ADDRESS` in the store's directory, in place, never synced. `None`: it isn't. Default 1 s.
     pub status_interval: Option<Duration>,
+    /// In what shape events are published in filtered feeds. Default: as they are stored. Mirrors aren't concerned.
+    pub shape: Option<Shape>,
 }
 
 impl Default for ServeOptions {
@@ -130,6 +134,7 @@ impl Default for ServeOptions {
             security: None,
             allow_plaintext_off_loopback: false,
             status_interval: Some(Duration::from_secs(1)),
+            shape: None,
         }
     }
 }
@@ -151,6 +156,7 @@ impl ServeOptions {
             max_window_bytes: self.window_bytes_max.max(1),
             idle_acks_max: self.idle_acks_per_second_max,
             gate: Gate::new(self.security.clone(), transport::is_loopback(address)),
+            shape: self.shape.clone(),
         }
     }
 
@@ -195,6 +201,8 @@ pub struct PeerStatus {
     pub agent: String,
     /// What it is doing.
     pub state: PeerState,
+    /// What it is fed, if it doesn't get the whole journal.
+    pub feed: Option<FeedTerms>,
     /// Up to where it was sent.
     pub sent: Option<Checkpoint>,
     /// Up to where it says that its mirror is durable.
@@ -301,6 +309,7 @@ pub(super) struct Shared {
     guests: Mutex<Guests>,
     /// Held while live subscribers are sent to: those that catch up wait for it between two frames.
     live_first: Mutex<()>,
+    runs: runs::Runs,
 }
 
 impl std::fmt::Debug for Shared {
@@ -401,6 +410,7 @@ impl Peer {
                 PeerState::CatchingUp | PeerState::Live if is_stuck => PeerState::Stalled,
                 state => state,
             },
+            feed: status.feed.clone(),
             sent: status.sent,
             acked: status.acked,
             applied: status.applied,
@@ -453,6 +463,7 @@ pub fn serve(
         peers: Mutex::default(),
         guests: Mutex::default(),
         live_first: Mutex::default(),
+        runs: runs::Runs::default(),
     });
     shared.feeds.add(served.into(), &shared);
     let event_loop = EventLoop::new(&shared, poll, listener)?;

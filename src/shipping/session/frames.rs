@@ -76,7 +76,7 @@ pub(crate) fn pack<S: Source + ?Sized>(
     }
 }
 
-fn follows(batch: &BatchRef<'_>, at: &Checkpoint) -> bool {
+pub(super) fn follows(batch: &BatchRef<'_>, at: &Checkpoint) -> bool {
     batch.header.offset == at.offset && batch.header.base_position == at.position
 }
 

@@ -3,16 +3,29 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::feed::InFlight;
 use super::probe::{Held, Search};
 use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, TruncatedAt, Violation};
 use crate::format::batch::{Link, PADDED_BYTES_LIMIT};
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::HEADER_PAGE_BYTES;
-use crate::position::{Checkpoint, NodeId, Position};
+use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position};
+use crate::shipping::filter::FeedFilter;
 use crate::shipping::message::{
-    Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, FEATURE_PROBE, FEATURES,
-    FRAME_BYTES_MAX, Failure, FrameReader, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
-    Probe, Probed, Subscribe, Subscribed, Welcome, claimed_batch_len,
+    Ack, Authentication, Common, Data, Diverged, Divergence, Entry, ErrorCode, Events,
+    FEATURE_FILTERED, FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, Failure,
+    FeedRequest, FeedTerms, FrameReader, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
+    Probe, Probed, RUN_BYTES_MAX, Run, Skip, Subscribe, Subscribed, Welcome, claimed_batch_len,
+};
+
+/// Where nothing is known yet.
+const NOWHERE: Checkpoint = Checkpoint {
+    journal: JournalId::from_bytes([0; 16]),
+    epoch: 0,
+    incarnation: Incarnation::new(0),
+    offset: 0,
+    position: Position::START,
+    chain: Chain::from_bytes([0; 16]),
 };
 
 /// What a mirror's session is told at its beginning.
@@ -49,6 +62,22 @@ pub(crate) enum Delivery {
     /// The histories differ. These are batch ends of the origin's, in order: what they are in the mirror is to
     /// be told with [`MirrorSession::on_compared`].
     Probed(Vec<Option<Link>>),
+    /// The feed was granted, of the journal that ends here at the origin, with these terms.
+    Granted(Checkpoint, FeedTerms),
+    /// Events of the feed, verified.
+    Run(Run),
+    /// The feed has nothing up to here.
+    Skipped(Checkpoint),
+}
+
+/// What a session for a filtered feed knows beside the rest.
+#[derive(Debug)]
+struct Fed {
+    request: FeedRequest,
+    filter: FeedFilter,
+    /// Up to here every position is accounted for.
+    covered: Checkpoint,
+    in_flight: InFlight,
 }
 
 /// What the origin has told of itself, in this session.
@@ -97,11 +126,22 @@ pub(crate) struct MirrorSession {
     /// The features that are used in this session.
     features: u64,
     search: Option<Search>,
+    /// Of a session for a filtered feed.
+    fed: Option<Fed>,
     end: Option<SessionEnd>,
 }
 
 impl MirrorSession {
     pub(crate) fn new(config: MirrorConfig, now: Now) -> Self {
+        Self::with(config, None, now)
+    }
+
+    /// A session for a filtered feed.
+    pub(crate) fn fed(config: MirrorConfig, request: FeedRequest, now: Now) -> Self {
+        Self::with(config, Some(request), now)
+    }
+
+    fn with(config: MirrorConfig, feed: Option<FeedRequest>, now: Now) -> Self {
         let durable = config.resume.map(|resume| resume.end);
         let mut session = Self {
             reader: FrameReader::new(),
@@ -118,6 +158,12 @@ impl MirrorSession {
             told: Told::default(),
             features: 0,
             search: None,
+            fed: feed.map(|request| Fed {
+                filter: request.terms.filter.clone(),
+                request,
+                covered: durable.unwrap_or(NOWHERE),
+                in_flight: InFlight::default(),
+            }),
             end: None,
             config,
         };
@@ -131,13 +177,17 @@ impl MirrorSession {
             std::mem::replace(&mut self.config.authentication, Authentication::None);
         self.say(&Message::Hello(Hello {
             versions: PROTOCOL_VERSIONS,
-            features: FEATURES,
+            features: self.offered(),
             max_frame: self.config.max_frame.min(FRAME_BYTES_MAX),
             node: self.config.node,
             nonce: self.config.nonce,
             authentication,
             agent: self.config.agent.clone(),
         }));
+    }
+
+    const fn offered(&self) -> u64 {
+        if self.fed.is_some() { FEATURE_FILTERED | FEATURE_TRUNCATED } else { FEATURES }
     }
 
     /// Why the session ended, once it has.
@@ -170,6 +220,7 @@ impl MirrorSession {
     pub(crate) fn on_durable(&mut self, end: Checkpoint) {
         self.ack_due |= self.durable.is_none_or(|durable| durable.offset < end.offset);
         self.durable = Some(end);
+        self.fed.iter_mut().for_each(|fed| fed.in_flight.acknowledged(end.offset));
         self.ack_due &= self.state == State::Streaming;
     }
 
@@ -247,7 +298,18 @@ impl MirrorSession {
                 return Ok(Some(welcome.max_frame));
             }
             (State::AwaitSubscribed, Message::Subscribed(subscribed)) => {
-                self.subscribed(&subscribed, now, deliveries)?;
+                self.subscribed(&subscribed, None, now, deliveries)?;
+            }
+            (State::AwaitSubscribed, Message::SubscribedFeed(subscribed, terms)) => {
+                self.subscribed(&subscribed, Some(terms), now, deliveries)?;
+            }
+            (State::Streaming, Message::Events(events)) if self.fed.is_some() => {
+                self.events(&events, now, deliveries)?;
+            }
+            (State::Streaming, Message::Skip(skip))
+                if self.fed.is_some() && self.partial.is_empty() =>
+            {
+                self.skip(&skip, now, deliveries)?;
             }
             (State::AwaitSubscribed, Message::Diverged(diverged)) => {
                 self.diverged(&diverged, now)?;
@@ -261,12 +323,14 @@ impl MirrorSession {
                 self.finish(SessionEnd::Truncated(TruncatedAt { first, start, sources }));
             }
             (State::Streaming, Message::Segment(page))
-                if self.partial.is_empty() && !self.page_open =>
+                if self.partial.is_empty() && !self.page_open && self.fed.is_none() =>
             {
                 self.page_open = true;
                 deliveries.push(Delivery::Segment(Box::new(*page)));
             }
-            (State::Streaming, Message::Data(data)) => self.data(&data, now, deliveries)?,
+            (State::Streaming, Message::Data(data)) if self.fed.is_none() => {
+                self.data(&data, now, deliveries)?;
+            }
             (State::Streaming, Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat, now)?,
             (_, message) => {
                 let (frame, expected) = (message.name(), self.expected());
@@ -281,6 +345,8 @@ impl MirrorSession {
             State::AwaitWelcome => "WELCOME",
             State::AwaitSubscribed => "SUBSCRIBED",
             State::Probing(_) => "PROBED",
+            _ if self.fed.is_some() && self.partial.is_empty() => "EVENTS",
+            _ if self.fed.is_some() => "the rest of a run",
             State::Streaming | State::Ended if self.partial.is_empty() => "DATA",
             State::Streaming | State::Ended => "the rest of a batch",
         }
@@ -297,7 +363,7 @@ impl MirrorSession {
         let ours = PROTOCOL_VERSIONS.min..=PROTOCOL_VERSIONS.max;
         if !ours.contains(&welcome.version)
             || welcome.nonce != self.config.nonce
-            || welcome.features & !FEATURES != 0
+            || welcome.features & !self.offered() != 0
             || welcome.max_frame > self.config.max_frame
         {
             return Err(Violation::Welcome);
@@ -306,15 +372,25 @@ impl MirrorSession {
             self.finish(SessionEnd::Cycle(vec![welcome.node]));
             return Ok(());
         }
+        if self.fed.is_some() && welcome.features & FEATURE_FILTERED == 0 {
+            let failure = Failure::new(ErrorCode::UNSUPPORTED, "it serves no filtered feeds");
+            self.finish(SessionEnd::Peer(failure));
+            return Ok(());
+        }
         self.features = welcome.features;
         self.told.clock = Some((welcome.now_us, now.at));
         self.state = State::AwaitSubscribed;
         self.deadline = now.at + self.config.deadlines.silence;
-        self.say(&Message::Subscribe(Subscribe {
+        let subscribe = Subscribe {
             from: self.config.resume.map(|resume| resume.end),
             witness: self.config.resume.and_then(|resume| resume.witness),
             window_bytes: self.config.window_bytes,
-        }));
+        };
+        let request = self.fed.as_ref().map(|fed| fed.request.clone());
+        match request {
+            Some(request) => self.say(&Message::SubscribeFeed(subscribe, request)),
+            None => self.say(&Message::Subscribe(subscribe)),
+        }
         Ok(())
     }
 
@@ -385,13 +461,14 @@ impl MirrorSession {
     fn subscribed(
         &mut self,
         subscribed: &Subscribed,
+        terms: Option<FeedTerms>,
         now: Now,
         deliveries: &mut Vec<Delivery>,
     ) -> Result<(), Violation> {
         let from = self.durable.unwrap_or_else(|| Mark::start(subscribed.end.journal).end);
         let end = subscribed.end;
         let behind = end.offset < from.offset || end.position < from.position;
-        if end.journal != from.journal || behind {
+        if end.journal != from.journal || behind || !self.are_asked_for(terms.as_ref()) {
             return Err(Violation::Subscribed);
         }
         if self.config.node.is_some_and(|node| subscribed.path.contains(&node)) {
@@ -408,7 +485,96 @@ impl MirrorSession {
         self.told.end = Some((OriginEnd::from(&end), now.at));
         self.told.path = subscribed.path.as_slice().into();
         self.ack_due = true;
-        deliveries.push(Delivery::Subscribed(end));
+        match (terms, &mut self.fed) {
+            (Some(terms), Some(fed)) => {
+                fed.covered = from;
+                fed.filter = terms.filter.clone();
+                deliveries.push(Delivery::Granted(end, terms));
+            }
+            _ => deliveries.push(Delivery::Subscribed(end)),
+        }
+        Ok(())
+    }
+
+    /// Whether what was granted is what was asked for, or a part of it if that can't be but new.
+    fn are_asked_for(&self, granted: Option<&FeedTerms>) -> bool {
+        match (granted, self.fed.as_ref().map(|fed| &fed.request)) {
+            (None, None) => true,
+            (Some(granted), Some(request)) if request.goes_on => *granted == request.terms,
+            (Some(granted), Some(request)) => granted.filter.is_within(&request.terms.filter),
+            _ => false,
+        }
+    }
+
+    fn events(
+        &mut self,
+        events: &Events<'_>,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<(), Violation> {
+        self.origin_is_durable_to(events.origin_end, now)?;
+        let Some(fed) = &mut self.fed else { return Ok(()) };
+        let expected = fed.covered.position;
+        if events.from != expected {
+            return Err(Violation::Position { expected, found: events.from });
+        }
+        if events.at as usize != self.partial.len() {
+            let (expected, found) = (self.partial.len() as u64, u64::from(events.at));
+            return Err(Violation::Offset { expected, found });
+        }
+        let window_bytes = self.config.window_bytes;
+        let held = (self.partial.len() + events.bytes.len()) as u64 + fed.in_flight.bytes();
+        if held > u64::from(window_bytes) + u64::from(RUN_BYTES_MAX) {
+            return Err(Violation::Window { window_bytes });
+        }
+        self.partial.extend_from_slice(events.bytes);
+        if events.continued {
+            return Ok(());
+        }
+        let bytes = std::mem::take(&mut self.partial);
+        let from = events.from;
+        let run = Run::decode(from, bytes).map_err(|source| Violation::Run { from, source })?;
+        let fits = |entry: &Entry<'_>| {
+            !entry.record.event_type.starts_with('$') && fed.filter.matches_record(&entry.record)
+        };
+        if let Some(entry) = run.entries().flatten().find(|entry| !fits(entry)) {
+            return Err(Violation::NotInFeed(entry.position));
+        }
+        self.covers(run.behind)?;
+        let (offset, len) = (run.behind.offset, run.len_bytes() as u64);
+        self.fed.iter_mut().for_each(|fed| fed.in_flight.add(offset, len, usize::MAX));
+        deliveries.push(Delivery::Run(run));
+        Ok(())
+    }
+
+    fn skip(
+        &mut self,
+        skip: &Skip,
+        now: Now,
+        deliveries: &mut Vec<Delivery>,
+    ) -> Result<(), Violation> {
+        self.origin_is_durable_to(skip.origin_end, now)?;
+        let expected = self.fed.as_ref().map_or(skip.from, |fed| fed.covered.position);
+        if skip.from != expected {
+            return Err(Violation::Position { expected, found: skip.from });
+        }
+        self.covers(skip.behind)?;
+        deliveries.push(Delivery::Skipped(skip.behind));
+        Ok(())
+    }
+
+    /// Everything up to here is accounted for. Both measures go on, up to the durable end at most.
+    fn covers(&mut self, behind: Checkpoint) -> Result<(), Violation> {
+        let end = self.origin_end().map_or(OriginEnd::from(&behind), |(end, _)| end);
+        let Some(fed) = &mut self.fed else { return Ok(()) };
+        let goes_on = behind.offset > fed.covered.offset
+            && behind.position > fed.covered.position
+            && behind.journal == fed.covered.journal;
+        if !goes_on || behind.offset > end.offset || behind.position > end.position {
+            let (expected, found) = (fed.covered.position, behind.position);
+            return Err(Violation::Position { expected, found });
+        }
+        fed.covered = behind;
         Ok(())
     }
 

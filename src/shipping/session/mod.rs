@@ -25,13 +25,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::message::{Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange};
+use crate::format::FormatError;
 use crate::position::{Checkpoint, NodeId, Position};
 
+mod feed;
 mod frames;
 mod mirror;
 mod origin;
 mod probe;
 
+pub(crate) use feed::{MadeRun, Sieve, Sifted, Span, sift};
 pub(crate) use frames::{Limits, Piece, Place, pack};
 pub(crate) use mirror::{Delivery, MirrorConfig, MirrorSession, Resume, Told, batches};
 pub(crate) use origin::{
@@ -137,6 +140,25 @@ pub enum Violation {
     /// PROBED doesn't answer the question.
     #[error("PROBED answers another question")]
     Probed,
+    /// Positions of a feed that don't follow each other.
+    #[error("events of position {found} where those of position {expected} follow")]
+    Position {
+        /// The next position that wasn't accounted for.
+        expected: Position,
+        /// The position of the frame.
+        found: Position,
+    },
+    /// Events of a feed that are damaged, or don't account for each position.
+    #[error("events behind position {from} of a feed: {source}")]
+    Run {
+        /// The position in front of them.
+        from: Position,
+        /// What is wrong with them.
+        source: FormatError,
+    },
+    /// An event that the feed doesn't hold.
+    #[error("the event at position {0} is none of the feed's")]
+    NotInFeed(Position),
     /// A durable end that goes back.
     #[error("a durable end at position {found} after one at {known}")]
     EndWentBack {

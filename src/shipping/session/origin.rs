@@ -1,9 +1,11 @@
 //! The origin's end of a session.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
 
+use super::feed::{self, InFlight, MadeRun, Sieve, Sifted, Span};
 use super::frames::{self, Limits, Piece, Place};
 use super::{Deadline, Deadlines, DivergedAt, Now, Output, SessionEnd, Violation};
 use crate::format::batch::{BatchRef, Link};
@@ -13,18 +15,26 @@ use crate::format::segment::SegmentPage;
 use crate::journal::Comparison;
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
-    Ack, CONTROL_BYTES_MAX, Common, Diverged, Divergence, ErrorCode, FEATURE_PROBE,
-    FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Failure, FrameReader, GoAway,
-    Heartbeat, Hello, Message, PATH_NODES_MAX, PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed,
-    Truncated, Welcome,
+    Ack, CONTROL_BYTES_MAX, Common, Diverged, Divergence, ErrorCode, FEATURE_FILTERED,
+    FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Failure,
+    FeedRequest, FeedTerms, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
+    PATH_NODES_MAX, PROTOCOL_VERSIONS, Probed, ShapeId, Skip, Subscribe, Subscribed, Truncated,
+    Welcome, put_part,
 };
 use crate::shipping::observe::EndReason;
 use crate::shipping::security::Gate;
+use crate::shipping::shape::Shape;
 
 /// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
 const CLOSED_RECONNECT_MS: u32 = 1000;
 /// A mirror that is behind its subscriber may soon have caught up.
 const NOT_YET_RETRY_MS: u32 = 1000;
+/// Somebody has to mend the service first.
+const SHAPE_RETRY_MS: u32 = 5000;
+/// Of a feed that holds nothing of what is committed, that is told as often.
+const SKIPS_EVERY: Duration = Duration::from_millis(200);
+/// So many runs under way are counted one by one.
+const RUNS_COUNTED_MAX: usize = 32;
 /// A search for the last common batch end takes 11 questions at the most.
 const PROBES_MAX: u32 = 16;
 
@@ -33,8 +43,8 @@ const HELLO_BYTES_MAX: usize = FRAME_HEADER_BYTES + CONTROL_BYTES_MAX as usize;
 /// And one that hasn't been granted a subscription so much.
 const HANDSHAKE_BYTES_MAX: usize = 16 << 10;
 
-/// Why the origin can't read its own journal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why the origin can't send its own journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum SourceError {
     /// Damage.
     Corrupt {
@@ -48,11 +58,18 @@ pub(crate) enum SourceError {
     },
     /// The disk fails, or the file is of a kind that can't be read.
     Storage,
+    /// The event can't be published in the service's shape.
+    Shape {
+        /// Its position.
+        position: Position,
+        /// Why.
+        reason: Arc<str>,
+    },
 }
 
 impl SourceError {
-    fn to_failure(self) -> Failure {
-        match self {
+    fn to_failure(&self) -> Failure {
+        match *self {
             Self::Corrupt { position } => Failure {
                 position: Some(position),
                 ..Failure::new(ErrorCode::CORRUPT, "the journal is damaged here")
@@ -62,6 +79,11 @@ impl SourceError {
                 ..Failure::new(ErrorCode::TRUNCATED, "the events in front of here were removed")
             },
             Self::Storage => Failure::new(ErrorCode::STORAGE, "the journal can't be read"),
+            Self::Shape { position, ref reason } => Failure {
+                position: Some(position),
+                retry_after_ms: SHAPE_RETRY_MS,
+                ..Failure::new(ErrorCode::SHAPE, &**reason)
+            },
         }
     }
 }
@@ -94,6 +116,10 @@ pub(crate) trait Source {
     /// What follows a place, packed into frames.
     fn supply(&mut self, from: &Place, limits: &Limits) -> Result<Supply, SourceError> {
         Ok(frames::pack(self, from, limits)?.map_or(Supply::Nothing, Supply::Piece))
+    }
+    /// What follows a batch end, sifted for a feed.
+    fn sift(&mut self, span: &Span, sieve: &Arc<Sieve>) -> Result<Sifted, SourceError> {
+        feed::sift(self, span, sieve)
     }
 }
 
@@ -136,6 +162,8 @@ pub(crate) struct OriginConfig {
     pub(crate) idle_acks_max: u32,
     /// Who is let in, and what for.
     pub(crate) gate: Gate,
+    /// In what shape events are published in filtered feeds; `None`: as they are stored.
+    pub(crate) shape: Option<Shape>,
 }
 
 /// What the caller has to do next.
@@ -179,6 +207,31 @@ pub(crate) struct OriginStatus {
     pub(crate) sent: Option<Checkpoint>,
     pub(crate) acked: Option<Checkpoint>,
     pub(crate) applied: Option<Position>,
+    /// What the peer is fed, if it doesn't get the whole journal.
+    pub(crate) feed: Option<FeedTerms>,
+}
+
+/// A feed that is being sent.
+#[derive(Debug)]
+struct Feeding {
+    sieve: Arc<Sieve>,
+    /// Up to here there is nothing of the feed behind what was sent.
+    sifted: Checkpoint,
+    /// When that is told at the latest, if it wasn't.
+    skip_at: Option<Instant>,
+    /// Where the run ends of which a part was sent.
+    run_end: Option<Checkpoint>,
+    in_flight: InFlight,
+}
+
+/// What came of an attempt to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Streamed {
+    Done,
+    /// There is more to do, if nothing to be written.
+    More,
+    /// What comes next has to be read by another source.
+    OnDisk,
 }
 
 /// The origin's end of a session. See the [module](super) for states and invariants.
@@ -206,6 +259,9 @@ pub(crate) struct OriginSession {
     /// How much of the batch behind `status.sent` has been sent.
     part: usize,
     offer: Offer,
+    /// The feed that was asked for, until it is granted.
+    requested: Option<FeedRequest>,
+    feeding: Option<Feeding>,
     status: OriginStatus,
     end: Option<SessionEnd>,
 }
@@ -228,6 +284,8 @@ impl OriginSession {
             idle_acks: (0, now.at),
             part: 0,
             offer: Offer { role: config.role, path: vec![config.node] },
+            requested: None,
+            feeding: None,
             status: OriginStatus::default(),
             end: None,
             config,
@@ -323,6 +381,12 @@ impl OriginSession {
             (State::AwaitSubscribe, Message::Subscribe(subscribe)) => {
                 self.state = State::Judging(subscribe);
             }
+            (State::AwaitSubscribe, Message::SubscribeFeed(subscribe, request))
+                if self.features & FEATURE_FILTERED != 0 =>
+            {
+                self.requested = Some(request);
+                self.state = State::Judging(subscribe);
+            }
             (State::Diverged(_), Message::Probe(probe)) if self.asked.is_empty() => {
                 self.asked = probe.positions;
             }
@@ -354,7 +418,7 @@ impl OriginSession {
             return self.refuse(code);
         }
         self.max_frame = self.config.max_frame.min(hello.max_frame).min(FRAME_BYTES_MAX);
-        self.features = hello.features & FEATURES;
+        self.features = hello.features & (FEATURES | FEATURE_FILTERED);
         self.say(&Message::Welcome(Welcome {
             version,
             heartbeat_ms: u16::try_from(self.config.deadlines.heartbeat.as_millis())
@@ -399,6 +463,9 @@ impl OriginSession {
             return self.violated(Violation::Rate { per_second });
         }
         self.status.acked = Some(ack.mirrored);
+        if let Some(feeding) = &mut self.feeding {
+            feeding.in_flight.acknowledged(mirrored.offset);
+        }
         self.status.applied = ack.applied.or(self.status.applied);
     }
 
@@ -426,9 +493,15 @@ impl OriginSession {
         self.offer = offer;
     }
 
-    /// Whether the peer may have this journal.
-    pub(crate) fn may_mirror(&self, journal: &JournalId) -> bool {
-        self.config.gate.may_mirror(journal)
+    /// Whether the peer may have this journal, or something of what it wants of it.
+    pub(crate) fn may_have(&self, journal: &JournalId) -> bool {
+        match &self.requested {
+            None => self.config.gate.may_mirror(journal),
+            Some(request) => {
+                let allowed = self.config.gate.may_be_fed(journal).unwrap_or_default();
+                !request.terms.filter.and(&allowed).parts().is_empty()
+            }
+        }
     }
 
     /// It may not have what it has asked for, or that isn't here.
@@ -452,13 +525,11 @@ impl OriginSession {
     pub(crate) fn step(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Next {
         self.check_deadlines(now);
         self.check_rights();
-        if matches!(self.state, State::Judging(_))
-            && !self.config.gate.may_mirror(&source.end().journal)
-        {
-            // Nothing is looked at: whether it is the journal that was asked for shows in nothing.
-            self.refuse(ErrorCode::DENIED);
+        if matches!(self.state, State::Judging(_)) {
+            // Nothing is looked at before: whether it is the journal that was asked for shows in nothing.
+            self.grant(&source.end().journal);
         }
-        let mut on_disk = false;
+        let (mut on_disk, mut more) = (false, false);
         if let State::Judging(subscribe) = self.state {
             match source.may_wait() {
                 true => self.judge(&subscribe, source, now),
@@ -472,7 +543,12 @@ impl OriginSession {
             }
         }
         if self.state == State::Streaming && out.is_empty() {
-            on_disk = self.stream(source, now, out);
+            let streamed = match self.feeding.take() {
+                None => self.stream(source, now, out),
+                Some(feeding) => self.feed(feeding, source, now, out),
+            };
+            on_disk |= streamed == Streamed::OnDisk;
+            more = streamed == Streamed::More;
         }
         out.say(&mut self.control);
         if !out.is_empty() {
@@ -483,6 +559,9 @@ impl OriginSession {
         }
         if on_disk {
             return Next::OnDisk;
+        }
+        if more {
+            return Next::Write;
         }
         Next::Wait {
             past: self.window_is_open().then(|| self.sent_position()),
@@ -525,6 +604,9 @@ impl OriginSession {
 
     /// How many bytes more the window takes, or one batch more than that.
     fn room(&self) -> u64 {
+        if let Some(feeding) = &self.feeding {
+            return self.window_bytes.saturating_sub(feeding.in_flight.bytes());
+        }
         let sent = self.status.sent.map_or(0, |sent| sent.offset);
         let acked = self.status.acked.map_or(0, |acked| acked.offset);
         self.window_bytes.saturating_sub(sent.saturating_sub(acked))
@@ -535,14 +617,19 @@ impl OriginSession {
     }
 
     fn sent_position(&self) -> Position {
-        self.status.sent.map_or(Position::START, |sent| sent.position)
+        let sifted = self.feeding.as_ref().map(|feeding| feeding.sifted);
+        sifted.or(self.status.sent).map_or(Position::START, |sent| sent.position)
     }
 
     fn next_deadline(&self) -> Instant {
         let silence_until = self.heard_at + self.config.deadlines.silence;
         match self.state {
             State::Diverged(_) => silence_until,
-            State::Streaming => silence_until.min(self.heartbeat_at),
+            State::Streaming => {
+                let skip_at = self.feeding.as_ref().and_then(|feeding| feeding.skip_at);
+                let until = silence_until.min(self.heartbeat_at);
+                skip_at.map_or(until, |at| until.min(at))
+            }
             _ => self.handshake_until,
         }
     }
@@ -566,9 +653,41 @@ impl OriginSession {
     /// Rights may have been taken away since.
     fn check_rights(&mut self) {
         let journal = self.status.sent.map(|sent| sent.journal);
-        if self.end.is_none() && self.config.gate.is_revoked(journal.as_ref()) {
+        let filter = self.status.feed.as_ref().map(|terms| &terms.filter);
+        if self.end.is_none() && self.config.gate.is_revoked(journal.as_ref(), filter) {
             self.refuse(ErrorCode::DENIED);
         }
+    }
+
+    /// Whether the peer may have this journal, or what of it.
+    fn grant(&mut self, journal: &JournalId) {
+        let Some(request) = self.requested.take() else {
+            let is_granted = self.status.feed.is_some(); // by a source that can't compare
+            if !is_granted && !self.config.gate.may_mirror(journal) {
+                self.refuse(ErrorCode::DENIED);
+            }
+            return;
+        };
+        let FeedRequest { terms: FeedTerms { filter: wanted, shape: had }, goes_on } = request;
+        let allowed = self.config.gate.may_be_fed(journal).unwrap_or_default();
+        let is_allowed = wanted.is_within(&allowed);
+        let filter = if is_allowed { wanted } else { wanted.and(&allowed) };
+        if filter.parts().is_empty() || (goes_on && !is_allowed) {
+            return self.refuse(ErrorCode::DENIED);
+        }
+        if filter.check().is_err() {
+            let detail = "what is wanted and allowed is too much for one filter";
+            return self.end_with(Failure::new(ErrorCode::UNSUPPORTED, detail));
+        }
+        let shape = self.config.shape.as_ref().map(|shape| shape.id().clone());
+        if goes_on && had != shape {
+            let named = |shape: Option<ShapeId>| {
+                shape.map_or("events as they are stored".to_owned(), |shape| shape.to_string())
+            };
+            let detail = format!("the feed began with {}, now it is {}", named(had), named(shape));
+            return self.end_with(Failure::new(ErrorCode::TERMS, detail));
+        }
+        self.status.feed = Some(FeedTerms { filter, shape });
     }
 
     /// Compares the mirror's end and its witness with this journal; nothing is sent before.
@@ -604,11 +723,17 @@ impl OriginSession {
         self.window_bytes = u64::from(subscribe.window_bytes.min(self.config.max_window_bytes));
         self.state = State::Streaming;
         self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
-        self.say(&Message::Subscribed(Subscribed {
-            end,
-            first_position: source.start().position,
-            path: self.offer.path.clone(),
-        }));
+        let (first_position, path) = (source.start().position, self.offer.path.clone());
+        let subscribed = Subscribed { end, first_position, path };
+        match self.status.feed.clone() {
+            None => self.say(&Message::Subscribed(subscribed)),
+            Some(terms) => {
+                let sieve = Arc::new(Sieve::new(terms.clone(), self.config.shape.clone()));
+                let (skip_at, run_end, in_flight) = (None, None, InFlight::default());
+                self.feeding = Some(Feeding { sieve, sifted: from, skip_at, run_end, in_flight });
+                self.say(&Message::SubscribedFeed(subscribed, terms));
+            }
+        }
     }
 
     /// Only the origin itself knows that there is nothing more than it has.
@@ -653,14 +778,11 @@ impl OriginSession {
     }
 
     /// Puts out what there is to send: a heartbeat if it is due, and batches that the window and one frame
-    /// take. Whether what comes next has to be read from the disk by another source.
-    fn stream(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> bool {
-        if now.at >= self.heartbeat_at {
-            self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
-            self.say(&Message::Heartbeat(Heartbeat { end: source.end(), now_us: now.unix_us }));
-        }
+    /// take.
+    fn stream(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Streamed {
+        self.beat(source, now);
         let Some(sent) = self.status.sent.filter(|_| self.window_is_open() || self.part > 0) else {
-            return false;
+            return Streamed::Done;
         };
         let closed = source.is_closed();
         let limits = Limits {
@@ -677,10 +799,113 @@ impl OriginSession {
             }
             Ok(Supply::Nothing) if closed => self.go_away(CLOSED_RECONNECT_MS),
             Ok(Supply::Nothing) => {}
-            Ok(Supply::OnDisk) => return true,
+            Ok(Supply::OnDisk) => return Streamed::OnDisk,
             Err(error) => self.fail(error, source),
         }
-        false
+        Streamed::Done
+    }
+
+    fn beat(&mut self, source: &impl Source, now: Now) {
+        if now.at >= self.heartbeat_at {
+            self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
+            self.say(&Message::Heartbeat(Heartbeat { end: source.end(), now_us: now.unix_us }));
+        }
+    }
+
+    /// The same of a feed: a frame of events, or that there are none up to somewhere.
+    fn feed(
+        &mut self,
+        mut feeding: Feeding,
+        source: &mut impl Source,
+        now: Now,
+        out: &mut Output,
+    ) -> Streamed {
+        let origin_end = OriginEnd::from(&source.end());
+        if self.part == 0 && feeding.skip_at.is_some_and(|at| now.at >= at) {
+            self.skip(&mut feeding, origin_end);
+        }
+        self.beat(source, now);
+        if self.part == 0 && feeding.in_flight.bytes() >= self.window_bytes {
+            self.feeding = Some(feeding);
+            return Streamed::Done;
+        }
+        let closed = source.is_closed();
+        let span =
+            Span { at: feeding.sifted, run_bytes: self.config.data_bytes, end: feeding.run_end };
+        let mut streamed = Streamed::Done;
+        match source.sift(&span, &feeding.sieve) {
+            Ok(Sifted::OnDisk) => streamed = Streamed::OnDisk,
+            Ok(Sifted::Run(run)) if self.is_same(&run, &feeding) => {
+                self.run(&mut feeding, &run, origin_end, out);
+            }
+            Ok(_) if self.part > 0 => {
+                let reason = "the service publishes something else each time it is asked".into();
+                let position = feeding.sifted.position;
+                self.fail(SourceError::Shape { position, reason }, source);
+            }
+            Ok(Sifted::Run(run)) => {
+                self.skip(&mut feeding, origin_end);
+                self.run(&mut feeding, &run, origin_end, out);
+            }
+            Ok(Sifted::Passed(to)) => {
+                // What is told at once is about one opening of the origin.
+                if to.incarnation != feeding.sifted.incarnation {
+                    self.skip(&mut feeding, origin_end);
+                }
+                feeding.sifted = to;
+                feeding.skip_at.get_or_insert(now.at + SKIPS_EVERY);
+                streamed = Streamed::More;
+            }
+            Ok(Sifted::Nothing) if closed => {
+                self.skip(&mut feeding, origin_end);
+                self.go_away(CLOSED_RECONNECT_MS);
+            }
+            Ok(Sifted::Nothing) => {}
+            Err(error) => {
+                self.skip(&mut feeding, origin_end);
+                self.fail(error, source);
+            }
+        }
+        self.feeding = Some(feeding);
+        streamed
+    }
+
+    /// Whether the rest of it continues what was sent of a run.
+    fn is_same(&self, run: &MadeRun, feeding: &Feeding) -> bool {
+        feeding.run_end == Some(run.behind) && self.part < run.bytes.len()
+    }
+
+    /// Tells that there is nothing of the feed up to where was looked.
+    fn skip(&mut self, feeding: &mut Feeding, origin_end: OriginEnd) {
+        if self.part > 0 {
+            return;
+        }
+        feeding.skip_at = None;
+        let Some(sent) = self.status.sent else { return };
+        let behind = feeding.sifted;
+        let origin_end = origin_end.at_least(&behind);
+        if behind.position > sent.position {
+            self.say(&Message::Skip(Skip { from: sent.position, behind, origin_end }));
+            self.status.sent = Some(behind);
+        }
+    }
+
+    /// Puts out as much of a run as a frame takes.
+    fn run(&mut self, feeding: &mut Feeding, run: &MadeRun, end: OriginEnd, out: &mut Output) {
+        let (from, behind) = (feeding.sifted.position, run.behind);
+        let end = end.at_least(&behind);
+        let mut bytes = Vec::new();
+        feeding.run_end = Some(behind);
+        self.part += put_part(&mut bytes, from, &run.bytes, self.part, self.max_frame, end);
+        if self.part >= run.bytes.len() {
+            self.part = 0;
+            feeding.run_end = None;
+            self.status.sent = Some(behind);
+            feeding.sifted = behind;
+            feeding.in_flight.add(behind.offset, run.bytes.len() as u64, RUNS_COUNTED_MAX);
+        }
+        out.say(&mut self.control);
+        out.send(Piece { bytes: Arc::new(bytes), behind: Place { end: behind, part: self.part } });
     }
 
     fn fail(&mut self, error: SourceError, source: &impl Source) {

@@ -19,6 +19,8 @@ use crate::shipping::message::{
 };
 use crate::shipping::security::Gate;
 
+mod feeds;
+
 const JOURNAL: JournalId = JournalId::from_bytes([0x1A; 16]);
 const SEGMENT_BATCHES: usize = 5;
 
@@ -73,6 +75,10 @@ impl ModelJournal {
     }
 
     fn append(&mut self, body: &[u8]) {
+        self.append_counted(body, 1 + (body.len() / 300) as u32);
+    }
+
+    fn append_counted(&mut self, body: &[u8], count: u32) {
         let at = self.end_of_batches(self.batches.len());
         let first_of_segment = self.batches.len().is_multiple_of(SEGMENT_BATCHES);
         let page = match self.batches.last() {
@@ -85,7 +91,7 @@ impl ModelJournal {
             stored_len: body.len() as u32,
             raw_len: body.len() as u32,
             body_crc: crate::format::crc32(&[body]),
-            count: 1 + (body.len() / 300) as u32,
+            count,
             base_position: at.position,
             offset: at.offset,
             durable_offset: self.end_of_batches(self.durable).offset,
@@ -256,7 +262,7 @@ impl ModelMirror {
                 other => panic!("{other:?}"),
             },
             Delivery::Batches(bytes) => batches(&bytes).for_each(|bytes| self.batch(bytes)),
-            Delivery::Probed(_) => panic!("the connection compares"),
+            other => panic!("{other:?}: the connection compares, and this is no feed"),
         }
     }
 
@@ -301,6 +307,7 @@ fn origin_config() -> OriginConfig {
         max_window_bytes: 1 << 20,
         idle_acks_max: 100,
         gate: Gate::default(),
+        shape: None,
     }
 }
 

@@ -1,0 +1,118 @@
+//! What can stand in the way of a feed, beside what can in that of a mirror.
+
+use std::sync::Arc;
+
+use crate::error::{AppendError, ReadError};
+use crate::position::{Checkpoint, Position};
+use crate::shipping::filter::{FeedFilter, InvalidFilter};
+
+/// Why a feed doesn't go on.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FeedError {
+    /// The filter can't be asked for.
+    #[error(transparent)]
+    Filter(#[from] InvalidFilter),
+    /// What was received so far was asked for with another filter.
+    #[error("the feed was begun with the filter {had}, and is followed with {wanted}")]
+    Differs {
+        /// The filter that it was begun with.
+        had: Box<FeedFilter>,
+        /// The present one.
+        wanted: Box<FeedFilter>,
+    },
+    /// The origin doesn't have the history any more that was received: it was restored from an older copy.
+    #[error(
+        "the feed has received events up to position {}, the origin {}", received.position,
+        if *is_ahead { format!("ends at position {}", origin.position) } else { "has something else there".to_owned() }
+    )]
+    Replaced {
+        /// Up to where it was received, in the origin's journal.
+        received: Box<Checkpoint>,
+        /// The origin's durable end.
+        origin: Box<Checkpoint>,
+        /// The origin ends in front of it, as far as is known.
+        is_ahead: bool,
+    },
+    /// The origin has removed events that weren't received yet.
+    #[error(
+        "the feed goes on at position {received}, and the origin has nothing in front of position {first}"
+    )]
+    Removed {
+        /// Up to where it was received.
+        received: Position,
+        /// The first position that the origin has.
+        first: Position,
+    },
+    /// What was received can't be stored.
+    #[error("what was received can't be stored: {0}")]
+    Append(Arc<AppendError>),
+    /// What was received before can't be read.
+    #[error("what was received can't be read: {0}")]
+    Read(Arc<ReadError>),
+    /// The journal of what was received doesn't say how far that is.
+    #[error("the journal of the feed does not say up to where it was received")]
+    NoProgress,
+}
+
+impl FeedError {
+    /// Whether trying again makes no sense until somebody has acted.
+    #[must_use]
+    pub fn is_halting(&self) -> bool {
+        !matches!(self, Self::Append(error) if matches!(**error, AppendError::DiskFull(_)))
+    }
+
+    /// The writer of what was received has failed: it is to be opened anew.
+    pub(super) fn is_poisoned(&self) -> bool {
+        matches!(self, Self::Append(error) if matches!(**error, AppendError::Unknown(_) | AppendError::Poisoned(_)))
+    }
+
+    /// A stable name of the kind of error.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Filter(_) => "feed.filter",
+            Self::Differs { .. } => "feed.differs",
+            Self::Replaced { .. } => "feed.replaced",
+            Self::Removed { .. } => "feed.removed",
+            Self::Append(error) => error.code(),
+            Self::Read(error) => error.code(),
+            Self::NoProgress => "feed.no_progress",
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Filter(_) => "see FeedFilter for what a filter can say",
+            Self::Differs { .. } => {
+                "another filter is another feed: follow it under another name; views of it are built from its beginning"
+            }
+            Self::Replaced { .. } => {
+                "the origin was restored from an older copy: let it take back from a mirror what it has lost, then resume. Otherwise follow the feed anew under another name, and compare: what this one holds stays readable"
+            }
+            Self::Removed { .. } => {
+                "the events between were removed at the origin: follow the feed anew under another name; it begins with what the origin still has only if that is its beginning"
+            }
+            Self::Append(error) if matches!(**error, AppendError::TooLarge { .. }) => {
+                "raise FollowOptions::journal.batch_bytes_max to what the origin allows, then resume"
+            }
+            Self::Append(error) => error.hint(),
+            Self::Read(error) => error.hint(),
+            Self::NoProgress => "this is no directory of a feed; follow it under another name",
+        }
+    }
+}
+
+impl From<AppendError> for FeedError {
+    fn from(error: AppendError) -> Self {
+        Self::Append(Arc::new(error))
+    }
+}
+
+impl From<ReadError> for FeedError {
+    fn from(error: ReadError) -> Self {
+        Self::Read(Arc::new(error))
+    }
+}

@@ -1,0 +1,436 @@
+//! Which events a filtered feed holds.
+//!
+//! ```text
+//!   filter = part OR part OR …     part = (any of these categories) AND (any of these types) AND (all of these tags)
+//!
+//!   wanted by the subscriber ∩ allowed by the access list = the feed
+//! ```
+//! Invariants:
+//! - The intersection of two filters is a filter, and lets through exactly what both do.
+//! - Limits bound what comparing filters costs, whoever asks.
+
+use serde::{Deserialize, Serialize};
+
+use crate::event::Recorded;
+use crate::format::record::RecordRef;
+use crate::format::{Decoder, FormatError};
+
+/// A filter has at most so many parts.
+pub const FILTER_PARTS_MAX: usize = 16;
+/// A part names at most so many categories, types and tags, all together.
+pub const FILTER_NAMES_MAX: usize = 64;
+/// A filter takes at most so many bytes in a frame.
+pub const FILTER_BYTES_MAX: usize = 2048;
+const NAME_BYTES_MAX: usize = 255;
+/// No name can be this: it stands for all those that nobody names.
+const OTHER: &str = "\u{0}";
+
+/// Which events a feed holds, by the category of their streams, their types and their tags: those that one of its
+/// parts means.
+///
+/// ```
+/// use headwater::shipping::{FeedFilter, FeedPart};
+/// let filter = FeedFilter::any_of([
+///     FeedPart::categories(["order"]).and_types(["order.placed", "order.shipped"]),
+///     FeedPart::types(["customer.renamed"]),
+/// ]);
+/// assert_eq!(filter.parts().len(), 2);
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FeedFilter {
+    parts: Vec<FeedPart>,
+}
+
+/// A part of a [`FeedFilter`]: means events of streams of any of its categories that have any of its types and all of
+/// its tags. Where it names none, any will do; naming nothing at all means every event.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FeedPart {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    categories: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    types: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tags: Vec<String>,
+}
+
+/// What is wrong with a filter.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidFilter {
+    /// It has no part: nothing would pass.
+    #[error("a filter without a part lets nothing through")]
+    Empty,
+    /// A name is empty, too long, or has a control character.
+    #[error("{name:?} can't be a category, type or tag: 1 to 255 bytes without control characters")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// There is more of it than a subscription can carry.
+    #[error(
+        "a filter has at most {FILTER_PARTS_MAX} parts of {FILTER_NAMES_MAX} names, in {FILTER_BYTES_MAX} bytes"
+    )]
+    TooLarge,
+}
+
+impl FeedPart {
+    /// Events of streams of any of these [categories](crate::StreamId::category).
+    #[must_use]
+    pub fn categories<T: Into<String>>(categories: impl IntoIterator<Item = T>) -> Self {
+        Self::default().and_categories(categories)
+    }
+
+    /// Events of any of these types.
+    #[must_use]
+    pub fn types<T: Into<String>>(types: impl IntoIterator<Item = T>) -> Self {
+        Self::default().and_types(types)
+    }
+
+    /// Events with all of these tags.
+    #[must_use]
+    pub fn tags<T: Into<String>>(tags: impl IntoIterator<Item = T>) -> Self {
+        Self::default().and_tags(tags)
+    }
+
+    /// Adds categories.
+    #[must_use]
+    pub fn and_categories<T: Into<String>>(
+        mut self,
+        categories: impl IntoIterator<Item = T>,
+    ) -> Self {
+        add(&mut self.categories, categories);
+        self
+    }
+
+    /// Adds types.
+    #[must_use]
+    pub fn and_types<T: Into<String>>(mut self, types: impl IntoIterator<Item = T>) -> Self {
+        add(&mut self.types, types);
+        self
+    }
+
+    /// Adds tags.
+    #[must_use]
+    pub fn and_tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
+        add(&mut self.tags, tags);
+        self
+    }
+
+    fn names(&self) -> impl Iterator<Item = &String> {
+        self.categories.iter().chain(&self.types).chain(&self.tags)
+    }
+
+    fn means(&self, category: &str, event_type: &str, has_tag: impl Fn(&str) -> bool) -> bool {
+        is_any(&self.categories, category)
+            && is_any(&self.types, event_type)
+            && self.tags.iter().all(|tag| has_tag(tag))
+    }
+
+    /// What both mean; `None` if that can't be any event.
+    fn and(&self, other: &Self) -> Option<Self> {
+        let categories = common(&self.categories, &other.categories)?;
+        let types = common(&self.types, &other.types)?;
+        let part = Self { categories, types, tags: self.tags.clone() };
+        Some(part.and_tags(other.tags.iter().cloned()))
+    }
+
+    /// Sorted and without repetitions, as the others keep them.
+    fn in_order(self) -> Self {
+        Self::categories(self.categories).and_types(self.types).and_tags(self.tags)
+    }
+}
+
+fn add<T: Into<String>>(names: &mut Vec<String>, more: impl IntoIterator<Item = T>) {
+    names.extend(more.into_iter().map(Into::into));
+    names.sort_unstable();
+    names.dedup();
+}
+
+fn is_any(names: &[String], name: &str) -> bool {
+    names.is_empty() || names.iter().any(|it| it == name)
+}
+
+/// The names that are in both; no names are all. `None` if none are in both.
+fn common(a: &[String], b: &[String]) -> Option<Vec<String>> {
+    match (a, b) {
+        ([], names) | (names, []) => Some(names.to_vec()),
+        (a, b) => {
+            let both: Vec<_> = a.iter().filter(|name| b.contains(name)).cloned().collect();
+            (!both.is_empty()).then_some(both)
+        }
+    }
+}
+
+impl From<FeedPart> for FeedFilter {
+    fn from(part: FeedPart) -> Self {
+        Self::any_of([part])
+    }
+}
+
+impl FeedFilter {
+    /// What any of the parts means.
+    #[must_use]
+    pub fn any_of(parts: impl IntoIterator<Item = FeedPart>) -> Self {
+        let mut parts: Vec<_> = parts.into_iter().map(FeedPart::in_order).collect();
+        parts.sort_unstable();
+        parts.dedup();
+        Self { parts }
+    }
+
+    /// All events.
+    #[must_use]
+    pub fn everything() -> Self {
+        FeedPart::default().into()
+    }
+
+    /// Its parts.
+    #[must_use]
+    pub fn parts(&self) -> &[FeedPart] {
+        &self.parts
+    }
+
+    /// Verifies the limits.
+    ///
+    /// # Errors
+    /// [`InvalidFilter`].
+    pub fn check(&self) -> Result<(), InvalidFilter> {
+        if self.parts.is_empty() {
+            return Err(InvalidFilter::Empty);
+        }
+        for part in &self.parts {
+            let invalid = |name: &&String| {
+                name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control)
+            };
+            if let Some(name) = part.names().find(invalid) {
+                return Err(InvalidFilter::Name { name: name.clone() });
+            }
+        }
+        let many = |part: &FeedPart| part.names().count() > FILTER_NAMES_MAX;
+        if self.parts.len() > FILTER_PARTS_MAX
+            || self.parts.iter().any(many)
+            || self.to_bytes().len() > FILTER_BYTES_MAX
+        {
+            return Err(InvalidFilter::TooLarge);
+        }
+        Ok(())
+    }
+
+    /// Whether the feed holds this event.
+    #[must_use]
+    pub fn matches<E>(&self, event: &Recorded<E>) -> bool {
+        let has_tag = |tag: &str| event.tags().iter().any(|it| it == tag);
+        self.means(event.stream().category(), event.event_type().as_str(), has_tag)
+    }
+
+    pub(crate) fn matches_record(&self, record: &RecordRef<'_>) -> bool {
+        let category = record.stream.split('-').next().unwrap_or(record.stream);
+        let has_tag = |tag: &str| record.tags().any(|it| it == tag);
+        self.means(category, record.event_type, has_tag)
+    }
+
+    fn means(
+        &self,
+        category: &str,
+        event_type: &str,
+        has_tag: impl Fn(&str) -> bool + Copy,
+    ) -> bool {
+        self.parts.iter().any(|part| part.means(category, event_type, has_tag))
+    }
+
+    /// Whether it lets nothing through that `other` doesn't.
+    pub(crate) fn is_within(&self, other: &Self) -> bool {
+        self.parts.iter().all(|part| other.holds(part))
+    }
+
+    /// Whether it lets everything through that `part` means. What differs in names that neither knows is alike, and
+    /// further tags take nothing away: so looking at each of the names, and at one other, is enough.
+    fn holds(&self, part: &FeedPart) -> bool {
+        let known = |names: fn(&FeedPart) -> &Vec<String>| {
+            let mine = names(part);
+            let all = self.parts.iter().flat_map(names).map(String::as_str);
+            match mine.is_empty() {
+                false => mine.iter().map(String::as_str).collect::<Vec<_>>(),
+                true => all.chain([OTHER]).collect(),
+            }
+        };
+        let (categories, types) = (known(|part| &part.categories), known(|part| &part.types));
+        let has_tag = |tag: &str| part.tags.iter().any(|it| it == tag);
+        let mut events =
+            categories.iter().flat_map(|category| types.iter().map(move |t| (category, t)));
+        events.all(|(category, event_type)| self.means(category, event_type, has_tag))
+    }
+
+    /// What both let through; it may have no part, or too many.
+    pub(crate) fn and(&self, other: &Self) -> Self {
+        let pairs = self.parts.iter().flat_map(|a| other.parts.iter().filter_map(|b| a.and(b)));
+        let all = Self::any_of(pairs).parts;
+        let is_in_another = |part: &FeedPart| {
+            let mut others = all.iter().filter(|other| *other != part);
+            others.any(|other| Self { parts: vec![other.clone()] }.holds(part))
+        };
+        Self { parts: all.iter().filter(|part| !is_in_another(part)).cloned().collect() }
+    }
+
+    /// As in frames.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        put_len(&mut out, self.parts.len());
+        for part in &self.parts {
+            for names in [&part.categories, &part.types, &part.tags] {
+                put_len(&mut out, names.len());
+                for name in names {
+                    put_len(&mut out, name.len());
+                    out.extend_from_slice(name.as_bytes());
+                }
+            }
+        }
+        out
+    }
+
+    /// Nothing is allocated for what is only claimed.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, FormatError> {
+        let invalid = FormatError::Invalid("filter");
+        let mut input = Decoder::new(bytes);
+        let mut parts = Vec::new();
+        for _ in 0..input.u16()? {
+            let mut part = FeedPart::default();
+            for names in [&mut part.categories, &mut part.types, &mut part.tags] {
+                for _ in 0..input.u16()? {
+                    names.push(input.text16("filter")?.to_owned());
+                }
+            }
+            parts.push(part);
+        }
+        let filter = Self { parts };
+        let in_order = Self::any_of(filter.parts.iter().cloned());
+        if !input.rest().is_empty() || filter.check().is_err() || in_order != filter {
+            return Err(invalid);
+        }
+        Ok(filter)
+    }
+}
+
+fn put_len(out: &mut Vec<u8>, len: usize) {
+    out.extend_from_slice(&u16::try_from(len).unwrap_or(u16::MAX).to_le_bytes());
+}
+
+impl std::fmt::Display for FeedFilter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (n, part) in self.parts.iter().enumerate() {
+            f.write_str(if n == 0 { "" } else { ", or " })?;
+            let lists =
+                [("categories", &part.categories), ("types", &part.types), ("tags", &part.tags)];
+            let named = lists.iter().filter(|(_, names)| !names.is_empty());
+            let named: Vec<_> =
+                named.map(|(what, names)| format!("{what} {}", names.join(" "))).collect();
+            f.write_str(if named.is_empty() { "everything" } else { "" })?;
+            f.write_str(&named.join(" and "))?;
+        }
+        Ok(())
+    }
+}
+
+/// In JSON: a part, or a list of them.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum InJson {
+    One(FeedPart),
+    Any(Vec<FeedPart>),
+}
+
+impl Serialize for FeedFilter {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.parts.as_slice() {
+            [part] => part.serialize(serializer),
+            parts => parts.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for FeedFilter {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let filter = match InJson::deserialize(deserializer) {
+            Ok(InJson::One(part)) => Self::from(part),
+            Ok(InJson::Any(parts)) => Self::any_of(parts),
+            Err(_) => {
+                return Err(serde::de::Error::custom(
+                    "a filter is {\"categories\": […], \"types\": […], \"tags\": […]}, or a list of these",
+                ));
+            }
+        };
+        filter.check().map_err(serde::de::Error::custom)?;
+        Ok(filter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NAMES: [&str; 4] = ["a", "b", "c", "d"];
+
+    fn names() -> impl Strategy<Value = Vec<String>> {
+        proptest::collection::vec((0..3_usize).prop_map(|n| NAMES[n].to_owned()), 0..3)
+    }
+
+    fn filter() -> impl Strategy<Value = FeedFilter> {
+        let part = (names(), names(), names())
+            .prop_map(|(c, t, g)| FeedPart::categories(c).and_types(t).and_tags(g));
+        proptest::collection::vec(part, 1..4).prop_map(FeedFilter::any_of)
+    }
+
+    /// All kinds of events: of each name and of one that no filter names, with each set of tags.
+    fn events() -> impl Iterator<Item = (&'static str, &'static str, u8)> {
+        NAMES.into_iter().flat_map(|c| {
+            NAMES.into_iter().flat_map(move |t| (0..16).map(move |tags| (c, t, tags)))
+        })
+    }
+
+    fn lets(filter: &FeedFilter, (category, event_type, tags): (&str, &str, u8)) -> bool {
+        let has_tag =
+            |tag: &str| NAMES.iter().zip(0..).any(|(n, bit)| *n == tag && tags >> bit & 1 == 1);
+        filter.means(category, event_type, has_tag)
+    }
+
+    proptest! {
+        #[test]
+        fn an_intersection_lets_through_what_both_do_and_containment_is_exact(a in filter(), b in filter()) {
+            let both = a.and(&b);
+            for event in events() {
+                prop_assert_eq!(lets(&both, event), lets(&a, event) && lets(&b, event), "{:?}", event);
+            }
+            prop_assert!(both.is_within(&a) && both.is_within(&b));
+            let within = events().all(|event| !lets(&a, event) || lets(&b, event));
+            prop_assert_eq!(a.is_within(&b), within);
+            // Whoever asks again for what it was granted is granted the same.
+            prop_assert_eq!(both.and(&b), both);
+        }
+
+        #[test]
+        fn a_filter_survives_frames_and_json(a in filter()) {
+            prop_assert_eq!(FeedFilter::from_bytes(&a.to_bytes()), Ok(a.clone()));
+            let json = serde_json::to_string(&a).unwrap();
+            prop_assert_eq!(serde_json::from_str::<FeedFilter>(&json).unwrap(), a);
+        }
+    }
+
+    #[test]
+    fn filters_that_are_too_large_or_mean_nothing_are_refused() {
+        assert_eq!(FeedFilter::default().check(), Err(InvalidFilter::Empty));
+        let many = FeedPart::types((0..=FILTER_NAMES_MAX).map(|n| n.to_string()));
+        assert_eq!(FeedFilter::from(many.clone()).check(), Err(InvalidFilter::TooLarge));
+        assert!(FeedFilter::from_bytes(&FeedFilter::from(many).to_bytes()).is_err());
+        let long = FeedPart::tags((0..10).map(|n| n.to_string().repeat(250)));
+        assert_eq!(FeedFilter::from(long).check(), Err(InvalidFilter::TooLarge));
+        for name in ["", "a\nb"] {
+            let invalid = FeedFilter::from(FeedPart::categories([name])).check();
+            assert_eq!(invalid, Err(InvalidFilter::Name { name: name.to_owned() }));
+        }
+        let error = serde_json::from_str::<FeedFilter>(r#"{"catgories": ["a"]}"#).unwrap_err();
+        assert!(error.to_string().contains("categories"), "{error}");
+        assert!(FeedFilter::from_bytes(&[1, 0, 0]).is_err());
+    }
+}

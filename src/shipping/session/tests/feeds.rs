@@ -1,0 +1,241 @@
+//! Sessions for filtered feeds: every position accounted for once, whatever is cut, lost or crashed.
+
+use super::*;
+use crate::event::{EventId, NewEvent, Revision, StreamId};
+use crate::format::record;
+use crate::shipping::filter::{FeedFilter, FeedPart};
+use crate::shipping::message::{FeedRequest, FeedTerms, Run};
+
+const TYPES: [&str; 4] = ["a", "b", "c", "$own"];
+
+/// Real records, some of them longer than a frame.
+fn append_events(journal: &mut ModelJournal, rng: &mut fastrand::Rng) {
+    let mut body = Vec::new();
+    let count = rng.u32(1..5);
+    for _ in 0..count {
+        let len = if rng.u8(..) < 12 { rng.usize(6_000..20_000) } else { rng.usize(0..300) };
+        let event = NewEvent::raw(TYPES[rng.usize(..4)], vec![rng.u8(..); len]).unwrap();
+        let event = event.id(EventId::from_bytes(std::array::from_fn(|_| rng.u8(..))));
+        let stream = StreamId::new(format!("s-{}", rng.u8(..3))).unwrap();
+        record::encode(&mut body, &event, &stream, Revision::FIRST);
+    }
+    journal.append_counted(&body, count);
+}
+
+/// The events of the feed in front of `batches`, and their positions.
+fn expected(journal: &ModelJournal, filter: &FeedFilter, batches: usize) -> Vec<(u64, EventId)> {
+    let mut all = Vec::new();
+    for batch in &journal.batches[..batches] {
+        let decoded = BatchRef::decode(&batch.bytes, batch.page.header.salt).unwrap();
+        let base = decoded.header.base_position;
+        for (index, record) in decoded.records().enumerate() {
+            let record = record.unwrap();
+            if filter.matches_record(&record) && !record.event_type.starts_with('$') {
+                all.push((base.advance(index as u64).get(), record.id));
+            }
+        }
+    }
+    all
+}
+
+/// What a subscriber has: it loses what it hasn't made durable.
+struct Subscriber {
+    filter: FeedFilter,
+    terms: Option<FeedTerms>,
+    events: Vec<(u64, EventId)>,
+    covered: Option<Checkpoint>,
+    durable: (usize, Option<Checkpoint>),
+}
+
+impl Subscriber {
+    fn new(filter: FeedFilter) -> Self {
+        Self { filter, terms: None, events: Vec::new(), covered: None, durable: (0, None) }
+    }
+
+    fn session(&self, now: Now) -> MirrorSession {
+        let resume = self.durable.1.map(|end| Resume { end, witness: None });
+        let wanted = FeedTerms { filter: self.filter.clone(), shape: None };
+        let terms = self.terms.clone().unwrap_or(wanted);
+        let request = FeedRequest { terms, goes_on: resume.is_some() };
+        MirrorSession::fed(mirror_config(resume), request, now)
+    }
+
+    fn take(&mut self, delivery: Delivery) {
+        match delivery {
+            Delivery::Granted(end, terms) => {
+                assert!(self.terms.as_ref().is_none_or(|had| *had == terms));
+                self.terms = Some(terms);
+                self.covered.get_or_insert(Mark::start(end.journal).end);
+            }
+            Delivery::Run(run) => {
+                assert_eq!(Some(run.from), self.covered.map(|end| end.position));
+                self.add(&run);
+                self.covered = Some(run.behind);
+            }
+            Delivery::Skipped(behind) => self.covered = Some(behind),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn add(&mut self, run: &Run) {
+        for entry in run.entries() {
+            let entry = entry.unwrap();
+            self.events.push((entry.position.get(), entry.record.id));
+        }
+    }
+
+    fn sync(&mut self) -> Option<Checkpoint> {
+        self.durable = (self.events.len(), self.covered);
+        self.covered
+    }
+
+    fn crash(&mut self) {
+        self.events.truncate(self.durable.0);
+        self.covered = self.durable.1;
+        if self.covered.is_none() {
+            self.terms = None;
+        }
+    }
+}
+
+struct Wire {
+    origin: OriginSession,
+    subscriber: MirrorSession,
+    to_origin: Vec<u8>,
+    to_subscriber: Vec<u8>,
+}
+
+impl Wire {
+    fn new(subscriber: &mut Subscriber, now: Now) -> Self {
+        subscriber.crash(); // what wasn't acknowledged comes again
+        let origin = OriginSession::new(OriginConfig { data_bytes: 900, ..origin_config() }, now);
+        let (to_origin, to_subscriber) = (Vec::new(), Vec::new());
+        Self { origin, subscriber: subscriber.session(now), to_origin, to_subscriber }
+    }
+
+    fn speak(&mut self, journal: &mut ModelJournal, now: Now) {
+        self.subscriber.on_time(now);
+        self.subscriber.take_output(now, &mut self.to_origin);
+        self.origin.poll(journal, now, &mut self.to_subscriber);
+    }
+
+    fn hear_origin(&mut self, up_to: usize, subscriber: &mut Subscriber, now: Now) {
+        let up_to = up_to.min(self.to_subscriber.len());
+        let moved: Vec<u8> = self.to_subscriber.drain(..up_to).collect();
+        let mut deliveries = Vec::new();
+        self.subscriber.on_bytes(&moved, now, &mut deliveries);
+        deliveries.into_iter().for_each(|delivery| subscriber.take(delivery));
+    }
+
+    fn hear_subscriber(&mut self, up_to: usize, now: Now) {
+        let up_to = up_to.min(self.to_origin.len());
+        let moved: Vec<u8> = self.to_origin.drain(..up_to).collect();
+        self.origin.on_bytes(&moved, now);
+    }
+
+    fn settle(&mut self, journal: &mut ModelJournal, subscriber: &mut Subscriber, mut now: Now) {
+        for _ in 0..10_000 {
+            now = later(now, Duration::from_millis(300)); // what is passed over is told after 200
+            self.speak(journal, now);
+            self.hear_origin(usize::MAX, subscriber, now);
+            self.hear_subscriber(usize::MAX, now);
+            if let Some(end) = subscriber.sync() {
+                self.subscriber.on_durable(end);
+            }
+            if subscriber.covered == Some(journal.end()) {
+                return;
+            }
+        }
+        let ends = (self.origin.end(), self.subscriber.end());
+        panic!("the session doesn't settle: {ends:?}");
+    }
+}
+
+fn check(journal: &ModelJournal, subscriber: &Subscriber) {
+    let Some(covered) = subscriber.covered else { return };
+    let batches = journal.batches[..journal.durable].iter();
+    let batches = batches.take_while(|batch| batch.end.position <= covered.position).count();
+    assert_eq!(covered, journal.end_of_batches(batches), "no batch end, or not durable");
+    assert_eq!(subscriber.events, expected(journal, &subscriber.filter, batches));
+}
+
+/// As with mirrors: at every step the subscriber has exactly what the filter lets through of what it has accounted for.
+#[test]
+fn whatever_happens_a_feed_is_what_the_filter_lets_through() {
+    for seed in 0..200 {
+        println!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let types = TYPES.iter().copied().filter(|_| rng.bool());
+        let filter = FeedFilter::from(FeedPart::types(types.collect::<Vec<_>>()));
+        let (mut journal, mut subscriber) = (ModelJournal::new(JOURNAL), Subscriber::new(filter));
+        let mut now = now();
+        let mut wire = Wire::new(&mut subscriber, now);
+        for _ in 0..300 {
+            match rng.u32(..100) {
+                0..20 => append_events(&mut journal, &mut rng),
+                20..32 => journal.sync(),
+                32..50 => wire.speak(&mut journal, now),
+                50..70 => wire.hear_origin(rng.usize(1..6000), &mut subscriber, now),
+                70..82 => wire.hear_subscriber(rng.usize(1..300), now),
+                82..90 => {
+                    if let Some(end) = subscriber.sync() {
+                        wire.subscriber.on_durable(end);
+                    }
+                }
+                90..95 => now = later(now, Duration::from_millis(rng.u64(..500))),
+                95..98 => wire = Wire::new(&mut subscriber, now),
+                _ => {
+                    journal.reopened_with(journal.durable);
+                    wire = Wire::new(&mut subscriber, now);
+                }
+            }
+            check(&journal, &subscriber);
+            if let Some(end) = wire.subscriber.end().or(wire.origin.end()) {
+                assert!(matches!(end, SessionEnd::Timeout(_) | SessionEnd::Peer(_)), "{end:?}");
+                wire = Wire::new(&mut subscriber, now);
+            }
+        }
+        journal.sync();
+        Wire::new(&mut subscriber, now).settle(&mut journal, &mut subscriber, now);
+        check(&journal, &subscriber);
+        assert_eq!(subscriber.covered, Some(journal.end()));
+    }
+}
+
+/// An origin that was restored and has grown again, by any number of batches, also of the same events.
+#[test]
+fn a_feed_of_a_history_that_is_gone_is_told_for_every_tail_length() {
+    for (kept, regrown) in (0..=6).flat_map(|kept| (0..6).map(move |regrown| (kept, regrown))) {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut journal = ModelJournal::new(JOURNAL);
+        (0..6).for_each(|_| append_events(&mut journal, &mut rng));
+        journal.sync();
+        let original = journal.clone();
+        let mut subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["a", "c"])));
+        Wire::new(&mut subscriber, now()).settle(&mut journal, &mut subscriber, now());
+        let had = subscriber.events.clone();
+        journal.reopened_with(kept);
+        for batch in original.batches.iter().cycle().take(regrown) {
+            let decoded = BatchRef::decode(&batch.bytes, batch.page.header.salt).unwrap();
+            journal.append_counted(decoded.body(), decoded.header.count);
+        }
+        journal.sync();
+        let mut wire = Wire::new(&mut subscriber, now());
+        for _ in 0..4 {
+            wire.speak(&mut journal, now());
+            wire.hear_origin(usize::MAX, &mut subscriber, now());
+            wire.hear_subscriber(usize::MAX, now());
+        }
+        match (kept, wire.subscriber.end()) {
+            (6, None) => {}
+            (0..6, Some(SessionEnd::Diverged(at))) => {
+                let ahead = at.divergence == Divergence::Ahead;
+                assert_eq!(ahead, journal.end().offset < subscriber.covered.unwrap().offset);
+            }
+            other => panic!("{kept}, {regrown}: {other:?}"),
+        }
+        if kept < 6 {
+            assert_eq!(subscriber.events, had);
+        }
+    }
+}
