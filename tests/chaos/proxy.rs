@@ -168,11 +168,13 @@ impl Shared {
     ) -> io::Result<Open> {
         let (mut passed, mut buffer) = (0, [0; 4096]);
         loop {
-            let len = from.read(&mut buffer)?;
+            let read = from.read(&mut buffer);
+            // The end of what is said waits, too.
+            self.wait_while_held();
+            let len = read?;
             if len == 0 {
                 return Ok(Open::No);
             }
-            self.wait_while_held();
             if vanished.load(Ordering::Acquire) {
                 continue;
             }
