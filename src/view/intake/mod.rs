@@ -17,7 +17,8 @@
 //! - A view over one journal has no log; its order is the journal's.
 
 mod log;
-#[cfg(all(test, feature = "test-kit"))]
+#[cfg(test)]
+#[cfg(feature = "test-kit")]
 mod tests;
 
 use std::collections::VecDeque;

@@ -121,10 +121,9 @@ fn what_anybody_has_followed_is_there_whatever_dies_or_fails() {
                 fs.clear_faults();
                 for fork in 0..3 {
                     let fs = fs.fork(fork);
-                    if fork == 0 {
-                        fs.power_cut_losing_all()
-                    } else {
-                        fs.power_cut()
+                    match fork {
+                        0 => fs.power_cut_losing_all(),
+                        _ => fs.power_cut(),
                     }
                     assert_settled(&fs, &ids, &followed, &what);
                 }
