@@ -264,6 +264,30 @@ fn random_history(seed: u64) {
     }
 }
 
+/// What is sifted may itself be a copy: the feed is the same, and can go on at the origin.
+#[test]
+fn a_mirror_serves_feeds_of_what_it_mirrors() {
+    let rng = &mut Rng::with_seed(4);
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path(), small(), ServeOptions::default());
+    origin.append(rng, 60);
+    let mirror = dir.path().join("mirror");
+    let mirror = follow(Arc::new(OsFs), &mirror, origin.address.to_string(), options()).unwrap();
+    let copy = mirror.wait_ready(SOON).unwrap();
+    let relay = serve(copy, "127.0.0.1:0", ServeOptions::default()).unwrap();
+    let wanted = FeedFilter::from(FeedPart::types(["placed"]).and_tags(["eu"]));
+    let place = dir.path().join("feed");
+    let feed = feed_at(&place, relay.local_addr(), wanted.clone());
+    origin.append(rng, 20);
+    let journal = converged(&feed, &origin);
+    assert_eq!(received(&journal), expected(origin.store().journal(), &wanted));
+    feed.stop().unwrap();
+    origin.append(rng, 20);
+    let feed = origin.feed(&place, wanted.clone());
+    let journal = converged(&feed, &origin);
+    assert_eq!(received(&journal), expected(origin.store().journal(), &wanted));
+}
+
 // ------------------------------------------------------------------------------------------------- rights
 
 fn confined(path: &Path, filters: &[FeedFilter]) -> Security {

@@ -3,30 +3,21 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::feed::InFlight;
+use self::fed::Fed;
 use super::probe::{Held, Search};
 use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, TruncatedAt, Violation};
 use crate::format::batch::{Link, PADDED_BYTES_LIMIT};
 use crate::format::files::{Mark, Witness};
 use crate::format::segment::HEADER_PAGE_BYTES;
-use crate::position::{Chain, Checkpoint, Incarnation, JournalId, NodeId, Position};
-use crate::shipping::filter::FeedFilter;
+use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::message::{
-    Ack, Authentication, Common, Data, Diverged, Divergence, Entry, ErrorCode, Events,
-    FEATURE_FILTERED, FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, Failure,
-    FeedRequest, FeedTerms, FrameReader, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS,
-    Probe, Probed, RUN_BYTES_MAX, Run, Skip, Subscribe, Subscribed, Welcome, claimed_batch_len,
+    Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, FEATURE_FILTERED,
+    FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, Failure, FeedRequest, FeedTerms,
+    FrameReader, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed, Run,
+    Subscribe, Subscribed, Welcome, claimed_batch_len,
 };
 
-/// Where nothing is known yet.
-const NOWHERE: Checkpoint = Checkpoint {
-    journal: JournalId::from_bytes([0; 16]),
-    epoch: 0,
-    incarnation: Incarnation::new(0),
-    offset: 0,
-    position: Position::START,
-    chain: Chain::from_bytes([0; 16]),
-};
+mod fed;
 
 /// What a mirror's session is told at its beginning.
 #[derive(Clone, Debug)]
@@ -68,16 +59,6 @@ pub(crate) enum Delivery {
     Run(Run),
     /// The feed has nothing up to here.
     Skipped(Checkpoint),
-}
-
-/// What a session for a filtered feed knows beside the rest.
-#[derive(Debug)]
-struct Fed {
-    request: FeedRequest,
-    filter: FeedFilter,
-    /// Up to here every position is accounted for.
-    covered: Checkpoint,
-    in_flight: InFlight,
 }
 
 /// What the origin has told of itself, in this session.
@@ -158,12 +139,7 @@ impl MirrorSession {
             told: Told::default(),
             features: 0,
             search: None,
-            fed: feed.map(|request| Fed {
-                filter: request.terms.filter.clone(),
-                request,
-                covered: durable.unwrap_or(NOWHERE),
-                in_flight: InFlight::default(),
-            }),
+            fed: feed.map(|request| Fed::new(request, durable)),
             end: None,
             config,
         };
@@ -220,7 +196,7 @@ impl MirrorSession {
     pub(crate) fn on_durable(&mut self, end: Checkpoint) {
         self.ack_due |= self.durable.is_none_or(|durable| durable.offset < end.offset);
         self.durable = Some(end);
-        self.fed.iter_mut().for_each(|fed| fed.in_flight.acknowledged(end.offset));
+        self.fed.iter_mut().for_each(|fed| fed.acknowledged(end.offset));
         self.ack_due &= self.state == State::Streaming;
     }
 
@@ -386,7 +362,7 @@ impl MirrorSession {
             witness: self.config.resume.and_then(|resume| resume.witness),
             window_bytes: self.config.window_bytes,
         };
-        let request = self.fed.as_ref().map(|fed| fed.request.clone());
+        let request = self.fed.as_ref().map(|fed| fed.request().clone());
         match request {
             Some(request) => self.say(&Message::SubscribeFeed(subscribe, request)),
             None => self.say(&Message::Subscribe(subscribe)),
@@ -487,94 +463,11 @@ impl MirrorSession {
         self.ack_due = true;
         match (terms, &mut self.fed) {
             (Some(terms), Some(fed)) => {
-                fed.covered = from;
-                fed.filter = terms.filter.clone();
+                fed.begin(from, &terms);
                 deliveries.push(Delivery::Granted(end, terms));
             }
             _ => deliveries.push(Delivery::Subscribed(end)),
         }
-        Ok(())
-    }
-
-    /// Whether what was granted is what was asked for, or a part of it if that can't be but new.
-    fn are_asked_for(&self, granted: Option<&FeedTerms>) -> bool {
-        match (granted, self.fed.as_ref().map(|fed| &fed.request)) {
-            (None, None) => true,
-            (Some(granted), Some(request)) if request.goes_on => *granted == request.terms,
-            (Some(granted), Some(request)) => granted.filter.is_within(&request.terms.filter),
-            _ => false,
-        }
-    }
-
-    fn events(
-        &mut self,
-        events: &Events<'_>,
-        now: Now,
-        deliveries: &mut Vec<Delivery>,
-    ) -> Result<(), Violation> {
-        self.origin_is_durable_to(events.origin_end, now)?;
-        let Some(fed) = &mut self.fed else { return Ok(()) };
-        let expected = fed.covered.position;
-        if events.from != expected {
-            return Err(Violation::Position { expected, found: events.from });
-        }
-        if events.at as usize != self.partial.len() {
-            let (expected, found) = (self.partial.len() as u64, u64::from(events.at));
-            return Err(Violation::Offset { expected, found });
-        }
-        let window_bytes = self.config.window_bytes;
-        let held = (self.partial.len() + events.bytes.len()) as u64 + fed.in_flight.bytes();
-        if held > u64::from(window_bytes) + u64::from(RUN_BYTES_MAX) {
-            return Err(Violation::Window { window_bytes });
-        }
-        self.partial.extend_from_slice(events.bytes);
-        if events.continued {
-            return Ok(());
-        }
-        let bytes = std::mem::take(&mut self.partial);
-        let from = events.from;
-        let run = Run::decode(from, bytes).map_err(|source| Violation::Run { from, source })?;
-        let fits = |entry: &Entry<'_>| {
-            !entry.record.event_type.starts_with('$') && fed.filter.matches_record(&entry.record)
-        };
-        if let Some(entry) = run.entries().flatten().find(|entry| !fits(entry)) {
-            return Err(Violation::NotInFeed(entry.position));
-        }
-        self.covers(run.behind)?;
-        let (offset, len) = (run.behind.offset, run.len_bytes() as u64);
-        self.fed.iter_mut().for_each(|fed| fed.in_flight.add(offset, len, usize::MAX));
-        deliveries.push(Delivery::Run(run));
-        Ok(())
-    }
-
-    fn skip(
-        &mut self,
-        skip: &Skip,
-        now: Now,
-        deliveries: &mut Vec<Delivery>,
-    ) -> Result<(), Violation> {
-        self.origin_is_durable_to(skip.origin_end, now)?;
-        let expected = self.fed.as_ref().map_or(skip.from, |fed| fed.covered.position);
-        if skip.from != expected {
-            return Err(Violation::Position { expected, found: skip.from });
-        }
-        self.covers(skip.behind)?;
-        deliveries.push(Delivery::Skipped(skip.behind));
-        Ok(())
-    }
-
-    /// Everything up to here is accounted for. Both measures go on, up to the durable end at most.
-    fn covers(&mut self, behind: Checkpoint) -> Result<(), Violation> {
-        let end = self.origin_end().map_or(OriginEnd::from(&behind), |(end, _)| end);
-        let Some(fed) = &mut self.fed else { return Ok(()) };
-        let goes_on = behind.offset > fed.covered.offset
-            && behind.position > fed.covered.position
-            && behind.journal == fed.covered.journal;
-        if !goes_on || behind.offset > end.offset || behind.position > end.position {
-            let (expected, found) = (fed.covered.position, behind.position);
-            return Err(Violation::Position { expected, found });
-        }
-        fed.covered = behind;
         Ok(())
     }
 

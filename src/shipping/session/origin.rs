@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use rustls::pki_types::CertificateDer;
 
-use super::feed::{self, InFlight, MadeRun, Sieve, Sifted, Span};
+use self::feeding::Feeding;
+use super::feed::{self, Sieve, Sifted, Span};
 use super::frames::{self, Limits, Piece, Place};
 use super::{Deadline, Deadlines, DivergedAt, Now, Output, SessionEnd, Violation};
 use crate::format::batch::{BatchRef, Link};
@@ -17,13 +18,14 @@ use crate::position::{Checkpoint, JournalId, NodeId, Position};
 use crate::shipping::message::{
     Ack, CONTROL_BYTES_MAX, Common, Diverged, Divergence, ErrorCode, FEATURE_FILTERED,
     FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Failure,
-    FeedRequest, FeedTerms, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
-    PATH_NODES_MAX, PROTOCOL_VERSIONS, Probed, ShapeId, Skip, Subscribe, Subscribed, Truncated,
-    Welcome, put_part,
+    FeedRequest, FeedTerms, FrameReader, GoAway, Heartbeat, Hello, Message, PATH_NODES_MAX,
+    PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed, Truncated, Welcome,
 };
 use crate::shipping::observe::EndReason;
 use crate::shipping::security::Gate;
 use crate::shipping::shape::Shape;
+
+mod feeding;
 
 /// There is nothing to come from a closed journal: whoever has all of it needn't hurry back.
 const CLOSED_RECONNECT_MS: u32 = 1000;
@@ -31,10 +33,6 @@ const CLOSED_RECONNECT_MS: u32 = 1000;
 const NOT_YET_RETRY_MS: u32 = 1000;
 /// Somebody has to mend the service first.
 const SHAPE_RETRY_MS: u32 = 5000;
-/// Of a feed that holds nothing of what is committed, that is told as often.
-const SKIPS_EVERY: Duration = Duration::from_millis(200);
-/// So many runs under way are counted one by one.
-const RUNS_COUNTED_MAX: usize = 32;
 /// A search for the last common batch end takes 11 questions at the most.
 const PROBES_MAX: u32 = 16;
 
@@ -209,19 +207,6 @@ pub(crate) struct OriginStatus {
     pub(crate) applied: Option<Position>,
     /// What the peer is fed, if it doesn't get the whole journal.
     pub(crate) feed: Option<FeedTerms>,
-}
-
-/// A feed that is being sent.
-#[derive(Debug)]
-struct Feeding {
-    sieve: Arc<Sieve>,
-    /// Up to here there is nothing of the feed behind what was sent.
-    sifted: Checkpoint,
-    /// When that is told at the latest, if it wasn't.
-    skip_at: Option<Instant>,
-    /// Where the run ends of which a part was sent.
-    run_end: Option<Checkpoint>,
-    in_flight: InFlight,
 }
 
 /// What came of an attempt to send.
@@ -464,7 +449,7 @@ impl OriginSession {
         }
         self.status.acked = Some(ack.mirrored);
         if let Some(feeding) = &mut self.feeding {
-            feeding.in_flight.acknowledged(mirrored.offset);
+            feeding.acknowledged(mirrored.offset);
         }
         self.status.applied = ack.applied.or(self.status.applied);
     }
@@ -491,17 +476,6 @@ impl OriginSession {
     /// This is what it gets: the source is that journal from now on.
     pub(crate) fn offer(&mut self, offer: Offer) {
         self.offer = offer;
-    }
-
-    /// Whether the peer may have this journal, or something of what it wants of it.
-    pub(crate) fn may_have(&self, journal: &JournalId) -> bool {
-        match &self.requested {
-            None => self.config.gate.may_mirror(journal),
-            Some(request) => {
-                let allowed = self.config.gate.may_be_fed(journal).unwrap_or_default();
-                !request.terms.filter.and(&allowed).parts().is_empty()
-            }
-        }
     }
 
     /// It may not have what it has asked for, or that isn't here.
@@ -605,7 +579,7 @@ impl OriginSession {
     /// How many bytes more the window takes, or one batch more than that.
     fn room(&self) -> u64 {
         if let Some(feeding) = &self.feeding {
-            return self.window_bytes.saturating_sub(feeding.in_flight.bytes());
+            return self.window_bytes.saturating_sub(feeding.under_way_bytes());
         }
         let sent = self.status.sent.map_or(0, |sent| sent.offset);
         let acked = self.status.acked.map_or(0, |acked| acked.offset);
@@ -617,7 +591,7 @@ impl OriginSession {
     }
 
     fn sent_position(&self) -> Position {
-        let sifted = self.feeding.as_ref().map(|feeding| feeding.sifted);
+        let sifted = self.feeding.as_ref().map(Feeding::sifted);
         sifted.or(self.status.sent).map_or(Position::START, |sent| sent.position)
     }
 
@@ -626,7 +600,7 @@ impl OriginSession {
         match self.state {
             State::Diverged(_) => silence_until,
             State::Streaming => {
-                let skip_at = self.feeding.as_ref().and_then(|feeding| feeding.skip_at);
+                let skip_at = self.feeding.as_ref().and_then(Feeding::skip_at);
                 let until = silence_until.min(self.heartbeat_at);
                 skip_at.map_or(until, |at| until.min(at))
             }
@@ -657,37 +631,6 @@ impl OriginSession {
         if self.end.is_none() && self.config.gate.is_revoked(journal.as_ref(), filter) {
             self.refuse(ErrorCode::DENIED);
         }
-    }
-
-    /// Whether the peer may have this journal, or what of it.
-    fn grant(&mut self, journal: &JournalId) {
-        let Some(request) = self.requested.take() else {
-            let is_granted = self.status.feed.is_some(); // by a source that can't compare
-            if !is_granted && !self.config.gate.may_mirror(journal) {
-                self.refuse(ErrorCode::DENIED);
-            }
-            return;
-        };
-        let FeedRequest { terms: FeedTerms { filter: wanted, shape: had }, goes_on } = request;
-        let allowed = self.config.gate.may_be_fed(journal).unwrap_or_default();
-        let is_allowed = wanted.is_within(&allowed);
-        let filter = if is_allowed { wanted } else { wanted.and(&allowed) };
-        if filter.parts().is_empty() || (goes_on && !is_allowed) {
-            return self.refuse(ErrorCode::DENIED);
-        }
-        if filter.check().is_err() {
-            let detail = "what is wanted and allowed is too much for one filter";
-            return self.end_with(Failure::new(ErrorCode::UNSUPPORTED, detail));
-        }
-        let shape = self.config.shape.as_ref().map(|shape| shape.id().clone());
-        if goes_on && had != shape {
-            let named = |shape: Option<ShapeId>| {
-                shape.map_or("events as they are stored".to_owned(), |shape| shape.to_string())
-            };
-            let detail = format!("the feed began with {}, now it is {}", named(had), named(shape));
-            return self.end_with(Failure::new(ErrorCode::TERMS, detail));
-        }
-        self.status.feed = Some(FeedTerms { filter, shape });
     }
 
     /// Compares the mirror's end and its witness with this journal; nothing is sent before.
@@ -728,9 +671,7 @@ impl OriginSession {
         match self.status.feed.clone() {
             None => self.say(&Message::Subscribed(subscribed)),
             Some(terms) => {
-                let sieve = Arc::new(Sieve::new(terms.clone(), self.config.shape.clone()));
-                let (skip_at, run_end, in_flight) = (None, None, InFlight::default());
-                self.feeding = Some(Feeding { sieve, sifted: from, skip_at, run_end, in_flight });
+                self.feeding = Some(Feeding::new(&terms, self.config.shape.clone(), from));
                 self.say(&Message::SubscribedFeed(subscribed, terms));
             }
         }
@@ -810,102 +751,6 @@ impl OriginSession {
             self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
             self.say(&Message::Heartbeat(Heartbeat { end: source.end(), now_us: now.unix_us }));
         }
-    }
-
-    /// The same of a feed: a frame of events, or that there are none up to somewhere.
-    fn feed(
-        &mut self,
-        mut feeding: Feeding,
-        source: &mut impl Source,
-        now: Now,
-        out: &mut Output,
-    ) -> Streamed {
-        let origin_end = OriginEnd::from(&source.end());
-        if self.part == 0 && feeding.skip_at.is_some_and(|at| now.at >= at) {
-            self.skip(&mut feeding, origin_end);
-        }
-        self.beat(source, now);
-        if self.part == 0 && feeding.in_flight.bytes() >= self.window_bytes {
-            self.feeding = Some(feeding);
-            return Streamed::Done;
-        }
-        let closed = source.is_closed();
-        let span =
-            Span { at: feeding.sifted, run_bytes: self.config.data_bytes, end: feeding.run_end };
-        let mut streamed = Streamed::Done;
-        match source.sift(&span, &feeding.sieve) {
-            Ok(Sifted::OnDisk) => streamed = Streamed::OnDisk,
-            Ok(Sifted::Run(run)) if self.is_same(&run, &feeding) => {
-                self.run(&mut feeding, &run, origin_end, out);
-            }
-            Ok(_) if self.part > 0 => {
-                let reason = "the service publishes something else each time it is asked".into();
-                let position = feeding.sifted.position;
-                self.fail(SourceError::Shape { position, reason }, source);
-            }
-            Ok(Sifted::Run(run)) => {
-                self.skip(&mut feeding, origin_end);
-                self.run(&mut feeding, &run, origin_end, out);
-            }
-            Ok(Sifted::Passed(to)) => {
-                // What is told at once is about one opening of the origin.
-                if to.incarnation != feeding.sifted.incarnation {
-                    self.skip(&mut feeding, origin_end);
-                }
-                feeding.sifted = to;
-                feeding.skip_at.get_or_insert(now.at + SKIPS_EVERY);
-                streamed = Streamed::More;
-            }
-            Ok(Sifted::Nothing) if closed => {
-                self.skip(&mut feeding, origin_end);
-                self.go_away(CLOSED_RECONNECT_MS);
-            }
-            Ok(Sifted::Nothing) => {}
-            Err(error) => {
-                self.skip(&mut feeding, origin_end);
-                self.fail(error, source);
-            }
-        }
-        self.feeding = Some(feeding);
-        streamed
-    }
-
-    /// Whether the rest of it continues what was sent of a run.
-    fn is_same(&self, run: &MadeRun, feeding: &Feeding) -> bool {
-        feeding.run_end == Some(run.behind) && self.part < run.bytes.len()
-    }
-
-    /// Tells that there is nothing of the feed up to where was looked.
-    fn skip(&mut self, feeding: &mut Feeding, origin_end: OriginEnd) {
-        if self.part > 0 {
-            return;
-        }
-        feeding.skip_at = None;
-        let Some(sent) = self.status.sent else { return };
-        let behind = feeding.sifted;
-        let origin_end = origin_end.at_least(&behind);
-        if behind.position > sent.position {
-            self.say(&Message::Skip(Skip { from: sent.position, behind, origin_end }));
-            self.status.sent = Some(behind);
-        }
-    }
-
-    /// Puts out as much of a run as a frame takes.
-    fn run(&mut self, feeding: &mut Feeding, run: &MadeRun, end: OriginEnd, out: &mut Output) {
-        let (from, behind) = (feeding.sifted.position, run.behind);
-        let end = end.at_least(&behind);
-        let mut bytes = Vec::new();
-        feeding.run_end = Some(behind);
-        self.part += put_part(&mut bytes, from, &run.bytes, self.part, self.max_frame, end);
-        if self.part >= run.bytes.len() {
-            self.part = 0;
-            feeding.run_end = None;
-            self.status.sent = Some(behind);
-            feeding.sifted = behind;
-            feeding.in_flight.add(behind.offset, run.bytes.len() as u64, RUNS_COUNTED_MAX);
-        }
-        out.say(&mut self.control);
-        out.send(Piece { bytes: Arc::new(bytes), behind: Place { end: behind, part: self.part } });
     }
 
     fn fail(&mut self, error: SourceError, source: &impl Source) {
