@@ -577,9 +577,15 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
         old.generations().unwrap().iter().map(|it| (it.version, it.number, it.live)).collect()
     };
     assert_eq!(names(&old), [(1, 1, true)], "what is being built is no generation yet");
+    let snapshot = new.snapshot().unwrap();
     close_gated(&new, &go_on);
     let folder = new.status().generation;
     drop(new);
+    // Whoever opened it now would find its own generation deleted when the last reader goes.
+    let too_early = world.store.view(Traces::<2>::default());
+    assert!(matches!(too_early, Err(ViewError::InUse { .. })), "{too_early:?}");
+    assert!(folder.exists(), "it is read still");
+    drop(snapshot);
     assert!(!folder.exists(), "{}", folder.display());
     assert_eq!(names(&old), [(1, 1, true)]);
     old.close().unwrap();

@@ -16,7 +16,7 @@ use headwater::planted::{self, Bug};
 use headwater::shipping::{PeerStatus, ServeOptions, serve};
 use headwater::{Append, ExpectedRevision, NewEvent, Store, StreamId};
 
-use super::{batches, converse, impatient, seed};
+use super::{converse, impatient, read_batches, seed};
 use crate::options;
 use crate::shipping::SOON;
 use crate::subscriber::{Ended, Subscriber};
@@ -95,7 +95,9 @@ fn lives(seed: u64, bug: Option<Bug>) -> Result<usize, String> {
         }
     }
     let store = open(&fs).ok_or("doesn't open on a healed disk")?;
-    let ((bytes, _), sent) = (batches(store.journal()), subscriber.kept.unwrap_or_default());
+    let (bytes, _) =
+        read_batches(store.journal()).map_err(|error| format!("seed {seed}: {error}"))?;
+    let sent = subscriber.kept.unwrap_or_default();
     if !bytes.starts_with(&sent) {
         let (sent, found) = (sent.len(), bytes.len());
         return Err(format!("seed {seed}: {sent} bytes were sent, {found} are there"));

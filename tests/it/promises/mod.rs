@@ -15,7 +15,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use headwater::shipping::{Deadlines, FollowOptions, ServeOptions, Server, serve};
-use headwater::{Checkpoint, Journal, Position};
+use headwater::{Checkpoint, Journal, Position, ReadError};
 
 use crate::shipping::{SOON, small};
 use crate::subscriber::{Ended, Subscriber};
@@ -48,13 +48,17 @@ fn seed() -> u64 {
 
 /// The bytes of all batches, and the ends of all of them.
 fn batches(journal: &Journal) -> (Vec<u8>, Vec<Checkpoint>) {
+    read_batches(journal).unwrap()
+}
+
+fn read_batches(journal: &Journal) -> Result<(Vec<u8>, Vec<Checkpoint>), ReadError> {
     let (mut bytes, mut ends) = (Vec::new(), Vec::new());
-    let mut cursor = journal.cursor(Position::START).unwrap();
-    while let Some(batch) = cursor.next_batch().unwrap() {
+    let mut cursor = journal.cursor(Position::START)?;
+    while let Some(batch) = cursor.next_batch()? {
         bytes.extend_from_slice(batch.batch.bytes());
         ends.push(batch.end());
     }
-    (bytes, ends)
+    Ok((bytes, ends))
 }
 
 /// One connection of a subscriber, until it ends; why, if that was said.
