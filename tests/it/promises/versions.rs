@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use headwater::fs::os::OsFs;
 use headwater::shipping::message::{
-    ErrorCode, FEATURES, FrameError, FrameReader, Message, PROTOCOL_VERSIONS, VersionRange,
+    ErrorCode, FrameError, FrameReader, Message, PROTOCOL_VERSIONS, VersionRange,
 };
 use headwater::shipping::{Mirror, MirrorState, MirrorStatus, ShippingError, Violation, follow};
 
@@ -38,7 +38,7 @@ fn frame(kind: u8, flags: u8, subscription: u16, payload: &[u8]) -> Vec<u8> {
 
 /// What a later version might say that this one needn't understand.
 fn optional() -> Vec<u8> {
-    [frame(0x14, OPTIONAL, 0, b"skip"), frame(0x99, 0xF0 | OPTIONAL, 7, &[3; 90])].concat()
+    [frame(0x9A, OPTIONAL, 0, b"skip"), frame(0x99, 0xF0 | OPTIONAL, 7, &[3; 90])].concat()
 }
 
 /// Puts another payload into a frame.
@@ -100,7 +100,6 @@ fn hello_of(versions: VersionRange, whole: &[u8]) -> Vec<u8> {
         for byte in &mut payload[9..16] {
             *byte = 0xFF;
         }
-        payload[8] |= 0xF3;
         payload.extend([0xAB; 48]);
     });
     hello.extend(optional());
@@ -128,8 +127,7 @@ fn s9_a_mirror_of_the_next_and_of_the_previous_version_follows_an_origin_of_this
         let of_origin: Change = Arc::new(move |kind, whole| {
             if kind == WELCOME {
                 seen.store(u16::from_le_bytes([whole[12], whole[13]]), Ordering::Release);
-                let features = u64::from_le_bytes(whole[20..28].try_into().unwrap());
-                assert_eq!(features & !FEATURES, 0, "only what both know is used");
+                assert_eq!(whole[21..28], [0; 7], "only what both know is used");
             }
             whole.to_vec()
         });
