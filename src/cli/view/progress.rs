@@ -89,6 +89,7 @@ impl Progress {
     }
 
     fn show(&mut self, status: &RebuildStatus) {
+        let is_to_begin = status.phase == RebuildPhase::Building && status.events_total == 0;
         if let Some(bar) = &self.bar {
             bar.set_message(rate(status));
             bar.set_prefix(match status.phase {
@@ -98,7 +99,7 @@ impl Progress {
             });
             bar.set_length(status.events_total);
             bar.set_position(status.events);
-        } else if self.lines && Instant::now() >= self.next_line {
+        } else if self.lines && !is_to_begin && Instant::now() >= self.next_line {
             self.next_line = Instant::now() + LINE_INTERVAL;
             // Progress that can't be shown is no failure.
             drop(writeln!(io::stderr(), "{status}"));

@@ -44,7 +44,7 @@ pub(in super::super) struct Log {
 }
 
 /// What is durable, and was seen here.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Known {
     file: Arc<dyn File>,
     count: u64,
@@ -239,30 +239,36 @@ impl Log {
         Ok(())
     }
 
-    /// What others have appended since, which is durable then. Under the lock.
+    /// What others have appended since, which is durable then, or else isn't known. Under the lock.
     fn adopt(&self, known: &mut Known) -> Result<(), ViewError> {
         if let Some(last) = known.count.checked_sub(1)
             && self.block(&*known.file, last, known.count)?.last() != known.last.as_ref()
         {
             return Err(self.stale());
         }
-        let before = known.count;
-        self.read_on(known)?;
-        let size = self.check_tail(known)?;
-        let end = self.header.offset_of(known.count);
-        let in_one_write = self.header.journals().len() as u64;
+        let mut found = known.clone();
+        self.read_on(&mut found)?;
+        let size = self.check_tail(&found)?;
+        let end = self.header.offset_of(found.count);
         if size > end {
-            known.file.set_len(end).context(ACTION, &self.path)?;
+            found.file.set_len(end).context(ACTION, &self.path)?;
         }
-        if size > end || known.count > before {
-            let from = before.max(known.count.saturating_sub(in_one_write));
-            let mut bytes = vec![0; (end - self.header.offset_of(from)) as usize];
-            let at = self.header.offset_of(from);
-            read_exact_at(&*known.file, &mut bytes, at).context(ACTION, &self.path)?;
-            write_all_at(&*known.file, &bytes, at).context(ACTION, &self.path)?;
-            known.file.sync_data().context(ACTION, &self.path)?;
+        if size > end || found.count > known.count {
+            self.write_again(&found, known.count).context(ACTION, &self.path)?;
         }
+        *known = found;
         Ok(())
+    }
+
+    /// What may have been written last, but not what lies in front of record `from`.
+    fn write_again(&self, found: &Known, from: u64) -> io::Result<()> {
+        let in_one_write = self.header.journals().len() as u64;
+        let from = from.max(found.count.saturating_sub(in_one_write));
+        let (at, end) = (self.header.offset_of(from), self.header.offset_of(found.count));
+        let mut bytes = vec![0; (end - at) as usize];
+        read_exact_at(&*found.file, &mut bytes, at)?;
+        write_all_at(&*found.file, &bytes, at)?;
+        found.file.sync_data()
     }
 
     /// What isn't whole can only be the last write, which has one run of each journal at the most. The file's size.
@@ -465,34 +471,31 @@ fn lock_of(path: &Path) -> PathBuf {
     path.with_extension("lock")
 }
 
-/// Opens the file, or makes it. Its name is durable when this returns.
+/// Opens the file. One with nothing in it is made anew: what was recorded was it under a name that was durable; of any other
+/// one nobody knows whether its name is, and a failed sync can't be repeated.
 fn begin(fs: &dyn Fs, path: &Path, header: &IntakeHeader) -> Result<Arc<dyn File>, ViewError> {
-    let file = match fs.open(path, OpenMode::Write) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let new = path.with_extension("new");
-            match fs.remove(&new) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                _ => Ok(()),
+    match fs.open(path, OpenMode::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        file => {
+            let file = file.context(ACTION, path)?;
+            if file.size().context(ACTION, path)? > header.len_bytes() {
+                check_header(&*file, path, header)?;
+                return Ok(file);
             }
-            .context(ACTION, &new)?;
-            let file = fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
-            write_all_at(&*file, &header.encode(), 0).context(ACTION, &new)?;
-            file.sync_data().context(ACTION, &new)?;
-            fs.rename(&new, path).context(ACTION, path)?;
-            file
         }
-        file => file.context(ACTION, path)?,
-    };
-    if let Some(dir) = path.parent() {
-        let synced = fs.sync_dir(dir);
-        // A failed sync can't be repeated: the next attempt has to make a new name. What was recorded was it under a name that
-        // was durable.
-        if synced.is_err() && file.size().is_ok_and(|size| size <= header.len_bytes()) {
-            drop(fs.remove(path));
-        }
-        synced.context(ACTION, dir)?;
     }
-    check_header(&*file, path, header)?;
+    let new = path.with_extension("new");
+    match fs.remove(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+    .context(ACTION, &new)?;
+    let file = fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
+    write_all_at(&*file, &header.encode(), 0).context(ACTION, &new)?;
+    file.sync_data().context(ACTION, &new)?;
+    fs.rename(&new, path).context(ACTION, path)?;
+    let dir = path.parent().unwrap_or(path);
+    fs.sync_dir(dir).context(ACTION, dir)?;
     Ok(file)
 }
 

@@ -91,6 +91,7 @@ impl Intake {
     }
 
     /// As it is recorded by now, for looking only; `None` if it isn't.
+    #[cfg(feature = "cli")]
     pub(super) fn read_only(
         fs: &Arc<dyn Fs>,
         views_dir: &Path,
