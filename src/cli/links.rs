@@ -20,12 +20,13 @@ use crate::shipping::status_file::{self, FOLLOWING, Reading, SERVING};
 use crate::{Corruption, Journal, OpenError};
 
 /// The fields of a link, as docs/cli.md has them.
-const FIELDS: [&str; 21] = [
+const FIELDS: [&str; 22] = [
     "of",
     "direction",
     "name",
     "node",
     "address",
+    "upstreams",
     "path",
     "agent",
     "state",

@@ -19,9 +19,11 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use serde_json::{Map, Value, json};
 
+use super::error::ShippingError;
 use super::mirror::{MirrorState, MirrorStatus};
 use super::observe::Ends;
 use super::server::{PeerState, PeerStatus};
+use super::upstreams::UpstreamStatus;
 use crate::env;
 use crate::fs::{self, Fs, OpenMode};
 use crate::journal::Journal;
@@ -233,11 +235,14 @@ fn peer(status: &PeerStatus) -> Value {
 /// What a follower knows.
 pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
     let path: Vec<_> = status.path.iter().map(ToString::to_string).collect();
-    let error = status.last_error.as_ref().map(
-        |error| json!({ "code": error.code(), "message": error.to_string(), "hint": error.hint() }),
-    );
+    let error = |error: &ShippingError| json!({ "code": error.code(), "message": error.to_string(), "hint": error.hint() });
+    let upstream = |upstream: &UpstreamStatus| {
+        let error = upstream.last_error.as_ref().map(error);
+        json!({ "address": upstream.address, "in_use": upstream.is_in_use, "error": error })
+    };
     json!({
         "address": status.address,
+        "upstreams": status.upstreams.iter().map(upstream).collect::<Vec<_>>(),
         "path": path,
         "state": match status.state {
             MirrorState::Connecting => "connecting",
@@ -255,7 +260,7 @@ pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
         "connected_ms": status.connected_for.map(millis),
         "reconnects": status.reconnects,
         "ends": ends(&status.ends),
-        "error": error,
+        "error": status.last_error.as_ref().map(error),
     })
 }
 

@@ -24,7 +24,7 @@ fn keys(value: &Value) -> Vec<String> {
 struct Services {
     dir: tempfile::TempDir,
     orders: Store,
-    _customers: Store,
+    customers: Store,
     server: Option<Server>,
     mirror: Option<Mirror>,
 }
@@ -37,7 +37,7 @@ impl Services {
         let server = orders.serve("127.0.0.1:0").unwrap();
         let mirror = customers.mirror("orders", server.local_addr().to_string()).unwrap();
         let (server, mirror) = (Some(server), Some(mirror));
-        Self { dir, orders, _customers: customers, server, mirror }
+        Self { dir, orders, customers, server, mirror }
     }
 
     fn path(&self, name: &str) -> String {
@@ -197,6 +197,44 @@ fn topology_is_a_graph_of_nodes_and_connections() {
     drop((leaf_mirror, relay));
     let none = ok(&["topology", &services.path("leaf"), "--json"]);
     assert!(none.contains("stopped"), "{none}");
+}
+
+/// A server that has a mirror, too, writes one file for both; and a mirror says of each upstream how it is.
+#[test]
+fn who_follows_a_mirror_is_listed_with_the_mirror_and_upstreams_each_for_itself() {
+    let services = Services::start();
+    append(&services.orders, "ordered");
+    let mirror = services.mirror.as_ref().unwrap();
+    let mirrored = mirror.wait_ready(SOON).unwrap();
+    let server = services.customers.serve("127.0.0.1:0").unwrap();
+    server.add(mirror);
+    let relay = server.local_addr().to_string();
+    let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let leaf = Store::create(services.dir.path().join("leaf")).unwrap();
+    // One that is new would get the server's own journal.
+    let begun = leaf.mirror("orders", services.address()).unwrap();
+    let end = begun.wait_ready(SOON).unwrap().node().to_string();
+    begun.stop().unwrap();
+    let leaf_mirror = leaf.mirror("orders", [unused.clone(), relay.clone()]).unwrap();
+    leaf_mirror.wait_caught_up(SOON).unwrap();
+
+    let path = services.path("customers");
+    let of_leaf = |lag: &Value| {
+        let links = lag["links"].as_array().unwrap().clone();
+        links.into_iter().find(|link| link["node"] == *end)
+    };
+    let look = || json_of(&["lag", "--json", &path]);
+    let lag = until(look, |lag| of_leaf(lag).is_some_and(|link| link["state"] == "live"));
+    assert_eq!(of_leaf(&lag).unwrap()["of"], "mirrors/orders");
+    assert_eq!(lag["links"].as_array().unwrap().len(), 2, "{lag}");
+
+    let link = services.link("leaf", |link| link["state"] == "live" && link["path"].is_array());
+    let nodes = [services.orders.journal().node(), mirrored.node()].map(|node| node.to_string());
+    assert_eq!((&link["path"], &link["address"]), (&json!(nodes), &json!(relay)));
+    let of = |number: usize| &link["upstreams"][number];
+    assert_eq!((&of(0)["address"], &of(0)["in_use"]), (&json!(unused), &json!(false)));
+    assert_eq!(of(0)["error"]["code"], "shipping.connect");
+    assert_eq!((&of(1)["address"], &of(1)["in_use"]), (&json!(relay), &json!(true)));
 }
 
 #[test]
