@@ -54,6 +54,7 @@ from shipping_messages import (
     HALTING,
     HAS_WITNESS,
     HELLO_MAGIC,
+    RELAY_APART,
     UNKNOWN,
     Breach,
     FrameReader,
@@ -370,7 +371,7 @@ class Session:
         demand(welcome.features == 0, "features that weren't offered")
         demand(DATA_FRAME_BYTES_MIN <= welcome.frame_max <= FRAME_BYTES_MAX, "a frame limit that wasn't offered")
         if welcome.node == self.mirror.node:
-            raise Halt("CYCLE", "the origin has this mirror's own node id")
+            raise Retry("CYCLE: the origin has this mirror's own node id")
         self.connection.reader.data_bytes_max = welcome.frame_max
         return welcome
 
@@ -415,7 +416,7 @@ class Session:
             demand(durable.journal == end.journal, "another journal")
             demand(durable.offset >= end.offset and durable.position >= end.position, "an end in front of the mirror's")
         if self.mirror.node in answer.path:
-            raise Halt("CYCLE", "the path leads back to this mirror")
+            raise Retry("CYCLE: the path leads back to this mirror")
         if answer.first_position > (end.position if end else 0):
             raise Halt("TRUNCATED", f"events in front of position {answer.first_position} have been removed")
 
@@ -505,6 +506,8 @@ def diverged(answer, end):
         where += ", found at the end of a tail that was set aside"
     if answer.flags & COMMON_KNOWN:
         where += f", in common up to {answer.common_position}"
+    if name == "FORK" and answer.speaker == RELAY_APART:
+        return Retry(f"FORK: {what} ({where}); says a relay that doesn't hear from the origin")
     return Halt(name, f"{what} ({where}). The mirror is kept as it is; it may hold the only copy of events.")
 
 

@@ -176,7 +176,8 @@ MESSAGES = {
         0x05,
         ("reason", U8),
         ("flags", U8),
-        reserved(6),
+        ("speaker", U8),
+        reserved(5),
         ("common_position", U64),
         ("common_chain", CHAIN),
         ("durable", CHECKPOINT),
@@ -185,7 +186,7 @@ MESSAGES = {
     "PROBED": (0x07, ("ends", ENDS)),
     "DATA": (0x10, ("offset", U64), ("durable_offset", U64), ("durable_position", U64), reserved(8), ("data", REST)),
     "SEGMENT": (0x11, ("page", fixed(HEADER_PAGE))),
-    "HEARTBEAT": (0x16, ("durable", CHECKPOINT), ("clock_us", I64), reserved(8)),
+    "HEARTBEAT": (0x16, ("durable", CHECKPOINT), ("clock_us", I64), ("speaker", U8), reserved(7)),
     "ACK": (0x17, ("durable", CHECKPOINT), ("applied", U64)),
     "TRUNCATED": (0x18, ("start", CHECKPOINT), ("sources", TEXTS)),
     "ERROR": (
@@ -206,6 +207,7 @@ OPTIONAL, CONTINUED = 1, 2
 HELLO_MAGIC = b"HWSP"
 HAS_WITNESS = 1  # flag of SUBSCRIBE
 AT_WITNESS, COMMON_KNOWN = 1, 2  # flags of DIVERGED; others are refused
+RELAY_APART = 3  # who speaks in DIVERGED and HEARTBEAT: 0 the origin, 1 to 3 relays
 DIVERGED = {1: "AHEAD", 2: "FORK", 3: "FOREIGN"}
 ERRORS = {
     1: "VERSION",
@@ -227,7 +229,7 @@ ERRORS = {
     20: "NOT_YET",
     21: "REFUSED",
 }
-HALTING = {"VERSION", "AUTH_REQUIRED", "DENIED", "UNKNOWN_JOURNAL", "TRUNCATED", "CYCLE", "CORRUPT", "UNSUPPORTED"}
+HALTING = {"VERSION", "AUTH_REQUIRED", "DENIED", "UNKNOWN_JOURNAL", "TRUNCATED", "CORRUPT", "UNSUPPORTED"}
 ERROR_CODES = {name: code for code, name in ERRORS.items()}
 
 

@@ -113,7 +113,7 @@ impl Journal {
 
     /// Whether the checkpoint is a place in a tail that was set aside, and no place in this journal: nothing will
     /// ever be there again.
-    #[cfg(feature = "views")]
+    #[cfg(any(feature = "views", feature = "shipping"))]
     pub(crate) fn has_set_aside(&self, checkpoint: &Checkpoint) -> bool {
         orphans_in(self.fs(), self.dir())
             .iter()

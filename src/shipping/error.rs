@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::feed::FeedError;
-use super::message::{Divergence, ErrorCode, Failure, VersionRange};
+use super::message::{Divergence, ErrorCode, Failure, Speaker, VersionRange};
 use super::security::{SecurityError, TlsFailure};
 use super::session::{Deadline, DivergedAt, SessionEnd, TruncatedAt, Violation};
 use crate::error::{IngestError, OpenError, Refusal};
@@ -94,7 +94,7 @@ pub enum ShippingError {
         /// Where the removed events may be found, as the origin says: other mirrors, places of backups.
         sources: Vec<String>,
     },
-    /// The journal comes from this mirror itself.
+    /// The journal comes from this mirror itself. Nothing is taken from there, and attempts go on: paths change.
     #[error("the origin at this address is the mirror itself, or gets the journal from it")]
     Cycle {
         /// The nodes that the journal comes through, this mirror among them.
@@ -168,6 +168,9 @@ pub enum ShippingError {
     /// A filtered feed doesn't go on.
     #[error(transparent)]
     Feed(#[from] FeedError),
+    /// What answers at the address is a relay that hasn't heard from its origin for a while; others were asked.
+    #[error("the relay at this address doesn't hear from its origin")]
+    Apart,
     /// The connection was closed.
     #[error("the origin closed the connection")]
     Disconnected,
@@ -198,6 +201,9 @@ pub struct Divergent {
     /// Up to where both have the same events, exactly; `None` if it isn't known: the origin can't be asked, or
     /// one of both has removed what was there.
     pub common: Option<Position>,
+    /// Who says so. A relay that is apart from its origin may be the one whose history is out of date: then others are
+    /// asked, and it is asked again.
+    pub told_by: Speaker,
 }
 
 impl Divergent {
@@ -231,7 +237,12 @@ impl std::fmt::Display for Divergent {
                 }
             }
             None => f.write_str("up to where they agree is not known"),
-        }
+        }?;
+        f.write_str(match self.told_by {
+            Speaker::Origin => "",
+            Speaker::Relay | Speaker::RelayBehind => "; a relay says so",
+            Speaker::RelayApart => "; a relay says so that doesn't hear from the origin",
+        })
     }
 }
 
@@ -260,11 +271,10 @@ impl ShippingError {
     #[must_use]
     pub fn is_halting(&self) -> bool {
         match self {
+            Self::Fork(at) => at.told_by != Speaker::RelayApart,
             Self::Ahead(_)
-            | Self::Fork(_)
             | Self::Foreign { .. }
             | Self::Truncated { .. }
-            | Self::Cycle { .. }
             | Self::Version { .. }
             | Self::Plaintext { .. }
             | Self::Begin(_)
@@ -279,6 +289,8 @@ impl ShippingError {
             | Self::Resolve { .. }
             | Self::Connect { .. }
             | Self::Setup(_)
+            | Self::Cycle { .. }
+            | Self::Apart
             | Self::Disconnected
             | Self::GoingAway { .. }
             | Self::Timeout(_)
@@ -300,8 +312,8 @@ impl ShippingError {
     }
 
     /// Whether the histories differ, and it is known up to where they agree: what lies behind could be set aside.
-    pub(crate) const fn is_parting(&self) -> bool {
-        matches!(self.fork(), Some(Fork { common: Some(_) }))
+    pub(crate) fn is_parting(&self) -> bool {
+        self.is_halting() && matches!(self.fork(), Some(Fork { common: Some(_) }))
     }
 
     /// Of a mirror whose history parts from the origin's, what is known of that.
@@ -335,6 +347,7 @@ impl ShippingError {
             Self::Connect { .. } => "shipping.connect",
             Self::Setup(_) => "shipping.setup",
             Self::Feed(error) => error.code(),
+            Self::Apart => "shipping.apart",
             Self::Disconnected => "shipping.disconnected",
             Self::GoingAway { .. } => "shipping.going_away",
             Self::Timeout(_) => "shipping.timeout",
@@ -392,6 +405,7 @@ impl ShippingError {
                 "is the origin running, and is the address right? Attempts go on"
             }
             Self::Setup(_) => "raise the limits on threads and open files; attempts go on",
+            Self::Apart => "see the relay: whom does it follow, and why not? Attempts go on",
             Self::Disconnected | Self::GoingAway { .. } | Self::Timeout(_) => {
                 "nothing: attempts go on"
             }
@@ -420,6 +434,7 @@ impl ShippingError {
                 Self::GoingAway { reconnect_after_ms: go_away.reconnect_after_ms }
             }
             SessionEnd::Truncated(at) => Self::from_truncation(at, mirror),
+            SessionEnd::Apart => Self::Apart,
             SessionEnd::Cycle(path) => Self::Cycle { path },
             SessionEnd::Diverged(at) => Self::from_divergence(&at, mirror, witness),
         }
@@ -443,7 +458,8 @@ impl ShippingError {
             mirror.unwrap_or_else(|| crate::format::files::Mark::start(origin.journal).end);
         let witness = witness.filter(|_| at.at_witness);
         let common = at.common.map(|common| common.position);
-        let divergent = Box::new(Divergent { mirror, origin, witness, common });
+        let told_by = at.speaker;
+        let divergent = Box::new(Divergent { mirror, origin, witness, common, told_by });
         match at.divergence {
             Divergence::Ahead => Self::Ahead(divergent),
             Divergence::Fork => Self::Fork(divergent),

@@ -241,6 +241,47 @@ pub struct Subscribed {
     pub path: Vec<NodeId>,
 }
 
+/// Who it is that serves a journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Speaker {
+    /// Its origin.
+    #[default]
+    Origin,
+    /// A mirror that has everything of which its origin has told it, and hears from it.
+    Relay,
+    /// A mirror that hears from its origin and is behind it.
+    RelayBehind,
+    /// A mirror that doesn't hear from its origin at present, or can't know whether it does.
+    RelayApart,
+}
+
+impl Speaker {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Origin => 0,
+            Self::Relay => 1,
+            Self::RelayBehind => 2,
+            Self::RelayApart => 3,
+        }
+    }
+
+    fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
+        match input.u8()? {
+            0 => Ok(Self::Origin),
+            1 => Ok(Self::Relay),
+            2 => Ok(Self::RelayBehind),
+            3 => Ok(Self::RelayApart),
+            _ => Err(FormatError::Invalid("speaker")),
+        }
+    }
+
+    /// Whether there is no more of the journal, as far as anybody knows, than it has.
+    #[must_use]
+    pub const fn is_current(self) -> bool {
+        matches!(self, Self::Origin | Self::Relay)
+    }
+}
+
 /// How the mirror's history and the origin's differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Divergence {
@@ -259,6 +300,8 @@ pub struct Diverged {
     pub divergence: Divergence,
     /// Found at the witness, not at the mirror's end.
     pub at_witness: bool,
+    /// Who says so.
+    pub speaker: Speaker,
     /// The last place that both have in common; `None` means that the origin doesn't know.
     pub common: Option<Common>,
     /// The origin's durable end.
@@ -340,6 +383,8 @@ pub struct Heartbeat {
     pub end: Checkpoint,
     /// The origin's clock, in microseconds since 1970.
     pub now_us: i64,
+    /// Whose end that is.
+    pub speaker: Speaker,
 }
 
 /// The mirror is there, and has this much.
@@ -390,7 +435,7 @@ impl ErrorCode {
     pub const UNKNOWN_JOURNAL: Self = Self(4);
     /// The position has been removed by retention.
     pub const TRUNCATED: Self = Self(8);
-    /// The path of nodes leads back to the mirror.
+    /// The path of nodes has become too long.
     pub const CYCLE: Self = Self(9);
     /// Too many connections.
     pub const TOO_MANY: Self = Self(10);
@@ -461,7 +506,6 @@ impl ErrorCode {
                 | Self::DENIED
                 | Self::UNKNOWN_JOURNAL
                 | Self::TRUNCATED
-                | Self::CYCLE
                 | Self::CORRUPT
                 | Self::UNSUPPORTED
                 | Self::TERMS
@@ -1090,7 +1134,8 @@ impl Diverged {
         let known = if self.common.is_some() { DIVERGED_COMMON } else { 0 };
         out.push(self.divergence.number());
         out.push(witness | known);
-        out.extend_from_slice(&[0; 6]);
+        out.push(self.speaker.number());
+        out.extend_from_slice(&[0; 5]);
         put_u64(out, self.common.map_or(UNKNOWN, |common| common.position.get()));
         out.extend_from_slice(self.common.map_or(Chain::default(), |c| c.chain).as_bytes());
         out.extend_from_slice(&self.end.to_bytes());
@@ -1103,7 +1148,8 @@ impl Diverged {
         if flags & !(DIVERGED_AT_WITNESS | DIVERGED_COMMON) != 0 {
             return Err(FormatError::Invalid("divergence flags"));
         }
-        zeros(input, 6)?;
+        let speaker = Speaker::decode(input)?;
+        zeros(input, 5)?;
         let common = Common {
             position: Position::new(input.u64()?),
             chain: Chain::from_bytes(input.array()?),
@@ -1111,6 +1157,7 @@ impl Diverged {
         Ok(Self {
             divergence,
             at_witness: flags & DIVERGED_AT_WITNESS != 0,
+            speaker,
             common: (flags & DIVERGED_COMMON != 0).then_some(common),
             end: checkpoint(&input.array()?)?,
         })
@@ -1216,13 +1263,14 @@ impl Heartbeat {
     fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.end.to_bytes());
         out.extend_from_slice(&self.now_us.to_le_bytes());
-        put_u64(out, 0);
+        put_u64(out, self.speaker.number().into());
     }
 
     fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
-        let heartbeat = Self { end: checkpoint(&input.array()?)?, now_us: input.i64()? };
-        zeros(input, 8)?;
-        Ok(heartbeat)
+        let (end, now_us) = (checkpoint(&input.array()?)?, input.i64()?);
+        let speaker = Speaker::decode(input)?;
+        zeros(input, 7)?;
+        Ok(Self { end, now_us, speaker })
     }
 }
 

@@ -31,7 +31,7 @@ use rustls::pki_types::ServerName;
 use super::error::{Divergent, ShippingError, WaitError};
 use super::link::{Arrived, Link};
 use super::message::{
-    Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented,
+    Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented, Speaker,
 };
 use super::observe::{EndReason, Ends, LookUp};
 use super::relay::Relay;
@@ -319,6 +319,23 @@ struct State {
 }
 
 impl State {
+    /// Whether what was told is the end of the journal, as far as anybody knows: not of a relay that is behind.
+    fn upstream_is_current(&self) -> bool {
+        self.told.speaker.is_some_and(Speaker::is_current)
+    }
+
+    /// What this mirror is for those that follow it.
+    fn speaker(&self) -> Speaker {
+        match (&self.phase, self.told.speaker) {
+            (MirrorState::CatchingUp | MirrorState::Live, Some(Speaker::RelayApart)) => {
+                Speaker::RelayApart
+            }
+            (MirrorState::Live, Some(Speaker::Origin | Speaker::Relay)) => Speaker::Relay,
+            (MirrorState::CatchingUp | MirrorState::Live, _) => Speaker::RelayBehind,
+            _ => Speaker::RelayApart,
+        }
+    }
+
     /// The mirror's durable end: the journal's own, so it is never behind what a view shows already.
     fn mirrored(&self) -> Option<Checkpoint> {
         self.journal.as_ref().map(Journal::end)
@@ -507,7 +524,8 @@ impl Mirror {
     pub fn wait_caught_up(&self, timeout: Duration) -> Result<Checkpoint, WaitError> {
         let called = Instant::now();
         self.shared.wait_for(timeout, |state| {
-            let (end, _) = state.origin.filter(|(_, told)| *told >= called)?;
+            let origin = state.origin.filter(|_| state.upstream_is_current());
+            let (end, _) = origin.filter(|(_, told)| *told >= called)?;
             state.mirrored().filter(|mirrored| mirrored.offset >= end.offset)
         })
     }
@@ -711,10 +729,13 @@ impl Shared {
             let is_refused = upstreams.note(number, &error, Instant::now());
             self.count(&error);
             self.note(error.clone());
+            if matches!(error, ShippingError::Cycle { .. }) {
+                self.relay.comes_from_nowhere();
+            }
             if self.is_settled(&error) {
                 return (self.settle(error, is_refused), was_healthy);
             }
-            if healthy && !is_refused {
+            if healthy && !is_refused && !matches!(error, ShippingError::Apart) {
                 return (Round::Again, was_healthy);
             }
         }
@@ -731,7 +752,8 @@ impl Shared {
 
     /// Whether other upstreams can't do better: it is the trouble of this side, or the origin's own word.
     fn is_settled(&self, error: &ShippingError) -> bool {
-        error.is_own() || matches!(error, ShippingError::Ahead(_))
+        error.is_own()
+            || matches!(error, ShippingError::Ahead(at) | ShippingError::Fork(at) if at.told_by == Speaker::Origin)
     }
 
     fn settle(&self, error: ShippingError, is_refused: bool) -> Round {
@@ -752,11 +774,12 @@ impl Shared {
         let done = parted.set_aside(common, &self.options.journal);
         let (whole, _) = done.map_err(|error| ShippingError::SetAside(Arc::new(error)))?;
         let orphans = whole.journal().orphans();
-        self.publish_journal(Some(&whole));
-        *ingest = Some(whole);
         let mut state = self.state.lock();
         state.orphans = orphans;
         state.caught_up_at = None; // with another history
+        drop(state);
+        self.publish_journal(Some(&whole));
+        *ingest = Some(whole);
         Ok(())
     }
 
@@ -800,6 +823,7 @@ impl Shared {
             journal.set_fork(Some(fork));
         }
         state.phase = MirrorState::Halted(error);
+        self.relay.speaks_as(state.speaker());
         state.resuming = false;
         self.changed.notify_all();
         while !state.resuming && !state.stopping {
@@ -818,6 +842,7 @@ impl Shared {
         });
         state.last_error = Some(error);
         state.phase = MirrorState::Connecting;
+        self.relay.speaks_as(state.speaker());
         self.changed.notify_all();
     }
 
@@ -929,6 +954,7 @@ impl Shared {
     ) -> MirrorConfig {
         MirrorConfig {
             node: Some(node),
+            follows: true,
             nonce: env::random_id(),
             authentication,
             agent: self.options.agent.clone(),
@@ -947,6 +973,16 @@ impl Shared {
         self.judge_phase(&mut state);
     }
 
+    /// Whether to ask others than a relay that hasn't heard from its origin for as long as a peer may be silent.
+    fn leaves(&self, speaker: Option<Speaker>, since: &mut Option<Instant>, now: Instant) -> bool {
+        if speaker != Some(Speaker::RelayApart) || self.addresses.as_slice().len() < 2 {
+            *since = None;
+            return false;
+        }
+        let since = *since.get_or_insert(now);
+        now >= since + self.options.deadlines.silence
+    }
+
     /// The mirror's durable end has moved.
     fn mirror_moved(&self) {
         self.judge_phase(&mut self.state.lock());
@@ -955,9 +991,14 @@ impl Shared {
     /// Live once it has reached the origin's end; catching up again when it lags by more than the window.
     fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
+        self.judge_lag(state);
+        self.relay.speaks_as(state.speaker());
+    }
+
+    fn judge_lag(&self, state: &mut State) {
         let Some(((end, told_at), mirrored)) = state.origin.zip(state.mirrored()) else { return };
         let lag_bytes = end.offset.saturating_sub(mirrored.offset);
-        if lag_bytes == 0 && state.session_since.is_some() {
+        if lag_bytes == 0 && state.session_since.is_some() && state.upstream_is_current() {
             state.caught_up_at = Some(told_at);
         }
         match state.phase {
@@ -1003,7 +1044,7 @@ impl Shared {
             origin_now_us: state.told.clock.map(now_there),
             caught_up: state.caught_up_at.map(|at| at.elapsed()),
             journal: state.journal.clone().map(LookUp),
-            lag_is_known: connected && heard.is_some_and(fresh),
+            lag_is_known: connected && heard.is_some_and(fresh) && state.upstream_is_current(),
         }
     }
 
@@ -1060,6 +1101,7 @@ impl Connection<'_> {
         let (mut raw, mut plain) = (vec![0; 128 << 10], Vec::new());
         let mut deliveries = Vec::new();
         let mut told = Told::default();
+        let mut apart_since = None;
         while self.flush() {
             let arrived = self.link.receive(&mut raw, &mut plain);
             let now = transport::now();
@@ -1070,6 +1112,9 @@ impl Connection<'_> {
                 Arrived::Closed => session.on_closed(),
             }
             session.on_time(now);
+            if self.shared.leaves(session.told().speaker, &mut apart_since, now.at) {
+                session.leave();
+            }
             let (ended, told_now) = (session.end().is_some(), session.told());
             drop(session);
             // The end goes first: a mirror isn't live because it has reached that of an earlier session.
@@ -1270,7 +1315,10 @@ impl<'a> MirrorWriter<'a> {
                 let (mirror, witness) = (ingest.end(), ingest.witness());
                 // What is in the mirror continues into what the origin has sent.
                 let common = Some(mirror.position);
-                ShippingError::Fork(Box::new(Divergent { mirror, origin, witness, common }))
+                let speaker = self.connection.session.lock().told().speaker;
+                let told_by = speaker.unwrap_or(Speaker::RelayApart);
+                let at = Divergent { mirror, origin, witness, common, told_by };
+                ShippingError::Fork(Box::new(at))
             }
             (error, _) => ShippingError::Storage(error),
         }

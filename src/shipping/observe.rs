@@ -48,7 +48,7 @@ pub enum EndReason {
     Removed,
     /// The journal comes from the mirror itself.
     Cycle,
-    /// A mirror was asked that is itself behind.
+    /// A mirror was asked that is itself behind, or apart from its origin.
     Behind,
     /// The journal can't be read, or the mirror not written.
     Storage,
@@ -134,6 +134,7 @@ impl From<&ShippingError> for EndReason {
             ShippingError::Feed(FeedError::Filter(_) | FeedError::Differs { .. }) => Self::Settings,
             ShippingError::Feed(_) => Self::Storage,
             ShippingError::Cycle { .. } => Self::Cycle,
+            ShippingError::Apart => Self::Behind,
             ShippingError::Storage(_)
             | ShippingError::SetAside(_)
             | ShippingError::Begin(_)
@@ -158,6 +159,7 @@ impl From<&SessionEnd> for EndReason {
             SessionEnd::Diverged(_) => Self::History,
             SessionEnd::Truncated(_) => Self::Removed,
             SessionEnd::Cycle(_) => Self::Cycle,
+            SessionEnd::Apart => Self::Behind,
         }
     }
 }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use super::error::{Divergent, ShippingError};
 use super::link::{Arrived, Link};
-use super::message::{ErrorCode, FRAME_BYTES_MAX};
+use super::message::{ErrorCode, FRAME_BYTES_MAX, Speaker};
 use super::mirror::{FollowOptions, compare_ends, connect};
 use super::session::{Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd, batches};
 use super::transport;
@@ -250,6 +250,7 @@ impl Conversation {
         let (link, authentication) = connect(address, options, || false, |_| Ok(()))?;
         let config = MirrorConfig {
             node: Some(node),
+            follows: false,
             nonce: env::random_id(),
             authentication,
             agent: options.agent.clone(),
@@ -469,7 +470,8 @@ fn refused(ingest: &Ingest, error: IngestError) -> ShippingError {
             let (mirror, witness) = (ingest.end(), ingest.witness());
             let common = Some(mirror.position);
             let origin = mirror;
-            ShippingError::Fork(Box::new(Divergent { mirror, origin, witness, common }))
+            let told_by = Speaker::RelayBehind;
+            ShippingError::Fork(Box::new(Divergent { mirror, origin, witness, common, told_by }))
         }
         error => ShippingError::Storage(error),
     }

@@ -15,10 +15,19 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use super::message::Speaker;
 use super::mirror::Mirror;
 use crate::fs::Fs;
 use crate::journal::{Bell, Journal};
 use crate::position::NodeId;
+
+/// Stands for the origin, and whoever lies between, in the path of a mirror that hasn't heard of them yet.
+const UNKNOWN: NodeId = NodeId::from_bytes([0; 16]);
+
+/// The path of a mirror that hasn't heard from its origin yet.
+pub(super) fn path_of(node: NodeId) -> Vec<NodeId> {
+    vec![UNKNOWN, node]
+}
 
 /// A mirror, as those see it who serve it on.
 #[derive(Debug)]
@@ -29,6 +38,7 @@ pub(super) struct Relay {
     /// Counts what they have to be told anew.
     generation: AtomicU64,
     offer: Mutex<Offer>,
+    speaker: Mutex<Speaker>,
     bells: Mutex<Bells>,
 }
 
@@ -55,10 +65,11 @@ impl std::fmt::Debug for Bells {
 impl Relay {
     /// Of a mirror that will be this node.
     pub(super) fn new(node: NodeId, fs: &Arc<dyn Fs>, dir: &Path) -> Self {
-        let offer = Offer { node, journal: None, path: vec![node], generation: 0 };
+        let offer = Offer { node, journal: None, path: path_of(node), generation: 0 };
         let (offer, bells) = (Mutex::new(offer), Mutex::default());
         let (fs, dir, generation) = (Arc::clone(fs), dir.to_owned(), AtomicU64::new(0));
-        Self { fs, dir, generation, offer, bells }
+        let speaker = Mutex::new(Speaker::RelayApart);
+        Self { fs, dir, generation, offer, speaker, bells }
     }
 
     pub(super) fn generation(&self) -> u64 {
@@ -70,6 +81,15 @@ impl Relay {
         let mut offer = self.offer.lock().clone();
         offer.journal = offer.journal.filter(|journal| !journal.is_closed());
         offer
+    }
+
+    /// How it is with its origin.
+    pub(super) fn speaker(&self) -> Speaker {
+        *self.speaker.lock()
+    }
+
+    pub(super) fn speaks_as(&self, speaker: Speaker) {
+        *self.speaker.lock() = speaker;
     }
 
     /// Rings whenever there is something else.
@@ -88,11 +108,16 @@ impl Relay {
             };
             if let Some(journal) = journal.filter(|journal| journal.node() != offer.node) {
                 offer.node = journal.node();
-                offer.path = vec![offer.node];
+                offer.path = path_of(offer.node);
             }
             offer.journal = journal.cloned();
             !is_known
         });
+    }
+
+    /// The mirror would have got its journal from itself: what it knew of its path doesn't hold.
+    pub(super) fn comes_from_nowhere(&self) {
+        self.comes_through(&[UNKNOWN]);
     }
 
     /// The mirror gets its journal through these nodes.
@@ -168,3 +193,8 @@ impl From<&Mirror> for Served {
         Self(vec![Origin::Relay(Arc::clone(mirror.relay()))])
     }
 }
+
+/// Runs the examples of the manual.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/operate/relays.md")]
+mod manual {}

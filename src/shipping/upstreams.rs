@@ -186,6 +186,7 @@ pub(super) fn retry_after(error: &ShippingError) -> Duration {
 mod tests {
     use super::*;
     use crate::error::Refusal;
+    use crate::shipping::message::VersionRange;
 
     fn refused_at(position: u64) -> ShippingError {
         let position = Position::new(position);
@@ -203,11 +204,15 @@ mod tests {
         assert!(!refusals.count(&ShippingError::Disconnected));
     }
 
+    fn version() -> ShippingError {
+        ShippingError::Version { versions: VersionRange { min: 2, max: 2 } }
+    }
+
     #[test]
     fn only_what_all_refuse_is_refused_and_only_what_all_want_is_waited_for() {
         let now = Instant::now();
         let mut both = Upstreams::new(2);
-        assert!(both.note(0, &ShippingError::Cycle { path: Vec::new() }, now));
+        assert!(both.note(0, &version(), now));
         assert!(both.refused_by_all(2).is_none());
         assert!(both.refused_by_all(1).is_some(), "the other isn't tried yet");
         assert!(!both.note(1, &ShippingError::GoingAway { reconnect_after_ms: 1000 }, now));
@@ -216,9 +221,9 @@ mod tests {
         both.note(0, &ShippingError::GoingAway { reconnect_after_ms: 300 }, now);
         assert_eq!(both.rest(2, now), Duration::from_millis(300));
         assert!(!both.rests(0, now + Duration::from_millis(300)));
-        both.note(0, &ShippingError::Cycle { path: Vec::new() }, now);
-        both.note(1, &ShippingError::Cycle { path: Vec::new() }, now);
-        assert!(matches!(both.refused_by_all(2), Some(ShippingError::Cycle { .. })));
+        both.note(0, &version(), now);
+        both.note(1, &version(), now);
+        assert!(matches!(both.refused_by_all(2), Some(ShippingError::Version { .. })));
         both.forget();
         assert!(both.refused_by_all(2).is_none());
         assert!(Upstreams::new(0).refused_by_all(0).is_none());

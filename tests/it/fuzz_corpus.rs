@@ -10,6 +10,7 @@ use headwater::format::files::Witness;
 use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use headwater::fs::sim::SimFs;
 use headwater::fuzzing::{DATA, MIRROR, SEAL, TARGETS};
+use headwater::shipping::message::Speaker;
 use headwater::shipping::message::{
     Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, Events, Failure,
     FeedRequest, FeedTerms, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe,
@@ -212,6 +213,7 @@ fn message_seeds(seeds: &mut Seeds) {
             Message::Diverged(Diverged {
                 divergence: Divergence::Fork,
                 at_witness: true,
+                speaker: Speaker::Origin,
                 common: Some(Common { position: Position::new(3), chain }),
                 end: checkpoint(20),
             }),
@@ -227,7 +229,14 @@ fn message_seeds(seeds: &mut Seeds) {
         ),
         ("segment", Message::Segment(page)),
         ("data", Message::Data(Data { offset: 0, origin_end, continued: false, bytes })),
-        ("heartbeat", Message::Heartbeat(Heartbeat { end: checkpoint(20), now_us: 7 })),
+        (
+            "heartbeat",
+            Message::Heartbeat(Heartbeat {
+                end: checkpoint(20),
+                now_us: 7,
+                speaker: Speaker::Origin,
+            }),
+        ),
         ("ack", Message::Ack(Ack { mirrored: checkpoint(20), applied: Some(Position::new(19)) })),
         ("error", Message::Error(Failure { position: Some(Position::new(3)), ..failure })),
         ("goaway", Message::GoAway(GoAway { reconnect_after_ms: 1000 })),

@@ -44,6 +44,10 @@ fn open_mirror(dir: &Path, address: &str) -> Mirror {
     follow(Arc::new(OsFs), &dir.join("mirror"), address, options).unwrap()
 }
 
+fn free_address() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
 /// Tells the test how far it is; ends with the test.
 fn say(what: &str, position: Position) {
     let mut out = std::io::stdout().lock();
@@ -71,10 +75,23 @@ fn process_origin() {
     }
 }
 
+/// Serves on what it follows. Its address is two: whom it follows, and its own.
+#[test]
+fn process_relay() {
+    let Some((dir, addresses)) = environment() else { return };
+    let (upstream, own) = addresses.split_once(' ').unwrap();
+    let mirror = open_mirror(&dir, upstream);
+    let _server = serve(&mirror, own, ServeOptions::default()).unwrap();
+    say_what_is_mirrored(&mirror);
+}
+
 #[test]
 fn process_mirror() {
     let Some((dir, address)) = environment() else { return };
-    let mirror = open_mirror(&dir, &address);
+    say_what_is_mirrored(&open_mirror(&dir, &address));
+}
+
+fn say_what_is_mirrored(mirror: &Mirror) {
     let journal = mirror.wait_ready(SOON).unwrap();
     let mut end = journal.end().position;
     loop {
@@ -150,7 +167,7 @@ fn s5_processes_killed_at_any_moment_lose_nothing_acknowledged_and_end_up_identi
     let mut rng = fastrand::Rng::with_seed(seed);
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path();
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let address = free_address();
     let mut origin = Process::start("process_origin", dir, &address);
     let mut mirror = Process::start("process_mirror", dir, &address);
     let mut acknowledged = 0;
@@ -180,4 +197,52 @@ fn s5_processes_killed_at_any_moment_lose_nothing_acknowledged_and_end_up_identi
     let journal = mirror.wait_ready(SOON).unwrap();
     assert_eq!(journal.wait_past(Position::new(end.position.get() - 1), SOON), end);
     crate::shipping::assert_same_bytes(store.journal(), &journal);
+}
+
+#[test]
+fn s5_a_relay_killed_at_any_moment_goes_on_and_all_three_end_up_identical() {
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path();
+    let (address, own) = (free_address(), free_address());
+    let [at_relay, at_leaf] = ["relay", "leaf"].map(|name| dir.join(name));
+    [&at_relay, &at_leaf].map(|dir| std::fs::create_dir(dir).unwrap());
+    let both = format!("{address} {own}");
+    let mut origin = Process::start("process_origin", dir, &address);
+    let mut relay = Process::start("process_relay", &at_relay, &both);
+    let mut leaf = Process::start("process_mirror", &at_leaf, &own);
+    let mut acknowledged = 0;
+    for _ in 0..12 {
+        acknowledged = acknowledged.max(origin.hear(rng.usize(1..60)));
+        leaf.hear(rng.usize(1..4));
+        let kill = rng.u8(1..8);
+        if kill & 1 != 0 {
+            acknowledged = acknowledged.max(origin.kill());
+            origin = Process::start("process_origin", dir, &address);
+        }
+        if kill & 6 != 0 {
+            relay.kill();
+            relay = Process::start("process_relay", &at_relay, &both);
+        }
+        if kill & 4 != 0 {
+            leaf.kill();
+            leaf = Process::start("process_mirror", &at_leaf, &own);
+        }
+    }
+    acknowledged = acknowledged.max(origin.kill());
+    relay.kill();
+    leaf.kill();
+    let (store, _server) = open_origin(dir, &address);
+    let end = store.journal().end();
+    assert!(end.position.get() >= acknowledged, "acknowledged events are missing");
+    let relay = open_mirror(&at_relay, &address);
+    let _relaying = serve(&relay, own.as_str(), ServeOptions::default()).unwrap();
+    let leaf = open_mirror(&at_leaf, &own);
+    for mirror in [&relay, &leaf] {
+        let journal = mirror.wait_ready(SOON).unwrap();
+        assert_eq!(journal.wait_past(Position::new(end.position.get() - 1), SOON), end);
+        crate::shipping::assert_same_bytes(store.journal(), &journal);
+    }
 }

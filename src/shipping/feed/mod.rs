@@ -423,6 +423,7 @@ impl Shared {
         let node = received.as_ref().map_or(self.new_node, |it| it.journal().node());
         let config = MirrorConfig {
             node: Some(node),
+            follows: true,
             nonce: env::random_id(),
             authentication,
             agent: self.options.agent.clone(),

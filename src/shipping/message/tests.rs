@@ -23,6 +23,7 @@ fn control_frames() -> Vec<Message<'static>> {
     let diverged = |common| Diverged {
         divergence: Divergence::Fork,
         at_witness: true,
+        speaker: Speaker::RelayBehind,
         common,
         end: end(1024, 12),
     };
@@ -91,7 +92,11 @@ fn control_frames() -> Vec<Message<'static>> {
             start: end(64, 1),
             sources: vec!["127.0.0.1:7001".into(); SOURCES_MAX],
         }),
-        Message::Heartbeat(Heartbeat { end: end(128, 2), now_us: 1_700_000_000_000_000 }),
+        Message::Heartbeat(Heartbeat {
+            end: end(128, 2),
+            now_us: 1_700_000_000_000_000,
+            speaker: Speaker::RelayApart,
+        }),
         Message::Ack(Ack { mirrored: end(128, 2), applied: None }),
         Message::Ack(Ack { mirrored: end(128, 2), applied: Some(Position::new(1)) }),
         Message::Error(Failure::new(ErrorCode::PROTOCOL, "")),
@@ -211,7 +216,8 @@ fn unknown(kind: u8, flags: u8) -> Vec<u8> {
 
 #[test]
 fn unknown_frames_are_passed_over_only_if_they_are_optional() {
-    let heartbeat = Message::Heartbeat(Heartbeat { end: end(128, 2), now_us: 0 });
+    let heartbeat =
+        Message::Heartbeat(Heartbeat { end: end(128, 2), now_us: 0, speaker: Speaker::Origin });
     let mut reader = reader();
     reader.push(&[unknown(0x77, FLAG_OPTIONAL), encoded(&heartbeat)].concat());
     assert_eq!(reader.next_message(), Ok(Some(heartbeat)));

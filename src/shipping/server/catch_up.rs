@@ -17,6 +17,7 @@ use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor};
 use crate::position::{Checkpoint, Position};
+use crate::shipping::message::Speaker;
 use crate::shipping::session::{
     Limits, Place, Sieve, Sifted, Source, SourceError, Span, Supply, pack, sift,
 };
@@ -123,12 +124,21 @@ impl Source for OnDisk<'_> {
         self.feed.journal.start()
     }
 
+    fn speaker(&self) -> Speaker {
+        self.feed.speaker()
+    }
+
     fn is_closed(&self) -> bool {
         self.feed.journal.is_closed()
     }
 
     fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError> {
-        Ok(self.feed.journal.compare(checkpoint)?)
+        let journal = &self.feed.journal;
+        match journal.compare(checkpoint)? {
+            // A mirror has been told that its origin has something else there.
+            Comparison::Ahead if journal.has_set_aside(checkpoint) => Ok(Comparison::Differs),
+            compared => Ok(compared),
+        }
     }
 
     fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {

@@ -22,7 +22,7 @@ pub(super) struct Fan {
 
 impl Fan {
     pub(super) fn new(feed: &Arc<Feed>, now: Instant) -> Self {
-        let live = Live::new(&feed.journal);
+        let live = Live::of(feed);
         Self {
             feed: Arc::clone(feed),
             flushed: (live.end().position, now),

@@ -11,12 +11,13 @@ use parking_lot::Mutex;
 
 use super::Shared;
 use crate::format::batch::{BatchRef, Link};
-use crate::format::files::{Mark, Witness};
+use crate::format::files::{Mark, Role, Witness};
 use crate::format::segment::SegmentPage;
 use crate::fs::Fs;
 use crate::journal::{Bell, Comparison, Journal};
 use crate::position::{Checkpoint, JournalId, NodeId, Position};
-use crate::shipping::relay::{Origin, Relay, Served};
+use crate::shipping::message::Speaker;
+use crate::shipping::relay::{Origin, Relay, Served, path_of};
 use crate::shipping::session::{Source, SourceError};
 
 #[derive(Debug)]
@@ -36,6 +37,14 @@ impl Feed {
     /// What was told of it doesn't hold any more.
     pub(super) fn is_over(&self) -> bool {
         self.relay.as_ref().is_some_and(|(relay, of)| relay.generation() != *of)
+    }
+
+    pub(super) fn speaker(&self) -> Speaker {
+        match (&self.relay, self.journal.role()) {
+            (Some((relay, _)), _) => relay.speaker(),
+            (None, Role::Mirror) => Speaker::RelayApart,
+            (None, Role::Origin | Role::Feed) => Speaker::Origin,
+        }
     }
 
     /// Whether the durable end has moved; asked once.
@@ -140,7 +149,11 @@ impl Known {
         let renew = |(origin, feed): &mut (Origin, Option<Arc<Feed>>)| {
             let (journal, path, relay) = match origin {
                 Origin::Journal(journal) if feed.is_none() => {
-                    (journal.clone(), vec![journal.node()], None)
+                    let path = match journal.role() {
+                        Role::Mirror => path_of(journal.node()),
+                        Role::Origin | Role::Feed => vec![journal.node()],
+                    };
+                    (journal.clone(), path, None)
                 }
                 Origin::Journal(_) => return feed.clone(),
                 Origin::Relay(relay) => {

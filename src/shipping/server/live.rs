@@ -3,11 +3,13 @@
 
 use std::sync::Arc;
 
+use super::feeds::Feed;
 use crate::format::batch::{BatchRef, Link};
 use crate::format::files::Witness;
 use crate::format::segment::SegmentPage;
 use crate::journal::{Comparison, Cursor, Journal};
 use crate::position::{Checkpoint, Position};
+use crate::shipping::message::Speaker;
 use crate::shipping::session::{
     Limits, Piece, Place, Sieve, Sifted, Source, SourceError, Span, Supply, pack,
 };
@@ -18,6 +20,8 @@ const PIECES_MAX: usize = 8;
 #[derive(Debug)]
 pub(super) struct Live {
     journal: Journal,
+    /// What it is told as; `None`: as an origin's.
+    feed: Option<Arc<Feed>>,
     end: Checkpoint,
     is_closed: bool,
     cursor: Option<Cursor>,
@@ -28,7 +32,11 @@ pub(super) struct Live {
 impl Live {
     pub(super) fn new(journal: &Journal) -> Self {
         let (journal, end) = (journal.clone(), journal.end());
-        Self { journal, end, is_closed: false, cursor: None, pieces: Vec::new() }
+        Self { journal, feed: None, end, is_closed: false, cursor: None, pieces: Vec::new() }
+    }
+
+    pub(super) fn of(feed: &Arc<Feed>) -> Self {
+        Self { feed: Some(Arc::clone(feed)), ..Self::new(&feed.journal) }
     }
 
     /// Learns how far the journal is durable by now.
@@ -51,6 +59,10 @@ impl Source for Live {
 
     fn start(&self) -> Checkpoint {
         self.journal.start()
+    }
+
+    fn speaker(&self) -> Speaker {
+        self.feed.as_ref().map_or(Speaker::Origin, |feed| feed.speaker())
     }
 
     fn is_closed(&self) -> bool {

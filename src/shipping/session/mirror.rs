@@ -13,8 +13,8 @@ use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::message::{
     Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, FEATURE_FILTERED,
     FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, Failure, FeedRequest, FeedTerms,
-    FrameReader, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed, Run,
-    Subscribe, Subscribed, Welcome, claimed_batch_len,
+    FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed, Run,
+    Speaker, Subscribe, Subscribed, Welcome, claimed_batch_len,
 };
 
 mod fed;
@@ -24,6 +24,8 @@ mod fed;
 pub(crate) struct MirrorConfig {
     /// `None` while there is no mirror yet.
     pub(crate) node: Option<NodeId>,
+    /// It gets the journal from there: not from itself, then. An origin asks its own mirrors.
+    pub(crate) follows: bool,
     pub(crate) nonce: [u8; 16],
     pub(crate) authentication: Authentication,
     pub(crate) agent: String,
@@ -70,6 +72,8 @@ pub(crate) struct Told {
     pub(crate) clock: Option<(i64, Instant)>,
     /// The nodes through which the journal comes, the one that serves it here last.
     pub(crate) path: Arc<[NodeId]>,
+    /// Who serves it; `None`: a mirror that hasn't said yet how it is with its origin.
+    pub(crate) speaker: Option<Speaker>,
     /// The offset up to which bytes have come.
     pub(crate) received: u64,
 }
@@ -226,6 +230,14 @@ impl MirrorSession {
             && now.at >= self.said_at + self.config.deadlines.heartbeat;
     }
 
+    /// The other side is a relay that doesn't hear from its origin: others are asked.
+    pub(crate) fn leave(&mut self) {
+        if self.end.is_none() {
+            self.say(&Message::GoAway(GoAway { reconnect_after_ms: 0 }));
+            self.finish(SessionEnd::Apart);
+        }
+    }
+
     /// This side can't go on; the peer is told why.
     pub(crate) fn fail(&mut self, failure: Failure) {
         if self.end.is_none() {
@@ -344,7 +356,7 @@ impl MirrorSession {
         {
             return Err(Violation::Welcome);
         }
-        if self.config.node == Some(welcome.node) {
+        if self.config.follows && self.config.node == Some(welcome.node) {
             self.finish(SessionEnd::Cycle(vec![welcome.node]));
             return Ok(());
         }
@@ -373,8 +385,8 @@ impl MirrorSession {
     /// Nothing was sent. Where the histories part is asked for: it isn't believed.
     fn diverged(&mut self, diverged: &Diverged, now: Now) -> Result<(), Violation> {
         let (divergence, at_witness) = (diverged.divergence, diverged.at_witness);
-        let (common, origin) = (diverged.common, diverged.end);
-        let at = DivergedAt { divergence, at_witness, common, origin };
+        let (common, speaker, origin) = (diverged.common, diverged.speaker, diverged.end);
+        let at = DivergedAt { divergence, at_witness, common, speaker, origin };
         let Some(mirror) = self.durable.filter(|_| divergence != Divergence::Foreign) else {
             self.finish(SessionEnd::Diverged(at));
             return Ok(());
@@ -447,7 +459,8 @@ impl MirrorSession {
         if end.journal != from.journal || behind || !self.are_asked_for(terms.as_ref()) {
             return Err(Violation::Subscribed);
         }
-        if self.config.node.is_some_and(|node| subscribed.path.contains(&node)) {
+        let is_there = |node| subscribed.path.contains(&node);
+        if self.config.follows && self.config.node.is_some_and(is_there) {
             self.finish(SessionEnd::Cycle(subscribed.path.clone()));
             return Ok(());
         }
@@ -460,6 +473,7 @@ impl MirrorSession {
         self.deadline = now.at + self.config.deadlines.silence;
         self.told.end = Some((OriginEnd::from(&end), now.at));
         self.told.path = subscribed.path.as_slice().into();
+        self.told.speaker = (subscribed.path.len() <= 1).then_some(Speaker::Origin);
         self.ack_due = true;
         match (terms, &mut self.fed) {
             (Some(terms), Some(fed)) => {
@@ -476,6 +490,7 @@ impl MirrorSession {
             return Err(Violation::Subscribed);
         }
         self.told.clock = Some((heartbeat.now_us, now.at));
+        self.told.speaker = Some(heartbeat.speaker);
         self.origin_is_durable_to(OriginEnd::from(&heartbeat.end), now)
     }
 

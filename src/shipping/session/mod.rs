@@ -24,7 +24,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::message::{Common, Divergence, ErrorCode, Failure, FrameError, GoAway, VersionRange};
+use super::message::{
+    Common, Divergence, ErrorCode, Failure, FrameError, GoAway, Speaker, VersionRange,
+};
 use crate::format::FormatError;
 use crate::position::{Checkpoint, NodeId, Position};
 
@@ -209,6 +211,8 @@ pub(crate) struct DivergedAt {
     pub(crate) at_witness: bool,
     /// The last place known to be common; `None`: unknown.
     pub(crate) common: Option<Common>,
+    /// Who says so.
+    pub(crate) speaker: Speaker,
     /// The origin's durable end.
     pub(crate) origin: Checkpoint,
 }
@@ -264,6 +268,9 @@ pub(crate) enum SessionEnd {
     /// This side ended the session because of its own journal or disk.
     #[error("ended by this side: {}", .0.detail)]
     Own(Failure),
+    /// The relay at the other side doesn't hear from its origin, and there are others to ask.
+    #[error("the relay doesn't hear from its origin")]
+    Apart,
     /// This side is shutting down.
     #[error("this side is shutting down")]
     ShuttingDown,

@@ -19,7 +19,7 @@ use crate::shipping::message::{
     Ack, CONTROL_BYTES_MAX, Common, Diverged, Divergence, ErrorCode, FEATURE_FILTERED,
     FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, FRAME_HEADER_BYTES, Failure,
     FeedRequest, FeedTerms, FrameReader, GoAway, Heartbeat, Hello, Message, PATH_NODES_MAX,
-    PROTOCOL_VERSIONS, Probed, Subscribe, Subscribed, Truncated, Welcome,
+    PROTOCOL_VERSIONS, Probed, Speaker, Subscribe, Subscribed, Truncated, Welcome,
 };
 use crate::shipping::observe::EndReason;
 use crate::shipping::security::Gate;
@@ -107,6 +107,10 @@ pub(crate) trait Source {
         &mut self,
         at: &Checkpoint,
     ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError>;
+    /// Who it is that serves it, and what they hear of its origin at present.
+    fn speaker(&self) -> Speaker {
+        Speaker::Origin
+    }
     /// Whether it may be asked for what has to be read from the disk.
     fn may_wait(&self) -> bool {
         true
@@ -649,7 +653,13 @@ impl OriginSession {
                 // What the mirror still holds was found here, if only its witness was not.
                 let common = Common { position: from.position, chain: from.chain };
                 let common = at_witness.then_some(common);
-                return self.diverged(DivergedAt { divergence, at_witness, common, origin: end });
+                return self.diverged(DivergedAt {
+                    divergence,
+                    at_witness,
+                    common,
+                    speaker: source.speaker(),
+                    origin: end,
+                });
             }
             None => {}
         }
@@ -665,7 +675,11 @@ impl OriginSession {
         self.status.streaming = true;
         self.window_bytes = u64::from(subscribe.window_bytes.min(self.config.max_window_bytes));
         self.state = State::Streaming;
-        self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
+        // A mirror says at once how it is with its origin.
+        self.heartbeat_at = match self.offer.role {
+            Role::Mirror => now.at,
+            Role::Origin | Role::Feed => now.at + self.config.deadlines.heartbeat,
+        };
         let (first_position, path) = (source.start().position, self.offer.path.clone());
         let subscribed = Subscribed { end, first_position, path };
         match self.status.feed.clone() {
@@ -689,8 +703,8 @@ impl OriginSession {
 
     /// Stays for a while if the mirror may want to know where the histories part.
     fn diverged(&mut self, at: DivergedAt) {
-        let DivergedAt { divergence, at_witness, common, origin: end } = at;
-        self.say(&Message::Diverged(Diverged { divergence, at_witness, common, end }));
+        let DivergedAt { divergence, at_witness, common, speaker, origin: end } = at;
+        self.say(&Message::Diverged(Diverged { divergence, at_witness, speaker, common, end }));
         let may_ask = self.features & FEATURE_PROBE != 0
             && divergence != Divergence::Foreign
             && common.is_none();
@@ -749,7 +763,8 @@ impl OriginSession {
     fn beat(&mut self, source: &impl Source, now: Now) {
         if now.at >= self.heartbeat_at {
             self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
-            self.say(&Message::Heartbeat(Heartbeat { end: source.end(), now_us: now.unix_us }));
+            let (end, now_us, speaker) = (source.end(), now.unix_us, source.speaker());
+            self.say(&Message::Heartbeat(Heartbeat { end, now_us, speaker }));
         }
     }
 

@@ -13,6 +13,7 @@ use crate::format::files::{Mark, Role, Witness};
 use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
 use crate::journal::Comparison;
 use crate::position::{Incarnation, JournalId, NodeId};
+use crate::shipping::message::Speaker;
 use crate::shipping::message::{
     Ack, Authentication, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
     PROTOCOL_VERSIONS, Probe, Probed, Subscribe,
@@ -314,6 +315,7 @@ fn origin_config() -> OriginConfig {
 fn mirror_config(resume: Option<Resume>) -> MirrorConfig {
     MirrorConfig {
         node: Some(NodeId::from_bytes([0x11; 16])),
+        follows: true,
         nonce: [0x17; 16],
         authentication: Authentication::None,
         agent: "headwater/test".to_owned(),
@@ -490,7 +492,13 @@ fn an_origin_restored_from_an_older_state_is_detected_for_every_tail_length() {
                 let expected = if ahead { Divergence::Ahead } else { Divergence::Fork };
                 let common = Some(common_at(&original.end_of_batches(kept)));
                 let origin = journal.end();
-                let at = DivergedAt { divergence: expected, at_witness: false, common, origin };
+                let at = DivergedAt {
+                    divergence: expected,
+                    at_witness: false,
+                    common,
+                    speaker: Speaker::Origin,
+                    origin,
+                };
                 assert_eq!(connection.mirror.end(), Some(&SessionEnd::Diverged(at)));
                 assert_eq!(mirror.batches.len(), before, "bytes of another history were shipped");
             }
@@ -514,7 +522,13 @@ fn an_origin_that_lost_what_a_mirror_has_set_aside_is_told_by_the_witness() {
         let divergence = if ahead { Divergence::Ahead } else { Divergence::Fork };
         // What is left of the mirror is common: the origin knows that without being asked.
         let common = mirror.end_of_batches(3).map(|end| common_at(&end));
-        let at = DivergedAt { divergence, at_witness: true, common, origin: journal.end() };
+        let at = DivergedAt {
+            divergence,
+            at_witness: true,
+            common,
+            speaker: Speaker::Origin,
+            origin: journal.end(),
+        };
         assert_eq!(connection.mirror.end(), Some(&SessionEnd::Diverged(at)), "{regrown}");
         assert_eq!(mirror.batches.len(), 3);
     }
@@ -768,7 +782,8 @@ fn a_durable_end_that_goes_back_within_a_session_is_refused() {
     let mut journal = filled(4, 11);
     let mut connection = streaming_origin(&mut journal);
     let end = journal.end_of_batches(1);
-    Message::Heartbeat(Heartbeat { end, now_us: 0 }).encode(&mut connection.to_mirror);
+    Message::Heartbeat(Heartbeat { end, now_us: 0, speaker: Speaker::Origin })
+        .encode(&mut connection.to_mirror);
     connection.hear_origin(usize::MAX, &mut ModelMirror::default(), now());
     assert!(matches!(
         connection.mirror.end(),
