@@ -235,8 +235,8 @@ fn read_run(from: Position, bytes: &[u8]) {
     }
     if let Ok(run) = Run::decode(from, bytes) {
         let mut last = from;
-        for entry in run.entries() {
-            let entry = entry.unwrap();
+        assert!(run.entries().all(|entry| entry.is_ok()));
+        for entry in run.entries().flatten() {
             assert!(entry.position >= last && entry.position < run.behind.position);
             last = entry.position;
         }

@@ -173,12 +173,12 @@ impl Source for OnDisk<'_> {
 
     fn sift(&mut self, span: &Span, sieve: &Arc<Sieve>) -> Result<Sifted, SourceError> {
         drop(self.shared.live_first.lock());
-        if let Some(run) = self.shared.runs.get(span, sieve) {
+        if let Some(run) = self.shared.runs.get(self.feed.number, span, sieve) {
             return Ok(Sifted::Run(run));
         }
         let sifted = sift(self, span, sieve)?;
         if let Sifted::Run(run) = &sifted {
-            self.shared.runs.keep(span, sieve, run);
+            self.shared.runs.keep(self.feed.number, span, sieve, run);
         }
         Ok(sifted)
     }
