@@ -20,7 +20,7 @@ use crate::shipping::status_file::{self, FOLLOWING, Reading, SERVING};
 use crate::{Corruption, Journal, OpenError};
 
 /// The fields of a link, as docs/cli.md has them.
-const FIELDS: [&str; 22] = [
+const FIELDS: [&str; 23] = [
     "of",
     "direction",
     "name",
@@ -29,6 +29,7 @@ const FIELDS: [&str; 22] = [
     "upstreams",
     "path",
     "agent",
+    "feed",
     "state",
     "sent_position",
     "durable_position",
@@ -178,7 +179,10 @@ impl Place {
         let mut link = Link::new(&self.of, "from", "unknown");
         if let Some(Reading { status, is_fresh, age }) = &reading {
             // Whom it follows doesn't change by itself; how it does only its process knows.
-            link.take(status, ["address", "path"]);
+            link.take(status, ["address", "path", "feed"]);
+            if role == Some(Role::Feed) {
+                link.take(status, ["durable_position"]); // which never goes back
+            }
             let node = status.get("path").and_then(Value::as_array).and_then(|path| path.last());
             link.set("node", node.cloned().unwrap_or_default());
             link.set("told_ms", millis(age.as_millis()));
@@ -195,7 +199,8 @@ impl Place {
             let (code, message, hint) = (error.code(), error.to_string(), error.hint());
             link.set("error", json!({ "code": code, "message": message, "hint": hint }));
         }
-        if let Some(journal) = &self.journal {
+        // The positions of a feed's own journal are others than the origin's.
+        if let Some(journal) = self.journal.as_ref().filter(|_| role == Some(Role::Mirror)) {
             link.set("durable_position", journal.end().position.get());
         }
         self.links.push(link);

@@ -39,7 +39,7 @@ use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
     Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, Told, batches,
 };
-use super::status_file::{self, Afterwards, StatusFile};
+use super::status_file::{self, StatusFile};
 use super::transport;
 use super::upstreams::{Addresses, UpstreamStatus, Upstreams};
 use crate::env;
@@ -792,18 +792,12 @@ impl Shared {
     }
 
     fn write_status(self: &Arc<Self>) -> Option<std::io::Result<StatusFile>> {
-        let interval = self.options.status_interval?;
-        let place = status_file::place(&self.dir);
-        if place != self.dir {
-            // Also while there is no mirror: nothing else says why not.
-            drop(self.fs.create_dir_all(&place));
-        }
-        let (shared, path) = (Arc::clone(self), place.join(status_file::FOLLOWING));
+        let shared = Arc::clone(self);
         let status = move || {
             let status = shared.status(&shared.state.lock());
             status_file::of_mirror(&status) // may wait for the disk, and holds nobody up
         };
-        Some(StatusFile::start(&self.fs, path, interval, Afterwards::Kept, status))
+        status_file::follow(&self.fs, &self.dir, self.options.status_interval, status)
     }
 
     fn stop(&self) {

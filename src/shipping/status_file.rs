@@ -20,6 +20,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use serde_json::{Map, Value, json};
 
 use super::error::ShippingError;
+use super::feed::FeedStatus;
 use super::mirror::{MirrorState, MirrorStatus};
 use super::observe::Ends;
 use super::server::{PeerState, PeerStatus};
@@ -102,6 +103,21 @@ impl Drop for StatusFile {
             drop(writing.join());
         }
     }
+}
+
+/// Writes how a mirror or a feed in `dir` does, if it is to be written at all.
+pub(super) fn follow(
+    fs: &Arc<dyn Fs>,
+    dir: &Path,
+    interval: Option<Duration>,
+    status: impl Fn() -> Value + Send + 'static,
+) -> Option<std::io::Result<StatusFile>> {
+    let (interval, place) = (interval?, place(dir));
+    if place != dir {
+        // Also while there is no mirror: nothing else says why not.
+        drop(fs.create_dir_all(&place));
+    }
+    Some(StatusFile::start(fs, place.join(FOLLOWING), interval, Afterwards::Kept, status))
 }
 
 fn stamped(mut status: Value, interval: Duration, ended: bool) -> Value {
@@ -218,6 +234,7 @@ fn peer(status: &PeerStatus) -> Value {
             PeerState::Stalled => "stalled",
             PeerState::Closing => "closing",
         },
+        "feed": status.feed,
         "sent_position": position(status.sent),
         "durable_position": position(status.acked),
         "applied_position": status.applied.map(Position::get),
@@ -235,7 +252,6 @@ fn peer(status: &PeerStatus) -> Value {
 /// What a follower knows.
 pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
     let path: Vec<_> = status.path.iter().map(ToString::to_string).collect();
-    let error = |error: &ShippingError| json!({ "code": error.code(), "message": error.to_string(), "hint": error.hint() });
     let upstream = |upstream: &UpstreamStatus| {
         let error = upstream.last_error.as_ref().map(error);
         json!({ "address": upstream.address, "in_use": upstream.is_in_use, "error": error })
@@ -244,13 +260,7 @@ pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
         "address": status.address,
         "upstreams": status.upstreams.iter().map(upstream).collect::<Vec<_>>(),
         "path": path,
-        "state": match status.state {
-            MirrorState::Connecting => "connecting",
-            MirrorState::CatchingUp => "catching_up",
-            MirrorState::Live => "live",
-            MirrorState::Halted(_) => "halted",
-            MirrorState::Stopped => "stopped",
-        },
+        "state": state(&status.state),
         "durable_position": position(status.mirrored),
         "applied_position": status.applied.map(Position::get),
         "lag_events": status.lag_events(),
@@ -262,6 +272,37 @@ pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
         "ends": ends(&status.ends),
         "error": status.last_error.as_ref().map(error),
     })
+}
+
+/// What the receiver of a feed knows; positions are the origin's.
+pub(super) fn of_feed(status: &FeedStatus) -> Value {
+    json!({
+        "address": status.address,
+        "feed": status.terms,
+        "state": state(&status.state),
+        "durable_position": position(status.received),
+        "lag_events": status.lag_events(),
+        "lag_bytes": status.lag_bytes(),
+        "lag_ms": status.lag_time().map(millis),
+        "heard_ms": status.origin_heard.map(millis),
+        "reconnects": status.reconnects,
+        "ends": ends(&status.ends),
+        "error": status.last_error.as_ref().map(error),
+    })
+}
+
+const fn state(state: &MirrorState) -> &'static str {
+    match state {
+        MirrorState::Connecting => "connecting",
+        MirrorState::CatchingUp => "catching_up",
+        MirrorState::Live => "live",
+        MirrorState::Halted(_) => "halted",
+        MirrorState::Stopped => "stopped",
+    }
+}
+
+fn error(error: &ShippingError) -> Value {
+    json!({ "code": error.code(), "message": error.to_string(), "hint": error.hint() })
 }
 
 fn position(checkpoint: Option<Checkpoint>) -> Option<u64> {

@@ -34,7 +34,9 @@ use super::mirror::{
     BACK_OFF_MAX, Credentials, FollowOptions, ForkPolicy, HEALTHY_AFTER, MirrorState, back_off,
     check_literal, connect, setup_error,
 };
+use super::observe::{EndReason, Ends};
 use super::session::{Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd};
+use super::status_file::{self, StatusFile};
 use super::transport;
 use super::upstreams::retry_after;
 use crate::env;
@@ -69,7 +71,11 @@ pub struct FeedStatus {
     pub last_error: Option<ShippingError>,
     /// How many sessions there have been after the first.
     pub reconnects: u64,
+    /// Why sessions and attempts have ended, since it is followed.
+    pub ends: Ends,
     lag_is_known: bool,
+    /// How long ago the origin told an end up to which everything is accounted for.
+    caught_up: Option<Duration>,
 }
 
 impl FeedStatus {
@@ -77,8 +83,29 @@ impl FeedStatus {
     /// heard for three heartbeats.
     #[must_use]
     pub fn lag_events(&self) -> Option<u64> {
-        let (end, received) = self.origin_end.zip(self.received).filter(|_| self.lag_is_known)?;
+        let (end, received) = self.known_ends()?;
         Some(end.position.since(received.position))
+    }
+
+    /// The same in bytes of the origin's journal.
+    #[must_use]
+    pub fn lag_bytes(&self) -> Option<u64> {
+        let (end, received) = self.known_ends()?;
+        Some(end.offset.saturating_sub(received.offset))
+    }
+
+    /// For how long, at most, the origin has had something that isn't accounted for: zero if everything is, and `None` if
+    /// that isn't known, as before everything was for the first time. Off by the time that a message takes.
+    #[must_use]
+    pub fn lag_time(&self) -> Option<Duration> {
+        match self.lag_bytes()? {
+            0 => Some(Duration::ZERO),
+            _ => self.caught_up,
+        }
+    }
+
+    fn known_ends(&self) -> Option<(OriginEnd, Checkpoint)> {
+        self.origin_end.zip(self.received).filter(|_| self.lag_is_known)
     }
 
     /// Whether nothing is tried any more.
@@ -102,6 +129,7 @@ impl FeedStatus {
 pub struct Feed {
     shared: Arc<Shared>,
     following: Option<JoinHandle<Result<(), CloseError>>>,
+    status: Option<StatusFile>,
 }
 
 #[derive(Debug)]
@@ -127,6 +155,8 @@ struct State {
     origin: Option<(OriginEnd, Instant)>,
     last_error: Option<ShippingError>,
     sessions: u64,
+    ends: Ends,
+    caught_up_at: Option<Instant>,
     stopping: bool,
     resuming: bool,
     /// The connection's socket, to interrupt whoever reads from it.
@@ -178,6 +208,8 @@ pub fn follow_feed(
             origin: None,
             last_error: None,
             sessions: 0,
+            ends: Ends::default(),
+            caught_up_at: None,
             stopping: false,
             resuming: false,
             socket: None,
@@ -185,12 +217,13 @@ pub fn follow_feed(
         changed: Condvar::new(),
     });
     shared.publish(received.as_ref());
+    let status = shared.write_status().transpose().map_err(setup_error)?;
     let for_thread = Arc::clone(&shared);
     let following = thread::Builder::new()
         .name("headwater-feed".into())
         .spawn(move || for_thread.run(received))
         .map_err(setup_error)?;
-    Ok(Feed { shared, following: Some(following) })
+    Ok(Feed { shared, following: Some(following), status })
 }
 
 fn refuse_options_of_mirrors(options: &FollowOptions) -> Result<(), ShippingError> {
@@ -314,7 +347,9 @@ impl Feed {
     /// [`CloseError`] if the journal can't be closed cleanly; what was shown as received is durable.
     pub fn stop(mut self) -> Result<(), CloseError> {
         self.shared.stop();
-        match self.following.take().map(JoinHandle::join) {
+        let ended = self.following.take().map(JoinHandle::join);
+        self.status = None;
+        match ended {
             Some(Ok(closed)) => closed,
             Some(Err(panic)) => std::panic::resume_unwind(panic),
             None => Ok(()),
@@ -360,7 +395,10 @@ impl Shared {
                 Err(error) => error,
             };
             let was_healthy = {
-                let state = self.state.lock();
+                let mut state = self.state.lock();
+                if !state.stopping {
+                    state.ends.count(EndReason::from(&error));
+                }
                 matches!(state.phase, MirrorState::Live) || state.received != had
             };
             if was_healthy || started.elapsed() >= HEALTHY_AFTER {
@@ -460,6 +498,12 @@ impl Shared {
         }
     }
 
+    fn write_status(self: &Arc<Self>) -> Option<std::io::Result<StatusFile>> {
+        let shared = Arc::clone(self);
+        let status = move || status_file::of_feed(&shared.status(&shared.state.lock()));
+        status_file::follow(&self.fs, &self.dir, self.options.status_interval, status)
+    }
+
     fn stop(&self) {
         let mut state = self.state.lock();
         state.stopping = true;
@@ -520,8 +564,12 @@ impl Shared {
 
     fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
-        let Some(((end, _), received)) = state.origin.zip(state.received) else { return };
+        let Some(((end, told_at), received)) = state.origin.zip(state.received) else { return };
         let lag_bytes = end.offset.saturating_sub(received.offset);
+        let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
+        if lag_bytes == 0 && connected {
+            state.caught_up_at = Some(told_at);
+        }
         match state.phase {
             MirrorState::CatchingUp if lag_bytes == 0 => state.phase = MirrorState::Live,
             MirrorState::Live if lag_bytes > u64::from(self.options.window_bytes) => {
@@ -544,6 +592,8 @@ impl Shared {
             origin_heard: heard,
             last_error: state.last_error.clone(),
             reconnects: state.sessions.saturating_sub(1),
+            ends: state.ends.clone(),
+            caught_up: state.caught_up_at.map(|at| at.elapsed()),
             lag_is_known: connected && heard.is_some_and(fresh),
         }
     }

@@ -270,6 +270,42 @@ fn watching_goes_on_until_nobody_reads_or_it_is_interrupted() {
     assert!(!status.success());
 }
 
+#[test]
+fn a_filtered_feed_is_listed_with_what_it_holds_and_by_the_origins_positions() {
+    let services = Services::start();
+    (0..4).for_each(|_| append(&services.orders, "ordered"));
+    let store = Store::create(services.dir.path().join("feeding")).unwrap();
+    let wanted = headwater::shipping::FeedPart::types(["test.other"]);
+    let feed = store.feed("orders", services.address(), wanted).unwrap();
+    feed.wait_ready(SOON).unwrap();
+    feed.wait_caught_up(SOON).unwrap();
+    let status = feed.status();
+    assert_eq!((status.lag_events(), status.lag_bytes()), (Some(0), Some(0)), "{status:?}");
+    assert_eq!(status.lag_time(), Some(Duration::ZERO));
+    let link = services.link("feeding", |link| link["state"] == "live" && link["lag_ms"] == 0);
+    assert_eq!(documented("A link"), keys(&link));
+    assert!(link["feed"].to_string().contains("test.other"), "{link}");
+    // None of the four is stored.
+    assert_eq!(link["durable_position"], 4);
+    let orders = services.path("orders");
+    let look = || json_of(&["peer", "ls", "--json", &orders]);
+    let fed = |list: &Value| {
+        let peers = list["peers"].as_array().unwrap();
+        peers.iter().any(|link| link["feed"].is_object() && link["state"] == "live")
+    };
+    until(look, fed);
+
+    let mut services = services;
+    services.server.take().unwrap().shutdown();
+    let status = until(|| feed.status(), |status| status.ends.of(EndReason::GoingAway) == 1);
+    let lag = (status.lag_events(), status.lag_bytes(), status.lag_time());
+    assert_eq!(lag, (None, None, None));
+    feed.stop().unwrap();
+    let link = services.link("feeding", is("stopped"));
+    assert_nothing_live(&link);
+    assert_eq!(link["durable_position"], 4);
+}
+
 /// What a kill leaves behind: nothing of it is believed, and the next server removes that of a server.
 #[test]
 fn what_a_killed_process_has_left_is_not_believed() {
