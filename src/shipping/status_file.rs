@@ -148,6 +148,7 @@ fn write(fs: &dyn Fs, path: &Path, status: &Value) -> std::io::Result<()> {
 
 /// What a file says.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "cli"), allow(dead_code, reason = "the command line shows it"))]
 pub(crate) struct Reading {
     pub(crate) status: Value,
     /// Who writes it was there three intervals ago at most; else it is what was last known.
