@@ -730,10 +730,9 @@ impl Store {
 
     #[cfg(feature = "shipping")]
     fn mirror_dir(&self, name: &str) -> Result<PathBuf, ShippingError> {
-        let allowed = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '-' | '_');
-        if name.is_empty() || name.len() > 64 || !name.chars().all(allowed) {
-            let reason = "must be 1 to 64 of a-z, 0-9, - and _";
-            let invalid = OpenError::InvalidOption { option: "mirror name", reason };
+        if !is_mirror_name(name) {
+            let (option, reason) = ("mirror name", MIRROR_NAME);
+            let invalid = OpenError::InvalidOption { option, reason };
             return Err(ShippingError::Open(Arc::new(invalid)));
         }
         Ok(self.inner.dir.join("mirrors").join(name).join("journal"))
@@ -979,6 +978,17 @@ fn sources_of(
     }
     let twice = ViewError::Journals { view, reason: "one is named twice" };
     Sources::new(first.clone(), others.to_vec()).ok_or(twice)
+}
+
+/// What a mirror's name must be.
+#[cfg(feature = "shipping")]
+pub(crate) const MIRROR_NAME: &str = "must be 1 to 64 of a-z, 0-9, - and _";
+
+/// A mirror's name is that of its folder.
+#[cfg(feature = "shipping")]
+pub(crate) fn is_mirror_name(name: &str) -> bool {
+    let allowed = |c: char| matches!(c, 'a'..='z' | '0'..='9' | '-' | '_');
+    !name.is_empty() && name.len() <= 64 && name.chars().all(allowed)
 }
 
 /// Whether views or reactors of the own journal exist: then there were events, and an empty journal is a loss.

@@ -64,6 +64,8 @@
 //! - Standard output has the answer and nothing else; errors and progress go to standard error.
 
 mod backup;
+#[cfg(feature = "shipping")]
+mod bootstrap;
 mod cat;
 mod doctor;
 mod events;
@@ -144,6 +146,9 @@ enum Command {
     Retain(retain::Args),
     /// Makes a store of a backup
     Restore(backup::RestoreArgs),
+    /// Makes a mirror of a backup, or of the base of a view, before its service follows
+    #[cfg(feature = "shipping")]
+    Bootstrap(bootstrap::Args),
     /// Shows what is known of mirrors, and how a journal and one that is served relate
     #[cfg(feature = "shipping")]
     Peer(peer::Args),
@@ -281,6 +286,8 @@ impl Cli {
             Command::Backup(args) | Command::Archive(args) => backup::backup(args),
             Command::Retain(args) => retain::run(args),
             Command::Restore(args) => backup::restore_or_abandon(args),
+            #[cfg(feature = "shipping")]
+            Command::Bootstrap(args) => bootstrap::run(args),
             #[cfg(feature = "shipping")]
             Command::Peer(args) => peer::run(args),
             #[cfg(feature = "shipping")]

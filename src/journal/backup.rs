@@ -147,6 +147,18 @@ impl Journal {
     }
 }
 
+impl Journal {
+    /// A backup of the end only: of the segment that holds the batch in front of `end`, up to there, with a base in place of
+    /// what lies in front. `end` is the end of a batch.
+    #[cfg(feature = "views")]
+    pub(crate) fn copy_end(&self, end: &Checkpoint, dir: &Path) -> Result<(), BackupError> {
+        let fs = self.0.files.fs();
+        let locked = lock(fs, dir)?;
+        copy::copy_behind(self, end, Link::from(*end), &**fs, &locked.layout)?;
+        Ok(())
+    }
+}
+
 /// Takes the directory for this backup alone.
 fn lock(fs: &Arc<dyn Fs>, dir: &Path) -> Result<Locked, BackupError> {
     refuse_journal(&**fs, dir)?; // before even a lock file is put there

@@ -12,8 +12,9 @@
 //!   chain of everything in front of it.
 //! - Nothing of the target is cut that holds more than the source.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{IoContext, IoError, ReadError};
 use crate::format::FormatError;
@@ -36,6 +37,41 @@ pub(crate) struct Copied {
     pub(crate) segments: u64,
     /// Bytes written, header pages included.
     pub(crate) written_bytes: u64,
+}
+
+/// How far a copy is, for whoever looks at it, and whether it is to end.
+#[derive(Debug, Default)]
+pub(crate) struct Watched {
+    bytes: AtomicU64,
+    bytes_total: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Watched {
+    /// How many bytes of segments are there, and of how many; none while that isn't known.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        (self.bytes.load(Ordering::Relaxed), self.bytes_total.load(Ordering::Relaxed))
+    }
+
+    /// It ends as soon as it can; what is there is of use to the next one.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    fn begins(&self, bytes_total: u64) {
+        self.bytes.store(0, Ordering::Relaxed);
+        self.bytes_total.store(bytes_total, Ordering::Relaxed);
+    }
+
+    fn advance(&self, bytes: u64, path: &Path) -> Result<(), IoError> {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        match self.cancelled.load(Ordering::Relaxed) {
+            true => Err(IoError::new("copying to", path, std::io::ErrorKind::Interrupted.into())),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Why a copy stopped.
@@ -78,7 +114,18 @@ pub(crate) fn copy(
     fs: &dyn Fs,
     target: &Layout,
 ) -> Result<Copied, CopyError> {
-    copy_segments(source, None, to, fs, target)
+    copy_watched(source, to, fs, target, &Watched::default())
+}
+
+/// The same, and somebody looks.
+pub(crate) fn copy_watched(
+    source: &Journal,
+    to: Link,
+    fs: &dyn Fs,
+    target: &Layout,
+    watched: &Watched,
+) -> Result<Copied, CopyError> {
+    copy_segments(source, None, to, (fs, target), watched)
 }
 
 /// The same, from the segment on that holds the batch that ends at `from`. A base takes the place of what lies in
@@ -92,15 +139,15 @@ pub(crate) fn copy_behind(
 ) -> Result<Copied, CopyError> {
     let last = from.position.get().checked_sub(1).map(Position::new);
     let first = last.and_then(|last| source.segment_holding(last)).map(|segment| segment.number());
-    copy_segments(source, first, to, fs, target)
+    copy_segments(source, first, to, (fs, target), &Watched::default())
 }
 
 fn copy_segments(
     source: &Journal,
     from: Option<u64>,
     to: Link,
-    fs: &dyn Fs,
-    target: &Layout,
+    (fs, target): (&dyn Fs, &Layout),
+    watched: &Watched,
 ) -> Result<Copied, CopyError> {
     let (mut all, mut base) = {
         let segments = source.0.segments.read();
@@ -136,15 +183,19 @@ fn copy_segments(
     }
     // What the target has of a removed prefix stays; a target that is begun now begins with the base.
     if left_out > 0 && there.is_empty() {
-        source.write_base(first, fs, target)?;
+        source.write_base(first, to.offset, fs, target)?;
         base = None;
     }
     if let Some(base) = base.filter(|_| there.is_empty()) {
         base.copy_to(fs, target, to.offset)?;
     }
     let mut copied = Copied { segments: wanted.len() as u64, ..Copied::default() };
-    for segment in &wanted {
-        let copy = SegmentCopy::new(source, segment, to, fs, target);
+    let copies: Vec<_> = wanted
+        .iter()
+        .map(|segment| SegmentCopy::new(source, segment, to, (fs, target), watched))
+        .collect();
+    watched.begins(copies.iter().map(SegmentCopy::bytes).sum());
+    for (copy, segment) in copies.iter().zip(&wanted) {
         match last_there {
             Some(last) if segment.number() < last => copy.compare_whole()?,
             Some(last) if segment.number() == last => copied.written_bytes += copy.go_on()?,
@@ -201,6 +252,7 @@ struct SegmentCopy<'a> {
     path: PathBuf,
     /// Where the copy of this segment ends.
     end: Link,
+    watched: &'a Watched,
 }
 
 impl<'a> SegmentCopy<'a> {
@@ -208,13 +260,18 @@ impl<'a> SegmentCopy<'a> {
         source: &'a Journal,
         segment: &'a Arc<Segment>,
         to: Link,
-        fs: &'a dyn Fs,
-        target: &'a Layout,
+        (fs, target): (&'a dyn Fs, &'a Layout),
+        watched: &'a Watched,
     ) -> Self {
         let sealed = segment.sealed.as_ref().map(|sealed| sealed.end);
         let end = sealed.filter(|end| end.offset <= to.offset).unwrap_or(to);
         let path = target.segment(segment.number());
-        Self { source, segment, fs, target, path, end }
+        Self { source, segment, fs, target, path, end, watched }
+    }
+
+    /// Length of the file when it is whole.
+    fn bytes(&self) -> u64 {
+        self.at(self.end.offset)
     }
 
     fn base(&self) -> Link {
@@ -242,7 +299,7 @@ impl<'a> SegmentCopy<'a> {
             return Err(CopyError::Missing { path: self.path.clone() });
         }
         match len.cmp(&self.at(self.end.offset)) {
-            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Equal => Ok(self.watched.advance(len, &self.path)?),
             std::cmp::Ordering::Less => Err(CopyError::Missing { path: self.path.clone() }),
             std::cmp::Ordering::Greater => Err(self.differs(self.segment.base_position())),
         }
@@ -313,11 +370,15 @@ impl<'a> SegmentCopy<'a> {
 
     /// Writes what lies behind `kept` (everything, if there is nothing), and syncs file and name.
     fn write(&self, file: &Arc<dyn File>, kept: Option<Link>) -> Result<u64, CopyError> {
-        let mut out = Output { file, path: &self.path, at: 0, buffer: Vec::new(), written: 0 };
+        let (path, watched) = (&self.path, self.watched);
+        let mut out = Output { file, path, watched, at: 0, buffer: Vec::new(), written: 0 };
         let mut link = kept.unwrap_or_else(|| self.base());
         match kept {
             None => out.put(&self.segment.page.bytes())?,
-            Some(kept) => out.at = self.at(kept.offset),
+            Some(kept) => {
+                out.at = self.at(kept.offset);
+                watched.advance(out.at, path)?;
+            }
         }
         let (page, limit) = (&self.segment.page, self.at(self.end.offset));
         let window = self.source.0.files.window(self.segment.number());
@@ -370,6 +431,7 @@ impl<'a> SegmentCopy<'a> {
 struct Output<'a> {
     file: &'a Arc<dyn File>,
     path: &'a PathBuf,
+    watched: &'a Watched,
     at: u64,
     buffer: Vec<u8>,
     written: u64,
@@ -385,7 +447,7 @@ impl Output<'_> {
         fs::write_all_at(&**self.file, &self.buffer, self.at).context("writing", self.path)?;
         self.at += self.buffer.len() as u64;
         self.written += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
+        let written = std::mem::take(&mut self.buffer).len() as u64;
+        self.watched.advance(written, self.path)
     }
 }

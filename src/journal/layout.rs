@@ -27,6 +27,8 @@ use crate::format::map::LEVELS;
 use crate::fs::{self, Fs, OpenMode};
 use crate::position::Position;
 
+/// In the base of a view: the ends of its journals, by id.
+pub(crate) const JOURNALS: &str = "journals";
 pub(crate) const NODE: &str = "node";
 pub(crate) const MARK: &str = "mark";
 pub(crate) const LOCK: &str = "lock";

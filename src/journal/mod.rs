@@ -83,15 +83,17 @@ pub use acks::Mirrored;
 pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket, ViewBehind};
 pub use backup::{BackupError, BackupReport};
 pub use backward::{EventsBackward, StreamEventsBackward};
+#[cfg(feature = "shipping")]
+pub(crate) use copy::Watched;
 pub use cursor::{Cursor, CursorBatch};
 pub use ingest::Ingest;
 pub use orphans::{Orphans, SetAsideError};
 pub use query::{Query, QueryEvents, QueryItem};
 pub use read::{Events, Item, StreamEvents, Subscription};
 pub use recovery::RecoveryReport;
-#[cfg(feature = "shipping")]
-pub(crate) use restore::begin_mirror;
 pub use restore::{RestoreError, RestoreReport, abandon_restore, restore};
+#[cfg(feature = "shipping")]
+pub(crate) use restore::{begin_mirror, is_begun};
 pub use verify::{
     Damage, DamageKind, SegmentCheck, SegmentState, VerifyProgress, VerifyReport, verify,
     verify_deep,

@@ -17,7 +17,7 @@ use crate::format::batch::Link;
 use crate::format::files::{Mark, Node, Role};
 use crate::format::incoming::{INCOMING_BYTES, Incoming};
 use crate::fs::{self, Fs, OpenMode};
-use crate::journal::copy::{self, CopyError};
+use crate::journal::copy::{self, CopyError, Watched};
 use crate::journal::layout::{self, Layout};
 use crate::journal::mark::MarkFile;
 use crate::journal::scan::{Window, file_offset};
@@ -125,6 +125,14 @@ impl RestoreError {
     }
 }
 
+impl RestoreError {
+    /// Whether there is only no space at present.
+    #[cfg(feature = "shipping")]
+    pub(crate) fn is_disk_full(&self) -> bool {
+        matches!(self, Self::Target(OpenError::Io(error)) if error.is_disk_full())
+    }
+}
+
 impl From<IoError> for RestoreError {
     fn from(error: IoError) -> Self {
         Self::Target(error.into())
@@ -173,7 +181,7 @@ pub fn restore(
     dir: &Path,
     at: Option<Position>,
 ) -> Result<RestoreReport, RestoreError> {
-    restore_as(Role::Origin, fs, backup, dir, at)
+    restore_as(Role::Origin, fs, (backup, dir), at, &Watched::default())
 }
 
 /// Makes a mirror in `dir` of a backup, if there is nothing yet, or goes on with that. It is durable when this returns.
@@ -185,21 +193,43 @@ pub(crate) fn begin_mirror(
     fs: &Arc<dyn Fs>,
     backup: &Path,
     dir: &Path,
+    watched: &Watched,
 ) -> Result<(), RestoreError> {
-    let names = fs.list(dir).unwrap_or_default();
-    let has = |name: &str| names.iter().any(|it| it == name);
-    if has(layout::NODE) && !has(layout::INCOMING) {
+    if is_begun(&**fs, dir) {
         return Ok(());
     }
-    restore_as(Role::Mirror, fs, backup, dir, None).map(drop)
+    let backup = copy_in(&**fs, backup);
+    // What was begun is completed, also if the backup has grown since.
+    let path = Layout::new(dir).file(layout::INCOMING);
+    let begun = read_incoming(&**fs, &path)?.and_then(Result::ok);
+    let at = begun.map(|incoming| incoming.to.position);
+    restore_as(Role::Mirror, fs, (&backup, dir), at, watched).map(drop)
+}
+
+/// Whether a journal is there, and none that is still being restored.
+#[cfg(feature = "shipping")]
+pub(crate) fn is_begun(fs: &dyn Fs, dir: &Path) -> bool {
+    let names = fs.list(dir).unwrap_or_default();
+    let has = |name: &str| names.iter().any(|it| it == name);
+    has(layout::NODE) && !has(layout::INCOMING)
+}
+
+/// The copy of a journal that is meant: the directory itself, or the only one in the base of a view.
+#[cfg(feature = "shipping")]
+fn copy_in(fs: &dyn Fs, dir: &Path) -> PathBuf {
+    let journals = dir.join(layout::JOURNALS);
+    match fs.list(&journals).unwrap_or_default().as_slice() {
+        [only] => journals.join(only),
+        _ => dir.to_owned(),
+    }
 }
 
 fn restore_as(
     role: Role,
     fs: &Arc<dyn Fs>,
-    backup: &Path,
-    dir: &Path,
+    (backup, dir): (&Path, &Path),
     at: Option<Position>,
+    watched: &Watched,
 ) -> Result<RestoreReport, RestoreError> {
     let (source, damage) = Journal::open_read_only(fs, backup).map_err(RestoreError::Backup)?;
     let wanted = at.unwrap_or_else(|| source.end().position);
@@ -220,7 +250,7 @@ fn restore_as(
     let (from_offset, from_position) = (start.offset, start.position);
     let incoming = Incoming { journal: source.id(), from_offset, from_position, to };
     begin(&**fs, &locked.layout, &incoming)?;
-    let copied = copy::copy(&source, to, &**fs, &locked.layout)?;
+    let copied = copy::copy_watched(&source, to, &**fs, &locked.layout, watched)?;
     // Proof of the end, in front of `node`: nothing opens this yet.
     let mut mark = MarkFile::open(&**fs, &locked.layout, 0)?;
     mark.write_synced(Mark { sequence: 0, end, closed: false, witness: None, salt: 0 })?;
@@ -327,25 +357,30 @@ fn check_target(fs: &dyn Fs, layout: &Layout) -> Result<(), RestoreError> {
 fn begin(fs: &dyn Fs, layout: &Layout, incoming: &Incoming) -> Result<(), RestoreError> {
     check_target(fs, layout)?;
     let path = layout.file(layout::INCOMING);
-    match fs.open(&path, OpenMode::Read) {
-        Ok(file) => {
-            let mut bytes = [0; INCOMING_BYTES + 1];
-            let read = fs::read_full_at(&*file, &mut bytes, 0).context("reading", &path)?;
-            let found = Incoming::decode(bytes.get(..read).unwrap_or_default());
-            // One that can't be read was never durable, or is damaged: only abandoning it is safe.
-            return match found {
-                Ok(found) if found == *incoming => {
-                    fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
-                    Ok(())
-                }
-                Ok(found) => Err(RestoreError::Another { path, to: found.to.position }),
-                Err(_) => Err(RestoreError::Another { path, to: Position::START }),
-            };
+    match read_incoming(fs, &path)? {
+        None => Ok(layout.replace(fs, layout::INCOMING, &incoming.encode())?),
+        Some(Ok(found)) if found == *incoming => {
+            fs.sync_dir(&layout.dir).context("syncing", &layout.dir)?;
+            Ok(())
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(IoError::new("opening", &path, error).into()),
+        Some(Ok(found)) => Err(RestoreError::Another { path, to: found.to.position }),
+        // One that can't be read was never durable, or is damaged: only abandoning it is safe.
+        Some(Err(_)) => Err(RestoreError::Another { path, to: Position::START }),
     }
-    Ok(layout.replace(fs, layout::INCOMING, &incoming.encode())?)
+}
+
+/// `None` if there is none. The inner error: it can't be understood.
+fn read_incoming(
+    fs: &dyn Fs,
+    path: &Path,
+) -> Result<Option<Result<Incoming, FormatError>>, IoError> {
+    let file = match fs.open(path, OpenMode::Read) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.context("opening", path)?,
+    };
+    let mut bytes = [0; INCOMING_BYTES + 1];
+    let read = fs::read_full_at(&*file, &mut bytes, 0).context("reading", path)?;
+    Ok(Some(Incoming::decode(bytes.get(..read).unwrap_or_default())))
 }
 
 /// Removes `incoming`, durably: the last step.

@@ -172,7 +172,7 @@ impl Journal {
     ) -> Result<(), ReadError> {
         let fs = &**self.0.files.fs();
         let layout = &self.0.layout;
-        let Some(base) = self.write_base(first, fs, layout)? else { return Ok(()) };
+        let Some(base) = self.write_base(first, u64::MAX, fs, layout)? else { return Ok(()) };
         let removed: Vec<_> = self.segments().into_iter().map(|segment| segment.number).collect();
         self.begin_at(base);
         let numbers = removed.into_iter().take_while(|number| *number < first);
@@ -180,10 +180,12 @@ impl Journal {
     }
 
     /// Writes what is to be known of all segments in front of number `first` into a directory, durably: this
-    /// journal's own, or that of a copy that begins there. `None` if there is nothing in front, or no such segment.
+    /// journal's own, or that of a copy that begins there and ends at `end_offset`. `None` if there is nothing in front, or
+    /// no such segment.
     pub(crate) fn write_base(
         &self,
         first: u64,
+        end_offset: u64,
         fs: &dyn Fs,
         target: &Layout,
     ) -> Result<Option<Arc<base::Base>>, ReadError> {
@@ -212,7 +214,7 @@ impl Journal {
                 kind: CorruptionKind::SegmentLink,
             }));
         }
-        let start = Start { checkpoint, segment: first, proven: self.end().offset };
+        let start = Start { checkpoint, segment: first, proven: self.end().offset.min(end_offset) };
         let old = self.base();
         let boundary = |segment: &Arc<Segment>| Boundary {
             segment: segment.number(),

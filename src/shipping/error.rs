@@ -277,8 +277,8 @@ impl ShippingError {
             | Self::Truncated { .. }
             | Self::Version { .. }
             | Self::Plaintext { .. }
-            | Self::Begin(_)
             | Self::Open(_) => true,
+            Self::Begin(error) => !error.is_disk_full(),
             Self::Reported { failure } => !failure.code.is_transient(),
             Self::Storage(error) => !matches!(error, IngestError::DiskFull(_)),
             Self::SetAside(error) => !error.is_disk_full(),

@@ -16,6 +16,8 @@
 //!   between the two is bounded by the window.
 //! - A mirror whose history differs from the origin's is kept as it is, whatever happens.
 
+mod begin;
+
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,7 +49,7 @@ use crate::error::{IngestError, OpenError};
 use crate::format::batch;
 use crate::format::files::Mark;
 use crate::fs::Fs;
-use crate::journal::{self, Comparison, Fork, Ingest, Journal, Orphans};
+use crate::journal::{self, Comparison, Fork, Ingest, Journal, Orphans, Watched};
 use crate::options::JournalOptions;
 use crate::position::{self, Checkpoint, JournalId, NodeId, Position};
 
@@ -94,8 +96,12 @@ pub struct FollowOptions {
     /// What to do when the origin has another history than the mirror. Default: halt.
     pub forks: ForkPolicy,
     /// The directory of a backup of the origin (or of another mirror) with which a mirror begins that isn't there yet: it is
-    /// copied, verified, and only the rest is fetched. An interrupted copy is continued by following again. Default
-    /// none: everything is fetched.
+    /// copied, verified, and only the rest is fetched. Or that of a view's base ([`ViewControl::export_base`]): then the
+    /// mirror begins where that is, and what lies in front is never fetched. The copying is done by the mirror's thread
+    /// ([`MirrorState::Bootstrapping`]); an interrupted one is continued by following again, also if the backup has grown.
+    /// Default none: everything is fetched.
+    ///
+    /// [`ViewControl::export_base`]: crate::view::ViewControl::export_base
     pub begin_with: Option<PathBuf>,
     /// How often it is written down how the mirror does, for `headwater lag` and `peer ls` beside this process: into the file
     /// `following` beside the mirror's journal, in place, never synced. `None`: it isn't. Default 1 s.
@@ -145,6 +151,13 @@ impl Default for FollowOptions {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum MirrorState {
+    /// It copies the backup that it is to begin with ([`FollowOptions::begin_with`]).
+    Bootstrapping {
+        /// So many bytes of segments are there, verified.
+        bytes: u64,
+        /// Of so many; 0 until that is known.
+        bytes_total: u64,
+    },
     /// It looks for its origin, or waits before the next attempt.
     Connecting,
     /// It receives what it doesn't have yet.
@@ -314,6 +327,8 @@ struct State {
     orphans: Vec<Orphans>,
     stopping: bool,
     resuming: bool,
+    /// The backup that is being copied.
+    copying: Option<Arc<Watched>>,
     /// The connection's socket, to interrupt whoever reads from it.
     socket: Option<TcpStream>,
 }
@@ -340,19 +355,28 @@ impl State {
     fn mirrored(&self) -> Option<Checkpoint> {
         self.journal.as_ref().map(Journal::end)
     }
+
+    fn phase(&self) -> MirrorState {
+        match (&self.phase, &self.copying) {
+            (MirrorState::Bootstrapping { .. }, Some(copying)) => {
+                let (bytes, bytes_total) = copying.bytes();
+                MirrorState::Bootstrapping { bytes, bytes_total }
+            }
+            (phase, _) => phase.clone(),
+        }
+    }
 }
 
 /// Follows the journal that is served at one or more addresses into a mirror in `dir`.
 ///
 /// The mirror is opened, with recovery, before this returns; if there is none yet, it is created once the
-/// origin has said which journal it serves. An address is kept as it is and resolved before every attempt. Of several,
+/// origin has said which journal it serves, or what it begins with was copied. An address is kept as it is and resolved before every attempt. Of several,
 /// of the origin and of relays, the first one that serves is used, and the next ones when it doesn't any more; whatever
 /// they are, the mirror's end is compared with their history before they send anything.
 ///
 /// # Errors
 /// [`ShippingError::Open`] if there is something in `dir` that can't be opened as a mirror, or no address is given,
 /// [`ShippingError::Foreign`] if it is a mirror of another journal than the options name,
-/// [`ShippingError::Begin`] if it can't begin with the backup that the options name,
 /// [`ShippingError::Plaintext`] if an address is a literal one off the loopback and there is no TLS,
 /// [`ShippingError::Security`] if certificates, keys or the token can't be used, [`ShippingError::Setup`] if no thread can be started.
 pub fn follow(
@@ -371,11 +395,11 @@ pub fn follow(
         check_literal(address, &options)?;
         Credentials::read(&options, address)?;
     }
-    if let Some(backup) = &options.begin_with {
-        let begun = journal::begin_mirror(&fs, backup, dir);
-        begun.map_err(|error| ShippingError::Begin(Arc::new(error)))?;
-    }
-    let ingest = Ingest::open(&fs, dir, &options.journal).map_err(open_error)?;
+    // One that has yet to begin with a backup is opened when it has.
+    let ingest = match &options.begin_with {
+        Some(_) if !journal::is_begun(&*fs, dir) => None,
+        _ => Ingest::open(&fs, dir, &options.journal).map_err(open_error)?,
+    };
     let journal = ingest.as_ref().map(|ingest| ingest.journal().clone());
     if let (Some(journal), Some(origin)) = (&journal, options.journal_id)
         && journal.id() != origin
@@ -408,6 +432,7 @@ pub fn follow(
             orphans,
             stopping: false,
             resuming: false,
+            copying: None,
             socket: None,
         }),
         changed: Condvar::new(),
@@ -417,7 +442,10 @@ pub fn follow(
     let for_thread = Arc::clone(&shared);
     let following = thread::Builder::new()
         .name("headwater-mirror".into())
-        .spawn(move || for_thread.run(ingest))
+        .spawn(move || {
+            for_thread.begin();
+            for_thread.run(ingest)
+        })
         .map_err(setup_error)?;
     Ok(Mirror { shared, following: Some(following), status })
 }
@@ -803,6 +831,9 @@ impl Shared {
     fn stop(&self) {
         let mut state = self.state.lock();
         state.stopping = true;
+        if let Some(copying) = &state.copying {
+            copying.cancel();
+        }
         if let Some(socket) = &state.socket {
             drop(socket.shutdown(Shutdown::Both));
         }
@@ -1023,7 +1054,7 @@ impl Shared {
         MirrorStatus {
             address: address(state.upstream),
             upstreams,
-            state: state.phase.clone(),
+            state: state.phase(),
             path: state.told.path.to_vec(),
             connected_for: since.map(|since| since.elapsed()),
             received_offset: since.map(|_| state.told.received),

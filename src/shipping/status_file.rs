@@ -294,6 +294,7 @@ pub(super) fn of_feed(status: &FeedStatus) -> Value {
 
 const fn state(state: &MirrorState) -> &'static str {
     match state {
+        MirrorState::Bootstrapping { .. } => "bootstrapping",
         MirrorState::Connecting => "connecting",
         MirrorState::CatchingUp => "catching_up",
         MirrorState::Live => "live",

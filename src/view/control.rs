@@ -1,9 +1,10 @@
 //! What can be done with a view of any kind: ask how it is, wait for it, rebuild it, close it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::base::{self, Beside, ViewBase};
 use super::chunk::refuse_within_fold;
 use super::error::{StopError, ViewError, WaitError};
 use super::generation::Generation;
@@ -274,6 +275,92 @@ impl ViewControl {
         };
         let options = RebuildOptions::default();
         self.program.clone().begin(&self.running, options, Source::Generation(number))
+    }
+
+    /// Exports a base into the directory `dir`, which is new or empty: the rows as they are, what is parked, what was
+    /// decided about it, and of each journal as much of its end as a mirror needs to begin there. Whoever imports it
+    /// ([`ViewOptions::base`](super::ViewOptions::base), [`import_base`](Self::import_base)) serves without having folded the
+    /// history, and without having it.
+    ///
+    /// Folding stands still while the database is flushed and its files are linked (copied, if `dir` is on another file
+    /// system); reads go on. Then every row is read once. Durable when this returns; what an interrupted export has left is no
+    /// base, and is replaced by repeating it. Blocks until then.
+    ///
+    /// ```
+    /// # use headwater::view::{Fold, FoldError, Keys, View, ViewOptions};
+    /// # use headwater::{Append, ExpectedRevision, NewEvent, Recorded, Store, StreamId};
+    /// # use std::time::Duration;
+    /// # struct Count;
+    /// # impl View for Count {
+    /// #     const NAME: &'static str = "count";
+    /// #     const VERSION: u32 = 1;
+    /// #     type Key = StreamId;
+    /// #     type Row = u64;
+    /// #     type Event = Vec<u8>;
+    /// #     fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<StreamId>) {
+    /// #         keys.add(event.stream().clone());
+    /// #     }
+    /// #     fn fold(&self, _: &StreamId, n: Option<u64>, _: &Recorded<Vec<u8>>) -> Result<Fold<u64>, FoldError> {
+    /// #         Ok(Fold::Put(n.unwrap_or(0) + 1))
+    /// #     }
+    /// # }
+    /// # let dir = tempfile::tempdir()?;
+    /// # let patience = Duration::from_secs(10);
+    /// # let orders = Store::create(dir.path().join("orders"))?;
+    /// # let order = StreamId::new("order-7")?;
+    /// # let placed = NewEvent::raw("order.placed", *b"")?;
+    /// # let appended = orders.append(&Append::to(&order, ExpectedRevision::Any, [placed]))?;
+    /// # let count = orders.view(Count)?;
+    /// # count.wait_for(&appended.token(), patience)?;
+    /// # let base = dir.path().join("base");
+    /// // Where the view is:
+    /// count.export_base(&base)?;
+    ///
+    /// # #[cfg(feature = "shipping")] {
+    /// # use headwater::shipping::FollowOptions;
+    /// // Elsewhere, with a copy of that directory: it serves at once, and follows from there.
+    /// let customers = Store::create(dir.path().join("customers"))?;
+    /// let begin = FollowOptions { begin_with: Some(base.clone()), ..FollowOptions::default() };
+    /// let mirror = customers.mirror_with("orders", "127.0.0.1:1", begin)?;
+    /// let journal = mirror.wait_ready(patience)?;
+    /// let options = ViewOptions { base: Some(base), ..ViewOptions::default() };
+    /// assert_eq!(customers.view_of_with(&journal, Count, options)?.get("order-7")?, Some(1));
+    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ViewError::NotJudged`] if the rows aren't known to be of the journal as it is, or are being built;
+    /// [`ViewError::Base`] if there is something in the directory, or the end of the journal can't be read;
+    /// [`ViewError::WithinFold`]; others of the database and the file system.
+    pub fn export_base(&self, dir: &Path) -> Result<ViewBase, ViewError> {
+        refuse_within_fold(self.name())?;
+        let shared = self.shared();
+        if !shared.state().judged {
+            return Err(ViewError::NotJudged { view: self.name() });
+        }
+        let fs = Arc::clone(shared.folder.lock().fs());
+        base::export(&fs, dir, &shared.sources, |rows| {
+            // Whose turn it is writes rows and decisions: they are of one moment.
+            let _turn = shared.stand_still();
+            shared.db().export(rows)?;
+            let (discarded, deadly) = (shared.parking.discarded(), shared.attempts.deadly());
+            Ok(Beside { discarded, deadly, intake: shared.intake.bytes()? })
+        })
+    }
+
+    /// Lets the rows of the base in `dir` take the place of those that are served, as a [`rebuild`](Self::rebuild) does with
+    /// new ones: they are copied, verified, compared with the journals by the chain, and brought up to date beside the
+    /// generation that serves, which is kept, for [`rollback`](Self::rollback). Returns at once. A view that begins is given
+    /// its base with [`ViewOptions::base`](super::ViewOptions::base).
+    ///
+    /// The rows themselves aren't compared: the base may be right where the ones that are served aren't.
+    ///
+    /// # Errors
+    /// As [`rebuild`](Self::rebuild). What is wrong with the base is told by the handle, as [`RebuildError::View`].
+    pub fn import_base(&self, dir: &Path) -> Result<RebuildHandle, ViewError> {
+        let source = Source::Base(dir.to_owned());
+        self.program.clone().begin(&self.running, RebuildOptions::default(), source)
     }
 
     /// Proves that the rows are what the journal makes: builds them again, beside, as of this moment, and compares.

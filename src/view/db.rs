@@ -40,6 +40,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use parking_lot::Mutex;
+use rocksdb::checkpoint::Checkpoint as DiskCheckpoint;
 use rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, DBPinnableSlice, DBRawIterator, FlushOptions,
     IngestExternalFileOptions, LogLevel, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter,
@@ -57,7 +58,7 @@ use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, JournalId};
 
 /// Version of the layout above.
-const LAYOUT: u32 = 2;
+pub(super) const LAYOUT: u32 = 2;
 const META: u8 = 0x00;
 pub(super) const ROWS: u8 = 0x01;
 const INDEXES: u8 = 0x02;
@@ -595,8 +596,19 @@ impl Db {
         Ok(())
     }
 
+    /// Layout, version and name of what it is a generation of.
+    pub(super) fn stored_identity(&self) -> Result<(u32, u32, String), StorageError> {
+        const ACTION: &str = "reading the view's identity";
+        let found = self.get(IDENTITY)?;
+        let identity = found.as_deref().and_then(|found| {
+            let mut input = Decoder::new(found);
+            let (layout, version) = (input.u32().ok()?, input.u32().ok()?);
+            Some((layout, version, str::from_utf8(input.rest()).ok()?.to_owned()))
+        });
+        identity.ok_or_else(|| self.damaged(ACTION, "no identity"))
+    }
+
     /// The names of the indexes and those of the tables, in the order of their numbers.
-    #[cfg(feature = "cli")]
     pub(super) fn stored_names(&self) -> Result<(Vec<String>, Vec<String>), StorageError> {
         let names = |key: &[u8]| {
             let names = self.get(key)?;
@@ -730,6 +742,14 @@ impl Db {
         let mut options = FlushOptions::default();
         options.set_wait(wait);
         self.db.flush_opt(&options).map_err(|error| self.failed("flushing", error))
+    }
+
+    /// Puts a copy of the database, as it is now, into `path`, which isn't there yet: hard links where they can be had. It
+    /// isn't durable yet.
+    pub(super) fn export(&self, path: &Path) -> Result<(), StorageError> {
+        self.flush(true)?; // there is no log from which a copy could make up for what is in memory
+        let copied = DiskCheckpoint::new(&self.db).and_then(|it| it.create_checkpoint(path));
+        copied.map_err(|error| self.failed("copying the view's database", error))
     }
 
     /// Takes in sorted files, the identity and the progress that they are of: all at once, and durable when this

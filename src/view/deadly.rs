@@ -246,7 +246,16 @@ impl Deadly {
         self.bulk_deaths.remove(&duty);
     }
 
-    fn text(&self) -> String {
+    pub(super) fn has_killers(&self) -> bool {
+        !self.killers.is_empty()
+    }
+
+    /// What holds wherever the events are, and not of this process only.
+    pub(super) fn killers_only(&self) -> Self {
+        Self { killers: self.killers.clone(), ..Self::default() }
+    }
+
+    pub(super) fn text(&self) -> String {
         let Self { zones, suspects, killers, bulk_deaths } = self;
         let mut text = format!("{HEAD}\n");
         for Zone { duty, journal, events } in zones {
@@ -265,7 +274,7 @@ impl Deadly {
         text
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
         if u32::from_str_radix(crc, 16) != Ok(crc32(&[body.as_bytes()])) {
             return None;
@@ -438,6 +447,14 @@ impl Attempts {
         Ok(())
     }
 
+    /// These are known to kill, too, durably.
+    pub(super) fn adopt(&self, theirs: &Deadly) -> Result<(), ViewError> {
+        if theirs.killers.keys().all(|at| self.deadly().killers.contains_key(at)) {
+            return Ok(());
+        }
+        self.change(|deadly| deadly.killers.extend(theirs.killers.clone()))
+    }
+
     /// A note for a thread that folds.
     pub(super) fn note(self: &Arc<Self>, duty: Duty) -> Arc<Note> {
         let mut taken = self.taken.lock();
@@ -470,6 +487,12 @@ impl Attempts {
         };
         self.deadly().killers.iter().map(event).collect()
     }
+}
+
+/// What a version in the folder of a view knows, as it lies on disk.
+#[cfg(feature = "cli")]
+pub(super) fn known(fs: &dyn Fs, dir: &Path, version: u32) -> Result<Deadly, ViewError> {
+    read(fs, &dir.join(format!("{NAME}.{version}")))
 }
 
 fn read(fs: &dyn Fs, path: &Path) -> Result<Deadly, ViewError> {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::base::BaseError;
 use super::db::StorageError;
 use super::deadly::Stage;
 use super::key::KeyError;
@@ -170,6 +171,9 @@ pub enum ViewError {
         /// The view.
         view: &'static str,
     },
+    /// A base can't be exported, or isn't imported.
+    #[error(transparent)]
+    Base(Box<BaseError>),
     /// The view's database failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -184,6 +188,12 @@ pub enum ViewError {
         /// The system's answer.
         source: Arc<std::io::Error>,
     },
+}
+
+impl From<BaseError> for ViewError {
+    fn from(error: BaseError) -> Self {
+        Self::Base(Box::new(error))
+    }
 }
 
 impl ViewError {
@@ -211,6 +221,7 @@ impl ViewError {
             Self::Rebuilding { .. } => "view.rebuilding",
             Self::NotJudged { .. } => "view.not_judged",
             Self::Closed { .. } => "view.closed",
+            Self::Base(error) => error.code(),
             Self::Storage(error) => error.code(),
             Self::Io(_) => "view.io",
             Self::Thread { .. } => "view.thread",
@@ -261,6 +272,7 @@ impl ViewError {
                 "wait until the mirror has got as far as the view, or see why the view has stopped"
             }
             Self::Closed { .. } => "open it again",
+            Self::Base(error) => error.hint(),
             Self::Storage(error) => error.hint(),
             Self::Io(_) => "see the system's error; opening again is safe",
             Self::Thread { .. } => "raise the limit on threads",

@@ -58,7 +58,7 @@ const LOCK_TICK: Duration = Duration::from_millis(10);
 pub(super) const NAME_BYTES_MAX: usize = 64;
 
 /// A view's name is the name of its folder.
-pub(super) fn is_valid_name(name: &str) -> bool {
+pub(crate) fn is_valid_name(name: &str) -> bool {
     let plain = |byte: u8| {
         byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_')
     };
@@ -220,6 +220,18 @@ impl Generations {
     /// Points to none any more: the live generation is set aside.
     pub(super) fn set_none_live(&mut self) -> Result<(), ViewError> {
         self.point_to(None)
+    }
+
+    /// Where its files are.
+    pub(super) const fn fs(&self) -> &Arc<dyn Fs> {
+        &self.fs
+    }
+
+    /// Whether the live generation has a database; one that was deleted by hand has none.
+    pub(super) fn has_live_rows(&self) -> bool {
+        let folder = |number| self.dir.join(format!("{}.{number}", self.version));
+        self.live
+            .is_some_and(|number| !matches!(folder(number).join("CURRENT").try_exists(), Ok(false)))
     }
 
     /// The number of the live generation.

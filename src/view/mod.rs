@@ -39,6 +39,7 @@
 #[cfg(feature = "cli")]
 pub(crate) mod at_rest;
 mod audit;
+mod base;
 mod bulk;
 mod chunk;
 mod control;
@@ -71,7 +72,7 @@ mod takeover;
 mod watch;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,11 +85,15 @@ use crate::event::{Event, Recorded};
 use crate::journal::Journal;
 
 pub use audit::{Audit, AuditError, SegmentAudit};
+pub use base::{BaseError, ViewBase};
+#[cfg(feature = "cli")]
+pub(crate) use base::{Imported, export_at_rest, import_at_rest};
 pub use control::{JournalStatus, ViewCheckpoint, ViewControl, ViewState, ViewStatus};
 pub(crate) use db::Stored;
 pub use db::{StorageError, StorageErrorKind, ViewMemory};
 pub use deadly::{DeadlyEvent, Stage};
 pub use error::{EventFailure, StopError, ViewError, ViewReadError, WaitError};
+pub(crate) use generation::is_valid_name;
 pub(crate) use generation::{Generation, generations};
 #[cfg(feature = "cli")]
 pub(crate) use generation::{Generations, version_lock};
@@ -303,6 +308,13 @@ pub struct ViewOptions {
     /// ([`Store::submit`](crate::Store::submit)) is applied a few milliseconds later, or by
     /// [`wait_for`](ViewControl::wait_for).
     pub inline: bool,
+    /// The directory of a base ([`ViewControl::export_base`]) with which the view begins if it has no rows yet: they are
+    /// copied, verified, and live when the opening returns. It goes on from there, also if the journal doesn't reach back
+    /// any further. A view that has rows doesn't look at it. Default: none, it is built from the journal.
+    ///
+    /// Opening fails with [`ViewError::Base`] if it is another view's, damaged, or of another history than the journal; if
+    /// the journal ends in front of its checkpoint, or begins behind. Interrupted, it begins anew.
+    pub base: Option<PathBuf>,
     /// Memory, shared with other views.
     pub memory: ViewMemory,
 }
@@ -318,6 +330,7 @@ impl Default for ViewOptions {
             on_undecodable: OnPoison::Park,
             row_cache_bytes: 32 << 20,
             inline: false,
+            base: None,
             memory: ViewMemory::default(),
         }
     }
@@ -367,7 +380,7 @@ pub(crate) fn open_any<V: View>(
     view: V,
     options: ViewOptions,
 ) -> Result<ViewHandle<V>, ViewError> {
-    if !generation::is_valid_name(V::NAME) {
+    if !is_valid_name(V::NAME) {
         return Err(ViewError::InvalidName { name: V::NAME });
     }
     let indexes = Indexes::of(&view);

@@ -160,7 +160,7 @@ impl Discarded {
         self.0.iter().filter(is_one).count() as u64
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let mut text = format!("{HEAD}\n");
         for Decision { journal, position, row_key } in &self.0 {
             let key = row_key.as_ref().map_or_else(|| "-".to_owned(), |key| hex(key));
@@ -170,7 +170,13 @@ impl Discarded {
         text
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    /// Whether this, too, is decided here.
+    fn implies(&self, decision: &Decision) -> bool {
+        let altogether = || Decision { row_key: None, ..decision.clone() };
+        self.0.contains(decision) || self.0.contains(&altogether())
+    }
+
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
         if u32::from_str_radix(crc, 16) != Ok(crc32(&[body.as_bytes()])) {
             return None;
@@ -233,8 +239,33 @@ impl Parking {
 
     /// Takes over what other versions have decided about events that aren't in front of `applied`.
     pub(super) fn take_over(&self, applied: &Checkpoints) -> Result<(), ViewError> {
+        let before = self.discarded().0.len();
+        let (discarded, is_first) = self.gathered(applied)?;
+        if discarded.0.len() == before && !is_first { Ok(()) } else { self.write(discarded) }
+    }
+
+    /// Goes by these decisions, too, by which rows of `applied` were made that take the place of those that there are. If
+    /// it was decided here that an event in front of that is left out, and not there, nothing is changed: which one.
+    pub(super) fn adopt(
+        &self,
+        theirs: &Discarded,
+        applied: &Checkpoints,
+    ) -> Result<Option<Locator>, ViewError> {
+        let (mut discarded, _) = self.gathered(applied)?;
+        let is_lacking =
+            |it: &&Decision| it.position < applied.position(it.journal) && !theirs.implies(it);
+        if let Some(Decision { journal, position, .. }) = discarded.0.iter().find(is_lacking) {
+            return Ok(Some(Locator { journal: *journal, position: *position }));
+        }
+        discarded.0.extend(theirs.0.iter().cloned());
+        self.write(discarded)?;
+        Ok(None)
+    }
+
+    /// The own decisions, and those of other versions about events that aren't in front of `applied`; all of them if there
+    /// are no own ones yet, and whether that is so.
+    fn gathered(&self, applied: &Checkpoints) -> Result<(Discarded, bool), ViewError> {
         let mut discarded = Discarded::clone(&self.discarded());
-        let before = discarded.0.len();
         let names = self.fs.list(&self.dir).context("listing the view's directory", &self.dir)?;
         let is_first = !names.contains(&format!("{NAME}.{}", self.version));
         for name in names {
@@ -245,7 +276,7 @@ impl Parking {
                 discarded.0.extend(decisions.into_iter().filter(|it| is_first || is_ahead(it)));
             }
         }
-        if discarded.0.len() == before && !is_first { Ok(()) } else { self.write(discarded) }
+        Ok((discarded, is_first))
     }
 
     pub(super) fn discarded(&self) -> Arc<Discarded> {

@@ -67,6 +67,8 @@ pub enum OnDifference {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RebuildPhase {
+    /// Copies the files of a base; counted in bytes, in place of events.
+    Copying,
     /// Folds the history.
     Building,
     /// Compares the rows with those that are served, as of the same checkpoint.
@@ -101,13 +103,15 @@ impl fmt::Display for RebuildStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let phase = match self.phase {
             _ if self.paused => "paused",
+            RebuildPhase::Copying => "copying",
             RebuildPhase::Building => "building",
             RebuildPhase::Comparing => "comparing",
             RebuildPhase::CatchingUp => "catching up",
             RebuildPhase::Ended => "ended",
         };
         let (events, total, rate) = (self.events, self.events_total, self.events_per_second);
-        write!(f, "{phase}: {events} of {total} events, {rate:.0}/s")?;
+        let what = if self.phase == RebuildPhase::Copying { "bytes" } else { "events" };
+        write!(f, "{phase}: {events} of {total} {what}, {rate:.0}/s")?;
         if self.pass > 1 {
             write!(f, ", pass {}", self.pass)?;
         }

@@ -22,6 +22,7 @@ use arc_swap::ArcSwap;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::audit::Tallies;
+use super::base;
 use super::bulk::{self, Means};
 use super::chunk::{Folded, is_within_fold, panic_message, refuse_within_fold};
 use super::db::{Db, Progress, StorageError, StorageErrorKind};
@@ -147,6 +148,10 @@ pub(super) fn start<P: Program>(
     let attempts = Attempts::open(Arc::new(OsFs), &views_dir.join(P::NAME), P::VERSION)?;
     let fs: Arc<dyn Fs> = Arc::new(OsFs);
     let intake = Intake::open(&fs, views_dir, &sources)?;
+    if let Some(dir) = &options.base {
+        let decided = (&parking, &*attempts);
+        base::begin_with(dir, &*view, &mut folder, (&sources, &intake), decided)?;
+    }
     let sources_in_order = (&sources, &intake);
     let opened =
         open_live(&*view, &mut folder, &openings, sources_in_order, (&options, &building))?;

@@ -1,13 +1,14 @@
 //! How another generation takes over; see [`rebuild`](super::rebuild).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::base::Import;
 use super::bulk::{Ended, Means};
 use super::chunk::{panic_message, refuse_within_fold};
-use super::db::{Db, Progress, Reader, all_rows_and_indexes, is_row};
+use super::db::{Db, Progress, Reader, StorageError, all_rows_and_indexes, is_row};
 use super::deadly::{Duty, Note};
 use super::error::{StopError, ViewError};
 use super::generation::is_kept;
@@ -29,12 +30,14 @@ use crate::position::Position;
 const DIGEST_STEP: u64 = 4096;
 
 /// Where the generation that is to take over comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
     /// It is built from the journal.
     Journal,
     /// It was live before, under this number.
     Generation(u32),
+    /// It is taken in from this directory.
+    Base(PathBuf),
 }
 
 /// Begins to prepare another generation, in a thread.
@@ -107,6 +110,7 @@ impl<P: Program> Takeover<P> {
         let done = self.guarded(|it| match source {
             Source::Journal => it.build_and_take_over(),
             Source::Generation(number) => it.take_over_again(number),
+            Source::Base(dir) => it.take_in(&dir),
         });
         match done {
             Ok((runner, rebuilt)) => {
@@ -148,9 +152,38 @@ impl<P: Program> Takeover<P> {
     }
 
     fn take_over_again(&self, number: u32) -> Result<(Runner<P>, Rebuilt), RebuildError> {
+        let path = self.shared.folder.lock().existing(number)?;
+        self.take_over_whole(number, &path, Built::default())
+    }
+
+    /// A base: its rows, and what was decided about them.
+    fn take_in(&self, dir: &Path) -> Result<(Runner<P>, Rebuilt), RebuildError> {
+        let (shared, control) = (&self.shared, &self.control);
+        let import = Import::open(shared.folder.lock().fs(), dir)?;
+        import.check(&*self.view)?;
+        import.judge(&shared.sources)?;
+        self.with_new_generation(|number, path| {
+            control.pass_begins(RebuildPhase::Copying, import.bytes());
+            import
+                .copy_into(path, |bytes| Ok::<_, RebuildError>(control.advance(bytes, bytes)?))?;
+            let discarded = {
+                let _turn = shared.stand_still(); // decisions are made by whose turn it is
+                import.adopt(&shared.intake, &shared.parking, &shared.attempts)?;
+                Some(shared.parking.discarded())
+            };
+            self.take_over_whole(number, path, Built { compared: None, discarded })
+        })
+    }
+
+    /// A generation that is whole, if it is of this history.
+    fn take_over_whole(
+        &self,
+        number: u32,
+        path: &Path,
+        built: Built,
+    ) -> Result<(Runner<P>, Rebuilt), RebuildError> {
         let shared = &self.shared;
-        let path = shared.folder.lock().existing(number)?;
-        let db = shared.openings.open(&path, &shared.options.memory).map_err(ViewError::from)?;
+        let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let identity = self.view.identity();
         let progress = db.begin(&identity, nothing(&shared.sources));
         let progress = progress.map_err(ViewError::from)?;
@@ -164,7 +197,7 @@ impl<P: Program> Takeover<P> {
                 return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
             }
         }
-        self.take_over(number, db, progress, Built::default())
+        self.take_over(number, db, progress, built)
     }
 
     fn check(&self) -> Result<Comparison, RebuildError> {
@@ -319,19 +352,27 @@ pub(super) fn digest_of(
     reader: &Reader,
     control: Option<&Control>,
 ) -> Result<Digest, RebuildError> {
+    let failed = |source| StopError::Storage { view, source }.into();
+    digest_rows(reader, failed, || Ok(control.map_or(Ok(()), Control::check)?))
+}
+
+/// The same for whoever fails otherwise, with a step taken now and then.
+pub(super) fn digest_rows<E>(
+    reader: &Reader,
+    failed: impl Fn(StorageError) -> E,
+    mut step: impl FnMut() -> Result<(), E>,
+) -> Result<Digest, E> {
     let mut hasher = blake3::Hasher::new();
     let (mut rows, mut seen) = (0, 0_u64);
     for entry in reader.scan(all_rows_and_indexes()) {
-        let (key, row) = entry.map_err(|source| StopError::Storage { view, source })?;
+        let (key, row) = entry.map_err(&failed)?;
         for part in [&key, &row] {
             hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
         }
         rows += u64::from(is_row(&key));
         seen += 1;
-        if seen % DIGEST_STEP == 0
-            && let Some(control) = control
-        {
-            control.check()?;
+        if seen % DIGEST_STEP == 0 {
+            step()?;
         }
     }
     Ok(Digest { rows, hash: *hasher.finalize().as_bytes() })

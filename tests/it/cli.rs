@@ -312,6 +312,29 @@ fn served(dir: &Path) -> (headwater::shipping::Server, String) {
     (server, address)
 }
 
+/// A mirror of a backup; what it was begun with, and its name, are checked.
+#[test]
+#[cfg(feature = "shipping")]
+fn bootstrap_makes_a_mirror_of_a_backup_before_anybody_follows() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let origin = fill(&dir.path().join("origin"), small(), 40);
+    origin.journal().backup(&dir.path().join("backup")).unwrap();
+    Store::create(dir.path().join("store")).unwrap().close().unwrap();
+    let made = lines(&ok(&["bootstrap", &path("store"), "orders", &path("backup"), "--json"]));
+    assert_eq!(made[0]["end_position"], origin.journal().end().position.get());
+    let mut fields: Vec<_> = made[0].as_object().unwrap().keys().cloned().collect();
+    fields.sort();
+    assert_eq!(documented("bootstrap"), fields);
+    ok(&["verify", &path("store/mirrors/orders")]);
+    let again = run(&["bootstrap", &path("store"), "orders", &path("backup")]);
+    assert!(err(&again).contains("error[restore.not_empty]"), "{}", err(&again));
+    let nothing = run(&["bootstrap", &path("store"), "other", &path("nothing")]);
+    assert!(err(&nothing).contains("error[restore.backup]"), "{}", err(&nothing));
+    let named = run(&["bootstrap", &path("store"), "../x", &path("backup")]);
+    assert!(err(&named).contains("mirror name"), "{}", err(&named));
+}
+
 /// Equal, then restored to an older state: lost, taken back, equal again; appended to instead: forked.
 #[test]
 #[cfg(feature = "shipping")]
@@ -390,7 +413,8 @@ fn every_command_that_the_documentation_shows_works() {
     let text = include_str!("../../docs/cli.md");
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ headwater ")).collect();
-    let of_shipping = ["token", "pin ", "access ", "peer ", "recover ", "lag ", "topology "];
+    let of_shipping =
+        ["token", "pin ", "access ", "peer ", "recover ", "lag ", "topology ", "bootstrap "];
     let is_built_in = |command: &&str| {
         let of_shipping = of_shipping.iter().any(|verb| command.starts_with(verb));
         (cfg!(feature = "views") || !command.starts_with("view "))
@@ -409,7 +433,9 @@ fn every_command_that_the_documentation_shows_works() {
             None => (command, None),
         };
         let mut command = command.replace("DIR", store.to_str().unwrap());
-        for name in ["BACKUP", "STORE", "EARLIER", "ARCHIVE", "SCHEMA", "PEM", "TOKEN", "LIST"] {
+        for name in
+            ["BACKUP", "STORE", "EARLIER", "ARCHIVE", "BASE", "SCHEMA", "PEM", "TOKEN", "LIST"]
+        {
             command = command.replace(name, dir.path().join(name).to_str().unwrap());
         }
         command = command.replace("COPY", copy.to_str().unwrap());

@@ -1180,6 +1180,50 @@ fn a_rebuild_holds_its_view_and_no_journal() {
     caught_up(&store, &view);
 }
 
+/// Without the view's code, and so is the generation that it was replaced by, and everything that can be wrong.
+#[test]
+fn rows_are_exported_and_imported_while_no_service_has_the_view() {
+    let world = World::new();
+    let dir = world.dir();
+    let base = world.path.join("base").display().to_string();
+    let before = json_of(service(&["view", "get", "--json", dir, "spent", "bern", "1"]));
+    let exported = json_of(headwater(&["view", "export", "--json", dir, "spent", &base]));
+    assert_eq!(exported["journals"].as_array().unwrap().len(), 1);
+    failed(&headwater(&["view", "export", dir, "spent", &base]), 1, "base.not_empty");
+    failed(&headwater(&["view", "import", dir, "spent", &base]), 1, "base.live");
+    failed(&headwater(&["view", "import", dir, "towns", &base]), 1, "base.another");
+    failed(&headwater(&["view", "import", dir, "spent", dir]), 1, "base.not_a_base");
+    let imported =
+        json_of(headwater(&["view", "import", "--json", dir, "spent", &base, "--replace"]));
+    assert!(imported["generation"].as_u64() > imported["previous"].as_u64(), "{imported}");
+    assert_eq!(imported["digest"], exported["digest"]);
+    assert_eq!(json_of(service(&["view", "get", "--json", dir, "spent", "bern", "1"])), before);
+    ok(service(&["view", "check", dir, "spent"]));
+    // Beside a journal with its history, and no views yet.
+    let copy = world.path.join("copy").display().to_string();
+    let store = world.path.join("store").display().to_string();
+    ok(headwater(&["backup", dir, &copy]));
+    ok(headwater(&["restore", &copy, &store]));
+    let text = ok(headwater(&["view", "import", &store, "spent", &base]));
+    assert!(text.contains("imported") && text.contains("generation 1.1 is live"), "{text}");
+    assert_eq!(json_of(service(&["view", "get", "--json", &store, "spent", "bern", "1"])), before);
+    // Another journal.
+    let other = world.path.join("other");
+    Store::create(&other).unwrap().close().unwrap();
+    let other = other.display().to_string();
+    failed(&headwater(&["view", "import", &other, "spent", &base]), 1, "view.no_journal");
+    let current = Path::new(&base).join("rows/CURRENT");
+    let mut bytes = std::fs::read(&current).unwrap();
+    bytes[0] ^= 1;
+    std::fs::remove_file(&current).unwrap();
+    std::fs::write(&current, bytes).unwrap();
+    failed(&headwater(&["view", "import", dir, "spent", &base, "--replace"]), 3, "base.damaged");
+    let opened = Store::open(dir).unwrap();
+    let view = opened.view(Spent::<1>::default()).unwrap();
+    failed(&headwater(&["view", "export", dir, "spent", &copy]), 1, "view.in_use");
+    view.close().unwrap();
+}
+
 /// The commands of a service, as they stand in docs/cli.md.
 #[test]
 fn every_command_of_a_service_that_the_documentation_shows_works() {
@@ -1226,6 +1270,9 @@ fn the_documented_fields_are_exactly_those_that_are_printed() {
     assert_eq!(documented("view rebuild"), keys(&rebuilt));
     let checked = json_of(service(&["view", "check", "--json", dir, "spent"]));
     assert_eq!(documented("view check"), keys(&checked));
+    let base = world.path.join("base").display().to_string();
+    let exported = json_of(service(&["view", "export", "--json", dir, "spent", &base]));
+    assert_eq!(documented("view export"), keys(&exported));
     let got = json_of(service(&["view", "get", "--json", dir, "spent", "bern", "1"]));
     assert_eq!(documented("view get"), keys(&got));
 }

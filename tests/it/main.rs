@@ -15,7 +15,11 @@ mod ahead;
 mod audit;
 #[cfg(feature = "test-kit")]
 mod backup;
+#[cfg(all(feature = "views", feature = "shipping"))]
+mod bases;
 mod benchmarks;
+#[cfg(all(feature = "test-kit", feature = "shipping"))]
+mod bootstrap;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(all(feature = "cli", feature = "views"))]

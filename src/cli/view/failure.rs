@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::cli::failure::Failure;
 use crate::view::{
-    ParkedError, RebuildError, StorageError, StorageErrorKind, ViewError, ViewReadError,
+    BaseError, ParkedError, RebuildError, StorageError, StorageErrorKind, ViewError, ViewReadError,
 };
 use crate::{JournalId, Position};
 
@@ -125,6 +125,9 @@ impl ViewFailure {
         match self {
             Self::View(ViewError::Storage(error)) | Self::Read(ViewReadError::Storage(error)) => {
                 damaged(error)
+            }
+            Self::View(ViewError::Base(error)) => {
+                matches!(**error, BaseError::Damaged { .. } | BaseError::Fork { .. })
             }
             Self::View(
                 ViewError::LostTail { .. }

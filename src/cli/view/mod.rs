@@ -3,10 +3,11 @@
 //! ```text
 //!  ls status get scan parked  ──▶ files as they lie on disk: beside the service; as bytes without the view's code
 //!  check                      ──▶ the same, and the rows built again beside them; needs the code
-//!  rm                         ──▶ the view's lock
+//!  rm export import           ──▶ the view's lock
 //!  rebuild rollback retry discard ──▶ the view's lock to the end, the journals' for a moment, and its code
 //! ```
 
+mod base;
 mod failure;
 mod find;
 mod journals;
@@ -19,6 +20,7 @@ mod read;
 mod write;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 pub(super) use self::failure::ViewFailure;
@@ -58,6 +60,10 @@ enum Verb {
     Retry(KeyArgs),
     /// Decides that a parked event is never applied, now and when the view is built anew
     Discard(DiscardArgs),
+    /// Exports the rows, while no service has the view open, for a subscriber that begins with them
+    Export(ExportArgs),
+    /// Lets a view begin with rows that were exported elsewhere
+    Import(ImportArgs),
     /// Deletes a generation that isn't live any more, or all of a version that nobody opens any more
     Rm(RmArgs),
 }
@@ -202,6 +208,25 @@ struct DiscardArgs {
 }
 
 #[derive(Debug, clap::Args)]
+struct ExportArgs {
+    #[command(flatten)]
+    which: Which,
+    /// A new directory
+    base: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct ImportArgs {
+    #[command(flatten)]
+    which: Which,
+    /// The directory into which they were exported, or a copy of it
+    base: PathBuf,
+    /// Also if the view has rows already; these are kept, for `rollback`
+    #[arg(long)]
+    replace: bool,
+}
+
+#[derive(Debug, clap::Args)]
 struct RmArgs {
     #[command(flatten)]
     which: Which,
@@ -250,6 +275,8 @@ pub(super) fn run(args: &ViewArgs, views: &Views) -> Result<(), Failure> {
         Verb::Rollback(which) => write::rollback(which, views),
         Verb::Retry(args) => write::retry(args, views),
         Verb::Discard(args) => write::discard(args, views),
+        Verb::Export(args) => base::export(args, views),
+        Verb::Import(args) => base::import(args),
         Verb::Rm(args) => write::rm(args),
     }
 }

@@ -93,6 +93,7 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.set_message(rate(status));
             bar.set_prefix(match status.phase {
+                RebuildPhase::Copying => "copying",
                 RebuildPhase::Building => "building",
                 RebuildPhase::Comparing => "comparing",
                 RebuildPhase::CatchingUp | RebuildPhase::Ended => "catching up",

@@ -46,7 +46,7 @@ fn with_open<T>(
     Ok(done)
 }
 
-fn in_use(view: &str, error: ViewError) -> Failure {
+pub(super) fn in_use(view: &str, error: ViewError) -> Failure {
     match error {
         ViewError::InUse { owner, .. } => {
             ViewFailure::InUse { view: view.to_owned(), owner }.into()

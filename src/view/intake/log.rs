@@ -149,6 +149,55 @@ impl Log {
         Ok(())
     }
 
+    /// Its bytes, as far as it is known.
+    pub(super) fn bytes(&self) -> Result<Vec<u8>, ViewError> {
+        let known = self.known.lock();
+        let mut bytes = vec![0; self.header.offset_of(known.count) as usize];
+        read_exact_at(&*known.file, &mut bytes, 0).context(ACTION, &self.path)?;
+        Ok(bytes)
+    }
+
+    /// Goes by an order that was recorded elsewhere, by which rows of `at` were made: all of it, if nothing is recorded here.
+    /// False if another order is recorded here up to there, or it isn't one of these journals.
+    pub(super) fn install(&self, bytes: &[u8], at: &Checkpoints) -> Result<bool, ViewError> {
+        let front = bytes.get(..self.header.len_bytes() as usize).unwrap_or_default();
+        let records = bytes.get(front.len()..).unwrap_or_default().chunks(RUN_BYTES);
+        let runs = (0..).zip(records).map(|(n, bytes)| self.header.decode_run(n, bytes));
+        let runs: Vec<Run> = match runs.collect() {
+            Ok(runs) if IntakeHeader::decode(front).as_ref() == Ok(&self.header) => runs,
+            _ => return Ok(false),
+        };
+        let mut known = self.known.lock();
+        let _lock = lock_patiently(&*self.fs, &lock_of(&self.path))?;
+        if known.count == 0 {
+            known.file = begin(&*self.fs, &self.path, &self.header)?; // an empty one may have been replaced
+        }
+        self.adopt(&mut known)?;
+        if known.count > 0 {
+            let mut here = Vec::new();
+            for from in (0..known.count).step_by(BLOCK as usize) {
+                here.extend(self.block(&*known.file, from, known.count)?);
+            }
+            return Ok(turns(&here, at) == turns(&runs, at));
+        }
+        // As a whole: of a write of many records, a part would be damage.
+        let new = self.path.with_extension("new");
+        match self.fs.remove(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+        .context(ACTION, &new)?;
+        let file = self.fs.open(&new, OpenMode::CreateNew).context(ACTION, &new)?;
+        write_all_at(&*file, bytes, 0).context(ACTION, &new)?;
+        file.sync_data().context(ACTION, &new)?;
+        self.fs.rename(&new, &self.path).context(ACTION, &self.path)?;
+        let dir = self.path.parent().unwrap_or(&self.path);
+        self.fs.sync_dir(dir).context(ACTION, dir)?;
+        *known = Known { cuts: known.cuts, ..Known::new(file, &self.header) };
+        self.read_on(&mut known)?;
+        Ok(known.count == runs.len() as u64)
+    }
+
     /// As far as it is known.
     pub(super) fn mark(&self) -> Mark {
         let known = self.known.lock();
@@ -430,6 +479,22 @@ impl Known {
         let ends = header.journals().iter().map(|id| start_of(*id)).collect();
         Self { file, count: 0, last: None, ends, cuts: 0 }
     }
+}
+
+/// Whose turn it was, and up to where, until all were at `at`.
+fn turns(runs: &[Run], at: &Checkpoints) -> Vec<(JournalId, Position)> {
+    let mut turns: Vec<(JournalId, Position)> = Vec::new();
+    let mut reached = BTreeMap::new();
+    for Run { journal, end } in runs {
+        let to = end.position.min(at.position(*journal));
+        let before = reached.insert(*journal.as_bytes(), to).unwrap_or(Position::START);
+        match turns.last_mut() {
+            _ if to <= before => {}
+            Some((last, up_to)) if last == journal => *up_to = to,
+            _ => turns.push((*journal, to)),
+        }
+    }
+    turns
 }
 
 fn start_of(journal: JournalId) -> Link {

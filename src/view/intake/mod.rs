@@ -114,6 +114,24 @@ impl Intake {
         self.log.as_ref().map_or(Ok(true), |log| log.leads_to(at))
     }
 
+    /// The recorded order, for somebody else; `None` of a single journal.
+    pub(super) fn bytes(&self) -> Result<Option<Vec<u8>>, ViewError> {
+        self.log.as_ref().map(|log| log.bytes()).transpose()
+    }
+
+    /// Goes by an order that was recorded elsewhere, by which rows of `at` were made; false if it is another one than here.
+    pub(super) fn install(
+        &self,
+        bytes: Option<&[u8]>,
+        at: &Checkpoints,
+    ) -> Result<bool, ViewError> {
+        match (&self.log, bytes) {
+            (None, None) => Ok(true),
+            (Some(log), Some(bytes)) => Ok(log.install(bytes, at)? && log.leads_to(at)?),
+            _ => Ok(false),
+        }
+    }
+
     fn runs(&self, sources: &Sources) -> Runs {
         let (log, read) = (self.log.clone(), VecDeque::new());
         let mark = log.as_ref().map(|log| log.beginning());
