@@ -106,7 +106,7 @@ fn rows_of<V: View<Key = u8, Row = Row>>(view: &ViewHandle<V>) -> Rows {
 }
 
 fn append(store: &Store, payload: Payload) -> Token {
-    let stream = StreamId::new(&format!("s-{}", payload[0])).unwrap();
+    let stream = StreamId::new(format!("s-{}", payload[0])).unwrap();
     let filling = [&payload[..], &[b'x'; 200]].concat();
     let event = NewEvent::raw("traced", filling).unwrap();
     store.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap().token()
@@ -819,7 +819,7 @@ fn killed(dir: &Path, what: &str, behind: Duration) -> Option<Duration> {
     let began = Instant::now();
     let (done, is_done) = channel::<()>();
     let killer = std::thread::spawn(move || {
-        drop(is_done.recv_timeout(behind));
+        is_done.recv_timeout(behind).ok();
         drop(child.kill());
         child.wait().unwrap()
     });
@@ -889,9 +889,9 @@ fn an_import_that_is_killed_anywhere_leaves_what_was_there_or_all_of_it() {
             let folders = folders.filter(|it| it.as_ref().unwrap().path().is_dir()).count();
             assert_eq!(folders, generations.len(), "something is left");
             if done {
-                late += 1
+                late += 1;
             } else {
-                early += 1
+                early += 1;
             }
             assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
         }
@@ -906,7 +906,7 @@ fn an_export_that_is_killed_anywhere_is_no_base_or_a_whole_one() {
     let longest = killed(dir.path(), "export", PATIENCE).unwrap();
     let (mut none, mut whole) = (0, 0);
     for behind in delays(32, longest) {
-        let _ = fs::remove_dir_all(&exported);
+        drop(fs::remove_dir_all(&exported));
         killed(dir.path(), "export", behind);
         let store = Store::open(&path).unwrap();
         let is_base = ViewBase::read(&exported).is_ok();

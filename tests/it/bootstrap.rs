@@ -276,9 +276,9 @@ fn a_bootstrap_that_is_interrupted_anywhere_is_completed_by_the_next() {
             all += 1;
             let cut = rng.bool();
             if cut {
-                disk.power_cut()
+                disk.power_cut();
             } else {
-                disk.kill()
+                disk.kill();
             }
             let context = format!("{fault:?} {repeat:?} at {at}, cut {cut}, trimmed {trimmed}");
             completed(&disk, store.journal(), &context);
