@@ -29,6 +29,8 @@ use crate::position::Position;
 
 /// In the base of a view: the ends of its journals, by id.
 pub(crate) const JOURNALS: &str = "journals";
+/// In the base of a view: what there is.
+pub(crate) const MANIFEST: &str = "manifest";
 pub(crate) const NODE: &str = "node";
 pub(crate) const MARK: &str = "mark";
 pub(crate) const LOCK: &str = "lock";

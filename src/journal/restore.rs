@@ -198,12 +198,23 @@ pub(crate) fn begin_mirror(
     if is_begun(&**fs, dir) {
         return Ok(());
     }
+    if has_no_journal(&**fs, backup) {
+        return Ok(());
+    }
     let backup = copy_in(&**fs, backup);
     // What was begun is completed, also if the backup has grown since.
     let path = Layout::new(dir).file(layout::INCOMING);
     let begun = read_incoming(&**fs, &path)?.and_then(Result::ok);
     let at = begun.map(|incoming| incoming.to.position);
     restore_as(Role::Mirror, fs, (&backup, dir), at, watched).map(drop)
+}
+
+/// Of the base of a view that has folded nothing: there is nothing to begin with, and everything is fetched.
+#[cfg(feature = "shipping")]
+fn has_no_journal(fs: &dyn Fs, base: &Path) -> bool {
+    let names = fs.list(base).unwrap_or_default();
+    let has = |name: &str| names.iter().any(|it| it == name);
+    has(layout::MANIFEST) && !has(layout::JOURNALS)
 }
 
 /// Whether a journal is there, and none that is still being restored.

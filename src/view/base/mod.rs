@@ -58,9 +58,9 @@ use super::error::ViewError;
 use super::poison::ParkedCounts;
 use super::rebuild::Digest;
 use crate::fs::{Fs, os::OsFs};
+use crate::journal::layout::MANIFEST;
 use crate::position::Checkpoint;
 
-const MANIFEST: &str = "manifest";
 /// There while a base is being written.
 const UNFINISHED: &str = "unfinished";
 const ROWS: &str = "rows";
