@@ -307,7 +307,11 @@ fn withholding(end: Checkpoint, ahead_us: i64) -> SocketAddr {
                         first_position: Position::START,
                         path: vec![NodeId::from_bytes([8; 16]), node],
                     })),
-                    _ => frame(&Message::Heartbeat(Heartbeat { end, now_us, speaker: headwater::shipping::message::Speaker::Origin })),
+                    _ => frame(&Message::Heartbeat(Heartbeat {
+                        end,
+                        now_us,
+                        speaker: headwater::shipping::message::Speaker::Origin,
+                    })),
                 };
                 drop(stream.write_all(&answer));
             }

@@ -208,7 +208,9 @@ fn s5_a_relay_killed_at_any_moment_goes_on_and_all_three_end_up_identical() {
     let dir = scratch.path();
     let (address, own) = (free_address(), free_address());
     let [at_relay, at_leaf] = ["relay", "leaf"].map(|name| dir.join(name));
-    [&at_relay, &at_leaf].map(|dir| std::fs::create_dir(dir).unwrap());
+    for dir in [&at_relay, &at_leaf] {
+        std::fs::create_dir(dir).unwrap();
+    }
     let both = format!("{address} {own}");
     let mut origin = Process::start("process_origin", dir, &address);
     let mut relay = Process::start("process_relay", &at_relay, &both);

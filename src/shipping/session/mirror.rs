@@ -13,8 +13,8 @@ use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::message::{
     Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, FEATURE_FILTERED,
     FEATURE_PROBE, FEATURE_TRUNCATED, FEATURES, FRAME_BYTES_MAX, Failure, FeedRequest, FeedTerms,
-    FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed, Run,
-    Speaker, Subscribe, Subscribed, Welcome, claimed_batch_len,
+    FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, Probe, Probed,
+    Run, Speaker, Subscribe, Subscribed, Welcome, claimed_batch_len,
 };
 
 mod fed;
