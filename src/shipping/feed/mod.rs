@@ -671,7 +671,7 @@ impl Connection<'_> {
                 Arrived::Closed => session.on_closed(),
             }
             session.on_time(now);
-            let (ended, origin_end) = (session.end().is_some(), session.origin_end());
+            let (ended, origin_end) = (session.end().is_some(), session.current_end());
             drop(session);
             if told != origin_end {
                 told = origin_end;

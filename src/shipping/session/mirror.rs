@@ -180,6 +180,11 @@ impl MirrorSession {
         self.told.end
     }
 
+    /// The same, unless it is a relay's that is behind its origin.
+    pub(crate) fn current_end(&self) -> Option<(OriginEnd, Instant)> {
+        self.told.end.filter(|_| self.told.speaker.is_some_and(Speaker::is_current))
+    }
+
     /// All that the origin has told of itself.
     pub(crate) fn told(&self) -> Told {
         Told { received: self.next_offset, ..self.told.clone() }
