@@ -28,8 +28,10 @@ use crate::fs::{self, Fs, OpenMode};
 use crate::position::Position;
 
 /// In the base of a view: the ends of its journals, by id.
+#[cfg(any(feature = "views", feature = "shipping"))]
 pub(crate) const JOURNALS: &str = "journals";
 /// In the base of a view: what there is.
+#[cfg(any(feature = "views", feature = "shipping"))]
 pub(crate) const MANIFEST: &str = "manifest";
 pub(crate) const NODE: &str = "node";
 pub(crate) const MARK: &str = "mark";
