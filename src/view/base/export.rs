@@ -1,6 +1,6 @@
 //! Writing a base.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::manifest::{Listed, Manifest};
@@ -172,7 +172,7 @@ pub(crate) fn export_at_rest(
 
     let fs: Arc<dyn Fs> = Arc::new(crate::fs::os::OsFs);
     let folder = Generations::open(Arc::clone(&fs), views_dir, name, version)?;
-    let missing = |folder: PathBuf| ViewError::NoGeneration { folder };
+    let missing = |folder: std::path::PathBuf| ViewError::NoGeneration { folder };
     let live = folder.live()?.ok_or_else(|| missing(views_dir.join(name)))?;
     let db = Arc::new(Db::open(&live, &ViewMemory::default())?);
     let progress = db.latest().progress(journals.ids())?;

@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use headwater::Store;
-
+use super::remote_view::Remote;
 use super::{PATIENCE, Scale, sale};
 use crate::Outcome;
 use crate::cluster::{self, Cluster, Session};
@@ -19,19 +18,13 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
         return Ok(vec![Figure::new(what, "ms", None).note(format!("left out: {why}"))]);
     }
     let postgres = Replicated::start(dir)?;
-    let origin = Store::create(dir.join("origin"))?;
-    let server = origin.serve("127.0.0.1:0")?;
-    let follower = Store::create(dir.join("follower"))?;
-    let mirror = follower.mirror("origin", server.local_addr().to_string())?;
-    origin.append(&sale::append(0, 1)?)?;
-    let view = follower.view_of(&mirror.wait_ready(PATIENCE)?, sale::Bought)?;
-
+    let remote = Remote::start(dir)?;
     let (mut theirs, mut ours, mut polls) = <(Rounds, Rounds, Rounds)>::default();
     let mut number = 0;
-    for _ in 0..scale.postgres_rounds {
+    for _ in 0..scale.peer_rounds {
         let (mut of_theirs, mut of_ours) = (Latencies::default(), Latencies::default());
         let mut of_polls = Latencies::default();
-        for _ in 0..scale.postgres_commits {
+        for _ in 0..scale.peer_commits {
             number += 1;
             let began = Instant::now();
             postgres.insert(number)?;
@@ -42,11 +35,7 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
             }
             of_theirs.add(began.elapsed());
 
-            let append = sale::append(number.unsigned_abs(), 1)?;
-            let began = Instant::now();
-            let token = origin.append(&append)?.token();
-            view.wait_for(&token, PATIENCE)?;
-            of_ours.add(began.elapsed());
+            of_ours.add(remote.append_and_see(number.unsigned_abs())?);
         }
         theirs.add(&of_theirs);
         ours.add(&of_ours);

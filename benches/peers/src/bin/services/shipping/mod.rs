@@ -1,4 +1,4 @@
-//! Shipping beside the bare machine, and beside PostgreSQL's logical replication: `./run bench --shipping`.
+//! Shipping beside the bare machine, PostgreSQL's logical replication, and a mirror at a leaf node of NATS: `./run bench --shipping`.
 
 use std::fs;
 use std::path::Path;
@@ -15,6 +15,7 @@ use crate::{Outcome, Settings, cluster};
 mod catch_up;
 mod crowd;
 mod logical;
+mod nats;
 pub(crate) mod origin;
 mod remote_view;
 mod restarts;
@@ -43,8 +44,9 @@ struct Scale {
     rounds: usize,
     catch_up_bytes: u64,
     commits_per_round: usize,
-    postgres_rounds: usize,
-    postgres_commits: usize,
+    /// Beside PostgreSQL, and beside NATS.
+    peer_rounds: usize,
+    peer_commits: usize,
     subscribers: Vec<usize>,
     fan_out: Duration,
     crowd_rounds: usize,
@@ -58,8 +60,8 @@ impl Scale {
             rounds: 5,
             catch_up_bytes: 1 << 30,
             commits_per_round: 1_000,
-            postgres_rounds: 7,
-            postgres_commits: 500,
+            peer_rounds: 7,
+            peer_commits: 500,
             subscribers: vec![1_000, 10_000],
             fan_out: Duration::from_secs(10),
             crowd_rounds: 7,
@@ -73,8 +75,8 @@ impl Scale {
             rounds: 3,
             catch_up_bytes: 32 << 20,
             commits_per_round: 50,
-            postgres_rounds: 3,
-            postgres_commits: 30,
+            peer_rounds: 3,
+            peer_commits: 30,
             subscribers: vec![50],
             fan_out: Duration::from_secs(1),
             crowd_rounds: 3,
@@ -92,16 +94,18 @@ struct Data {
     scale: Scale,
     /// PostgreSQL's version, or why it wasn't measured.
     postgres: Result<String, String>,
+    nats: Result<String, String>,
     figures: Vec<Figure>,
 }
 
 type Measure = fn(&Path, &Scale) -> Outcome<Vec<Figure>>;
 
 /// What is measured, in the order of the table. The same over TLS belongs behind the first.
-const PARTS: [(&str, Measure); 6] = [
+const PARTS: [(&str, Measure); 7] = [
     ("catch-up", catch_up::measure),
     ("remote-view", remote_view::measure),
     ("postgres", logical::measure),
+    ("nats", nats::measure),
     ("subscribers", swarm::measure),
     ("crowd", crowd::measure),
     ("restarts", restarts::measure),
@@ -131,7 +135,8 @@ pub(crate) fn run(Choice { settings, only }: &Choice) -> Outcome<()> {
         Ok(version) => Ok(version?),
         Err(missing) => Err(missing),
     };
-    let data = Data { quick: settings.quick, machine, scale, postgres, figures };
+    let nats = nats::version();
+    let data = Data { quick: settings.quick, machine, scale, postgres, nats, figures };
     let out = settings.out("benchmarks")?;
     fs::write(out.join("shipping.json"), serde_json::to_string_pretty(&data)? + "\n")?;
     page::write(&out.join("README.md"), &PART, &text(&data))
@@ -143,8 +148,12 @@ fn text(data: &Data) -> String {
         Ok(version) => format!("{version}, its defaults for durability"),
         Err(missing) => format!("not measured: {missing}"),
     };
+    let nats = match &data.nats {
+        Ok(version) => format!("{version}, JetStream on files, its defaults: what it acknowledges isn't synced"),
+        Err(missing) => format!("not measured: {missing}"),
+    };
     format!(
-        "{warning}| | |\n|---|---|\n{}| PostgreSQL | {postgres} |\n\nMedians over rounds, the spread below; ratios are taken within a round.\n\n{}",
+        "{warning}| | |\n|---|---|\n{}| PostgreSQL | {postgres} |\n| NATS | {nats} |\n\nMedians over rounds, the spread below; ratios are taken within a round.\n\n{}",
         data.machine.rows(),
         figure::table(&data.figures)
     )

@@ -1,9 +1,11 @@
 //! From an append's answer until a view in another service shows it, beside one durable round trip.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use headwater::Store;
+use headwater::shipping::{Mirror, Server};
+use headwater::view::ViewHandle;
 
 use super::{PATIENCE, Scale, sale};
 use crate::Outcome;
@@ -15,14 +17,10 @@ use crate::wire::Peer;
 const FILE_BYTES: u64 = 64 << 20;
 
 pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
-    let origin = Store::create(dir.join("origin"))?;
-    let server = origin.serve("127.0.0.1:0")?;
-    let follower = Store::create(dir.join("follower"))?;
-    let mirror = follower.mirror("origin", server.local_addr().to_string())?;
-    let before = origin.journal().end().offset;
-    origin.append(&sale::append(0, 1)?)?;
-    let bytes = origin.journal().end().offset - before;
-    let view = follower.view_of(&mirror.wait_ready(PATIENCE)?, sale::Bought)?;
+    let remote = Remote::start(dir)?;
+    let before = remote.origin.journal().end().offset;
+    remote.append_and_see(0)?;
+    let bytes = remote.origin.journal().end().offset - before;
     let message = vec![0xA5; usize::try_from(bytes)?];
     let mut here = Device::create(&dir.join("here"), FILE_BYTES)?;
     let mut peer = Peer::start(Device::create(&dir.join("there"), FILE_BYTES)?, message.len())?;
@@ -39,9 +37,9 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
 
             number += 1;
             let append = sale::append(number, 1)?;
-            let token = origin.append(&append)?.token();
+            let token = remote.origin.append(&append)?.token();
             let answered = Instant::now();
-            view.wait_for(&token, PATIENCE)?;
+            remote.view.wait_for(&token, PATIENCE)?;
             of_ours.add(answered.elapsed());
         }
         bare.add(&of_bare);
@@ -59,4 +57,35 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
             .beside(beside, ms(&bare.p99), ratios(&ours.p99, &bare.p99))
             .wanted(Wanted::AtMost(3.0)),
     ])
+}
+
+/// A store, and another one on this machine with a view of its journal.
+pub(super) struct Remote {
+    origin: Store,
+    view: ViewHandle<sale::Bought>,
+    // Dropped behind them: the mirror follows the server.
+    _mirror: Mirror,
+    _follower: Store,
+    _server: Server,
+}
+
+impl Remote {
+    pub(super) fn start(dir: &Path) -> Outcome<Self> {
+        let origin = Store::create(dir.join("origin"))?;
+        let server = origin.serve("127.0.0.1:0")?;
+        let follower = Store::create(dir.join("follower"))?;
+        let mirror = follower.mirror("origin", server.local_addr().to_string())?;
+        origin.append(&sale::append(0, 1)?)?;
+        let view = follower.view_of(&mirror.wait_ready(PATIENCE)?, sale::Bought)?;
+        Ok(Self { origin, view, _mirror: mirror, _follower: follower, _server: server })
+    }
+
+    /// From the beginning of an append until the view shows it.
+    pub(super) fn append_and_see(&self, number: u64) -> Outcome<Duration> {
+        let append = sale::append(number, 1)?;
+        let began = Instant::now();
+        let token = self.origin.append(&append)?.token();
+        self.view.wait_for(&token, PATIENCE)?;
+        Ok(began.elapsed())
+    }
 }
