@@ -131,12 +131,12 @@ impl Checkpoints {
 
     /// How many events are in front of it, of all journals.
     pub(super) fn events(&self) -> u64 {
-        self.iter().map(|it| it.position.get()).sum()
+        self.iter().fold(0, |sum, it| sum.saturating_add(it.position.get()))
     }
 
     /// How many bytes of batches.
     pub(super) fn bytes(&self) -> u64 {
-        self.iter().map(|it| it.offset).sum()
+        self.iter().fold(0, |sum, it| sum.saturating_add(it.offset))
     }
 
     /// Whether these are of the journals with these ids, in any order.

@@ -197,6 +197,13 @@ impl<P: Program> Takeover<P> {
                 return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
             }
         }
+        // Rows that were set aside because they are of another order stay aside.
+        let reached = &progress.checkpoints;
+        if shared.sources.truncated().is_none() && !shared.intake.leads_to(reached)? {
+            let journal = shared.sources.first().id();
+            let position = reached.position(journal);
+            return Err(StopError::Order { view: P::NAME, journal, position }.into());
+        }
         self.take_over(number, db, progress, built)
     }
 

@@ -55,7 +55,7 @@ impl Import {
 
     /// How many bytes are copied.
     pub(in crate::view) fn bytes(&self) -> u64 {
-        self.row_files().map(|(listed, _)| listed.bytes).sum()
+        self.row_files().fold(0, |sum, (listed, _)| sum.saturating_add(listed.bytes))
     }
 
     fn row_files(&self) -> impl Iterator<Item = (&Listed, &str)> {

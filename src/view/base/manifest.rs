@@ -172,7 +172,7 @@ impl Manifest {
             digest: self.digest,
             skipped_events: self.progress.skipped_events,
             parked: self.progress.parked,
-            bytes: self.files.iter().map(|file| file.bytes).sum(),
+            bytes: self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes)),
         }
     }
 }

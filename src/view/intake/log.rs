@@ -180,6 +180,10 @@ impl Log {
             }
             return Ok(turns(&here, at) == turns(&runs, at));
         }
+        let mut next = known.clone();
+        if !runs.iter().all(|run| self.learn(&mut next, run)) {
+            return Ok(false);
+        }
         // As a whole: of a write of many records, a part would be damage.
         let new = self.path.with_extension("new");
         match self.fs.remove(&new) {
@@ -263,12 +267,16 @@ impl Log {
             found.map_or_else(|| start_of(journal), |(_, end)| *end)
         };
         let runs = more(&end_of)?;
-        Ok(self.append(&mut known, &runs).map_err(ViewError::from)?)
+        Ok(self.append(&mut known, &runs)?)
     }
 
-    fn append(&self, known: &mut Known, runs: &[Run]) -> Result<(), IoError> {
+    fn append(&self, known: &mut Known, runs: &[Run]) -> Result<(), ViewError> {
         if runs.is_empty() {
             return Ok(());
+        }
+        let mut next = known.clone();
+        if !runs.iter().all(|run| self.learn(&mut next, run)) {
+            return Err(self.stale()); // a journal goes on in another way than was recorded
         }
         let numbered = (known.count..).zip(runs);
         let bytes: Vec<u8> = numbered
@@ -282,9 +290,7 @@ impl Log {
             drop(known.file.set_len(at));
         }
         written.context(ACTION, &self.path)?;
-        runs.iter().for_each(|run| {
-            self.learn(known, run);
-        });
+        *known = next;
         Ok(())
     }
 
@@ -464,7 +470,7 @@ impl Log {
         }
     }
 
-    fn stale(&self) -> ViewError {
+    pub(super) fn stale(&self) -> ViewError {
         ViewError::StaleIntake { path: self.path.clone() }
     }
 

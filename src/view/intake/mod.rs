@@ -32,7 +32,7 @@ use crate::error::ReadError;
 use crate::format::batch::Link;
 pub(super) use crate::format::intake::Run;
 use crate::fs::Fs;
-use crate::journal::{Cursor, Journal};
+use crate::journal::{Comparison, Cursor, Journal};
 use crate::position::{Checkpoint, JournalId, Position};
 pub(crate) use log::logs;
 use log::{Log, Mark};
@@ -180,12 +180,23 @@ fn extend(log: &Log, mark: Mark, sources: &Sources, bytes: u64) -> Result<(), Fa
         let run = |journal: &Journal| -> Option<Result<Run, Failed>> {
             let from = end_of(journal.id());
             let end = journal.end();
-            let reach =
-                || Ok(Run { journal: journal.id(), end: reach(journal, from, end, bytes)? });
+            let reach = || {
+                if !continues(journal, from) {
+                    return Err(log.stale().into());
+                }
+                Ok(Run { journal: journal.id(), end: reach(journal, from, end, bytes)? })
+            };
             (end.position > from.position).then(reach)
         };
         sources.iter().filter_map(run).collect()
     })
+}
+
+/// Whether what was recorded last of a journal is in its present history: a mirror that has lost its end may go on in
+/// another way. What can't be read is told by whoever gets there.
+fn continues(journal: &Journal, Link { offset, position, chain }: Link) -> bool {
+    let compared = journal.compare_place(offset, position, chain);
+    position == Position::START || matches!(compared, Ok(Comparison::Equal) | Err(_))
 }
 
 /// A batch end about so many bytes behind `from`, but at least one batch.
