@@ -339,13 +339,16 @@ impl State {
         self.told.speaker.is_some_and(Speaker::is_current)
     }
 
-    /// What this mirror is for those that follow it.
-    fn speaker(&self) -> Speaker {
+    /// What this mirror is for those that follow it. Current, if it had all that it was told of so long ago at the most.
+    fn speaker(&self, lately: Duration) -> Speaker {
+        let has_all = || self.caught_up_at.is_some_and(|told_at| told_at.elapsed() <= lately);
         match (&self.phase, self.told.speaker) {
             (MirrorState::CatchingUp | MirrorState::Live, Some(Speaker::RelayApart)) => {
                 Speaker::RelayApart
             }
-            (MirrorState::Live, Some(Speaker::Origin | Speaker::Relay)) => Speaker::Relay,
+            (MirrorState::Live, Some(Speaker::Origin | Speaker::Relay)) if has_all() => {
+                Speaker::Relay
+            }
             (MirrorState::CatchingUp | MirrorState::Live, _) => Speaker::RelayBehind,
             _ => Speaker::RelayApart,
         }
@@ -848,7 +851,7 @@ impl Shared {
             journal.set_fork(Some(fork));
         }
         state.phase = MirrorState::Halted(error);
-        self.relay.speaks_as(state.speaker());
+        self.speak(&state);
         state.resuming = false;
         self.changed.notify_all();
         while !state.resuming && !state.stopping {
@@ -867,7 +870,7 @@ impl Shared {
         });
         state.last_error = Some(error);
         state.phase = MirrorState::Connecting;
-        self.relay.speaks_as(state.speaker());
+        self.speak(&state);
         self.changed.notify_all();
     }
 
@@ -1017,7 +1020,12 @@ impl Shared {
     fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
         self.judge_lag(state);
-        self.relay.speaks_as(state.speaker());
+        self.speak(state);
+    }
+
+    /// Those that follow this mirror are told what it is by now.
+    fn speak(&self, state: &State) {
+        self.relay.speaks_as(state.speaker(3 * self.options.deadlines.heartbeat));
     }
 
     fn judge_lag(&self, state: &mut State) {

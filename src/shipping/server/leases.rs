@@ -85,16 +85,17 @@ impl LeaseKeeper {
     fn note(&mut self, due: &[(usize, Lease, bool)]) {
         let heard_at_us = env::now_us();
         // A mirror may have come back before its last connection was given up: what that had reached doesn't count.
-        let mut latest: HashMap<[u8; 16], usize> = HashMap::new();
-        let all = self.kept.iter().map(|(token, kept)| (kept.lease.id, *token));
-        for (id, token) in all.chain(due.iter().map(|(token, lease, _)| (lease.id, *token))) {
-            latest.entry(id).and_modify(|it| *it = token.max(*it)).or_insert(token);
+        // Of each journal for itself: whoever may have another one can't end it.
+        let mut latest: HashMap<(usize, [u8; 16]), usize> = HashMap::new();
+        for (token, kept) in &self.kept {
+            let latest = latest.entry((kept.feed.number, kept.lease.id)).or_insert(*token);
+            *latest = (*token).max(*latest);
         }
         let mut notes: BTreeMap<usize, (Arc<Feed>, Vec<(Lease, Stage)>)> = BTreeMap::new();
         for (token, lease, ends) in due {
             let Some(kept) = self.kept.get(token) else { continue };
             let is_known = *ends && kept.begun && kept.lease.position == lease.position;
-            if is_known || latest.get(&lease.id) != Some(token) {
+            if is_known || latest.get(&(kept.feed.number, lease.id)) != Some(token) {
                 continue;
             }
             let stage = match (kept.begun, ends) {

@@ -70,8 +70,15 @@ impl OriginSession {
     /// Whether the peer may have this journal, or what of it.
     pub(super) fn grant(&mut self, journal: &JournalId) {
         let Some(request) = self.requested.take() else {
-            let is_granted = self.status.feed.is_some(); // by a source that can't compare
-            if !is_granted && !self.config.gate.may_mirror(journal) {
+            let gate = &self.config.gate;
+            let may_have = match &self.status.feed {
+                // Granted by a source that can't compare. The rights may be others by now.
+                Some(terms) => {
+                    gate.may_be_fed(journal).is_some_and(|allowed| terms.filter.is_within(&allowed))
+                }
+                None => gate.may_mirror(journal),
+            };
+            if !may_have {
                 self.refuse(ErrorCode::DENIED);
             }
             return;
@@ -106,11 +113,11 @@ impl OriginSession {
         now: Now,
         out: &mut Output,
     ) -> Streamed {
-        let origin_end = OriginEnd::from(&source.end());
+        self.beat(source, now);
+        let origin_end = OriginEnd::from(&source.end()); // not in front of what the heartbeat says
         if self.part == 0 && feeding.skip_at.is_some_and(|at| now.at >= at) {
             self.skip(&mut feeding, origin_end);
         }
-        self.beat(source, now);
         if self.part == 0 && feeding.in_flight.bytes() >= self.window_bytes {
             self.feeding = Some(feeding);
             return Streamed::Done;
