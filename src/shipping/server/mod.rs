@@ -86,7 +86,7 @@ pub struct ServeOptions {
     /// A peer may send so many acknowledgements a second that say nothing new; one that sends more is cut off.
     /// Default 100.
     pub idle_acks_per_second_max: u32,
-    /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 48 KiB. Within TLS
+    /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 40 KiB. Within TLS
     /// 16 KiB of that are for what is encrypted and not taken yet.
     pub frame_bytes: usize,
     /// Where events may be found that were removed here, for a mirror that lacks them: addresses of other mirrors,
@@ -123,7 +123,7 @@ impl Default for ServeOptions {
             handshakes_max: 64,
             connections_per_address_max: None,
             idle_acks_per_second_max: 100,
-            frame_bytes: 48 << 10,
+            frame_bytes: 40 << 10,
             sources: Vec::new(),
             window_bytes_max: 64 << 20,
             catch_up_threads: 2,
