@@ -13,34 +13,62 @@ use crate::meter::{Meter, Took};
 /// How much a bare receiver writes before it syncs.
 const SYNC_BYTES: usize = 8 << 20;
 
+/// One who sends files.
+pub(crate) trait Sender {
+    fn send(&mut self, file: io::Take<File>) -> io::Result<()>;
+
+    /// There is no more.
+    fn end(&mut self) -> io::Result<()>;
+}
+
+impl Sender for TcpStream {
+    fn send(&mut self, mut file: io::Take<File>) -> io::Result<()> {
+        io::copy(&mut file, self).map(drop) // sendfile
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
 /// Sends the first bytes of each file over the loopback; the other side checks, writes and syncs them.
 pub(crate) fn send_and_sync(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
+    send_and_sync_over(files, sink, Ok, Ok)
+}
+
+/// The same, with what is put over both ends of the connection.
+pub(crate) fn send_and_sync_over<S: Sender, R: Read>(
+    files: &[(PathBuf, u64)],
+    sink: &Path,
+    sender: impl FnOnce(TcpStream) -> Outcome<S>,
+    receiver: impl FnOnce(TcpStream) -> Outcome<R> + Send,
+) -> Outcome<Took> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let meter = Meter::start();
     let received = std::thread::scope(|scope| {
-        let receiver = scope.spawn(|| -> io::Result<u64> {
-            let stream = listener.accept()?.0;
-            receive(&stream, &mut File::create_new(sink)?)
+        let receiving = scope.spawn(|| -> Outcome<u64> {
+            let mut stream = receiver(listener.accept()?.0)?;
+            Ok(receive(&mut stream, &mut File::create_new(sink)?)?)
         });
-        let mut stream = TcpStream::connect(address)?;
+        let mut stream = sender(TcpStream::connect(address)?)?;
         for (path, len) in files {
-            io::copy(&mut File::open(path)?.take(*len), &mut stream)?; // sendfile
+            stream.send(File::open(path)?.take(*len))?;
         }
-        stream.shutdown(Shutdown::Write)?;
-        receiver.join().map_err(|_| io::Error::other("the receiver panicked"))?
+        stream.end()?;
+        receiving.join().map_err(|_| "the receiver panicked")?
     })?;
     let took = meter.stop();
     let sent: u64 = files.iter().map(|(_, len)| len).sum();
     if received == sent { Ok(took) } else { Err("bytes were lost on the way".into()) }
 }
 
-fn receive(stream: &TcpStream, sink: &mut File) -> io::Result<u64> {
+fn receive(stream: &mut impl Read, sink: &mut File) -> io::Result<u64> {
     let mut buffer = Vec::with_capacity(SYNC_BYTES);
     let mut total = 0;
     loop {
         buffer.clear();
-        let read = stream.take(SYNC_BYTES as u64).read_to_end(&mut buffer)?;
+        let read = stream.by_ref().take(SYNC_BYTES as u64).read_to_end(&mut buffer)?;
         if read == 0 {
             return Ok(total);
         }

@@ -49,7 +49,7 @@ enum Cli {
     /// An order that two services must know of: two-phase commit beside replication.
     TwoPhase(Settings),
     #[command(hide = true)]
-    Origin { dir: PathBuf, address: String },
+    Origin { dir: PathBuf, address: String, tls: Option<PathBuf> },
     #[command(hide = true)]
     Coordinator(two_phase::coordinator::Task),
     #[command(hide = true)]
@@ -92,7 +92,9 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse() {
         Cli::Shipping(choice) => shipping::run(&choice),
         Cli::TwoPhase(settings) => two_phase::run(&settings),
-        Cli::Origin { dir, address } => shipping::origin::serve(&dir, &address),
+        Cli::Origin { dir, address, tls } => {
+            shipping::origin::serve(&dir, &address, tls.as_deref())
+        }
         Cli::Coordinator(task) => two_phase::coordinator::run(&task),
         Cli::Customers { dir, orders } => two_phase::customers::run(&dir, &orders),
     };

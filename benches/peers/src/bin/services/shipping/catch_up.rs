@@ -1,4 +1,4 @@
-//! Copying a whole journal into a new mirror, beside sending its files and syncing what arrives.
+//! Copying a whole journal into a new mirror, beside sending its files and syncing what arrives; plain, and over TLS.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,41 +8,91 @@ use std::time::Duration;
 use headwater::format::segment::HEADER_PAGE_BYTES;
 use headwater::fs::Fs;
 use headwater::fs::os::OsFs;
-use headwater::shipping::{FollowOptions, follow};
-use headwater::{Position, SegmentInfo};
+use headwater::shipping::{FollowOptions, ServeOptions, Server, follow};
+use headwater::{Position, SegmentInfo, Store};
 
+use super::tls::{self, Identity};
 use super::{PATIENCE, Scale, sale};
 use crate::figure::{Figure, Wanted};
-use crate::meter::Meter;
+use crate::meter::{Meter, Took};
 use crate::shared::spread::Spread;
 use crate::timing::ratios;
 use crate::{Outcome, wire};
 
 pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
     let store = sale::filled(&dir.join("origin"), scale.catch_up_bytes)?;
-    let end = store.journal().end();
-    let files: Vec<_> = store.journal().segments().into_iter().map(used).collect();
-    let server = store.serve("127.0.0.1:0")?;
-    let address = server.local_addr().to_string();
-    let (mut bare, mut ours) = (Vec::new(), Vec::new());
-    for _ in 0..scale.rounds {
-        bare.push(send(&files, &dir.join("sink"))?.as_secs_f64());
-        let last = Position::new(end.position.get() - 1);
-        ours.push(mirror(&dir.join("mirror"), &address, last)?.as_secs_f64());
-    }
-    server.shutdown();
-    let rate = |times: &[f64]| Spread::of(times.iter().map(|time| end.offset as f64 / time / 1e6));
+    let identity = Identity::create(&dir.join("tls"))?;
+    let plain = store.serve("127.0.0.1:0")?;
+    let security = Some(identity.security()?);
+    let secured =
+        store.serve_with("127.0.0.1:0", ServeOptions { security, ..ServeOptions::default() })?;
+    let over_tls = FollowOptions { tls: Some(identity.client()?), ..FollowOptions::default() };
+    let bench = Bench { dir, store: &store, rounds: scale.rounds };
+
+    let bytes = store.journal().end().offset as f64;
     let what = format!(
         "Catch-up of a new mirror: {:.0} MB of 256 B events, until all is durable",
-        end.offset as f64 / 1e6
+        bytes / 1e6
     );
     let note = "synced every 8 MiB and at the end, both; verified with its chain, only ours";
-    Ok(vec![
-        Figure::new(what, "MB/s", rate(&ours))
-            .beside("sendfile, CRC-32, write + fdatasync", rate(&bare), ratios(&bare, &ours))
-            .wanted(Wanted::RatioAtLeast(0.8))
+    let figures = vec![
+        bench
+            .figure(
+                what,
+                "sendfile, CRC-32, write + fdatasync",
+                &plain,
+                &FollowOptions::default(),
+                send,
+            )?
             .note(note),
-    ])
+        bench.figure(
+            "The same over TLS 1.3".to_owned(),
+            "a bare stream over TLS 1.3, CRC-32, write + fdatasync",
+            &secured,
+            &over_tls,
+            |files, sink| send_over_tls(files, sink, &identity),
+        )?,
+    ];
+    plain.shutdown();
+    secured.shutdown();
+    Ok(figures)
+}
+
+struct Bench<'a> {
+    dir: &'a Path,
+    store: &'a Store,
+    rounds: usize,
+}
+
+impl Bench<'_> {
+    /// Ours and what is beside it take turns.
+    fn figure(
+        &self,
+        what: String,
+        beside: &'static str,
+        server: &Server,
+        options: &FollowOptions,
+        send: impl Fn(&[(PathBuf, u64)], &Path) -> Outcome<Took>,
+    ) -> Outcome<Figure> {
+        let end = self.store.journal().end();
+        let files: Vec<_> = self.store.journal().segments().into_iter().map(used).collect();
+        let address = server.local_addr().to_string();
+        let last = Position::new(end.position.get() - 1);
+        let (mut bare, mut ours) = (Vec::new(), Vec::new());
+        for _ in 0..self.rounds {
+            let sink = self.dir.join("sink");
+            bare.push(send(&files, &sink)?.time.as_secs_f64());
+            fs::remove_file(&sink)?;
+            settle(&sink)?;
+            let took = mirror(&self.dir.join("mirror"), &address, options.clone(), last)?;
+            ours.push(took.as_secs_f64());
+        }
+        let rate =
+            |times: &[f64]| Spread::of(times.iter().map(|time| end.offset as f64 / time / 1e6));
+        Ok(Figure::new(what, "MB/s", rate(&ours))
+            .beside(beside, rate(&bare), ratios(&bare, &ours))
+            .wanted(Wanted::RatioAtLeast(0.8)))
+    }
 }
 
 /// A segment's file and how much of it is in use.
@@ -51,17 +101,20 @@ fn used(segment: SegmentInfo) -> (PathBuf, u64) {
     (segment.path, HEADER_PAGE_BYTES as u64 + batches)
 }
 
-fn send(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Duration> {
-    let took = wire::send_and_sync(files, sink)?;
-    fs::remove_file(sink)?;
-    settle(sink)?;
-    Ok(took.time)
+fn send(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
+    wire::send_and_sync(files, sink)
 }
 
-fn mirror(dir: &Path, address: &str, last: Position) -> Outcome<Duration> {
+fn send_over_tls(files: &[(PathBuf, u64)], sink: &Path, identity: &Identity) -> Outcome<Took> {
+    let (client, server) = (identity.bare_client()?, identity.bare_server()?);
+    let sender = |stream| tls::connect(client, stream);
+    wire::send_and_sync_over(files, sink, sender, |stream| tls::accept(server, stream))
+}
+
+fn mirror(dir: &Path, address: &str, options: FollowOptions, last: Position) -> Outcome<Duration> {
     let disk: Arc<dyn Fs> = Arc::new(OsFs);
     let meter = Meter::start();
-    let mirror = follow(disk, dir, address, FollowOptions::default())?;
+    let mirror = follow(disk, dir, address, options)?;
     let end = mirror.wait_ready(PATIENCE)?.wait_past(last, PATIENCE);
     let took = meter.stop();
     mirror.stop()?;

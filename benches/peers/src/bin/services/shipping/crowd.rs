@@ -1,6 +1,5 @@
 //! What commits take while many listen, one doesn't take what it is sent, and one is far behind.
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use headwater::position::Checkpoint;
 
-use super::origin::{Acked, Origin};
+use super::origin::{Acked, Door, Origin};
 use super::swarm::{Member, Swarm};
 use super::{Scale, sale};
 use crate::Outcome;
@@ -71,13 +70,14 @@ struct Crowd {
 
 impl Crowd {
     fn gather(origin: &mut Origin) -> Outcome<Self> {
-        let (address, begin) = (origin.address, origin.begin());
+        let (door, begin) = (origin.door()?, origin.begin());
+        let (knocks, again) = (door.clone(), door.clone());
         let stop = Arc::new(AtomicBool::new(false));
-        let live = Swarm::connect(address, origin.end, LIVE)?;
+        let live = Swarm::connect(&door, origin.end, LIVE)?;
         let (stalled, behind) = (Arc::clone(&stop), Arc::clone(&stop));
         let others = [
-            std::thread::spawn(move || stall(address, begin, &stalled)),
-            std::thread::spawn(move || catch_up(address, begin, &behind)),
+            std::thread::spawn(move || stall(&knocks, begin, &stalled)),
+            std::thread::spawn(move || catch_up(&again, begin, &behind)),
         ];
         origin.wait_streaming(LIVE + 2)?;
         Ok(Self { live, stop, others })
@@ -93,8 +93,8 @@ impl Crowd {
 }
 
 /// Is alive, but takes nothing.
-fn stall(address: SocketAddr, begin: Checkpoint, stop: &AtomicBool) -> Outcome<()> {
-    let mut member = Member::subscribe(address, None, begin)?;
+fn stall(door: &Door, begin: Checkpoint, stop: &AtomicBool) -> Outcome<()> {
+    let mut member = Member::subscribe(door, None, begin)?;
     while !stop.load(Ordering::Acquire) {
         std::thread::sleep(Duration::from_millis(200));
         member.acknowledge()?;
@@ -103,10 +103,10 @@ fn stall(address: SocketAddr, begin: Checkpoint, stop: &AtomicBool) -> Outcome<(
 }
 
 /// Begins at the beginning over and over, at the speed of a line.
-fn catch_up(address: SocketAddr, begin: Checkpoint, stop: &AtomicBool) -> Outcome<()> {
+fn catch_up(door: &Door, begin: Checkpoint, stop: &AtomicBool) -> Outcome<()> {
     let mut buffer = vec![0; 64 << 10];
     while !stop.load(Ordering::Acquire) {
-        let mut member = Member::subscribe(address, None, begin)?;
+        let mut member = Member::subscribe(door, None, begin)?;
         let (began, mut taken) = (Instant::now(), 0);
         while taken < HISTORY_BYTES - (1 << 20) && !stop.load(Ordering::Acquire) {
             taken += member.take(&mut buffer)?.map_or(0, |delivery| delivery.bytes());

@@ -9,12 +9,15 @@ use std::fmt::Write as _;
 use std::io::{self, BufRead as _, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headwater::position::Checkpoint;
 use headwater::shipping::{PeerState, ServeOptions, Server};
 use headwater::{Position, Store};
+use rustls::ClientConfig;
 
+use super::tls::Identity;
 use super::{PATIENCE, sale};
 use crate::Outcome;
 use crate::child::Service;
@@ -22,9 +25,11 @@ use crate::timing::now_ns;
 
 const CONNECTIONS_MAX: usize = 20_000;
 
-pub(crate) fn serve(dir: &Path, address: &str) -> Outcome<()> {
+pub(crate) fn serve(dir: &Path, address: &str, tls: Option<&Path>) -> Outcome<()> {
     let store = Store::builder(dir).create_if_missing().open()?;
-    let options = ServeOptions { connections_max: CONNECTIONS_MAX, ..ServeOptions::default() };
+    let security = tls.map(|dir| Identity::at(dir).security()).transpose()?;
+    let connections_max = CONNECTIONS_MAX;
+    let options = ServeOptions { connections_max, security, ..ServeOptions::default() };
     let server = store.serve_with(address, options)?;
     say(&format!("serving {} {}", server.local_addr(), hex(&store.journal().end())))?;
     for line in io::stdin().lock().lines() {
@@ -102,20 +107,42 @@ pub(super) struct Acked {
     pub(super) answered_ns: u64,
 }
 
+/// Where subscribers knock, and how.
+#[derive(Clone, Debug)]
+pub(super) struct Door {
+    pub(super) address: SocketAddr,
+    pub(super) tls: Option<Arc<ClientConfig>>,
+}
+
 /// The other end of it.
 pub(super) struct Origin {
     service: Service,
     pub(super) address: SocketAddr,
+    identity: Option<Identity>,
     pub(super) end: Checkpoint,
 }
 
 impl Origin {
     pub(super) fn start(dir: &Path, address: &str) -> Outcome<Self> {
-        let args = [OsStr::new("origin"), dir.as_os_str(), OsStr::new(address)];
+        Self::start_as(dir, address, None)
+    }
+
+    pub(super) fn start_with_tls(dir: &Path, identity: Identity) -> Outcome<Self> {
+        Self::start_as(dir, "127.0.0.1:0", Some(identity))
+    }
+
+    fn start_as(dir: &Path, address: &str, identity: Option<Identity>) -> Outcome<Self> {
+        let mut args = vec![OsStr::new("origin"), dir.as_os_str(), OsStr::new(address)];
+        args.extend(identity.as_ref().map(|identity| identity.dir().as_os_str()));
         let mut service = Service::start(&args)?;
         let line = service.hear()?;
         let [_, address, end] = &line[..] else { return Err("what does it say?".into()) };
-        Ok(Self { address: address.parse()?, end: checkpoint(end)?, service })
+        Ok(Self { address: address.parse()?, end: checkpoint(end)?, service, identity })
+    }
+
+    pub(super) fn door(&self) -> Outcome<Door> {
+        let tls = self.identity.as_ref().map(Identity::bare_client).transpose()?;
+        Ok(Door { address: self.address, tls })
     }
 
     pub(super) fn begin(&self) -> Checkpoint {

@@ -1,10 +1,10 @@
 //! Thousands of subscribers that speak the protocol and keep nothing, in one thread.
 //!
-//! Each acknowledges what it has got, as a mirror would; what a mirror does with it (verify, write, sync) would be
+//! Plain or over TLS. Each acknowledges what it has got, as a mirror would; what a mirror does with it (verify, write, sync) would be
 //! measured at the subscribers, and there they are many machines.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,8 +20,10 @@ use headwater::shipping::message::{
 };
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
+use serde::Serialize;
 
-use super::origin::{Acked, Origin};
+use super::origin::{Acked, Door, Origin};
+use super::tls::{self, Identity};
 use super::{PATIENCE, Scale, sale};
 use crate::Outcome;
 use crate::figure::{Figure, Wanted};
@@ -41,42 +43,60 @@ const DESCRIPTORS: u64 = 200;
 
 pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
     let mut figures = Vec::new();
-    for &subscribers in &scale.subscribers {
-        let measured = fan_out(&dir.join(subscribers.to_string()), subscribers, scale.fan_out);
+    for (number, it) in scale.subscribers.iter().enumerate() {
+        let measured = fan_out(&dir.join(number.to_string()), it, scale.fan_out);
         // What is too much for this machine shall not cost the other figures.
         figures.extend(measured.unwrap_or_else(|error| {
-            let failed = Figure::new(arrival(subscribers), "ms", None).wanted(wanted(subscribers));
+            let failed = Figure::new(arrival(it), "ms", None).wanted(wanted(it));
             vec![failed.note(format!("failed: {error}"))]
         }));
     }
     Ok(figures)
 }
 
-fn title(subscribers: usize) -> String {
-    format!("{} subscribers, {COMMITS_PER_SECOND} commits/s", grouped(subscribers as f64))
+/// So many, all in the same way.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(super) struct FanOut {
+    subscribers: usize,
+    over_tls: bool,
 }
 
-fn arrival(subscribers: usize) -> String {
-    format!("{}: from the answer to the last byte at a subscriber, p99", title(subscribers))
+impl From<(usize, bool)> for FanOut {
+    fn from((subscribers, over_tls): (usize, bool)) -> Self {
+        Self { subscribers, over_tls }
+    }
 }
 
-const fn wanted(subscribers: usize) -> Wanted {
-    Wanted::AtMost(if subscribers > 1_000 { 500.0 } else { 50.0 })
+fn title(&FanOut { subscribers, over_tls }: &FanOut) -> String {
+    let how = if over_tls { " over TLS" } else { "" };
+    format!("{} subscribers{how}, {COMMITS_PER_SECOND} commits/s", grouped(subscribers as f64))
 }
 
-fn fan_out(dir: &Path, subscribers: usize, time: Duration) -> Outcome<Vec<Figure>> {
-    let what = arrival(subscribers);
+fn arrival(it: &FanOut) -> String {
+    format!("{}: from the answer to the last byte at a subscriber, p99", title(it))
+}
+
+const fn wanted(it: &FanOut) -> Wanted {
+    Wanted::AtMost(if it.subscribers > 1_000 { 500.0 } else { 50.0 })
+}
+
+fn fan_out(dir: &Path, it: &FanOut, time: Duration) -> Outcome<Vec<Figure>> {
+    let (what, subscribers) = (arrival(it), it.subscribers);
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     if limit.is_some_and(|limit| limit < subscribers as u64 + DESCRIPTORS) {
         let note =
             format!("left out: at most {} open files are allowed (ulimit -n)", limit.unwrap_or(0));
         return Ok(vec![Figure::new(what, "ms", None).note(note)]);
     }
-    sale::filled(dir, 1)?.close()?;
-    let mut origin = Origin::start(dir, "127.0.0.1:0")?;
+    let journal = dir.join("origin");
+    sale::filled(&journal, 1)?.close()?;
+    let mut origin = match it.over_tls {
+        true => Origin::start_with_tls(&journal, Identity::create(&dir.join("tls"))?)?,
+        false => Origin::start(&journal, "127.0.0.1:0")?,
+    };
     origin.commit(COMMITS_PER_SECOND, Duration::ZERO)?;
     let before = origin.memory_kib()?;
-    let swarm = Swarm::connect(origin.address, origin.end, subscribers)?;
+    let swarm = Swarm::connect(&origin.door()?, origin.end, subscribers)?;
     origin.wait_streaming(subscribers)?;
     let interval = Duration::from_secs(1) / COMMITS_PER_SECOND;
     origin.commit(COMMITS_PER_SECOND, interval)?; // not counted
@@ -108,16 +128,13 @@ fn fan_out(dir: &Path, subscribers: usize, time: Duration) -> Outcome<Vec<Figure
         grouped(arrived as f64)
     );
     let memory = Figure::new(
-        format!("{}: resident memory at the origin for each", title(subscribers)),
+        format!("{}: resident memory at the origin for each", title(it)),
         "KiB",
         Spread::of([kib]),
     )
-    .wanted(Wanted::AtMost(16.0))
+    .wanted(Wanted::AtMost(if it.over_tls { 64.0 } else { 16.0 }))
     .note(format!("{before} KiB without them; the kernel's buffers aren't in it"));
-    Ok(vec![
-        Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted(subscribers)).note(note),
-        memory,
-    ])
+    Ok(vec![Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted(it)).note(note), memory])
 }
 
 /// When each subscriber had this commit whole; gives back the last.
@@ -153,7 +170,7 @@ pub(super) struct Swarm {
 
 impl Swarm {
     /// They subscribe to what follows `from`.
-    pub(super) fn connect(address: SocketAddr, from: Checkpoint, count: usize) -> Outcome<Self> {
+    pub(super) fn connect(door: &Door, from: Checkpoint, count: usize) -> Outcome<Self> {
         let mut members = Members {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             members: Vec::with_capacity(count),
@@ -163,8 +180,9 @@ impl Swarm {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);
         let (tell, ready) = std::sync::mpsc::channel();
+        let door = door.clone();
         let thread = std::thread::spawn(move || -> Outcome<Members> {
-            members.gather(address, from, count)?;
+            members.gather(&door, from, count)?;
             tell.send(())?;
             while !seen.load(Ordering::Acquire) {
                 members.turn(Duration::from_millis(20))?;
@@ -212,14 +230,14 @@ struct Members {
 
 impl Members {
     /// Several introduce themselves at a time; who is in already is served meanwhile.
-    fn gather(&mut self, address: SocketAddr, from: Checkpoint, count: usize) -> Outcome<()> {
+    fn gather(&mut self, door: &Door, from: Checkpoint, count: usize) -> Outcome<()> {
         std::thread::scope(|scope| {
             let (tell, new) = sync_channel(INTRODUCTIONS);
             for first in 0..INTRODUCTIONS {
                 let tell = tell.clone();
                 scope.spawn(move || {
                     for _ in (first..count).step_by(INTRODUCTIONS) {
-                        if tell.send(Member::subscribe(address, Some(from), from)).is_err() {
+                        if tell.send(Member::subscribe(door, Some(from), from)).is_err() {
                             return; // one has failed
                         }
                     }
@@ -242,9 +260,10 @@ impl Members {
     }
 
     fn add(&mut self, member: Member) -> Outcome<()> {
-        member.stream.set_nonblocking(true)?;
+        let socket = member.stream.socket();
+        socket.set_nonblocking(true)?;
         let number = epoll::EventData::new_u64(self.members.len() as u64);
-        epoll::add(&self.epoll, &member.stream, number, epoll::EventFlags::IN)?;
+        epoll::add(&self.epoll, socket, number, epoll::EventFlags::IN)?;
         self.members.push(member);
         Ok(())
     }
@@ -266,9 +285,48 @@ impl Members {
     }
 }
 
+/// Plain, or with TLS over it.
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<tls::Client>),
+}
+
+impl Stream {
+    fn connect(door: &Door) -> Outcome<Self> {
+        let stream = TcpStream::connect(door.address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(match &door.tls {
+            Some(config) => Self::Tls(Box::new(tls::connect(Arc::clone(config), stream)?)),
+            None => Self::Plain(stream),
+        })
+    }
+
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => &stream.sock,
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(stream) => stream.read(buffer),
+            Self::Tls(stream) => stream.read(buffer),
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(stream) => stream.write_all(bytes),
+            Self::Tls(stream) => stream.write_all(bytes).and_then(|()| stream.flush()),
+        }
+    }
+}
+
 /// One subscriber.
 pub(super) struct Member {
-    stream: TcpStream,
+    stream: Stream,
     reader: FrameReader,
     /// Up to where it has the journal.
     at: u64,
@@ -278,13 +336,11 @@ pub(super) struct Member {
 impl Member {
     /// Subscribes from a checkpoint on, or from the beginning, which is `acked` then.
     pub(super) fn subscribe(
-        address: SocketAddr,
+        door: &Door,
         from: Option<Checkpoint>,
         acked: Checkpoint,
     ) -> Outcome<Self> {
-        let stream = TcpStream::connect(address)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = Stream::connect(door)?;
         let mut member = Self { stream, reader: FrameReader::new(), at: acked.offset, acked };
         member.say(&Message::Hello(Hello {
             versions: PROTOCOL_VERSIONS,
@@ -326,12 +382,14 @@ impl Member {
                 }
                 return Err(format!("the origin says {message:?} instead of {name}").into());
             }
-            self.stream.read_exact(&mut byte)?;
+            if self.stream.read(&mut byte)? == 0 {
+                return Err(format!("the origin hangs up instead of {name}").into());
+            }
             self.reader.push(&byte);
         }
     }
 
-    /// Reads once. What came of the journal was there when the read returned.
+    /// Reads once from the socket. What came of the journal was there when the read returned.
     pub(super) fn take(&mut self, buffer: &mut [u8]) -> Outcome<Option<Delivery>> {
         let read = match self.stream.read(buffer) {
             Ok(0) => return Err("the origin has closed a connection".into()),
@@ -339,8 +397,9 @@ impl Member {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let (at_ns, from) = (now_ns(), self.at);
         self.reader.push(buffer.get(..read).unwrap_or_default());
+        self.push_deciphered(buffer)?;
+        let (at_ns, from) = (now_ns(), self.at);
         let mut is_alive = false;
         while let Some(message) = self.reader.next_message()? {
             match message {
@@ -358,6 +417,17 @@ impl Member {
         }
         let to = self.at;
         Ok((to > from).then_some(Delivery { from, to, at_ns }))
+    }
+
+    /// What TLS holds already the socket won't tell of again.
+    fn push_deciphered(&mut self, buffer: &mut [u8]) -> Outcome<()> {
+        if let Stream::Tls(stream) = &mut self.stream {
+            while stream.conn.process_new_packets()?.plaintext_bytes_to_read() > 0 {
+                let read = stream.conn.reader().read(buffer)?;
+                self.reader.push(buffer.get(..read).unwrap_or_default());
+            }
+        }
+        Ok(())
     }
 }
 
