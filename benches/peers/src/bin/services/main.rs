@@ -51,6 +51,8 @@ enum Cli {
     #[command(hide = true)]
     Origin { dir: PathBuf, address: String, tls: Option<PathBuf> },
     #[command(hide = true)]
+    Relays { dir: PathBuf, origin: String, count: usize },
+    #[command(hide = true)]
     Coordinator(two_phase::coordinator::Task),
     #[command(hide = true)]
     Customers { dir: PathBuf, orders: String },
@@ -95,6 +97,7 @@ fn main() -> ExitCode {
         Cli::Origin { dir, address, tls } => {
             shipping::origin::serve(&dir, &address, tls.as_deref())
         }
+        Cli::Relays { dir, origin, count } => shipping::relays::serve(&dir, &origin, count),
         Cli::Coordinator(task) => two_phase::coordinator::run(&task),
         Cli::Customers { dir, orders } => two_phase::customers::run(&dir, &orders),
     };

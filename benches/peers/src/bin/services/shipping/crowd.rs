@@ -73,7 +73,7 @@ impl Crowd {
         let (door, begin) = (origin.door()?, origin.begin());
         let (knocks, again) = (door.clone(), door.clone());
         let stop = Arc::new(AtomicBool::new(false));
-        let live = Swarm::connect(&door, origin.end, LIVE)?;
+        let live = Swarm::connect(vec![door], origin.end, LIVE)?;
         let (stalled, behind) = (Arc::clone(&stop), Arc::clone(&stop));
         let others = [
             std::thread::spawn(move || stall(&knocks, begin, &stalled)),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde::Serialize;
 
-use self::swarm::FanOut;
+use self::swarm::{FanOut, How};
 use crate::figure::{self, Figure};
 use crate::shared::machine::Machine;
 use crate::shared::page::{self, Part};
@@ -18,6 +18,7 @@ mod crowd;
 mod logical;
 mod nats;
 pub(crate) mod origin;
+pub(crate) mod relays;
 mod remote_view;
 mod restarts;
 mod sale;
@@ -64,7 +65,12 @@ impl Scale {
             commits_per_round: 1_000,
             peer_rounds: 7,
             peer_commits: 500,
-            subscribers: [(1_000, false), (1_000, true), (10_000, false)].map(FanOut::from).into(),
+            subscribers: vec![
+                FanOut::new(1_000, How::Plain),
+                FanOut::new(1_000, How::Tls),
+                FanOut::new(10_000, How::Plain),
+                FanOut::new(10_000, How::Relays(100)),
+            ],
             fan_out: Duration::from_secs(10),
             crowd_rounds: 7,
             crowd_commits: 1_000,
@@ -79,7 +85,11 @@ impl Scale {
             commits_per_round: 50,
             peer_rounds: 3,
             peer_commits: 30,
-            subscribers: [(50, false), (50, true)].map(FanOut::from).into(),
+            subscribers: vec![
+                FanOut::new(50, How::Plain),
+                FanOut::new(50, How::Tls),
+                FanOut::new(50, How::Relays(5)),
+            ],
             fan_out: Duration::from_secs(1),
             crowd_rounds: 3,
             crowd_commits: 100,

@@ -23,7 +23,7 @@ use crate::Outcome;
 use crate::child::Service;
 use crate::timing::now_ns;
 
-const CONNECTIONS_MAX: usize = 20_000;
+pub(super) const CONNECTIONS_MAX: usize = 20_000;
 
 pub(crate) fn serve(dir: &Path, address: &str, tls: Option<&Path>) -> Outcome<()> {
     let store = Store::builder(dir).create_if_missing().open()?;
@@ -45,7 +45,7 @@ pub(crate) fn serve(dir: &Path, address: &str, tls: Option<&Path>) -> Outcome<()
     Ok(())
 }
 
-fn say(lines: &str) -> Outcome<()> {
+pub(super) fn say(lines: &str) -> Outcome<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{lines}")?;
     Ok(out.flush()?)
@@ -69,7 +69,7 @@ fn commit(store: &Store, count: u32, interval: Duration) -> Outcome<()> {
     say(&lines)
 }
 
-fn streaming(server: &Server) -> usize {
+pub(super) fn streaming(server: &Server) -> usize {
     let is_streaming = |state| matches!(state, PeerState::CatchingUp | PeerState::Live);
     server.peers().iter().filter(|peer| is_streaming(peer.state)).count()
 }
@@ -127,11 +127,7 @@ impl Origin {
         Self::start_as(dir, address, None)
     }
 
-    pub(super) fn start_with_tls(dir: &Path, identity: Identity) -> Outcome<Self> {
-        Self::start_as(dir, "127.0.0.1:0", Some(identity))
-    }
-
-    fn start_as(dir: &Path, address: &str, identity: Option<Identity>) -> Outcome<Self> {
+    pub(super) fn start_as(dir: &Path, address: &str, identity: Option<Identity>) -> Outcome<Self> {
         let mut args = vec![OsStr::new("origin"), dir.as_os_str(), OsStr::new(address)];
         args.extend(identity.as_ref().map(|identity| identity.dir().as_os_str()));
         let mut service = Service::start(&args)?;
@@ -181,34 +177,34 @@ impl Origin {
     }
 
     pub(super) fn memory_kib(&mut self) -> Outcome<u64> {
-        self.ask("memory")
+        ask(&mut self.service, "memory")
     }
 
     pub(super) fn wait_streaming(&mut self, peers: usize) -> Outcome<()> {
-        self.wait_peers(|streaming| streaming >= peers as u64)
+        wait_peers(&mut self.service, |streaming| streaming >= peers as u64)
     }
 
     pub(super) fn wait_gone(&mut self) -> Outcome<()> {
-        self.wait_peers(|streaming| streaming == 0)
-    }
-
-    fn wait_peers(&mut self, is_it: impl Fn(u64) -> bool) -> Outcome<()> {
-        let began = Instant::now();
-        while !is_it(self.ask("peers")?) {
-            if began.elapsed() > PATIENCE {
-                return Err("subscribers don't come, or don't go".into());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-
-    fn ask(&mut self, question: &str) -> Outcome<u64> {
-        self.service.say(question)?;
-        Ok(self.service.hear()?.get(1).ok_or("no answer")?.parse()?)
+        wait_peers(&mut self.service, |streaming| streaming == 0)
     }
 
     pub(super) fn kill(self) -> Outcome<()> {
         self.service.kill()
     }
+}
+
+pub(super) fn wait_peers(service: &mut Service, is_it: impl Fn(u64) -> bool) -> Outcome<()> {
+    let began = Instant::now();
+    while !is_it(ask(service, "peers")?) {
+        if began.elapsed() > PATIENCE {
+            return Err("subscribers don't come, or don't go".into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn ask(service: &mut Service, question: &str) -> Outcome<u64> {
+    service.say(question)?;
+    Ok(service.hear()?.get(1).ok_or("no answer")?.parse()?)
 }

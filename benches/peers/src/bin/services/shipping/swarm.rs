@@ -23,6 +23,7 @@ use rustix::event::{Timespec, epoll};
 use serde::Serialize;
 
 use super::origin::{Acked, Door, Origin};
+use super::relays::Relays;
 use super::tls::{self, Identity};
 use super::{PATIENCE, Scale, sale};
 use crate::Outcome;
@@ -58,17 +59,29 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct FanOut {
     subscribers: usize,
-    over_tls: bool,
+    how: How,
 }
 
-impl From<(usize, bool)> for FanOut {
-    fn from((subscribers, over_tls): (usize, bool)) -> Self {
-        Self { subscribers, over_tls }
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(super) enum How {
+    Plain,
+    Tls,
+    /// As many at each of so many relays.
+    Relays(usize),
+}
+
+impl FanOut {
+    pub(super) const fn new(subscribers: usize, how: How) -> Self {
+        Self { subscribers, how }
     }
 }
 
-fn title(&FanOut { subscribers, over_tls }: &FanOut) -> String {
-    let how = if over_tls { " over TLS" } else { "" };
+fn title(&FanOut { subscribers, how }: &FanOut) -> String {
+    let how = match how {
+        How::Plain => String::new(),
+        How::Tls => " over TLS".to_owned(),
+        How::Relays(relays) => format!(" of {relays} relays"),
+    };
     format!("{} subscribers{how}, {COMMITS_PER_SECOND} commits/s", grouped(subscribers as f64))
 }
 
@@ -77,7 +90,11 @@ fn arrival(it: &FanOut) -> String {
 }
 
 const fn wanted(it: &FanOut) -> Wanted {
-    Wanted::AtMost(if it.subscribers > 1_000 { 500.0 } else { 50.0 })
+    Wanted::AtMost(match it.how {
+        How::Relays(_) => 250.0,
+        _ if it.subscribers > 1_000 => 500.0,
+        _ => 50.0,
+    })
 }
 
 fn fan_out(dir: &Path, it: &FanOut, time: Duration) -> Outcome<Vec<Figure>> {
@@ -90,14 +107,12 @@ fn fan_out(dir: &Path, it: &FanOut, time: Duration) -> Outcome<Vec<Figure>> {
     }
     let journal = dir.join("origin");
     sale::filled(&journal, 1)?.close()?;
-    let mut origin = match it.over_tls {
-        true => Origin::start_with_tls(&journal, Identity::create(&dir.join("tls"))?)?,
-        false => Origin::start(&journal, "127.0.0.1:0")?,
-    };
+    let is_tls = it.how == How::Tls;
+    let identity = is_tls.then(|| Identity::create(&dir.join("tls"))).transpose()?;
+    let mut origin = Origin::start_as(&journal, "127.0.0.1:0", identity)?;
     origin.commit(COMMITS_PER_SECOND, Duration::ZERO)?;
     let before = origin.memory_kib()?;
-    let swarm = Swarm::connect(&origin.door()?, origin.end, subscribers)?;
-    origin.wait_streaming(subscribers)?;
+    let (swarm, relays) = gather(dir, it, &mut origin)?;
     let interval = Duration::from_secs(1) / COMMITS_PER_SECOND;
     origin.commit(COMMITS_PER_SECOND, interval)?; // not counted
     let commits = u32::try_from(time.as_millis() / interval.as_millis())?;
@@ -107,34 +122,52 @@ fn fan_out(dir: &Path, it: &FanOut, time: Duration) -> Outcome<Vec<Figure>> {
     let deliveries = swarm.stop_at(last)?;
     origin.kill()?;
 
-    let (mut rounds, mut whole, mut arrived) = (Rounds::default(), Latencies::default(), 0);
+    let (mut rounds, mut whole, mut seen) = (Rounds::default(), Latencies::default(), 0);
     for round in acked.chunks(acked.len().div_ceil(ROUNDS)) {
         let mut each = Latencies::default();
         for commit in round {
             let slowest = arrivals(&deliveries, commit, &mut each);
             whole.add_between_ns(commit.answered_ns, slowest);
         }
-        arrived += each.len();
+        seen += each.len();
         rounds.add(&each);
     }
-    if arrived != acked.len() * subscribers {
+    if seen != acked.len() * subscribers {
         return Err("a subscriber has not got everything".into());
     }
     let p50 = ms(&rounds.p50).map_or(f64::NAN, |it| it.median);
     let slowest = whole.percentile(0.5) * 1e3;
     let kib = after.saturating_sub(before) as f64 / subscribers as f64;
     let note = format!(
-        "{} deliveries, p50 {p50:.2} ms; the last subscriber of a commit has it after {slowest:.2} ms (median); subscribers and origin share the processors",
-        grouped(arrived as f64)
+        "{} deliveries, p50 {p50:.2} ms; the last subscriber of a commit has it after {slowest:.2} ms (median); subscribers{} and origin share the processors",
+        grouped(seen as f64),
+        if relays.is_some() { ", relays, each of which writes and syncs," } else { "" }
     );
+    let arrived = Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted(it)).note(note);
+    if relays.is_some() {
+        return Ok(vec![arrived]);
+    }
     let memory = Figure::new(
         format!("{}: resident memory at the origin for each", title(it)),
         "KiB",
         Spread::of([kib]),
     )
-    .wanted(Wanted::AtMost(if it.over_tls { 64.0 } else { 16.0 }))
+    .wanted(Wanted::AtMost(if is_tls { 64.0 } else { 16.0 }))
     .note(format!("{before} KiB without them; the kernel's buffers aren't in it"));
-    Ok(vec![Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted(it)).note(note), memory])
+    Ok(vec![arrived, memory])
+}
+
+/// They subscribe where they are to; gives the relays back, so that these stay.
+fn gather(dir: &Path, it: &FanOut, origin: &mut Origin) -> Outcome<(Swarm, Option<Relays>)> {
+    if let How::Relays(count) = it.how {
+        let mut relays = Relays::start(&dir.join("relays"), origin.address, count)?;
+        let swarm = Swarm::connect(relays.doors.clone(), origin.end, it.subscribers)?;
+        relays.wait_streaming(it.subscribers)?;
+        return Ok((swarm, Some(relays)));
+    }
+    let swarm = Swarm::connect(vec![origin.door()?], origin.end, it.subscribers)?;
+    origin.wait_streaming(it.subscribers)?;
+    Ok((swarm, None))
 }
 
 /// When each subscriber had this commit whole; gives back the last.
@@ -170,7 +203,7 @@ pub(super) struct Swarm {
 
 impl Swarm {
     /// They subscribe to what follows `from`.
-    pub(super) fn connect(door: &Door, from: Checkpoint, count: usize) -> Outcome<Self> {
+    pub(super) fn connect(doors: Vec<Door>, from: Checkpoint, count: usize) -> Outcome<Self> {
         let mut members = Members {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             members: Vec::with_capacity(count),
@@ -180,9 +213,8 @@ impl Swarm {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);
         let (tell, ready) = std::sync::mpsc::channel();
-        let door = door.clone();
         let thread = std::thread::spawn(move || -> Outcome<Members> {
-            members.gather(&door, from, count)?;
+            members.gather(&doors, from, count)?;
             tell.send(())?;
             while !seen.load(Ordering::Acquire) {
                 members.turn(Duration::from_millis(20))?;
@@ -230,13 +262,14 @@ struct Members {
 
 impl Members {
     /// Several introduce themselves at a time; who is in already is served meanwhile.
-    fn gather(&mut self, door: &Door, from: Checkpoint, count: usize) -> Outcome<()> {
+    fn gather(&mut self, doors: &[Door], from: Checkpoint, count: usize) -> Outcome<()> {
         std::thread::scope(|scope| {
             let (tell, new) = sync_channel(INTRODUCTIONS);
             for first in 0..INTRODUCTIONS {
                 let tell = tell.clone();
                 scope.spawn(move || {
-                    for _ in (first..count).step_by(INTRODUCTIONS) {
+                    let ours = doors.iter().cycle().take(count).skip(first);
+                    for door in ours.step_by(INTRODUCTIONS) {
                         if tell.send(Member::subscribe(door, Some(from), from)).is_err() {
                             return; // one has failed
                         }
