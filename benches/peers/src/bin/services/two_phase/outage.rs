@@ -13,7 +13,7 @@ use super::journal::Shop;
 use super::{Databases, Scale};
 use crate::Outcome;
 use crate::child::Service;
-use crate::cluster::argument;
+use crate::cluster::{Cluster, argument};
 use crate::timing::now_ns;
 
 const CLIENTS: u64 = 8;
@@ -94,7 +94,7 @@ fn two_phase(dir: &Path, scale: &Scale) -> Outcome<TwoPhase> {
             .collect();
         // The server ends with the thread that started it, so this one does it.
         let down =
-            outage(scale, began_ns, &mut databases.customers, |it| it.crash(), |it| it.resume());
+            outage(scale, began_ns, &mut databases.customers, Cluster::crash, Cluster::resume);
         let tried = threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default());
         (tried.collect::<Vec<_>>(), down)
     });
