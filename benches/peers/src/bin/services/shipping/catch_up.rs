@@ -11,6 +11,7 @@ use headwater::fs::os::OsFs;
 use headwater::shipping::{FollowOptions, ServeOptions, Server, follow};
 use headwater::{Position, SegmentInfo, Store};
 
+use super::senders::Copied;
 use super::tls::{self, Identity};
 use super::{PATIENCE, Scale, sale};
 use crate::figure::{Figure, Wanted};
@@ -18,6 +19,8 @@ use crate::meter::{Meter, Took};
 use crate::shared::spread::Spread;
 use crate::timing::ratios;
 use crate::{Outcome, wire};
+
+const SENDFILE: &str = "sendfile, CRC-32, write + fdatasync";
 
 pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
     let store = sale::filled(&dir.join("origin"), scale.catch_up_bytes)?;
@@ -35,16 +38,8 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
         bytes / 1e6
     );
     let note = "synced every 8 MiB and at the end, both; verified with its chain, only ours";
-    let figures = vec![
-        bench
-            .figure(
-                what,
-                "sendfile, CRC-32, write + fdatasync",
-                &plain,
-                &FollowOptions::default(),
-                send,
-            )?
-            .note(note),
+    let mut figures = vec![
+        bench.figure(what, SENDFILE, &plain, &FollowOptions::default(), send)?.note(note),
         bench.figure(
             "The same over TLS 1.3".to_owned(),
             "a bare stream over TLS 1.3, CRC-32, write + fdatasync",
@@ -53,6 +48,7 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
             |files, sink| send_over_tls(files, sink, &identity),
         )?,
     ];
+    figures.push(bench.without_sendfile()?);
     plain.shutdown();
     secured.shutdown();
     Ok(figures)
@@ -74,25 +70,62 @@ impl Bench<'_> {
         options: &FollowOptions,
         send: impl Fn(&[(PathBuf, u64)], &Path) -> Outcome<Took>,
     ) -> Outcome<Figure> {
-        let end = self.store.journal().end();
-        let files: Vec<_> = self.store.journal().segments().into_iter().map(used).collect();
+        let (end, files) = (self.store.journal().end(), self.files());
         let address = server.local_addr().to_string();
         let last = Position::new(end.position.get() - 1);
         let (mut bare, mut ours) = (Vec::new(), Vec::new());
         for _ in 0..self.rounds {
-            let sink = self.dir.join("sink");
-            bare.push(send(&files, &sink)?.time.as_secs_f64());
-            fs::remove_file(&sink)?;
-            settle(&sink)?;
+            bare.push(self.sent(|sink| send(&files, sink))?.time.as_secs_f64());
             let took = mirror(&self.dir.join("mirror"), &address, options.clone(), last)?;
             ours.push(took.as_secs_f64());
         }
-        let rate =
-            |times: &[f64]| Spread::of(times.iter().map(|time| end.offset as f64 / time / 1e6));
-        Ok(Figure::new(what, "MB/s", rate(&ours))
-            .beside(beside, rate(&bare), ratios(&bare, &ours))
+        Ok(Figure::new(what, "MB/s", rates(end.offset, &ours))
+            .beside(beside, rates(end.offset, &bare), ratios(&bare, &ours))
             .wanted(Wanted::RatioAtLeast(0.8)))
     }
+
+    /// What `sendfile` would be worth: both bare.
+    fn without_sendfile(&self) -> Outcome<Figure> {
+        let (bytes, files) = (self.store.journal().end().offset, self.files());
+        let (mut without, mut with) = (Vec::new(), Vec::new());
+        let (mut cpu_without, mut cpu_with) = (Vec::new(), Vec::new());
+        for _ in 0..self.rounds {
+            let took = self.sent(|sink| send(&files, sink))?;
+            with.push(took.time.as_secs_f64());
+            cpu_with.push(took.cpu.as_secs_f64());
+            let took =
+                self.sent(|sink| wire::send_and_sync_over(&files, sink, |it| Ok(Copied(it)), Ok))?;
+            without.push(took.time.as_secs_f64());
+            cpu_without.push(took.cpu.as_secs_f64());
+        }
+        let cpu = ratios(&cpu_without, &cpu_with).map_or(f64::NAN, |it| it.median);
+        Ok(Figure::new(
+            "The bare one with read + write in place of sendfile",
+            "MB/s",
+            rates(bytes, &without),
+        )
+        .beside(SENDFILE, rates(bytes, &with), ratios(&with, &without))
+        .note(format!(
+            "processor time of both ends {cpu:.2}x as much; ours reads, verifies and writes"
+        )))
+    }
+
+    fn files(&self) -> Vec<(PathBuf, u64)> {
+        self.store.journal().segments().into_iter().map(used).collect()
+    }
+
+    /// Nothing stays of it.
+    fn sent(&self, send: impl FnOnce(&Path) -> Outcome<Took>) -> Outcome<Took> {
+        let sink = self.dir.join("sink");
+        let took = send(&sink)?;
+        fs::remove_file(&sink)?;
+        settle(&sink)?;
+        Ok(took)
+    }
+}
+
+fn rates(bytes: u64, times: &[f64]) -> Option<Spread> {
+    Spread::of(times.iter().map(|time| bytes as f64 / time / 1e6))
 }
 
 /// A segment's file and how much of it is in use.

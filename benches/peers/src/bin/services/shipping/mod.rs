@@ -22,6 +22,7 @@ pub(crate) mod relays;
 mod remote_view;
 mod restarts;
 mod sale;
+mod senders;
 mod swarm;
 mod tls;
 

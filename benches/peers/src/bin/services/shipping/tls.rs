@@ -1,7 +1,6 @@
 //! A certificate of its own, and both ends of TLS with it: ours, and bare ones.
 
-use std::fs::{self, File};
-use std::io::{self, Read as _, Write as _};
+use std::fs;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,11 +15,8 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
 
 use crate::Outcome;
-use crate::wire::Sender;
 
 const HOST: &str = "localhost";
-/// That a bare sender reads at once.
-const SEND_BYTES: usize = 256 << 10;
 
 /// A certificate and its key, in files, so that another process can have them.
 #[derive(Clone, Debug)]
@@ -97,22 +93,4 @@ pub(super) fn connect(config: Arc<ClientConfig>, stream: TcpStream) -> Outcome<C
 
 pub(super) fn accept(config: Arc<ServerConfig>, stream: TcpStream) -> Outcome<Server> {
     Ok(Server::new(ServerConnection::new(config)?, stream))
-}
-
-impl Sender for Client {
-    fn send(&mut self, mut file: io::Take<File>) -> io::Result<()> {
-        let mut buffer = vec![0; SEND_BYTES];
-        loop {
-            let read = file.read(&mut buffer)?;
-            if read == 0 {
-                return Ok(());
-            }
-            self.write_all(buffer.get(..read).unwrap_or_default())?;
-        }
-    }
-
-    fn end(&mut self) -> io::Result<()> {
-        self.conn.send_close_notify();
-        self.flush()
-    }
 }
