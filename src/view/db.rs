@@ -42,9 +42,9 @@ use std::sync::{Arc, LazyLock};
 use parking_lot::Mutex;
 use rocksdb::checkpoint::Checkpoint as DiskCheckpoint;
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, DBPinnableSlice, DBRawIterator, FlushOptions,
-    IngestExternalFileOptions, LogLevel, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter,
-    WriteBatch, WriteBufferManager, WriteOptions,
+    BlockBasedIndexType, BlockBasedOptions, Cache, DB, DBCompressionType, DBPinnableSlice,
+    DBRawIterator, FlushOptions, IngestExternalFileOptions, LogLevel, Options, ReadOptions,
+    ReadTier, Snapshot, SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use self_cell::self_cell;
 
@@ -932,6 +932,11 @@ fn options(memory: &ViewMemory) -> Options {
     blocks.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
     blocks.set_cache_index_and_filter_blocks(true);
     blocks.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    // In parts: the filter of a file with a million keys is 1.3 MB, more than a shard of the cache holds, and would be
+    // read and checked anew for nearly every row that is looked for.
+    blocks.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    blocks.set_partition_filters(true);
+    blocks.set_pin_top_level_index_and_filter(true);
 
     let mut options = Options::default();
     options.create_if_missing(true);
