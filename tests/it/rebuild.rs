@@ -501,7 +501,7 @@ fn a_killed_rebuild_leaves_a_view_that_serves() {
     println!("{kills} kills, after {seen:?}");
 }
 
-/// Folds wait at the first event until they are let go on.
+/// Folds wait at the first event until nobody has `go_on` any more.
 struct Gated<const VERSION: u32> {
     reached: Mutex<mpsc::Sender<()>>,
     go_on: Mutex<mpsc::Receiver<()>>,
@@ -526,35 +526,34 @@ impl<const VERSION: u32> View for Gated<VERSION> {
     ) -> Result<Fold<u64>, FoldError> {
         if event.position() == Position::START && row.is_none() {
             self.reached.lock().unwrap().send(()).unwrap();
-            let go_on = self.go_on.lock().unwrap();
-            go_on.recv().unwrap();
+            let ended = self.go_on.lock().unwrap().recv();
+            assert!(ended.is_err(), "nothing is ever sent");
         }
         Ok(Fold::Put(row.unwrap_or(0) + 1))
     }
 }
 
-/// Closes the view twice at a time while it folds the first event: neither returns before the fold has.
-fn close_gated<const VERSION: u32>(view: &ViewHandle<Gated<VERSION>>, go_on: &mpsc::Sender<()>) {
-    std::thread::scope(|scope| {
-        let (closed_tx, closed) = mpsc::channel();
-        for _ in 0..2 {
-            let closed = closed_tx.clone();
-            scope.spawn(move || {
-                view.close().unwrap();
-                closed.send(view.status().state).unwrap();
-            });
-        }
-        drop(closed_tx);
-        // Whoever doesn't wait is heard within this time.
-        let mut said = closed.recv_timeout(Duration::from_millis(200));
-        assert!(said.is_err(), "the fold is under way: {said:?}");
-        while !matches!(said, Err(mpsc::RecvTimeoutError::Disconnected)) {
-            // As often as the first event is folded.
-            let _is_heard = go_on.send(());
-            said = closed.recv_timeout(Duration::from_millis(1));
-            assert!(said.as_ref().is_ok_and(|it| matches!(it, ViewState::Closed)) || said.is_err());
-        }
-    });
+/// Closes the view twice at a time while it folds the first event: neither returns before the fold has. A failure drops
+/// `go_on`, and so lets the fold go on.
+fn close_gated<const VERSION: u32>(view: &ViewHandle<Gated<VERSION>>, go_on: mpsc::Sender<()>) {
+    let (closed_tx, closed) = mpsc::channel();
+    let closer = |closed: mpsc::Sender<ViewState>| {
+        let view = view.clone();
+        std::thread::spawn(move || {
+            view.close().unwrap();
+            closed.send(view.status().state).unwrap();
+        })
+    };
+    let closers = [closer(closed_tx.clone()), closer(closed_tx)];
+    // Whoever doesn't wait is heard within this time.
+    let early = closed.recv_timeout(Duration::from_millis(200));
+    assert!(early.is_err(), "the fold is under way, and a closer has returned: {early:?}");
+    drop(go_on);
+    for _ in &closers {
+        let state = closed.recv_timeout(PATIENCE).expect("closing ends when the fold does");
+        assert!(matches!(state, ViewState::Closed), "{state:?}");
+    }
+    closers.into_iter().for_each(|it| it.join().unwrap());
 }
 
 /// A first build that was closed in the middle leaves nothing: it holds nothing back, and is no generation of anything.
@@ -578,7 +577,7 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
     };
     assert_eq!(names(&old), [(1, 1, true)], "what is being built is no generation yet");
     let snapshot = new.snapshot().unwrap();
-    close_gated(&new, &go_on);
+    close_gated(&new, go_on);
     let folder = new.status().generation;
     drop(new);
     // Whoever opened it now would find its own generation deleted when the last reader goes.
@@ -628,7 +627,7 @@ fn a_lost_tail_that_was_accepted_stays_accepted_before_the_new_rows_are_built() 
     let new = world.store.view_with(gated, accepted).unwrap();
     reached.recv_timeout(PATIENCE).unwrap();
     assert!(matches!(new.status().state, ViewState::Building));
-    close_gated(&new, &go_on);
+    close_gated(&new, go_on);
     drop(new);
     let view = world.open(Traces::<1>::default());
     world.assert_shows(&view);
