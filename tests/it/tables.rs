@@ -385,7 +385,8 @@ struct Large {
     held_max: Arc<AtomicU64>,
 }
 
-const LARGE: Table<u64, Vec<u8>> = Table::new("large");
+// Text: bytes would be decoded one by one, for a megabyte each.
+const LARGE: Table<u64, String> = Table::new("large");
 
 impl TableView for Large {
     const NAME: &'static str = "large";
@@ -409,7 +410,7 @@ impl TableView for Large {
         if event.data() == b"fails" {
             return Err("asked to fail".into());
         }
-        tx.put(LARGE, &position, &vec![position as u8; 1 << 20])?;
+        tx.put(LARGE, &position, &"x".repeat(1 << 20))?;
         Ok(())
     }
 }
