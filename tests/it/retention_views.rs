@@ -146,6 +146,46 @@ fn a_view_holds_back_what_it_has_not_applied_durably() {
     assert_eq!(view.get("all").unwrap(), Some(310));
 }
 
+/// While another generation takes over there is a moment at which the folder isn't marked any more as one that isn't kept,
+/// and the pointer names the old one. The new one needs everything, if its rows come in order.
+#[test]
+fn a_generation_that_is_about_to_be_live_holds_back_everything_and_one_that_was_set_aside_nothing()
+{
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    append(&store, 200);
+    catch_up::<1>(&store);
+    let view = dir.path().join("views/counts");
+    let held_by = || {
+        let holding = plan(&store).gates.into_iter().filter(|gate| !gate.passed_over);
+        let of_view = holding.map(|gate| match gate.holder {
+            Holder::View { version, generation, .. } => (version, generation, gate.position),
+            other => panic!("{other}"),
+        });
+        let mut held_by: Vec<_> = of_view.collect();
+        held_by.sort();
+        held_by
+    };
+    let (begin, end) = (Some(Position::START), Some(Position::new(200)));
+    assert_eq!(held_by(), [(1, 1, end)]);
+    // As it is begun: with its mark.
+    let next = view.join("1.2");
+    std::fs::create_dir(&next).unwrap();
+    std::fs::write(next.join("not-kept"), "").unwrap();
+    assert_eq!(held_by(), [(1, 1, end), (1, 2, begin)]);
+    // The mark goes first.
+    std::fs::remove_file(next.join("not-kept")).unwrap();
+    assert_eq!(held_by(), [(1, 1, end), (1, 2, begin)]);
+    assert!(plan(&store).removals.is_empty());
+    // A version that has no live one yet.
+    std::fs::rename(&next, view.join("2.1")).unwrap();
+    assert_eq!(held_by(), [(1, 1, end), (2, 1, begin)]);
+    // What another one has taken over from before it had begun.
+    std::fs::rename(view.join("2.1"), view.join("1.0")).unwrap();
+    assert_eq!(held_by(), [(1, 1, end)]);
+    assert!(!plan(&store).removals.is_empty());
+}
+
 #[test]
 fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_is_served() {
     let dir = tempfile::tempdir().unwrap();
