@@ -9,11 +9,15 @@ use std::time::Duration;
 
 use headwater::cli::Cli;
 use headwater::fs::{Fs, os::OsFs};
+use headwater::retention::{History, Options, Until};
 use headwater::view::{
     Fold, FoldError, Index, Indexes, Keys, OnPoison, Table, TableView, Tables, View, ViewHandle,
     ViewOptions, ViewTxn,
 };
-use headwater::{Append, ExpectedRevision, Journal, NewEvent, Position, Recorded, Store, StreamId};
+use headwater::{
+    Append, ExpectedRevision, Journal, JournalOptions, NewEvent, Position, Recorded, Store,
+    StreamId,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -795,6 +799,144 @@ fn a_version_that_nobody_opens_any_more_is_removed_whole() {
     failed(&headwater(&["view", "rm", dir, "spent", "2"]), 1, "view.no_generation");
     drop((view, store));
     assert_eq!(ok(headwater(&["view", "scan", dir, "spent"])).lines().count(), 6);
+}
+
+/// A store, and one in its folder of mirrors, both with several segments, and a view that has applied all of the journals
+/// that are named: `own`, `peer`. It lies with the store; that over the `mirror` lies with that one.
+fn two_journals(view_over: &[&str]) -> World {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    let world = World { _dir: dir, path };
+    let (own, peer) = (world.small_segments("own"), world.small_segments("peer"));
+    for store in [&own, &peer] {
+        for _ in 0..40 {
+            append(store, &["basel 1 100", "bern 2 50", "geneva 3 5"]);
+        }
+    }
+    let journal = |name: &&str| [&own, &peer][usize::from(*name != "own")].journal().clone();
+    let journals: Vec<Journal> = view_over.iter().map(journal).collect();
+    let keeper = if view_over == ["mirror"] { &peer } else { &own };
+    let view = keeper.view_over(&journals, Spent::<1>::default(), ViewOptions::default()).unwrap();
+    view.wait_for_latest(PATIENCE).unwrap();
+    view.close().unwrap();
+    drop(view);
+    own.close().unwrap();
+    peer.close().unwrap();
+    world
+}
+
+impl World {
+    /// Opens the store, or the one in its folder of mirrors, with segments of a few events.
+    fn small_segments(&self, name: &str) -> Store {
+        let options = JournalOptions {
+            segment_bytes_first: 8 << 10,
+            segment_bytes_max: 8 << 10,
+            batch_bytes_max: 2 << 10,
+            group_bytes_max: 2 << 10,
+            ..JournalOptions::default()
+        };
+        let store = match name {
+            "peer" => self.path.join("mirrors/peer"),
+            _ => self.path.clone(),
+        };
+        Store::builder(store).create_if_missing().journal_options(options).open().unwrap()
+    }
+
+    /// Removes the oldest events of one of the two journals.
+    fn forget(&self, name: &str) {
+        let store = self.small_segments(name);
+        let options = Options::new(Until::Position(store.journal().end().position));
+        let target = store.plan_retention(&options).unwrap().target;
+        assert!(target > Position::START, "{name}");
+        store.retain(&options.history(History::Forget(target))).unwrap();
+        store.close().unwrap();
+    }
+
+    fn rm(&self, generation: &str) -> Output {
+        headwater(&["view", "rm", self.dir(), "spent", generation])
+    }
+}
+
+/// What is deleted whole is built anew by the next one who opens it: not where one of the journals that it is made from
+/// has lost its beginning, whatever others have.
+#[test]
+fn a_version_that_could_not_be_made_anew_is_not_deleted() {
+    const BOTH: &[&str] = &["own", "peer"];
+    let cases: &[(&[&str], &[&str], Option<&str>)] = &[
+        (&["own"], &[], None),
+        (&["own"], &["own"], Some("own")),
+        (&["own"], &["peer"], None),
+        (&["peer"], &["own"], None),
+        (&["peer"], &["peer"], Some("mirrors/peer")),
+        (&["mirror"], &["own"], None),
+        (&["mirror"], &["peer"], Some("mirrors/peer")),
+        (BOTH, &[], None),
+        (BOTH, &["own"], Some("own")),
+        (BOTH, &["peer"], Some("mirrors/peer")),
+    ];
+    for (view_over, forgotten, held_by) in cases {
+        let what = format!("a view over {view_over:?} without the beginning of {forgotten:?}");
+        println!("{what}");
+        let world = two_journals(view_over);
+        forgotten.iter().for_each(|name| world.forget(name));
+        failed(&world.rm("2"), 1, "view.no_generation");
+        let removed = world.rm("1");
+        match held_by {
+            None => {
+                assert_eq!(ok(removed), "spent: version 1 is deleted: 1.1\n", "{what}");
+                assert_eq!(world.generations(), [""; 0], "{what}");
+            }
+            Some(held_by) => {
+                failed(&removed, 1, "view.truncated");
+                assert!(err(&removed).contains(held_by), "{what}: {}", err(&removed));
+                assert_eq!(world.generations(), ["1.1 live"], "{what}");
+                assert_eq!(
+                    ok(headwater(&["view", "scan", world.dir(), "spent"])).lines().count(),
+                    3
+                );
+            }
+        }
+    }
+}
+
+/// Whoever can't know of which journals the rows are takes them for rows of all.
+#[test]
+fn a_version_that_can_not_be_read_is_deleted_only_if_no_journal_has_lost_its_beginning() {
+    for (forgotten, is_held) in [(None, false), (Some("own"), true), (Some("peer"), true)] {
+        let world = two_journals(&["own"]);
+        if let Some(name) = forgotten {
+            world.forget(name);
+        }
+        let current = world.path.join("views/spent/1.1/CURRENT");
+        std::fs::write(&current, "damaged").unwrap();
+        let removed = world.rm("1");
+        match is_held {
+            true => failed(&removed, 1, "view.truncated"),
+            false => drop(ok(removed)),
+        }
+        assert_eq!(current.exists(), is_held);
+    }
+}
+
+/// Nor is one of which a journal isn't there: it may have lost its beginning, where it is.
+#[test]
+fn a_version_is_deleted_only_where_all_of_its_journals_are() {
+    let world = two_journals(&["own", "peer"]);
+    let (peer, elsewhere) = (world.path.join("mirrors/peer"), world.path.join("elsewhere"));
+    std::fs::rename(&peer, &elsewhere).unwrap();
+    failed(&world.rm("1"), 1, "view.no_journal");
+    assert_eq!(world.generations(), ["1.1 live"]);
+    std::fs::rename(&elsewhere, &peer).unwrap();
+    // A generation that no version reads is nobody's loss.
+    ok(service(&["view", "rebuild", world.dir(), "spent"]));
+    world.forget("own");
+    let before = world.generations();
+    assert_eq!(before, ["1.1", "1.2 live"]);
+    failed(&world.rm("1"), 1, "view.truncated");
+    failed(&world.rm("1.2"), 1, "view.live");
+    assert_eq!(world.generations(), before);
+    assert_eq!(ok(world.rm("1.1")), "spent: generation 1.1 is deleted\n");
+    assert_eq!(world.generations(), ["1.2 live"]);
 }
 
 #[test]
