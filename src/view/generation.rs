@@ -133,7 +133,10 @@ pub(crate) fn version_lock(dir: &Path, version: u32) -> PathBuf {
 
 /// The generations in the folder of a view, without locking it.
 pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
-    let fs = crate::fs::os::OsFs;
+    generations_in(&crate::fs::os::OsFs, dir)
+}
+
+fn generations_in(fs: &dyn Fs, dir: &Path) -> Result<Vec<Generation>, ViewError> {
     let names = fs.list(dir).context("listing the view's directory", dir)?;
     let known = |name: &String| {
         let (version, number) = name.split_once('.')?;
@@ -143,7 +146,7 @@ pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
     };
     let known: Vec<_> = names.iter().filter_map(known).collect();
     // The marks first, as they go before the pointer comes: what becomes live meanwhile isn't taken for one that is set aside.
-    let live = read_pointer(&fs, &dir.join(POINTER_FILE))?;
+    let live = read_pointer(fs, &dir.join(POINTER_FILE))?;
     let is_live = |it: &Generation| live.get(&it.version) == Some(&it.number);
     Ok(known.into_iter().map(|it| Generation { live: is_live(&it), ..it }).collect())
 }
@@ -422,6 +425,7 @@ fn parse_pointer(text: &str) -> Option<BTreeMap<u32, u32>> {
 mod tests {
     use super::*;
     use crate::fs::os::OsFs;
+    use crate::fs::{File, LockHeld};
 
     fn open_version(dir: &Path, version: u32) -> Result<Generations, ViewError> {
         Generations::open(Arc::new(OsFs), dir, "orders", version)
@@ -541,6 +545,73 @@ mod tests {
             drop(held);
             setting.join().unwrap().unwrap();
         });
+    }
+
+    /// The disk, on which a generation becomes live just in front of the opening of the pointer, or just behind it.
+    #[derive(Debug)]
+    struct Meanwhile {
+        opened: Mutex<Generations>,
+        number: u32,
+        is_behind: bool,
+    }
+
+    impl Meanwhile {
+        fn happens(&self) {
+            self.opened.lock().set_live(self.number).unwrap();
+        }
+    }
+
+    impl Fs for Meanwhile {
+        fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
+            OsFs.create_dir_all(dir)
+        }
+
+        fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+            OsFs.list(dir)
+        }
+
+        fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
+            if !self.is_behind {
+                self.happens();
+            }
+            let opened = OsFs.open(path, mode); // of a pointer that is replaced the old one
+            if self.is_behind {
+                self.happens();
+            }
+            opened
+        }
+
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            OsFs.rename(from, to)
+        }
+
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            OsFs.remove(path)
+        }
+
+        fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+            OsFs.sync_dir(dir)
+        }
+
+        fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>> {
+            OsFs.lock(path, owner)
+        }
+    }
+
+    /// Who looks at the folder is told that one that is set aside may be deleted.
+    #[test]
+    fn what_becomes_live_while_it_is_looked_at_is_not_taken_for_one_that_is_set_aside() {
+        for is_behind in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut opened = open(dir.path()).unwrap();
+            next(&mut opened);
+            let (number, _) = opened.begin().unwrap();
+            let meanwhile = Meanwhile { opened: Mutex::new(opened), number, is_behind };
+            let seen = generations_in(&meanwhile, &dir.path().join("orders")).unwrap();
+            let of = |number| seen.iter().find(|it| it.number == number).unwrap();
+            assert_eq!((of(1).live, of(2).live), (is_behind, !is_behind));
+            assert!(of(2).live || of(2).is_not_kept(), "{seen:?}");
+        }
     }
 
     #[test]
