@@ -99,6 +99,12 @@ impl Generation {
         !self.is_kept
     }
 
+    /// Whether it is gone by now, or is being deleted.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_going(&self) -> bool {
+        !is_kept(&self.folder) || !self.folder.exists()
+    }
+
     /// How far it has come with `journal`, durably. Changes nothing, and may run
     /// beside the process that has it open, which may be further on in memory.
     pub(crate) fn checkpoint(&self, journal: crate::JournalId) -> Result<Stored, ViewError> {

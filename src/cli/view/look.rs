@@ -181,8 +181,7 @@ fn of_generation(located: &Located, generation: &Generation) -> Status {
     };
     let lock = version_lock(&located.folder(), generation.version);
     let held_by = lock_holder(&lock).ok().flatten().filter(|_| generation.live);
-    let is_going = || generation.is_not_kept() || !generation.folder().exists();
-    let failure = opened.as_ref().err().filter(|_| !is_going()).cloned();
+    let failure = opened.as_ref().err().filter(|_| !generation.is_going()).cloned();
     let (state, at_rest) = match opened {
         Err(_) if failure.is_none() => (State::Unfinished, None),
         Err(error) => (State::Unreadable(error.to_string()), None),
@@ -463,4 +462,27 @@ fn print_each(out: &mut dyn Write, all: &[Status]) -> io::Result<()> {
         writeln!(out, "{}", table.trim_fmt())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is deleted while it is looked at can't be read, and isn't damaged.
+    #[test]
+    fn what_can_not_be_read_because_it_is_being_deleted_is_no_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("views/spent/1.1");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::create_dir(dir.path().join("journal")).unwrap();
+        std::fs::write(folder.join("CURRENT"), "damaged").unwrap();
+        let located = find::view(dir.path(), "spent").unwrap();
+        let state = || {
+            let status = of_generation(&located, &located.generations[0]);
+            (status.state.name(), status.failure.is_some())
+        };
+        assert_eq!(state(), ("unreadable", true));
+        std::fs::write(folder.join("not-kept"), "").unwrap();
+        assert_eq!(state(), ("unfinished", false));
+    }
 }
