@@ -36,7 +36,7 @@ use super::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented, Speaker,
 };
 use super::observe::{EndReason, Ends, LookUp};
-use super::relay::Relay;
+use super::relay::{Relay, Standing};
 use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
     Deadlines, Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, Told, batches,
@@ -59,6 +59,9 @@ pub(super) const BACK_OFF_MAX: Duration = Duration::from_secs(5);
 /// A session that lasted this long was healthy, as is one that was live or brought something: the next
 /// attempt after it comes soon.
 pub(super) const HEALTHY_AFTER: Duration = Duration::from_secs(5);
+/// What a mirror was told of its origin it goes on telling for so many heartbeats. With the one that tells it, these are
+/// the three after which its subscribers know of no lag either.
+const STANDS_FOR_HEARTBEATS: u32 = 2;
 /// A mirror that lags by less syncs whenever nothing more has arrived.
 const LIVE_LAG_BYTES: u64 = 1 << 20;
 /// While catching up, a pause in the stream longer than this ends a group.
@@ -339,19 +342,15 @@ impl State {
         self.told.speaker.is_some_and(Speaker::is_current)
     }
 
-    /// What this mirror is for those that follow it. Current, if it had all that it was told of so long ago at the most.
-    fn speaker(&self, lately: Duration) -> Speaker {
-        let has_all = || self.caught_up_at.is_some_and(|told_at| told_at.elapsed() <= lately);
-        match (&self.phase, self.told.speaker) {
-            (MirrorState::CatchingUp | MirrorState::Live, Some(Speaker::RelayApart)) => {
-                Speaker::RelayApart
-            }
-            (MirrorState::Live, Some(Speaker::Origin | Speaker::Relay)) if has_all() => {
-                Speaker::Relay
-            }
-            (MirrorState::CatchingUp | MirrorState::Live, _) => Speaker::RelayBehind,
-            _ => Speaker::RelayApart,
-        }
+    /// What this mirror is for those that follow it. What it was told holds for so long.
+    fn standing(&self, holds_for: Duration) -> Standing {
+        let is_connected = matches!(self.phase, MirrorState::CatchingUp | MirrorState::Live);
+        let hears = is_connected && self.told.speaker != Some(Speaker::RelayApart);
+        let told_at = self.told.end.map(|(_, told_at)| told_at).filter(|_| hears);
+        let is_current = matches!(self.phase, MirrorState::Live) && self.upstream_is_current();
+        let had_all_at = self.caught_up_at.filter(|_| is_current);
+        let until = |at: Option<Instant>| at.map(|at| at + holds_for);
+        Standing { hears_until: until(told_at), has_all_until: until(had_all_at) }
     }
 
     /// The mirror's durable end: the journal's own, so it is never behind what a view shows already.
@@ -1023,9 +1022,10 @@ impl Shared {
         self.speak(state);
     }
 
-    /// Those that follow this mirror are told what it is by now.
+    /// Those that follow this mirror are told how it is, with the next heartbeat.
     fn speak(&self, state: &State) {
-        self.relay.speaks_as(state.speaker(3 * self.options.deadlines.heartbeat));
+        let holds_for = STANDS_FOR_HEARTBEATS * self.options.deadlines.heartbeat;
+        self.relay.stands(state.standing(holds_for));
     }
 
     fn judge_lag(&self, state: &mut State) {

@@ -8,10 +8,12 @@
 //! - A mirror is served as far as it is durable, byte for byte, under its origin's journal id.
 //! - Whoever is sent it knows the path by which it comes: when that changes, they connect again and are told.
 //! - A handle that the mirror has closed, because its files are about to hold something else, is served no more.
+//! - That it hears from its origin, and has all, holds for a moment: who asks later, while nothing was heard, is told so.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -38,8 +40,28 @@ pub(super) struct Relay {
     /// Counts what they have to be told anew.
     generation: AtomicU64,
     offer: Mutex<Offer>,
-    speaker: Mutex<Speaker>,
+    standing: Mutex<Standing>,
     bells: Mutex<Bells>,
+}
+
+/// How a mirror is with its origin, as far as it knew when it was told something last.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Standing {
+    /// Unless it hears more; `None`: it doesn't hear from its origin.
+    pub(super) hears_until: Option<Instant>,
+    /// The same; `None`: it hasn't all that its origin has.
+    pub(super) has_all_until: Option<Instant>,
+}
+
+impl Standing {
+    fn speaker(self, now: Instant) -> Speaker {
+        let holds = |until: Option<Instant>| until.is_some_and(|until| now <= until);
+        match (holds(self.hears_until), holds(self.has_all_until)) {
+            (false, _) => Speaker::RelayApart,
+            (true, false) => Speaker::RelayBehind,
+            (true, true) => Speaker::Relay,
+        }
+    }
 }
 
 /// What a mirror has at present.
@@ -68,8 +90,7 @@ impl Relay {
         let offer = Offer { node, journal: None, path: path_of(node), generation: 0 };
         let (offer, bells) = (Mutex::new(offer), Mutex::default());
         let (fs, dir, generation) = (Arc::clone(fs), dir.to_owned(), AtomicU64::new(0));
-        let speaker = Mutex::new(Speaker::RelayApart);
-        Self { fs, dir, generation, offer, speaker, bells }
+        Self { fs, dir, generation, offer, standing: Mutex::default(), bells }
     }
 
     pub(super) fn generation(&self) -> u64 {
@@ -83,13 +104,13 @@ impl Relay {
         offer
     }
 
-    /// How it is with its origin.
+    /// How it is with its origin by now.
     pub(super) fn speaker(&self) -> Speaker {
-        *self.speaker.lock()
+        self.standing.lock().speaker(Instant::now())
     }
 
-    pub(super) fn speaks_as(&self, speaker: Speaker) {
-        *self.speaker.lock() = speaker;
+    pub(super) fn stands(&self, standing: Standing) {
+        *self.standing.lock() = standing;
     }
 
     /// Rings whenever there is something else.

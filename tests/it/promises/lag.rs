@@ -1,21 +1,25 @@
 //! S8: lag is never reported as 0, nor as anything, when it is unknown.
 
 use std::net::TcpListener;
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use headwater::Position;
+use headwater::fs::Fs;
 use headwater::fs::os::OsFs;
+use headwater::fs::sim::{Op, SimFs};
 use headwater::shipping::message::ErrorCode;
 use headwater::shipping::security::{Access, AccessList, Security, SecurityOptions};
 use headwater::shipping::{
-    Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, ServeOptions, ShippingError,
-    follow, serve,
+    Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, ServeOptions, Server,
+    ShippingError, follow, serve,
 };
 
-use super::{impatient_follower, seed, serve_impatiently};
+use super::{impatient, impatient_follower, seed, serve_impatiently};
 use crate::fault_proxy::Proxy;
+use crate::races::Hooked;
 use crate::shipping::{Origin, SOON, converged, copy_dir, replace_dir, small, start_mirror};
 
 fn assert_unknown(status: &MirrorStatus) {
@@ -190,4 +194,113 @@ fn s8_whatever_is_said_of_lag_was_true_a_moment_ago() {
         println!("{known} times it was known, {unknown} times not");
         assert!(known > 0 && unknown > 0);
     });
+}
+
+/// It speaks often, and gives nobody up.
+fn patient() -> Deadlines {
+    Deadlines { silence: Duration::from_secs(60), ..impatient() }
+}
+
+/// A relay of what is served at `address`, and a mirror that follows it.
+fn relay_and_leaf(fs: Arc<dyn Fs>, dir: &Path, address: String) -> (Mirror, Server, Mirror) {
+    let options = || FollowOptions { deadlines: patient(), ..impatient_follower() };
+    let relay = follow(fs, &dir.join("relay"), address, options()).unwrap();
+    let serving = ServeOptions { deadlines: patient(), ..ServeOptions::default() };
+    let server = serve(&relay, "127.0.0.1:0", serving).unwrap();
+    let address = server.local_addr().to_string();
+    let leaf = follow(Arc::new(OsFs), &dir.join("leaf"), address, options()).unwrap();
+    (relay, server, leaf)
+}
+
+/// It hears from its relay, and is told that this knows of no lag.
+fn is_told_so(status: &MirrorStatus) -> bool {
+    let is_heard = status.origin_heard.is_some_and(|heard| heard <= 3 * impatient().heartbeat);
+    is_heard && status.is_live() && !is_known(status)
+}
+
+/// Nothing is cut, and nothing comes: who follows the relay is heard all the time, and isn't told that all is there.
+#[test]
+fn s8_behind_a_relay_whose_origin_hangs_lag_is_unknown_long_before_anybody_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..20);
+    let server = serve_impatiently(origin.store().journal());
+    let proxy = Proxy::start(server.local_addr(), |_| Vec::new());
+    let (relay, _server, leaf) =
+        relay_and_leaf(Arc::new(OsFs), dir.path(), proxy.address.to_string());
+    for round in 0..2 {
+        converged(&leaf, &origin);
+        leaf.wait_until(SOON, |status| status.lag_events() == Some(0)).unwrap();
+        proxy.hold(true);
+        origin.append(20 + round * 20..40 + round * 20);
+        if let Err(error) = leaf.wait_until(SOON, is_told_so) {
+            panic!("{error}: {:?}", leaf.status());
+        }
+        assert!(relay.status().is_live(), "the connection isn't given up yet");
+        assert!(leaf.wait_caught_up(Duration::from_millis(300)).is_err());
+        proxy.hold(false);
+    }
+    converged(&leaf, &origin);
+    leaf.wait_until(SOON, |status| status.lag_events() == Some(0)).unwrap();
+}
+
+/// Nobody gets on with a sync while it is closed.
+#[derive(Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn set_closed(&self, closed: bool) {
+        *self.closed.lock().unwrap() = closed;
+        self.opened.notify_all();
+    }
+
+    fn pass(&self) {
+        let closed = self.closed.lock().unwrap();
+        drop(self.opened.wait_while(closed, |closed| *closed).unwrap());
+    }
+}
+
+/// Whatever happens to the test, those who wait go on.
+struct Opens<'a>(&'a Gate);
+
+impl Drop for Opens<'_> {
+    fn drop(&mut self) {
+        self.0.set_closed(false);
+    }
+}
+
+/// A relay that hears from its origin and gets nothing to its disk has a lag, and its subscribers lack what it lacks.
+#[test]
+fn s8_behind_a_relay_whose_disk_hangs_lag_is_unknown_although_the_relay_hears_from_its_origin() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..20);
+    let server = serve_impatiently(origin.store().journal());
+    let gate = Arc::new(Gate::default());
+    let for_disk = Arc::clone(&gate);
+    let fs = Hooked::new(&SimFs::new(1), move |op, _| {
+        if op == Op::SyncData {
+            for_disk.pass();
+        }
+        Ok(())
+    });
+    let (relay, _server, leaf) =
+        relay_and_leaf(Arc::new(fs), dir.path(), server.local_addr().to_string());
+    let _opens = Opens(&gate);
+    converged(&leaf, &origin);
+    leaf.wait_until(SOON, |status| status.lag_events() == Some(0)).unwrap();
+    gate.set_closed(true);
+    origin.append(20..25);
+    let lags = |status: &MirrorStatus| status.is_live() && status.lag_events() == Some(5);
+    relay.wait_until(SOON, lags).unwrap();
+    if let Err(error) = leaf.wait_until(SOON, is_told_so) {
+        panic!("{error}: {:?}", leaf.status());
+    }
+    assert!(relay.wait_until(SOON, lags).is_ok(), "it goes on hearing from its origin");
+    gate.set_closed(false);
+    converged(&leaf, &origin);
+    leaf.wait_until(SOON, |status| status.lag_events() == Some(0)).unwrap();
 }
