@@ -169,7 +169,7 @@ pub(crate) fn sift<S: Source + ?Sized>(
     }
 }
 
-/// How many bytes of runs are under way, and what has to be acknowledged for them to be no more.
+/// How many bytes of runs (or SKIPs, each taken for one) are under way, and what has to be acknowledged for them to be no more.
 #[derive(Debug, Default)]
 pub(crate) struct InFlight {
     runs: VecDeque<(u64, u64)>,

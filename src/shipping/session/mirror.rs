@@ -19,6 +19,9 @@ use crate::shipping::message::{
 
 mod fed;
 
+#[cfg(test)]
+pub(super) use fed::SKIPS_MAX;
+
 /// What a mirror's session is told at its beginning.
 #[derive(Clone, Debug)]
 pub(crate) struct MirrorConfig {
@@ -85,6 +88,8 @@ enum State {
     Streaming,
     /// The histories differ, and where they part is being found out.
     Probing(DivergedAt),
+    /// The answer is being compared: nothing is asked meanwhile.
+    Comparing(DivergedAt),
     Ended,
 }
 
@@ -338,6 +343,7 @@ impl MirrorSession {
             State::AwaitWelcome => "WELCOME",
             State::AwaitSubscribed => "SUBSCRIBED",
             State::Probing(_) => "PROBED",
+            State::Comparing(_) => "nothing before PROBE",
             _ if self.fed.is_some() && self.partial.is_empty() => "EVENTS",
             _ if self.fed.is_some() => "the rest of a run",
             State::Streaming | State::Ended if self.partial.is_empty() => "DATA",
@@ -437,6 +443,9 @@ impl MirrorSession {
         if !self.search.as_ref().is_some_and(|search| search.is_answered_by(&probed.ends)) {
             return Err(Violation::Probed);
         }
+        if let State::Probing(at) = self.state {
+            self.state = State::Comparing(at);
+        }
         // It is compared on this side now, however long the disk takes.
         self.deadline = now.at + self.config.deadlines.silence;
         deliveries.push(Delivery::Probed(probed.ends));
@@ -445,8 +454,9 @@ impl MirrorSession {
 
     /// What the batch ends of the last [`Delivery::Probed`] are in the mirror.
     pub(crate) fn on_compared(&mut self, held: &[Held], now: Now) {
-        if let Some(search) = &mut self.search {
+        if let (State::Comparing(at), Some(search)) = (self.state, &mut self.search) {
             search.narrow(held);
+            self.state = State::Probing(at);
             self.ask_on(now);
         }
     }
@@ -573,7 +583,7 @@ impl MirrorSession {
     fn finish(&mut self, end: SessionEnd) {
         let end = match (self.state, end) {
             (_, end @ (SessionEnd::Diverged(_) | SessionEnd::Violation(_))) => end,
-            (State::Probing(at), _) => SessionEnd::Diverged(at),
+            (State::Probing(at) | State::Comparing(at), _) => SessionEnd::Diverged(at),
             (_, end) => end,
         };
         self.state = State::Ended;

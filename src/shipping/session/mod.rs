@@ -158,6 +158,12 @@ pub enum Violation {
         /// What is wrong with them.
         source: FormatError,
     },
+    /// More and more of what there is nothing of in a feed, and nobody can have taken it yet.
+    #[error("more than {limit} SKIPs in a row that were not acknowledged")]
+    Skips {
+        /// How many are enough.
+        limit: u32,
+    },
     /// An event that the feed doesn't hold.
     #[error("the event at position {0} is none of the feed's")]
     NotInFeed(Position),

@@ -930,6 +930,21 @@ fn answers_that_fit_no_question_are_refused() {
     }
 }
 
+/// Each answer is compared with what is on the disk: nobody gives more of them than were asked for.
+#[test]
+fn one_question_has_one_answer_also_while_it_is_being_compared() {
+    let (_, mirror, mut connection) = forked();
+    let ends = vec![None; 64];
+    let (mut out, mut deliveries) = (Vec::new(), Vec::new());
+    (0..1000).for_each(|_| Message::Probed(Probed { ends: ends.clone() }).encode(&mut out));
+    connection.mirror.on_bytes(&out, now(), &mut deliveries);
+    assert_eq!(deliveries, [Delivery::Probed(ends.clone())]);
+    let unexpected = Violation::Unexpected { frame: "PROBED", expected: "nothing before PROBE" };
+    assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(unexpected)));
+    connection.mirror.on_compared(&mirror.held(&ends), now());
+    assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(unexpected)));
+}
+
 #[test]
 fn an_origin_answers_so_many_probes_and_none_out_of_place() {
     let probe = || Message::Probe(Probe { positions: vec![Position::new(1); 64] });

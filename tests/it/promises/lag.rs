@@ -246,25 +246,25 @@ fn s8_behind_a_relay_whose_origin_hangs_lag_is_unknown_long_before_anybody_is_gi
 
 /// Nobody gets on with a sync while it is closed.
 #[derive(Default)]
-struct Gate {
+pub(super) struct Gate {
     closed: Mutex<bool>,
     opened: Condvar,
 }
 
 impl Gate {
-    fn set_closed(&self, closed: bool) {
+    pub(super) fn set_closed(&self, closed: bool) {
         *self.closed.lock().unwrap() = closed;
         self.opened.notify_all();
     }
 
-    fn pass(&self) {
+    pub(super) fn pass(&self) {
         let closed = self.closed.lock().unwrap();
         drop(self.opened.wait_while(closed, |closed| *closed).unwrap());
     }
 }
 
 /// Whatever happens to the test, those who wait go on.
-struct Opens<'a>(&'a Gate);
+pub(super) struct Opens<'a>(pub(super) &'a Gate);
 
 impl Drop for Opens<'_> {
     fn drop(&mut self) {

@@ -5,6 +5,7 @@
 
 mod bits;
 mod disk;
+mod floods;
 mod lag;
 mod limits;
 mod versions;

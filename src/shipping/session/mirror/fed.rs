@@ -10,6 +10,10 @@ use crate::shipping::message::{
 use crate::shipping::session::feed::InFlight;
 use crate::shipping::session::{Now, Violation};
 
+/// So many SKIPs that no run follows may wait to be acknowledged. One comes with each run, whose number the window limits;
+/// of others, a subscriber acknowledges each 8 MiB of the journal that is passed over.
+pub(crate) const SKIPS_MAX: u32 = 1 << 17;
+
 /// Where nothing is known yet.
 const NOWHERE: Checkpoint = Checkpoint {
     journal: JournalId::from_bytes([0; 16]),
@@ -28,12 +32,17 @@ pub(super) struct Fed {
     /// Up to here every position is accounted for.
     covered: Checkpoint,
     in_flight: InFlight,
+    /// SKIPs that no run followed. They take no room, and yet have to be taken.
+    skips: InFlight,
+    /// A SKIP came last.
+    is_behind_skip: bool,
 }
 
 impl Fed {
     pub(super) fn new(request: FeedRequest, durable: Option<Checkpoint>) -> Self {
-        let (filter, in_flight) = (request.terms.filter.clone(), InFlight::default());
-        Self { filter, request, covered: durable.unwrap_or(NOWHERE), in_flight }
+        let (filter, covered) = (request.terms.filter.clone(), durable.unwrap_or(NOWHERE));
+        let (in_flight, skips) = (InFlight::default(), InFlight::default());
+        Self { filter, request, covered, in_flight, skips, is_behind_skip: false }
     }
 
     pub(super) const fn request(&self) -> &FeedRequest {
@@ -48,6 +57,16 @@ impl Fed {
 
     pub(super) fn acknowledged(&mut self, offset: u64) {
         self.in_flight.acknowledged(offset);
+        self.skips.acknowledged(offset);
+    }
+
+    /// Counts a SKIP up to `offset`, if there is no run between it and the one in front.
+    fn skip(&mut self, offset: u64) -> Result<(), Violation> {
+        if std::mem::replace(&mut self.is_behind_skip, true) {
+            self.skips.add(offset, 1, usize::MAX);
+        }
+        let limit = SKIPS_MAX;
+        if self.skips.bytes() > u64::from(limit) { Err(Violation::Skips { limit }) } else { Ok(()) }
     }
 }
 
@@ -98,7 +117,10 @@ impl MirrorSession {
         }
         self.covers(run.behind)?;
         let (offset, len) = (run.behind.offset, run.len_bytes() as u64);
-        self.fed.iter_mut().for_each(|fed| fed.in_flight.add(offset, len, usize::MAX));
+        self.fed.iter_mut().for_each(|fed| {
+            fed.in_flight.add(offset, len, usize::MAX);
+            fed.is_behind_skip = false;
+        });
         deliveries.push(Delivery::Run(run));
         Ok(())
     }
@@ -115,6 +137,7 @@ impl MirrorSession {
             return Err(Violation::Position { expected, found: skip.from });
         }
         self.covers(skip.behind)?;
+        self.fed.as_mut().map_or(Ok(()), |fed| fed.skip(skip.behind.offset))?;
         deliveries.push(Delivery::Skipped(skip.behind));
         Ok(())
     }

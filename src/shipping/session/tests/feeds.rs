@@ -4,7 +4,8 @@ use super::*;
 use crate::event::{EventId, NewEvent, Revision, StreamId};
 use crate::format::record;
 use crate::shipping::filter::{FeedFilter, FeedPart};
-use crate::shipping::message::{FeedRequest, FeedTerms, Run};
+use crate::shipping::message::{FeedRequest, FeedTerms, Run, Skip};
+use crate::shipping::session::mirror::SKIPS_MAX;
 
 const TYPES: [&str; 4] = ["a", "b", "c", "$own"];
 
@@ -238,4 +239,39 @@ fn a_feed_of_a_history_that_is_gone_is_told_for_every_tail_length() {
             assert_eq!(subscriber.events, had);
         }
     }
+}
+
+/// An origin that only ever says that there is nothing fills nobody's memory, as long as nothing of it was taken.
+#[test]
+fn more_skips_than_anybody_needs_are_refused_until_some_are_acknowledged() {
+    let mut journal = ModelJournal::new(JOURNAL);
+    append_events(&mut journal, &mut fastrand::Rng::with_seed(1));
+    journal.sync();
+    let mut subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["none"])));
+    let mut wire = Wire::new(&mut subscriber, now());
+    wire.settle(&mut journal, &mut subscriber, now());
+    let begin = subscriber.covered.unwrap();
+    let place = |n: u64| Checkpoint {
+        offset: begin.offset + 64 * n,
+        position: begin.position.advance(n),
+        ..begin
+    };
+    let far = OriginEnd::from(&place(1 << 40));
+    let skips = |wire: &mut Wire, from: u64, to: u64| {
+        let (mut out, mut deliveries) = (Vec::new(), Vec::new());
+        for n in from..to {
+            let (from, behind) = (place(n).position, place(n + 1));
+            Message::Skip(Skip { from, behind, origin_end: far }).encode(&mut out);
+        }
+        wire.subscriber.on_bytes(&out, now(), &mut deliveries);
+        deliveries.len() as u64
+    };
+    let limit = u64::from(SKIPS_MAX);
+    assert_eq!((skips(&mut wire, 0, limit), wire.subscriber.end()), (limit, None));
+    // What is durable makes room, and nothing else does.
+    wire.subscriber.on_durable(place(limit - 1));
+    assert_eq!((skips(&mut wire, limit, 2 * limit - 1), wire.subscriber.end()), (limit - 1, None));
+    assert_eq!(skips(&mut wire, 2 * limit - 1, 2 * limit + 2), 0);
+    let refused = Violation::Skips { limit: SKIPS_MAX };
+    assert_eq!(wire.subscriber.end(), Some(&SessionEnd::Violation(refused)));
 }
