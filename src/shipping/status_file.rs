@@ -9,7 +9,8 @@
 //! ```
 //! - It is overwritten in place and never synced: nothing depends on it, and the disk is left in peace. Whoever reads it
 //!   checks length and checksum, and reads again if it was written meanwhile.
-//! - What it says holds for three intervals. Then nothing is known: the process is gone, or hangs.
+//! - What it says holds for three intervals, of a minute at most, whatever it says of them. Then nothing is known: the
+//!   process is gone, or hangs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -169,7 +170,8 @@ pub(crate) fn read(fs: &dyn Fs, path: &Path) -> Option<Reading> {
     let of = |name: &str| status.get(name).and_then(Value::as_i64);
     let by_monotonic = env::monotonic_ms().checked_sub(of("monotonic_ms")?)?;
     let by_clock = env::now_us().checked_sub(of("written_us")?)? / 1000;
-    let limit = of("interval_ms")?.saturating_mul(3);
+    let longest = i64::try_from(INTERVAL_MAX.as_millis()).unwrap_or(i64::MAX);
+    let limit = of("interval_ms")?.min(longest).saturating_mul(3);
     // Each clock alone may have begun anew, or have been set.
     let is_recent = |age: i64| (-CLOCK_TICK_MS..=limit).contains(&age);
     let ended = status.get("ended").and_then(Value::as_bool)?;
@@ -367,5 +369,38 @@ mod tests {
         assert!(!fresh(&shift("monotonic_ms", 4000), false), "from before the machine was started");
         assert!(!fresh(&shift("written_us", -4_000_000), false));
         assert!(!fresh(&shift("written_us", 4_000_000), false), "the clock was set back");
+    }
+
+    #[test]
+    fn nobody_is_believed_for_longer_than_three_of_the_longest_intervals_whatever_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FOLLOWING);
+        let longest = i64::try_from(millis(INTERVAL_MAX)).unwrap();
+        let fresh = |interval_ms: i64, age_ms: i64| {
+            let mut status = stamped(json!({}), INTERVAL_MAX, false);
+            for (name, unit) in [("monotonic_ms", 1), ("written_us", 1000)] {
+                status[name] = json!(status[name].as_i64().unwrap() - age_ms * unit);
+            }
+            status["interval_ms"] = json!(interval_ms);
+            write(&OsFs, &path, &status).unwrap();
+            read(&OsFs, &path).unwrap().is_fresh
+        };
+        for interval_ms in [longest, longest + 1, 24 * 3600 * 1000, i64::MAX] {
+            assert!(fresh(interval_ms, 2 * longest), "{interval_ms}");
+            assert!(!fresh(interval_ms, 3 * longest + 1000), "{interval_ms}");
+        }
+        for interval_ms in [-1, i64::MIN] {
+            assert!(!fresh(interval_ms, 1000), "{interval_ms}");
+        }
+    }
+
+    #[test]
+    fn an_interval_of_a_day_is_written_as_the_longest_there_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (fs, path): (Arc<dyn Fs>, _) = (Arc::new(OsFs), dir.path().join(FOLLOWING));
+        let day = Duration::from_secs(24 * 3600);
+        let status = || json!({});
+        drop(StatusFile::start(&fs, path.clone(), day, Afterwards::Kept, status).unwrap());
+        assert_eq!(read(&OsFs, &path).unwrap().status["interval_ms"], millis(INTERVAL_MAX));
     }
 }

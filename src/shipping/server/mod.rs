@@ -108,7 +108,8 @@ pub struct ServeOptions {
     /// shipped. Without an access list, everybody who can reach the address can have the journal.
     pub allow_plaintext_off_loopback: bool,
     /// How often it is written down who follows and how far they are, for `headwater lag` and `peer ls` beside this process:
-    /// into the file `serving-ADDRESS` in the store's directory, in place, never synced. `None`: it isn't. Default 1 s.
+    /// into the file `serving-ADDRESS` in the store's directory, in place, never synced. It is believed for three intervals. From 10 ms to
+    /// 60 s: what is less or more counts as that. `None`: it isn't. Default 1 s.
     pub status_interval: Option<Duration>,
     /// In what shape events are published in filtered feeds. Default: as they are stored. Mirrors aren't concerned.
     pub shape: Option<Shape>,
