@@ -193,17 +193,34 @@ fn print_list(out: &mut impl Write, places: &[Place]) -> io::Result<()> {
     print_ends(out, places)?;
     writeln!(out, "{}", table.trim_fmt())?;
     for link in places.iter().flat_map(|place| &place.links) {
-        let error = link.get("error");
-        let part = |name: &str| error.get(name).and_then(Value::as_str);
-        if let (Some(code), Some(message)) = (part("code"), part("message")) {
-            writeln!(out, "\n{}: error[{code}]: {message}", link.text("of").unwrap_or_default())?;
-            writeln!(out, "  hint: {}", part("hint").unwrap_or_default())?;
-        }
+        print_errors(out, link)?;
     }
     for place in places {
         for refused in place.refused.iter().filter_map(counts).filter(|counts| counts != "-") {
             writeln!(out, "\n{}: connections that came to no subscription: {refused}", place.of)?;
         }
+    }
+    Ok(())
+}
+
+/// Why it isn't there; then, of several addresses at which it could be, why not at each of the others.
+fn print_errors(out: &mut impl Write, link: &Link) -> io::Result<()> {
+    let (of, at) = (link.text("of").unwrap_or_default(), link.text("address"));
+    print_error(out, of, link.get("error"))?;
+    for upstream in link.get("upstreams").as_array().into_iter().flatten() {
+        let address = upstream.get("address").and_then(Value::as_str).unwrap_or_default();
+        if let Some(error) = upstream.get("error").filter(|_| at != Some(address)) {
+            print_error(out, &format!("{of} at {address}"), error)?;
+        }
+    }
+    Ok(())
+}
+
+fn print_error(out: &mut impl Write, of: &str, error: &Value) -> io::Result<()> {
+    let part = |name: &str| error.get(name).and_then(Value::as_str);
+    if let (Some(code), Some(message)) = (part("code"), part("message")) {
+        writeln!(out, "\n{of}: error[{code}]: {message}")?;
+        writeln!(out, "  hint: {}", part("hint").unwrap_or_default())?;
     }
     Ok(())
 }

@@ -171,6 +171,10 @@ pub enum ShippingError {
     /// What answers at the address is a relay that hasn't heard from its origin for a while; others were asked.
     #[error("the relay at this address doesn't hear from its origin")]
     Apart,
+    /// Nobody was asked at this address: a mirror that has yet to be made, and wasn't told which journal it will be, gets
+    /// that of the first address ([`FollowOptions::journal_id`](super::FollowOptions::journal_id)).
+    #[error("not asked before the first address has said which journal it is")]
+    NotAsked,
     /// The connection was closed.
     #[error("the origin closed the connection")]
     Disconnected,
@@ -291,6 +295,7 @@ impl ShippingError {
             | Self::Setup(_)
             | Self::Cycle { .. }
             | Self::Apart
+            | Self::NotAsked
             | Self::Disconnected
             | Self::GoingAway { .. }
             | Self::Timeout(_)
@@ -348,6 +353,7 @@ impl ShippingError {
             Self::Setup(_) => "shipping.setup",
             Self::Feed(error) => error.code(),
             Self::Apart => "shipping.apart",
+            Self::NotAsked => "shipping.not_asked",
             Self::Disconnected => "shipping.disconnected",
             Self::GoingAway { .. } => "shipping.going_away",
             Self::Timeout(_) => "shipping.timeout",
@@ -406,6 +412,9 @@ impl ShippingError {
             }
             Self::Setup(_) => "raise the limits on threads and open files; attempts go on",
             Self::Apart => "see the relay: whom does it follow, and why not? Attempts go on",
+            Self::NotAsked => {
+                "name the journal (FollowOptions::journal_id), or put an address first that answers; attempts at the first go on"
+            }
             Self::Disconnected | Self::GoingAway { .. } | Self::Timeout(_) => {
                 "nothing: attempts go on"
             }

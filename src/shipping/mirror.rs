@@ -78,7 +78,8 @@ pub struct FollowOptions {
     /// How the mirror is written.
     pub journal: JournalOptions,
     /// Which journal is followed, where several are served. Default `None`: that of the mirror, and of one that has yet
-    /// to be made the own journal of who is at the first address; the others are not asked before there is a mirror.
+    /// to be made the own journal of who is at the first address; the others are not asked before there is a mirror, and
+    /// [their status](MirrorStatus::upstreams) says so ([`ShippingError::NotAsked`]).
     pub journal_id: Option<JournalId>,
     /// How long the origin may take, and how often it is told that this side is alive.
     pub deadlines: Deadlines,
@@ -107,7 +108,8 @@ pub struct FollowOptions {
     /// [`ViewControl::export_base`]: crate::view::ViewControl::export_base
     pub begin_with: Option<PathBuf>,
     /// How often it is written down how the mirror does, for `headwater lag` and `peer ls` beside this process: into the file
-    /// `following` beside the mirror's journal, in place, never synced. `None`: it isn't. Default 1 s.
+    /// `following` beside the mirror's journal, in place, never synced. It is believed for three intervals. From 10 ms to
+    /// 60 s: what is less or more counts as that. `None`: it isn't. Default 1 s.
     pub status_interval: Option<Duration>,
 }
 
@@ -742,8 +744,12 @@ impl Shared {
 
     /// Who doesn't know yet which journal to follow follows the first one's.
     fn usable(&self) -> usize {
-        let is_known = self.options.journal_id.is_some() || self.state.lock().journal.is_some();
-        if is_known { self.addresses.as_slice().len() } else { 1 }
+        let knows = self.knows_journal(&self.state.lock());
+        if knows { self.addresses.as_slice().len() } else { 1 }
+    }
+
+    fn knows_journal(&self, state: &State) -> bool {
+        self.options.journal_id.is_some() || state.journal.is_some()
     }
 
     /// Tries one upstream after the other, until one has served for a while, or has said what nobody else can say
@@ -1053,10 +1059,11 @@ impl Shared {
         let since = state.session_since;
         let address =
             |number: usize| self.addresses.as_slice().get(number).cloned().unwrap_or_default();
+        let not_asked = (!self.knows_journal(state)).then_some(ShippingError::NotAsked);
         let upstream = |(number, last_error): (usize, &Option<ShippingError>)| UpstreamStatus {
             address: address(number),
             is_in_use: connected && number == state.upstream,
-            last_error: last_error.clone(),
+            last_error: last_error.clone().or_else(|| not_asked.clone().filter(|_| number > 0)),
         };
         let upstreams = state.upstream_errors.iter().enumerate().map(upstream).collect();
         MirrorStatus {

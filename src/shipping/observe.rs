@@ -141,6 +141,7 @@ impl From<&ShippingError> for EndReason {
             | ShippingError::Open(_) => Self::Storage,
             ShippingError::Plaintext { .. }
             | ShippingError::Security(_)
+            | ShippingError::NotAsked
             | ShippingError::Setup(_) => Self::Settings,
         }
     }

@@ -78,7 +78,7 @@ pub struct UpstreamStatus {
     pub address: String,
     /// The mirror is getting its journal from it.
     pub is_in_use: bool,
-    /// Why the last attempt or session with it ended.
+    /// Why the last attempt or session with it ended; or that it [wasn't asked](ShippingError::NotAsked), and why.
     pub last_error: Option<ShippingError>,
 }
 

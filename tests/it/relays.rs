@@ -365,9 +365,22 @@ fn a_mirror_that_knows_no_journal_yet_takes_that_of_its_first_upstream() {
     let upstreams = [origin.address.to_string(), other.address.to_string()];
     let leaf = start_leaf(&dir.path().join("leaf"), upstreams, options());
     until("the first is away", &leaf, |status| status.ends.total() >= 3);
-    assert!(leaf.journal().is_none() && leaf.status().upstreams[1].last_error.is_none());
+    assert!(leaf.journal().is_none());
+    let other_is = |status: &MirrorStatus| status.upstreams[1].last_error.clone();
+    match other_is(&leaf.status()) {
+        Some(error @ ShippingError::NotAsked) => assert!(error.hint().contains("journal_id")),
+        other => panic!("it wasn't asked, and nobody is told: {other:?}"),
+    }
     origin.open();
     assert_same_bytes(origin.store().journal(), &converged(&leaf, &origin));
+    assert!(other_is(&leaf.status()).is_none(), "it may be asked from now on");
+    leaf.stop().unwrap();
+    origin.close();
+    let named = FollowOptions { journal_id: Some(other.store().journal().id()), ..options() };
+    let upstreams = [origin.address.to_string(), other.address.to_string()];
+    let leaf = start_leaf(&dir.path().join("named"), upstreams, named);
+    assert!(other_is(&leaf.status()).is_none());
+    assert_same_bytes(other.store().journal(), &converged(&leaf, &other));
     let none = follow(Arc::new(OsFs), &dir.path().join("none"), Vec::<String>::new(), options());
     assert!(matches!(none, Err(ShippingError::Open(_))), "{none:?}");
 }

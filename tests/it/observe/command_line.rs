@@ -235,6 +235,24 @@ fn who_follows_a_mirror_is_listed_with_the_mirror_and_upstreams_each_for_itself(
     assert_eq!((&of(0)["address"], &of(0)["in_use"]), (&json!(unused), &json!(false)));
     assert_eq!(of(0)["error"]["code"], "shipping.connect");
     assert_eq!((&of(1)["address"], &of(1)["in_use"]), (&json!(relay), &json!(true)));
+    let text = ok(&["peer", "ls", &services.path("leaf")]);
+    let first = format!("mirrors/orders at {unused}: error[shipping.connect]: ");
+    assert!(text.contains(&first) && !text.contains(&format!("at {relay}: error")), "{text}");
+}
+
+/// Of several addresses, and without a name of the journal, a new mirror asks the first alone; whoever looks is told.
+#[test]
+fn a_new_mirror_that_waits_for_its_first_address_says_why_it_doesnt_ask_the_others() {
+    let services = Services::start();
+    let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let leaf = Store::create(services.dir.path().join("leaf")).unwrap();
+    let mirror = leaf.mirror("orders", [unused.clone(), services.address()]).unwrap();
+    mirror.wait_until(SOON, |status| status.last_error.is_some()).unwrap();
+    let link = services.link("leaf", |link| link["upstreams"][0]["error"].is_object());
+    assert_eq!(link["upstreams"][1]["error"]["code"], "shipping.not_asked", "{link}");
+    let text = ok(&["peer", "ls", &services.path("leaf")]);
+    let second = format!("mirrors/orders at {}: error[shipping.not_asked]: ", services.address());
+    assert!(text.contains(&second) && text.contains("journal_id"), "{text}");
 }
 
 #[test]
