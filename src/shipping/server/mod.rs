@@ -94,7 +94,8 @@ pub struct ServeOptions {
     pub sources: Vec<String>,
     /// No peer gets more than this many bytes ahead of its acknowledgements. Default 64 MiB.
     pub window_bytes_max: u32,
-    /// So many threads read for those that catch up, and compare histories. At least 1, default 2.
+    /// So many threads read for those that catch up, compare histories and sift filtered feeds. At least 1, default 2.
+    /// A [`shape`](Self::shape) that hangs holds one of them until it returns.
     pub catch_up_threads: usize,
     /// How long commits are collected before they are sent: with more than so many live subscribers, they are sent
     /// to at most once in so long. What is committed later than that after the last time is sent at once. By
@@ -532,7 +533,7 @@ impl Server {
     }
 
     /// Says goodbye to everybody, closes all connections and waits for all threads to end: a second at
-    /// most, unless the disk doesn't answer.
+    /// most, unless the disk or a [`shape`](ServeOptions::shape) doesn't answer.
     pub fn shutdown(mut self) {
         self.stop();
     }
