@@ -35,7 +35,7 @@ use super::link::{Arrived, Link};
 use super::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, OriginEnd, Presented, Speaker,
 };
-use super::observe::{EndReason, Ends, LookUp};
+use super::observe::{EndReason, Ends};
 use super::relay::{Relay, Standing};
 use super::security::{AccessToken, ClientTls, TokenSource};
 use super::session::{
@@ -220,7 +220,8 @@ pub struct MirrorStatus {
     origin_now_us: Option<i64>,
     /// How long ago the origin told an end that the mirror has reached.
     caught_up: Option<Duration>,
-    journal: Option<LookUp>,
+    /// To look something up in.
+    journal: Option<Journal>,
 }
 
 impl MirrorStatus {
@@ -258,7 +259,7 @@ impl MirrorStatus {
     /// How long ago the last event in front of this was recorded.
     fn age_of(&self, mirrored: Checkpoint) -> Option<Duration> {
         let last = Position::new(mirrored.position.get().checked_sub(1)?);
-        let recorded_us = self.journal.as_ref()?.0.recorded_at_us(last)?;
+        let recorded_us = self.journal.as_ref()?.recorded_at_us(last)?;
         let age_us = self.origin_now_us?.checked_sub(recorded_us)?;
         u64::try_from(age_us).ok().map(Duration::from_micros)
     }
@@ -1083,7 +1084,7 @@ impl Shared {
             orphans: state.orphans.clone(),
             origin_now_us: state.told.clock.map(now_there),
             caught_up: state.caught_up_at.map(|at| at.elapsed()),
-            journal: state.journal.clone().map(LookUp),
+            journal: state.journal.clone(),
             lag_is_known: connected && heard.is_some_and(fresh) && state.upstream_is_current(),
         }
     }

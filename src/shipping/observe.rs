@@ -9,7 +9,6 @@ use super::feed::FeedError;
 use super::message::ErrorCode;
 use super::session::SessionEnd;
 use crate::error::IngestError;
-use crate::journal::Journal;
 
 /// Why a connection ended, or didn't come about; the same kinds at both ends.
 ///
@@ -162,16 +161,6 @@ impl From<&SessionEnd> for EndReason {
             SessionEnd::Cycle(_) => Self::Cycle,
             SessionEnd::Apart => Self::Behind,
         }
-    }
-}
-
-/// A journal that a status looks something up in; in `Debug` output there is only its id.
-#[derive(Clone)]
-pub(super) struct LookUp(pub(super) Journal);
-
-impl fmt::Debug for LookUp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "LookUp({})", self.0.id())
     }
 }
 

@@ -51,7 +51,7 @@ use self::feeds::{Feed, Feeds};
 use self::visits::{Guests, Visits};
 use super::error::ServeError;
 use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, FeedTerms};
-use super::observe::{Ends, LookUp};
+use super::observe::Ends;
 use super::relay::Served;
 use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
@@ -225,14 +225,15 @@ pub struct PeerStatus {
     pub end: Checkpoint,
     heard_lately: bool,
     now_us: i64,
-    journal: Option<LookUp>,
+    /// To look something up in.
+    journal: Option<Journal>,
 }
 
 impl PeerStatus {
     /// The journal that it gets, once it has subscribed.
     #[must_use]
     pub fn journal(&self) -> Option<JournalId> {
-        self.journal.as_ref().map(|journal| journal.0.id())
+        self.journal.as_ref().map(Journal::id)
     }
 
     /// How many events are durable here and, as far as it has said, not there; `None` if that isn't known.
@@ -258,7 +259,7 @@ impl PeerStatus {
         if acked.offset >= self.end.offset {
             return Some(Duration::ZERO);
         }
-        let recorded_us = self.journal.as_ref()?.0.recorded_at_us(acked.position)?;
+        let recorded_us = self.journal.as_ref()?.recorded_at_us(acked.position)?;
         u64::try_from(self.now_us.checked_sub(recorded_us)?).ok().map(Duration::from_micros)
     }
 
@@ -274,7 +275,7 @@ impl PeerStatus {
     /// follows the acknowledgements within ten seconds.
     #[must_use]
     pub fn held_bytes(&self) -> Option<u64> {
-        self.journal.as_ref().zip(self.acked).map(|(it, acked)| it.0.held_bytes(acked.position))
+        self.journal.as_ref().zip(self.acked).map(|(it, acked)| it.held_bytes(acked.position))
     }
 
     fn known_ack(&self) -> Option<Checkpoint> {
@@ -424,7 +425,7 @@ impl Peer {
             end,
             heard_lately: heard <= lately,
             now_us: journal.map_or(0, |journal| journal.fs().now_us()),
-            journal: journal.cloned().map(LookUp),
+            journal: journal.cloned(),
         }
     }
 }
