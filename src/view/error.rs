@@ -66,16 +66,17 @@ pub enum ViewError {
         /// Who holds it.
         owner: String,
     },
-    /// The view has applied events that a journal which is appended to here no longer has: the journal has lost its tail,
-    /// or was restored from an older copy. Nothing was changed; the view is the witness of the loss.
+    /// The view, or another one over the same journals, has applied events that a journal which is appended to here no
+    /// longer has: the journal has lost its tail, or was restored from an older copy. Nothing was changed; the view, or the
+    /// order in which the journals were taken in, is the witness of the loss.
     #[error(
-        "view {view} has applied journal {} up to position {}, but the journal ends at position {end}: \
-         its tail is lost", checkpoint.journal, checkpoint.position
+        "view {view}: journal {} was taken in up to position {}, but ends at position {end}: its tail is lost",
+        checkpoint.journal, checkpoint.position
     )]
     LostTail {
-        /// The view.
+        /// The view that is refused.
         view: &'static str,
-        /// How far the view has got with this journal.
+        /// How far the journal was taken in.
         checkpoint: Checkpoint,
         /// Where the journal ends.
         end: Position,

@@ -336,14 +336,16 @@ impl Default for ViewOptions {
     }
 }
 
-/// What to do when the own journal has lost events that the view has applied.
+/// What to do when the own journal has lost events that the view has applied, or, of several journals, another view over
+/// the same.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LostTail {
     /// Refuse to open the view: [`ViewError::LostTail`].
     #[default]
     Refuse,
-    /// The loss is accepted: set the generation aside and build the next one from what is left.
+    /// The loss is accepted: set the generation aside and build the next one from what is left. The order in which several
+    /// journals are taken in forgets what is lost, also for the other views over them.
     SetAside,
 }
 

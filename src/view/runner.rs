@@ -214,7 +214,7 @@ fn open_live<P: Program>(
     let open = |path: &Path| openings.open(path, &options.memory);
     let live = folder.live()?.map(|path| open(&path)).transpose()?;
     let begin = |folder: &mut Generations| {
-        intake.heed(sources)?;
+        heed::<P>(sources, intake, options.lost_tail)?;
         begin_live(view, folder, &open, sources, building)
     };
     let Some(db) = live else { return begin(folder) };
@@ -228,7 +228,8 @@ fn open_live<P: Program>(
     let (progress, judgement) = match db.begin(&view.identity(), nothing(sources)) {
         Ok(progress) => {
             let judgement = judge::<P>(sources, &progress.checkpoints, options.lost_tail)?;
-            let ordered = judge_order(sources, intake, &progress.checkpoints, judgement)?;
+            let sources_in_order = (sources, intake, options.lost_tail);
+            let ordered = judge_order::<P>(sources_in_order, &progress.checkpoints, judgement)?;
             (progress, ordered)
         }
         Err(source) if source.kind() == StorageErrorKind::OtherShape => {
@@ -354,18 +355,33 @@ fn judge<P: Program>(
 }
 
 /// Rows that were made in another order than is recorded are made anew, if they can be.
-fn judge_order(
-    sources: &Sources,
-    intake: &Intake,
+fn judge_order<P: Program>(
+    (sources, intake, lost_tail): (&Sources, &Intake, LostTail),
     checkpoints: &Checkpoints,
     judgement: Judgement,
 ) -> Result<Judgement, ViewError> {
     if !matches!(judgement, Judgement::GoOn | Judgement::AwaitMirror) {
         return Ok(judgement);
     }
-    intake.heed(sources)?;
+    heed::<P>(sources, intake, lost_tail)?;
     let is_in_order = intake.leads_to(checkpoints)? || sources.truncated().is_some();
     Ok(if is_in_order { judgement } else { Judgement::SetAside })
+}
+
+/// Cuts what is of a lost history out of the recorded order. All views over these journals go by that, and are of use again if
+/// the loss is mended: so as long as nobody has accepted the loss, the order is as good a witness as a checkpoint, and stays.
+fn heed<P: Program>(
+    sources: &Sources,
+    intake: &Intake,
+    lost_tail: LostTail,
+) -> Result<(), ViewError> {
+    // Who only reads a journal may get as far again.
+    for journal in sources.iter().filter(|it| it.is_written_here()) {
+        if let Some(recorded) = intake.end_of(journal.id()) {
+            judge_one::<P>(journal, &recorded, lost_tail)?;
+        }
+    }
+    intake.heed(sources)
 }
 
 impl Judgement {

@@ -216,6 +216,17 @@ impl World {
         }
     }
 
+    /// Does something to the files of a store while nothing of it is open.
+    fn reopen_store(&mut self, which: usize, meanwhile: impl FnOnce()) {
+        self.close_all();
+        let closed = self.stores.remove(which);
+        closed.close().unwrap();
+        drop(closed);
+        meanwhile();
+        let dir = self.dir.join(format!("store-{which}"));
+        self.stores.insert(which, Store::open(dir).unwrap());
+    }
+
     fn reopen_all(&mut self, meanwhile: impl FnOnce(&mut Self)) {
         let names: Vec<_> = self.opened.keys().copied().collect();
         self.close_all();
@@ -364,20 +375,12 @@ fn what_is_recorded_of_a_lost_history_is_forgotten_from_where_it_parts() {
         world.close_all(); // it has nothing of what will be lost
         let early = world.opened.len();
         assert_eq!(early, 0);
-        let reopen = |world: &mut World, meanwhile: &dyn Fn()| {
-            let closed = world.stores.remove(1);
-            closed.close().unwrap();
-            drop(closed);
-            meanwhile();
-            world.stores.insert(1, Store::open(dir.path().join("store-1")).unwrap());
-        };
-        reopen(&mut world, &|| copy_dir(&journal, &older));
+        world.reopen_store(1, || copy_dir(&journal, &older));
         world.open("first");
         world.append_some(30);
         world.append(1, &[2]);
         world.rows();
-        world.close_all();
-        reopen(&mut world, &|| replace_dir(&older, &journal));
+        world.reopen_store(1, || replace_dir(&older, &journal));
         let is_longer = world.rng.bool();
         let refuse = || {
             let refused =
@@ -406,6 +409,57 @@ fn what_is_recorded_of_a_lost_history_is_forgotten_from_where_it_parts() {
         tokens.for_each(|token| first.control.wait_for(token, PATIENCE).unwrap());
         assert_eq!((first.rows)(), rows);
         assert!(first.control.check(RebuildOptions::default()).unwrap().is_equal());
+    }
+}
+
+/// A view that has nothing of what is lost would cut the order out from under the views that come back with it.
+#[test]
+fn the_order_outlives_a_loss_that_is_mended_and_whatever_is_opened_in_between() {
+    for seed in 45..47 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut world = World::new(dir.path(), seed, 2);
+        let (journal, older) = (dir.path().join("store-1/journal"), dir.path().join("older"));
+        let newer = dir.path().join("newer");
+        world.append_some(20);
+        ["first", "second"].into_iter().for_each(|name| world.open(name));
+        world.append(1, &[1]);
+        world.rows();
+        world.opened.remove("second").unwrap().control.close().unwrap(); // it has nothing of what will be lost
+        world.reopen_store(1, || copy_dir(&journal, &older));
+        world.open("first");
+        world.append_some(30);
+        world.append(1, &[2]);
+        world.append(0, &[2]);
+        let seen = world.rows();
+        world.reopen_store(1, || {
+            copy_dir(&journal, &newer);
+            replace_dir(&older, &journal);
+        });
+        let log = std::fs::read(world.log()).unwrap();
+        let options = ViewOptions::default;
+        for open in [open_keyed::<2, 1>, open_keyed::<1, 1>, open_keyed::<0, 2>] {
+            let refused = open(&world.stores[0], &world.journals(), options()).map(drop);
+            let Err(ViewError::LostTail { checkpoint, .. }) = refused else {
+                panic!("{refused:?}")
+            };
+            assert_eq!(checkpoint.position, world.tokens[1].unwrap().position);
+            assert_eq!(std::fs::read(world.log()).unwrap(), log);
+        }
+        world.reopen_store(1, || replace_dir(&newer, &journal));
+        ["third", "first", "second"].into_iter().for_each(|name| world.open(name));
+        assert_eq!(world.rows(), seen);
+        // Who has accepted the loss decides for all.
+        world.reopen_store(1, || replace_dir(&older, &journal));
+        world.tokens[1] = None;
+        let options = ViewOptions { lost_tail: LostTail::SetAside, ..options() };
+        let new = open_keyed::<0, 2>(&world.stores[0], &world.journals(), options).unwrap();
+        assert!(std::fs::read(world.log()).unwrap().len() < log.len());
+        let own = open_keyed::<0, 1>(&world.stores[0], &world.journals(), ViewOptions::default());
+        assert!(
+            matches!(own.map(drop), Err(ViewError::LostTail { .. })),
+            "it is asked itself, too"
+        );
+        drop(new);
     }
 }
 

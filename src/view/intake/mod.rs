@@ -104,7 +104,13 @@ impl Intake {
         Ok(log.map(|log| Self { log: Some(Arc::new(log)) }))
     }
 
-    /// Forgets what is of a history that a journal has no more. For whoever knows that no view is the witness of a loss.
+    /// Up to where the journal was taken in last.
+    pub(super) fn end_of(&self, journal: JournalId) -> Option<Checkpoint> {
+        self.log.as_ref().map(|log| checkpoint(journal, log.end_of(journal)))
+    }
+
+    /// Forgets what is of a history that a journal has no more. For whoever knows that nothing of it is the witness of a loss
+    /// that nobody has accepted.
     pub(super) fn heed(&self, sources: &Sources) -> Result<(), ViewError> {
         self.log.as_ref().map_or(Ok(()), |log| log.heed(sources))
     }
@@ -150,17 +156,19 @@ impl Intake {
         let mut reached = sources.beginning();
         let mut runs = self.runs(sources);
         while let Some(run) = runs.peek()? {
-            let Link { offset, position, chain } = run.end;
-            let is_there = |it: &Journal| it.end().position >= position;
+            let is_there = |it: &Journal| it.end().position >= run.end.position;
             if !sources.get(run.journal).is_some_and(is_there) {
                 break;
             }
-            let at = Checkpoint { offset, position, chain, ..beginning(run.journal) };
-            reached = reached.moved(at);
+            reached = reached.moved(checkpoint(run.journal, run.end));
             runs.pop();
         }
         Ok(reached)
     }
+}
+
+fn checkpoint(journal: JournalId, Link { offset, position, chain }: Link) -> Checkpoint {
+    Checkpoint { offset, position, chain, ..beginning(journal) }
 }
 
 /// Of a journal that has no others beside it.
