@@ -111,15 +111,17 @@ impl IntakeHeader {
         if covered == header.front() { Ok(header) } else { Err(FormatError::Invalid("journals")) }
     }
 
-    /// The bytes of the record with this number; `None` if its journal isn't one of them.
+    /// The bytes of the record with this number, which is written together with so many others in front of it; `None` if its
+    /// journal isn't one of them.
     #[must_use]
-    pub fn encode_run(&self, number: u64, run: &Run) -> Option<[u8; RUN_BYTES]> {
+    pub fn encode_run(&self, number: u64, in_front: u16, run: &Run) -> Option<[u8; RUN_BYTES]> {
         let journal = self.journals.iter().position(|id| *id == run.journal)?;
         let mut out = Block::<RUN_BYTES>::new();
         out.put(0, &run.end.offset.to_le_bytes());
         out.put(8, &run.end.position.get().to_le_bytes());
         out.put(16, run.end.chain.as_bytes());
         out.put(32, &u16::try_from(journal).ok()?.to_le_bytes());
+        out.put(34, &in_front.to_le_bytes());
         let crc = self.crc_of(number, &out.0[..RUN_BYTES - CRC_BYTES]);
         out.put(RUN_BYTES - CRC_BYTES, &crc.to_le_bytes());
         Some(out.0)
@@ -130,6 +132,14 @@ impl IntakeHeader {
     /// # Errors
     /// [`FormatError`] if these aren't the bytes of one.
     pub fn decode_run(&self, number: u64, bytes: &[u8]) -> Result<Run, FormatError> {
+        self.decode_written(number, bytes).map(|(run, _)| run)
+    }
+
+    /// The same, and the number of the first record that was written together with it.
+    ///
+    /// # Errors
+    /// [`FormatError`] if these aren't the bytes of one.
+    pub fn decode_written(&self, number: u64, bytes: &[u8]) -> Result<(Run, u64), FormatError> {
         let bytes: &[u8; RUN_BYTES] = bytes.try_into().map_err(|_| FormatError::Truncated)?;
         let (covered, crc) = bytes.split_last_chunk::<4>().ok_or(FormatError::Truncated)?;
         if self.crc_of(number, covered) != u32::from_le_bytes(*crc) {
@@ -140,10 +150,9 @@ impl IntakeHeader {
         let chain = Chain::from_bytes(input.array()?);
         let journal = self.journals.get(usize::from(input.u16()?));
         let journal = *journal.ok_or(FormatError::Invalid("journal"))?;
-        if input.u16()? != 0 {
-            return Err(FormatError::Invalid("reserved bytes"));
-        }
-        Ok(Run { journal, end: Link { offset, position, chain } })
+        let in_front = number.checked_sub(u64::from(input.u16()?));
+        let first = in_front.ok_or(FormatError::Invalid("records in front"))?;
+        Ok((Run { journal, end: Link { offset, position, chain } }, first))
     }
 
     /// A record counts in its own place in its own file only.
@@ -186,8 +195,9 @@ mod tests {
             bytes[bit / 8] ^= 1 << (bit % 8);
             assert!(IntakeHeader::decode(&bytes).is_err(), "bit {bit}");
         }
-        let bytes = header.encode_run(4, &run()).unwrap();
+        let bytes = header.encode_run(4, 1, &run()).unwrap();
         assert_eq!(header.decode_run(4, &bytes), Ok(run()));
+        assert_eq!(header.decode_written(4, &bytes), Ok((run(), 3)));
         for bit in 0..RUN_BYTES * 8 {
             let mut bytes = bytes;
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -206,7 +216,7 @@ mod tests {
         assert_eq!(hex(&header.encode()[..16]), "894857494e540d0a0100020000000000");
         assert_eq!(header.encode()[16..48], [[1; 16], [2; 16]].concat());
         let run = Run { journal: JournalId::from_bytes([2; 16]), ..run() };
-        let bytes = header.encode_run(0, &run).unwrap();
+        let bytes = header.encode_run(0, 0, &run).unwrap();
         let front = [&640_u64.to_le_bytes()[..], &9_u64.to_le_bytes(), &[3; 16], &[1, 0, 0, 0]];
         assert_eq!(bytes[..36], front.concat());
     }

@@ -536,7 +536,7 @@ fn a_mirror_that_goes_on_in_another_way_than_was_recorded_stops_its_views_and_th
     end.offset += 64;
     end.position = Position::new(end.position.get() + 3);
     let run = Run { journal: mirrored.id(), end: end.into() };
-    let record = header.encode_run(0, &run).unwrap();
+    let record = header.encode_run(0, 0, &run).unwrap();
     let folder = world.views().join(".intake");
     std::fs::create_dir_all(&folder).unwrap();
     let log = folder.join(header.name());

@@ -8,7 +8,9 @@
 //!   are synced: there is one order, whoever the views are, in this process or another.
 //! - A record is known only when it is durable. The last write of another process may have been torn, or lie in the page
 //!   cache only: what can be of it is written again and synced before it is believed.
-//! - Only what was never known to anybody is cut, but for runs of a history that a journal has no more.
+//! - Only what was never known to anybody is cut, but for runs of a history that a journal has no more. A record tells which
+//!   ones were written together with it: only what can be of the last write is taken for torn. It is cut by whoever goes on behind
+//!   it; until then a view whose rows are further can tell that it was whole once.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -48,10 +50,10 @@ pub(in super::super) struct Log {
 struct Known {
     file: Arc<dyn File>,
     count: u64,
-    /// The last record, as it lies in the file: if another one is there, somebody has cut the file meanwhile.
-    last: Option<Run>,
     /// Where each journal is behind them, in the order of the ids.
     ends: Vec<Link>,
+    /// Number of each one's last record. If another one is there, somebody has cut the file meanwhile.
+    last: Vec<Option<u64>>,
     /// How often what was known was cut.
     cuts: u64,
 }
@@ -140,11 +142,7 @@ impl Log {
         let file = begin(&*self.fs, &self.path, &self.header)?;
         let mut now = Known { cuts: known.cuts, ..Known::new(file, &self.header) };
         self.adopt(&mut now)?;
-        let is_still_there = match known.count.checked_sub(1) {
-            None => true,
-            Some(last) => self.block(&*now.file, last, last + 1)?.last() == known.last.as_ref(),
-        };
-        now.cuts += u64::from(!is_still_there);
+        now.cuts += u64::from(!self.has(&*now.file, &known)?);
         *known = now;
         Ok(())
     }
@@ -167,6 +165,10 @@ impl Log {
             Ok(runs) if IntakeHeader::decode(front).as_ref() == Ok(&self.header) => runs,
             _ => return Ok(false),
         };
+        let mut way = Way::new(&self.header, at);
+        if !runs.iter().find_map(|run| way.pass(run)).unwrap_or_else(|| way.is_there(None)) {
+            return Ok(false);
+        }
         let mut known = self.known.lock();
         let _lock = lock_patiently(&*self.fs, &lock_of(&self.path))?;
         if known.count == 0 {
@@ -278,12 +280,13 @@ impl Log {
         if !runs.iter().all(|run| self.learn(&mut next, run)) {
             return Err(self.stale()); // a journal goes on in another way than was recorded
         }
-        let numbered = (known.count..).zip(runs);
+        let numbered = (0_u16..).zip(known.count..).zip(runs);
         let bytes: Vec<u8> = numbered
-            .filter_map(|(number, run)| self.header.encode_run(number, run))
+            .filter_map(|((in_front, number), run)| self.header.encode_run(number, in_front, run))
             .flatten()
             .collect();
         let at = self.header.offset_of(known.count);
+        self.cut_torn(known).context(ACTION, &self.path)?;
         let written = write_all_at(&*known.file, &bytes, at).and_then(|()| known.file.sync_data());
         if written.is_err() {
             // An effort: what is left of it is found by whoever appends next, and written again.
@@ -296,22 +299,41 @@ impl Log {
 
     /// What others have appended since, which is durable then, or else isn't known. Under the lock.
     fn adopt(&self, known: &mut Known) -> Result<(), ViewError> {
-        if let Some(last) = known.count.checked_sub(1)
-            && self.block(&*known.file, last, known.count)?.last() != known.last.as_ref()
-        {
+        if !self.has(&*known.file, known)? {
             return Err(self.stale());
         }
         let mut found = known.clone();
         self.read_on(&mut found)?;
         let size = self.check_tail(&found)?;
-        let end = self.header.offset_of(found.count);
-        if size > end {
-            found.file.set_len(end).context(ACTION, &self.path)?;
-        }
-        if size > end || found.count > known.count {
+        if size > self.header.offset_of(found.count) || found.count > known.count {
             self.write_again(&found, known.count).context(ACTION, &self.path)?;
         }
         *known = found;
+        Ok(())
+    }
+
+    /// Whether what is known is in this file. Each journal's last record is compared: whoever cuts the file does so because of
+    /// a run of a history that is lost, and so takes that journal's last one away, which isn't recorded again. If it were,
+    /// because the history has come back meanwhile, then where the journals are would be right, and whoever goes on from there.
+    fn has(&self, file: &dyn File, known: &Known) -> Result<bool, IoError> {
+        let ends = self.header.journals().iter().zip(&known.ends).zip(&known.last);
+        for ((journal, end), last) in ends {
+            let Some(last) = *last else { continue };
+            let run = Run { journal: *journal, end: *end };
+            if self.block(file, last, last + 1)?.first() != Some(&run) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Of what lies behind what is known, nothing may be taken for a continuation of what is written there next.
+    fn cut_torn(&self, known: &Known) -> io::Result<()> {
+        let end = self.header.offset_of(known.count);
+        if known.file.size()? > end {
+            known.file.set_len(end)?;
+            known.file.sync_data()?;
+        }
         Ok(())
     }
 
@@ -326,12 +348,24 @@ impl Log {
         found.file.sync_data()
     }
 
-    /// What isn't whole can only be the last write, which has one run of each journal at the most. The file's size.
+    /// What isn't whole can only be of the last write, which has one run of each journal at the most. The file's size.
     fn check_tail(&self, known: &Known) -> Result<u64, ViewError> {
         let size = known.file.size().context(ACTION, &self.path)?;
-        let torn = size.saturating_sub(self.header.offset_of(known.count));
+        let from = self.header.offset_of(known.count);
         let in_one_write = self.header.journals().len() as u64 * RUN_BYTES as u64;
-        if torn > in_one_write { Err(self.damaged(known.count)) } else { Ok(size) }
+        let torn = size.saturating_sub(from);
+        if torn > in_one_write {
+            return Err(self.damaged(known.count));
+        }
+        let mut bytes = vec![0; torn as usize];
+        let read = read_full_at(&*known.file, &mut bytes, from).context(ACTION, &self.path)?;
+        bytes.truncate(read);
+        // A write begins when all in front of it is durable.
+        let mut behind = (known.count..).zip(bytes.chunks(RUN_BYTES)).skip(1);
+        let is_later = |(n, bytes)| {
+            self.header.decode_written(n, bytes).is_ok_and(|(_, first)| first > known.count)
+        };
+        if behind.any(is_later) { Err(self.damaged(known.count)) } else { Ok(size) }
     }
 
     /// Reads what lies behind what is known.
@@ -357,7 +391,9 @@ impl Log {
             return false;
         }
         *end = run.end;
-        known.last = Some(*run);
+        if let Some(last) = at.and_then(|at| known.last.get_mut(at)) {
+            *last = Some(known.count);
+        }
         known.count += 1;
         true
     }
@@ -448,26 +484,29 @@ impl Log {
 
     /// Whether views that have come as far as `at` have taken the journals in in this order.
     pub(super) fn leads_to(&self, at: &Checkpoints) -> Result<bool, ViewError> {
-        let mut here: Vec<(JournalId, Position)> =
-            self.header.journals().iter().map(|id| (*id, Position::START)).collect();
-        let is_there = |here: &[(JournalId, Position)], but: Option<JournalId>| {
-            let mut others = here.iter().filter(|(id, _)| Some(*id) != but);
-            others.all(|(id, position)| at.position(*id) == *position)
-        };
+        let mut way = Way::new(&self.header, at);
         let mut mark = self.beginning();
         loop {
             let runs = self.next(&mut mark)?;
             if runs.is_empty() {
-                return Ok(is_there(&here, None));
+                break;
             }
-            for Run { journal, end } in runs {
-                if at.position(journal) < end.position {
-                    return Ok(is_there(&here, Some(journal)));
-                }
-                let moved = here.iter_mut().find(|(id, _)| *id == journal);
-                moved.into_iter().for_each(|(_, position)| *position = end.position);
+            if let Some(found) = runs.iter().find_map(|run| way.pass(run)) {
+                return Ok(found);
             }
         }
+        if way.is_there(None) {
+            return Ok(true);
+        }
+        // Views are never ahead of what is recorded: what looks torn behind it was whole once.
+        let file = Arc::clone(&self.known.lock().file);
+        let size = file.size().context(ACTION, &self.path)?;
+        let (next, behind) = (mark.count, mark.count + 1);
+        let is_there = size >= self.header.offset_of(behind);
+        if is_there && self.block(&*file, next, behind)?.is_empty() {
+            return Err(self.damaged(next));
+        }
+        Ok(false)
     }
 
     pub(super) fn stale(&self) -> ViewError {
@@ -483,7 +522,35 @@ impl Log {
 impl Known {
     fn new(file: Arc<dyn File>, header: &IntakeHeader) -> Self {
         let ends = header.journals().iter().map(|id| start_of(*id)).collect();
-        Self { file, count: 0, last: None, ends, cuts: 0 }
+        Self { file, count: 0, ends, last: vec![None; header.journals().len()], cuts: 0 }
+    }
+}
+
+/// Follows a recorded order until it is known whether somebody who is at `at` has come along it.
+struct Way<'a> {
+    at: &'a Checkpoints,
+    here: Vec<(JournalId, Position)>,
+}
+
+impl<'a> Way<'a> {
+    fn new(header: &IntakeHeader, at: &'a Checkpoints) -> Self {
+        Self { at, here: header.journals().iter().map(|id| (*id, Position::START)).collect() }
+    }
+
+    /// The next run; `None` if it ends in front of `at`.
+    fn pass(&mut self, Run { journal, end }: &Run) -> Option<bool> {
+        if self.at.position(*journal) < end.position {
+            return Some(self.is_there(Some(*journal)));
+        }
+        let moved = self.here.iter_mut().find(|(id, _)| id == journal);
+        moved.into_iter().for_each(|(_, position)| *position = end.position);
+        None
+    }
+
+    /// Whether all of the journals, or all but this one, are where they are at `at`.
+    fn is_there(&self, but: Option<JournalId>) -> bool {
+        let mut others = self.here.iter().filter(|(id, _)| Some(*id) != but);
+        others.all(|(id, position)| self.at.position(*id) == *position)
     }
 }
 

@@ -118,11 +118,11 @@ fn what_anybody_has_followed_is_there_whatever_dies_or_fails() {
             for plan in plans.into_iter().chain([dies, stays]) {
                 let what = format!("seed {seed}, {plan:?}");
                 let (fs, mut followed) = run(&plan);
+                fs.clear_faults(); // one that applies to nothing that was done is still to come
                 if fs.down() == Some(crate::fs::sim::Down::Kill) {
                     fs.kill();
                     followed.push(assert_settled(&fs, &ids, &followed, &what));
                 }
-                fs.clear_faults();
                 for fork in 0..3 {
                     let fs = fs.fork(fork);
                     match fork {
@@ -136,47 +136,105 @@ fn what_anybody_has_followed_is_there_whatever_dies_or_fails() {
     }
 }
 
-/// Nothing that can be read hides behind it: it isn't the last write.
-#[test]
-fn what_rots_is_told_with_its_place_and_a_torn_tail_is_cut() {
-    let fs = SimFs::new(1);
-    let ids = ids(3);
-    let mut rng = Rng::with_seed(1);
-    let mut follower = Follower::open(&fs, &ids).unwrap();
-    while follower.followed.len() < 12 {
-        follower.go_on(&mut rng, &ids).unwrap();
-    }
-    let (path, followed) = (path(&ids), std::mem::take(&mut follower.followed));
-    let at = |n: usize| IntakeHeader::new(ids.clone()).offset_of(n as u64);
-    let length = fs.raw(&path).unwrap().len();
-    assert_eq!(length as u64, at(followed.len()));
-    for byte in 0..length {
-        let fs = fs.fork(byte as u64);
-        fs.flip_bit(&path, byte as u64, 3);
-        let opened = Follower::open(&fs, &ids);
-        let is_last = byte as u64 >= at(followed.len() - 3);
-        match opened.map(|it| it.log.mark().count) {
-            Ok(count) => assert!(is_last && at(count as usize) <= byte as u64, "byte {byte}"),
-            Err(ViewError::DamagedIntake { file_offset, .. }) => {
-                assert!(
-                    !is_last && (file_offset..file_offset + 40).contains(&(byte as u64))
-                        || byte < 68
-                );
-            }
-            Err(other) => panic!("{other}"),
+/// Where each of the first writes begins, and behind the last one.
+fn writes(follower: &mut Follower, rng: &mut Rng, ids: &[JournalId], count: usize) -> Vec<u64> {
+    let mut marks = vec![0];
+    while marks.len() <= count || follower.followed.len() as u64 != marks[marks.len() - 1] {
+        follower.go_on(rng, ids).unwrap();
+        let end = follower.log.mark().count;
+        if end > marks[marks.len() - 1] {
+            marks.push(end);
         }
     }
-    // Whole, and in its place, but not behind the one in front of it.
-    let again = IntakeHeader::new(ids.clone()).encode_run(followed.len() as u64, &followed[0]);
-    let longer = fs.fork(0);
-    longer.write_raw(&path, &[fs.raw(&path).unwrap(), again.unwrap().to_vec()].concat());
-    assert_eq!(assert_settled(&longer, &ids, &[], "twice"), followed);
-    for length in at(followed.len() - 1) as usize..length {
-        let fs = fs.fork(length as u64);
-        fs.write_raw(&path, &fs.raw(&path).unwrap()[..length]);
-        assert_settled(&fs, &ids, &[followed[..followed.len() - 1].to_vec()], "cut");
-        assert_eq!(fs.raw(&path).unwrap().len() as u64, at(followed.len() - 1), "torn bytes go");
+    marks
+}
+
+fn at_end_of(ids: &[JournalId], runs: &[Run]) -> Checkpoints {
+    let beginning = Checkpoints::of_all(ids.iter().map(|id| beginning(*id))).unwrap();
+    runs.iter().fold(beginning, |at, run| at.moved(checkpoint(run.journal, run.end)))
+}
+
+/// What can be of the last write may be torn, whatever else of that is there; anything in front of it can't, nor what a view
+/// has followed.
+#[test]
+fn what_rots_is_told_with_its_place_and_a_torn_tail_is_cut() {
+    let mut of_one = 0;
+    for seed in 0..8 {
+        let fs = SimFs::new(seed);
+        let ids = ids(3);
+        let mut rng = Rng::with_seed(seed);
+        let mut follower = Follower::open(&fs, &ids).unwrap();
+        let writes = writes(&mut follower, &mut rng, &ids, 7);
+        let (path, followed) = (path(&ids), std::mem::take(&mut follower.followed));
+        let at = |n: u64| IntakeHeader::new(ids.clone()).offset_of(n);
+        let (last, end) = (writes[writes.len() - 2], writes[writes.len() - 1]);
+        of_one += u64::from(end == last + 1);
+        let whole = fs.raw(&path).unwrap();
+        assert_eq!(whole.len() as u64, at(end));
+        let all = at_end_of(&ids, &followed);
+        for byte in 0..whole.len() as u64 {
+            let fs = fs.fork(byte);
+            fs.flip_bit(&path, byte, 3);
+            let rotten = fs.raw(&path).unwrap();
+            let record = byte.checked_sub(at(0)).map(|byte| byte / 40);
+            let is_told = |error: &ViewError| matches!(error, ViewError::DamagedIntake { file_offset, .. } if *file_offset == record.map_or(0, at));
+            let opened = match Follower::open(&fs, &ids) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    assert!(
+                        is_told(&error) && record.is_none_or(|it| it < last),
+                        "{byte}: {error}"
+                    );
+                    continue;
+                }
+            };
+            assert!(record.is_some_and(|it| it >= last), "seed {seed}, byte {byte}, {writes:?}");
+            assert_eq!(Some(opened.log.mark().count), record);
+            let known = record.unwrap() as usize;
+            assert!(opened.log.leads_to(&at_end_of(&ids, &followed[..known])).unwrap());
+            let error = opened.log.leads_to(&all).unwrap_err();
+            assert!(is_told(&error), "seed {seed}, byte {byte}: {error}");
+            assert_eq!(fs.raw(&path).unwrap(), rotten, "it stays");
+        }
+        // What is whole behind the torn one goes, too: it isn't what comes next.
+        let torn = fs.fork(1);
+        torn.flip_bit(&path, at(last), 3);
+        let next = Follower::open(&torn, &ids).unwrap();
+        let one = |end_of: &dyn Fn(JournalId) -> Link| {
+            let end = end_of(ids[0]);
+            let (offset, position) = (end.offset + 640, end.position.advance(100));
+            Ok::<_, ViewError>(vec![Run { journal: ids[0], end: Link { offset, position, ..end } }])
+        };
+        next.log.extend(next.log.mark(), one).unwrap();
+        assert_eq!(next.log.mark().count, last + 1);
+        assert_eq!(torn.raw(&path).unwrap().len() as u64, at(last + 1));
+        // Whole, and in its place, but not behind the one in front of it.
+        let again = IntakeHeader::new(ids.clone()).encode_run(end, 0, &followed[0]);
+        let longer = fs.fork(0);
+        longer.write_raw(&path, &[&whole[..], &again.unwrap()].concat());
+        assert_eq!(assert_settled(&longer, &ids, &[], "twice"), followed);
+        for length in at(end - 1)..at(end) {
+            let fs = fs.fork(length);
+            fs.write_raw(&path, &whole[..length as usize]);
+            let mut kept =
+                assert_settled(&fs, &ids, &[followed[..followed.len() - 1].to_vec()], "cut");
+            let mut next = Follower::open(&fs, &ids).unwrap();
+            while next.log.mark().count < end {
+                next.go_on(&mut rng, &ids).unwrap();
+            }
+            assert_eq!(
+                fs.raw(&path).unwrap().len() as u64,
+                at(next.log.mark().count),
+                "torn bytes go"
+            );
+            while next.followed.len() as u64 != next.log.mark().count {
+                next.go_on(&mut rng, &ids).unwrap();
+            }
+            kept.extend(next.followed.split_off(kept.len()));
+            assert_settled(&fs, &ids, &[kept], "gone on");
+        }
     }
+    assert!((1..8).contains(&of_one), "of one record, and of several: {of_one}");
 }
 
 /// Somebody else has cut what was followed: nothing may be taken for its continuation.
@@ -198,6 +256,106 @@ fn a_log_that_was_cut_under_its_followers_is_refused() {
         other.go_on(&mut rng, &ids).unwrap();
         let refused = follower.go_on(&mut rng, &ids);
         assert!(matches!(refused, Err(ViewError::StaleIntake { .. })), "{refused:?}");
+    }
+}
+
+/// Somebody else has cut it because of one journal, and gone on: with the very record of another journal that was the last.
+#[test]
+fn a_log_that_was_cut_and_ends_with_the_same_record_again_is_noticed() {
+    let dir = Path::new(DIR);
+    let run = |journal: JournalId, n: u64, chain: u8| {
+        let end =
+            Link { offset: n, position: Position::new(n), chain: Chain::from_bytes([chain; 16]) };
+        Run { journal, end }
+    };
+    let ids = ids(2);
+    let header = IntakeHeader::new(ids.clone());
+    let sim = SimFs::new(4);
+    let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+    let recorded = |lost: Run| -> Vec<u8> {
+        let runs = [run(ids[1], 2, 2), lost, run(ids[1], 5, 5)];
+        let records = (0..).zip(&runs).map(|(n, run)| header.encode_run(n, 0, run).unwrap());
+        [header.encode(), records.flatten().collect()].concat()
+    };
+    let all = |_: &dyn Fn(JournalId) -> Link| Ok::<_, ViewError>(vec![run(ids[1], 6, 6)]);
+    sim.write_raw(&path(&ids), &recorded(run(ids[0], 9, 1)));
+    let log = Log::shared(&fs, dir, &ids).unwrap();
+    let mark = log.mark();
+    for lost in [run(ids[0], 9, 7), run(ids[0], 4, 1)] {
+        let other = recorded(lost);
+        sim.write_raw(&path(&ids), &other);
+        let refused = log.extend(mark, all);
+        assert!(matches!(refused, Err(ViewError::StaleIntake { .. })), "{refused:?}");
+        assert_eq!(sim.raw(&path(&ids)).unwrap(), other);
+    }
+    // The next view finds out what there is now, and whoever followed the other one that it has changed.
+    let again = Log::shared(&fs, dir, &ids).unwrap();
+    assert!(Arc::ptr_eq(&log, &again));
+    assert_eq!(log.end_of(ids[0]), run(ids[0], 4, 1).end);
+    let refused = log.next(&mut mark.clone());
+    assert!(matches!(refused, Err(ViewError::StaleIntake { .. })), "{refused:?}");
+    log.extend(log.mark(), all).unwrap();
+    assert_eq!(log.mark().count, 4);
+}
+
+/// A journal that goes on in another way may be behind where it was taken in already: nobody could read that.
+#[test]
+fn a_run_that_cannot_be_the_next_one_of_its_journal_is_never_written() {
+    let sim = SimFs::new(5);
+    let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+    let ids = ids(2);
+    let log = Log::open(&fs, Path::new(DIR), &ids).unwrap();
+    let run = |which: usize, offset, position| {
+        let chain = Chain::from_bytes([position as u8; 16]);
+        Run { journal: ids[which], end: Link { offset, position: Position::new(position), chain } }
+    };
+    let extend = |runs: Vec<Run>| log.extend(log.mark(), |_| Ok::<_, ViewError>(runs));
+    extend(vec![run(0, 640, 10), run(1, 640, 10)]).unwrap();
+    let written = sim.raw(&path(&ids)).unwrap();
+    for (offset, position) in [(640, 12), (600, 12), (700, 10), (700, 4)] {
+        let refused = extend(vec![run(1, 900, 20), run(0, offset, position)]);
+        assert!(matches!(refused, Err(ViewError::StaleIntake { .. })), "{refused:?}");
+        assert_eq!(sim.raw(&path(&ids)).unwrap(), written);
+        assert_eq!((log.mark().count, log.end_of(ids[1])), (2, run(1, 640, 10).end));
+    }
+    extend(vec![run(0, 700, 12)]).unwrap();
+    assert_eq!(log.mark().count, 3);
+}
+
+/// What is brought from elsewhere, and isn't the order by which the rows were made, leaves no trace.
+#[test]
+fn an_order_from_elsewhere_is_judged_before_it_is_written() {
+    let ids = ids(2);
+    let header = IntakeHeader::new(ids.clone());
+    let run = |which: usize, to: u64| {
+        let end = Link {
+            offset: to * 64,
+            position: Position::new(to),
+            chain: Chain::from_bytes([1; 16]),
+        };
+        Run { journal: ids[which], end }
+    };
+    let bytes = |runs: &[Run]| {
+        let records = (0..).zip(runs).map(|(n, run)| header.encode_run(n, 0, run).unwrap());
+        [header.encode(), records.flatten().collect()].concat()
+    };
+    let at = at_end_of(&ids, &[run(0, 5), run(1, 3)]);
+    let theirs = [run(0, 5), run(1, 3), run(0, 9)];
+    let wrong: [&[Run]; 4] = [
+        &[run(0, 5), run(1, 2), run(0, 9), run(1, 3)], // past them
+        &[run(0, 5)],                                  // not up to them
+        &[run(0, 5), run(1, 3), run(0, 9), run(0, 8)], // back
+        &[run(0, 6), run(1, 3)],
+    ];
+    for wrong in wrong {
+        let sim = SimFs::new(6);
+        let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+        let log = Log::open(&fs, Path::new(DIR), &ids).unwrap();
+        let before = sim.raw(&path(&ids)).unwrap();
+        assert!(!log.install(&bytes(wrong), &at).unwrap(), "{wrong:?}");
+        assert_eq!(sim.raw(&path(&ids)).unwrap(), before, "{wrong:?}");
+        assert!(log.install(&bytes(&theirs), &at).unwrap(), "after {wrong:?}");
+        assert_eq!(sim.raw(&path(&ids)).unwrap(), bytes(&theirs));
     }
 }
 
