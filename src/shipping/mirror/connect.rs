@@ -95,7 +95,7 @@ fn check_plaintext(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shipping::security::Trust;
+    use crate::shipping::security::{ClientTls, Trust};
 
     #[test]
     fn of_several_addresses_only_those_on_loopback_are_used() {
