@@ -477,8 +477,8 @@ fn live(
         if let Err(error) = store.append(&append.durability(durability)) {
             // What it would ever react to it has reacted to: all that is shown, also on a disk that is gone.
             let end = store.journal().end().position;
-            let _ = handle.wait_reacted(end, Duration::from_millis(20));
-            return Err(text(&error));
+            let is_all = handle.wait_reacted(end, Duration::from_millis(20));
+            return Err(format!("{error}; all that is shown was reacted to: {is_all}"));
         }
         if rng.u8(..8) == 0 {
             let end = store.journal().end().position;
