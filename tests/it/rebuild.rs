@@ -23,7 +23,7 @@ use headwater::{
     StreamId, Token,
 };
 
-use crate::views::{copy_dir, replace_dir};
+use crate::views::{copy_dir, replace_dir, stopped, until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -211,16 +211,17 @@ fn little_memory_needs_several_passes() {
     world.append(200);
     let view = world.open(Traces::<1>::default());
     world.assert_shows(&view);
-    let rebuild =
-        view.rebuild(RebuildOptions { bytes_per_second_max: Some(100 << 20), ..little_memory() });
-    let rebuild = rebuild.unwrap();
-    let mut passes = 1;
-    while rebuild.status().phase != RebuildPhase::Ended {
-        passes = passes.max(rebuild.status().pass);
-        std::thread::yield_now();
-    }
+    // So slow that the second pass is seen by whoever looks now and then.
+    let slowly = RebuildOptions { bytes_per_second_max: Some(1 << 20), ..little_memory() };
+    let rebuild = view.rebuild(slowly).unwrap();
+    let mut seen = rebuild.status();
+    until("a second pass", || {
+        seen = rebuild.status();
+        seen.pass > 1 || seen.phase == RebuildPhase::Ended
+    });
+    assert!(seen.pass > 1, "there was none: {seen}");
+    rebuild.throttle(None);
     rebuild.wait().unwrap();
-    assert!(passes > 1, "{passes} pass");
     world.assert_shows(&view);
 }
 
@@ -323,12 +324,7 @@ fn an_event_that_cannot_be_applied_ends_a_rebuild_and_the_old_rows_stay() {
     world.append(100);
     let poison = world.token.unwrap().position.get() / 2;
     let view = world.open(Traces::<1> { poison: Some(poison), ..Traces::default() });
-    let stopped = loop {
-        if let ViewState::Stopped(error) = view.status().state {
-            break error;
-        }
-        std::thread::yield_now();
-    };
+    let stopped = stopped(&view);
     let batch_end = view.checkpoint().applied.position.get();
     assert!(stopped.position().unwrap().get() == poison && batch_end <= poison && batch_end > 0);
     let failed = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap_err();
@@ -366,12 +362,7 @@ fn removed_history_cannot_be_rebuilt_and_the_old_rows_stay() {
     world.append(1);
     world.assert_shows(&view);
     let raised = world.open(Traces::<2>::default());
-    let error = loop {
-        if let ViewState::Stopped(error) = raised.status().state {
-            break error;
-        }
-        std::thread::yield_now();
-    };
+    let error = stopped(&raised);
     assert!(told(&error), "{error}");
     assert_eq!(raised.snapshot().unwrap().range(..).count(), 0);
 }
@@ -386,9 +377,7 @@ fn a_rebuild_can_be_paused_slowed_down_and_cancelled() {
     let crawl =
         RebuildOptions { bytes_per_second_max: Some(1), threads: 1, ..RebuildOptions::default() };
     let rebuild = view.rebuild(crawl.clone()).unwrap();
-    while rebuild.status().events == 0 {
-        std::thread::yield_now();
-    }
+    until("a first event", || rebuild.status().events > 0);
     let status = view.status().rebuild.unwrap();
     assert!(status.events < status.events_total && status.remaining.is_some(), "{status}");
     assert!(matches!(view.rebuild(RebuildOptions::default()), Err(ViewError::Rebuilding { .. })));

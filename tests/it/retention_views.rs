@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use headwater::retention::{History, Holder, Options, Plan, Until};
-use headwater::view::{
-    Fold, FoldError, Keys, StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
-};
+use headwater::view::{Fold, FoldError, Keys, StopError, View, ViewError, ViewOptions};
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
     StreamId,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::views::{stopped, until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -96,15 +96,6 @@ fn forget(store: &Store) -> Plan {
     store.retain(&options.history(History::Forget(plan(store).target))).unwrap()
 }
 
-fn stopped_by<V: View>(view: &ViewHandle<V>) -> Arc<StopError> {
-    loop {
-        match view.status().state {
-            ViewState::Stopped(error) => return error,
-            _ => std::thread::yield_now(),
-        }
-    }
-}
-
 #[test]
 fn a_view_holds_back_what_it_has_not_applied_durably() {
     let dir = tempfile::tempdir().unwrap();
@@ -140,9 +131,7 @@ fn a_view_holds_back_what_it_has_not_applied_durably() {
     append(&store, 10);
     let view = store.view(Counts::<1>).unwrap();
     let end = store.journal().end();
-    while view.checkpoint().applied.position < end.position {
-        std::thread::yield_now();
-    }
+    until("applied", || view.checkpoint().applied.position >= end.position);
     assert_eq!(view.get("all").unwrap(), Some(310));
 }
 
@@ -195,7 +184,7 @@ fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_
     let first = forget(&store).target;
     assert!(first > Position::START);
     let raised = store.view(Counts::<2>).unwrap();
-    let error = stopped_by(&raised);
+    let error = stopped(&raised);
     let told = matches!(&*error, StopError::Journal { source: ReadError::Truncated { first: at }, .. } if *at == first);
     assert!(told, "{error}");
     raised.close().unwrap();
@@ -210,7 +199,7 @@ fn a_view_that_is_built_anew_without_its_history_is_told_and_the_old_generation_
     assert!(forget(&store).target > first);
     std::fs::remove_dir_all(dir.path().join("views")).unwrap();
     let anew = store.view(Counts::<1>).unwrap();
-    let error = stopped_by(&anew);
+    let error = stopped(&anew);
     assert!(matches!(&*error, StopError::Journal { source: ReadError::Truncated { .. }, .. }));
 }
 

@@ -251,7 +251,7 @@ fn stopping() -> ViewOptions {
 }
 
 /// Asks again until it is so.
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !is_so() {
         assert!(Instant::now() < deadline, "never: {what}");
@@ -355,7 +355,7 @@ fn catch_up<V: View>(view: &ViewHandle<V>) {
     until("caught up", || matches!(view.status().state, ViewState::CaughtUp));
 }
 
-fn stopped<V: View>(view: &ViewHandle<V>) -> Arc<StopError> {
+pub(crate) fn stopped<V: View>(view: &ViewHandle<V>) -> Arc<StopError> {
     until("stopped", || matches!(view.status().state, ViewState::Stopped(_)));
     match view.status().state {
         ViewState::Stopped(error) => error,
