@@ -21,6 +21,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub mod os;
+#[cfg(all(test, feature = "test-kit"))]
+pub(crate) mod routed;
 #[cfg(feature = "test-kit")]
 pub mod sim;
 #[cfg(all(feature = "testing", not(feature = "test-kit")))]

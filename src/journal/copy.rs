@@ -129,7 +129,7 @@ pub(crate) fn copy_watched(
 }
 
 /// The same, from the segment on that holds the batch that ends at `from`. A base takes the place of what lies in
-/// front.
+/// front. Nothing is removed from `source` meanwhile, unless somebody else writes it.
 pub(crate) fn copy_behind(
     source: &Journal,
     from: &Checkpoint,
@@ -137,6 +137,11 @@ pub(crate) fn copy_behind(
     fs: &dyn Fs,
     target: &Layout,
 ) -> Result<Copied, CopyError> {
+    let _guard = source.retention_guard();
+    let start = source.start().position;
+    if from.position < start {
+        return Err(ReadError::Truncated { first: start }.into());
+    }
     let last = from.position.get().checked_sub(1).map(Position::new);
     let first = last.and_then(|last| source.segment_holding(last)).map(|segment| segment.number());
     copy_segments(source, first, to, (fs, target), &Watched::default())
@@ -183,7 +188,9 @@ fn copy_segments(
     }
     // What the target has of a removed prefix stays; a target that is begun now begins with the base.
     if left_out > 0 && there.is_empty() {
-        source.write_base(first, to.offset, fs, target)?;
+        // Without it, the copy would be of no history.
+        let written = source.write_base(first, to.offset, fs, target)?;
+        written.ok_or_else(|| ReadError::Truncated { first: source.start().position })?;
         base = None;
     }
     if let Some(base) = base.filter(|_| there.is_empty()) {
@@ -449,5 +456,79 @@ impl Output<'_> {
         self.written += self.buffer.len() as u64;
         let written = std::mem::take(&mut self.buffer).len() as u64;
         self.watched.advance(written, self.path)
+    }
+}
+
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::event::{ExpectedRevision, NewEvent, StreamId};
+    use crate::fs::routed::Routed;
+    use crate::fs::sim::SimFs;
+    use crate::journal::{Append, Appender};
+    use crate::options::JournalOptions;
+
+    fn journal(fs: &Arc<dyn Fs>) -> Appender {
+        let options = JournalOptions {
+            segment_bytes_first: 7 * 1024,
+            segment_bytes_max: 7 * 1024,
+            batch_bytes_max: 1024,
+            group_bytes_max: 2048,
+            background_thread: false,
+            ..JournalOptions::default()
+        };
+        let appender = Appender::create(fs, Path::new("/journal"), &options).unwrap();
+        let stream = StreamId::new("a").unwrap();
+        for number in 0..70 {
+            let event = NewEvent::raw("happened", vec![number; 200]).unwrap();
+            appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+        }
+        appender
+    }
+
+    fn removes_all_it_can(journal: &Journal) -> bool {
+        let Some(guard) = journal.0.retention.try_lock() else { return false };
+        let first = journal.removable().unwrap().last().unwrap().info.number + 1;
+        journal.remove_in_front_of(first, &guard).unwrap();
+        true
+    }
+
+    /// What is removed in the middle of it takes neither the base nor the segment with the checkpoint away.
+    #[test]
+    fn a_copy_of_the_end_stands_still_against_retention() {
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let appender = journal(&fs);
+        let source = appender.journal().clone();
+        let target = Layout::new(Path::new("/copy"));
+        fs.create_dir_all(&target.dir).unwrap();
+        let removable = source.removable().unwrap();
+        assert!(removable.len() > 2);
+        let at = removable[1].info.end_position;
+        let end = source.batch_end_at(at).unwrap().unwrap();
+        assert_eq!(end.position, at);
+        let (disk, held) = (Arc::clone(&fs), source.clone());
+        let routed = Routed(Box::new(move |path| {
+            if path.starts_with("/copy") {
+                removes_all_it_can(&held);
+            }
+            Arc::clone(&disk)
+        }));
+        copy_behind(&source, &end, Link::from(end), &routed, &target).unwrap();
+        let (copy, damage) = Journal::open_read_only(&fs, &target.dir).unwrap();
+        assert!(damage.is_none(), "{damage:?}");
+        assert_eq!(copy.end().position, at);
+        let start = copy.start().position;
+        assert!(start > Position::START && start < at, "{start}");
+        assert!(removes_all_it_can(&source), "behind it");
+
+        // And what isn't there any more can't be copied.
+        let target = Layout::new(Path::new("/late"));
+        fs.create_dir_all(&target.dir).unwrap();
+        let refused = copy_behind(&source, &end, Link::from(end), &*fs, &target);
+        let Err(CopyError::Source(ReadError::Truncated { first })) = refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(first, source.start().position);
+        assert_eq!(fs.list(&target.dir).unwrap(), [""; 0]);
     }
 }
