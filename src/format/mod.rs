@@ -187,6 +187,13 @@ pub fn crc32(pieces: &[&[u8]]) -> u32 {
     hasher.finalize()
 }
 
+/// What stands in front of the checksum of a text, if it has that as its last line: `crc32 5f3c9a01`.
+#[cfg(any(feature = "views", feature = "shipping"))]
+pub(crate) fn in_front_of_crc(text: &str) -> Option<&str> {
+    let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
+    (u32::from_str_radix(crc, 16) == Ok(crc32(&[body.as_bytes()]))).then_some(body)
+}
+
 /// Writes values at fixed places of a fixed-size block. All places are constants of this module, within the
 /// block by construction and by the golden-byte tests.
 pub(crate) struct Block<const N: usize>(pub(crate) [u8; N]);

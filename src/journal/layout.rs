@@ -33,6 +33,9 @@ pub(crate) const JOURNALS: &str = "journals";
 /// In the base of a view: what there is.
 #[cfg(any(feature = "views", feature = "shipping"))]
 pub(crate) const MANIFEST: &str = "manifest";
+/// No manifest is longer: it names some hundred thousand files.
+#[cfg(any(feature = "views", feature = "shipping"))]
+pub(crate) const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 pub(crate) const NODE: &str = "node";
 pub(crate) const MARK: &str = "mark";
 pub(crate) const LOCK: &str = "lock";

@@ -15,6 +15,8 @@ use crate::error::{Corruption, CorruptionKind, IoContext, IoError, OpenError, Re
 use crate::format::FormatError;
 use crate::format::batch::Link;
 use crate::format::files::{Mark, Node, Role};
+#[cfg(feature = "shipping")]
+use crate::format::in_front_of_crc;
 use crate::format::incoming::{INCOMING_BYTES, Incoming};
 use crate::fs::{self, Fs, OpenMode};
 use crate::journal::copy::{self, CopyError, Watched};
@@ -209,12 +211,28 @@ pub(crate) fn begin_mirror(
     restore_as(Role::Mirror, fs, (&backup, dir), at, watched).map(drop)
 }
 
-/// Of the base of a view that has folded nothing: there is nothing to begin with, and everything is fetched.
+/// Of the base of a view that has folded nothing: there is nothing to begin with, and everything is fetched. Its manifest must
+/// say so: where the journals are only missing, something is lost.
 #[cfg(feature = "shipping")]
 fn has_no_journal(fs: &dyn Fs, base: &Path) -> bool {
-    let names = fs.list(base).unwrap_or_default();
-    let has = |name: &str| names.iter().any(|it| it == name);
-    has(layout::MANIFEST) && !has(layout::JOURNALS)
+    let path = base.join(layout::MANIFEST);
+    let read = || {
+        let file = fs.open(&path, OpenMode::Read).ok()?;
+        let size = file.size().ok().filter(|size| *size <= layout::MANIFEST_BYTES_MAX)?;
+        let mut bytes = vec![0; usize::try_from(size).ok()?];
+        fs::read_exact_at(&*file, &mut bytes, 0).ok()?;
+        String::from_utf8(bytes).ok()
+    };
+    let Some(text) = read() else { return false };
+    let is_at_start = |line: &str| {
+        let bytes = crate::hex::from_hex(line).and_then(|bytes| bytes.try_into().ok());
+        let checkpoint = bytes.and_then(|bytes| Checkpoint::from_bytes(&bytes));
+        checkpoint.is_some_and(|it| it.position == Position::START)
+    };
+    in_front_of_crc(&text).is_some_and(|body| {
+        let mut journals = body.lines().filter_map(|line| line.strip_prefix("journal ")).peekable();
+        journals.peek().is_some() && journals.all(is_at_start)
+    })
 }
 
 /// Whether a journal is there, and none that is still being restored.

@@ -579,6 +579,33 @@ fn nothing_is_exported_into_what_is_there_and_an_interrupted_export_is_repeated(
     view.export_base(&other).unwrap();
 }
 
+/// Only a base that says so itself is of a view that has folded nothing.
+#[test]
+fn a_mirror_does_not_begin_with_nothing_because_the_end_of_the_journal_is_missing() {
+    let world = World::new(0);
+    let (empty, told) = world.base("empty");
+    assert_eq!(told.checkpoints[0].position, Position::START);
+    append_many(world.store(), 40);
+    let (base, _) = world.base("base");
+    fs::remove_dir_all(base.join("journals")).unwrap();
+    let damaged = world.path("damaged");
+    copy_dir(&empty, &damaged);
+    flip_bit(&damaged.join("manifest"), 30);
+    for (name, base) in [("lost", base), ("rotten", damaged)] {
+        let store = world.subscriber(name);
+        let mirror = world.follow(&store, Some(&base));
+        let status = mirror.wait_until(SOON, headwater::shipping::MirrorStatus::is_halted).unwrap();
+        assert!(matches!(status.last_error, Some(ShippingError::Begin(_))), "{name}: {status:?}");
+        assert!(mirror.journal().is_none(), "{name}");
+    }
+    let store = world.subscriber("new");
+    let mirror = world.follow(&store, Some(&empty));
+    mirror.wait_caught_up(SOON).unwrap();
+    let view = opened(&store, &mirror.journal().unwrap(), &empty);
+    view.wait_for_latest(PATIENCE).unwrap();
+    assert_eq!(rows_of(&view), recount(world.store().journal(), &[]));
+}
+
 // ------------------------------------------------------------------------------------------- what goes along
 
 #[test]

@@ -66,21 +66,24 @@ impl Target<'_> {
         Ok(())
     }
 
-    /// Removes what was written, the mark last.
+    /// Removes what was written: the manifest first, so that it is never without what it names, and the mark last.
     fn clean(&self) -> Result<(), IoError> {
+        const ACTION: &str = "removing an unfinished base";
+        let remove = |path: &Path| match self.fs.remove(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.context(ACTION, path),
+        };
+        remove(&self.layout.file(MANIFEST))?;
+        remove(&self.layout.new_file(MANIFEST))?;
+        self.fs.sync_dir(self.dir).context(ACTION, self.dir)?;
         for folder in [ROWS, JOURNALS].map(|it| self.dir.join(it)) {
             match std::fs::remove_dir_all(&folder) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                removed => removed.context("removing an unfinished base", &folder)?,
+                removed => removed.context(ACTION, &folder)?,
             }
         }
-        for path in [DISCARDED, DEADLY, INTAKE, UNFINISHED].map(|it| self.dir.join(it)) {
-            match self.fs.remove(&path) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                removed => removed.context("removing an unfinished base", &path)?,
-            }
-        }
-        Ok(())
+        let mut files = [DISCARDED, DEADLY, INTAKE, UNFINISHED].into_iter();
+        files.try_for_each(|name| remove(&self.dir.join(name)))
     }
 
     fn fill(
@@ -119,6 +122,8 @@ impl Target<'_> {
                 copied.map_err(|error| BaseError::Copy(Arc::new(error)))?;
             }
         }
+        // The names of all that it names, in front of its own.
+        self.fs.sync_dir(self.dir).context("syncing", self.dir)?;
         self.layout.replace(&**self.fs, MANIFEST, manifest.text().as_bytes())?;
         // It is a base now; the mark only says nothing any more.
         drop(self.fs.remove(&self.dir.join(UNFINISHED)));
@@ -186,4 +191,102 @@ pub(crate) fn export_at_rest(
         db.export(rows)?;
         Ok(Beside { discarded, deadly, intake })
     })
+}
+
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::fs::os::OsFs;
+    use crate::fs::routed::Routed;
+    use crate::fs::sim::{Fault, Repeat, SimFs};
+    use crate::journal::Appender;
+    use crate::options::JournalOptions;
+    use crate::view::ViewMemory;
+    use crate::view::db::Identity;
+    use crate::view::runner::nothing;
+
+    /// The database lies on this machine's disk, and all else of a base on one that fails.
+    fn failing(sim: &SimFs, rows: &Path) -> Arc<dyn Fs> {
+        let (sim, rows) = (sim.clone(), rows.to_owned());
+        Arc::new(Routed(Box::new(move |path| {
+            if path.starts_with(&rows) { Arc::new(OsFs) } else { Arc::new(sim.clone()) }
+        })))
+    }
+
+    fn names(dir: &Path) -> BTreeSet<String> {
+        OsFs.list(dir).unwrap_or_default().into_iter().collect()
+    }
+
+    /// Whatever fails, and whether the power goes then or not: a manifest is there only with all that it names.
+    #[test]
+    fn an_export_that_fails_anywhere_is_no_base_also_behind_a_power_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let journals: Arc<dyn Fs> = Arc::new(SimFs::new(0));
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        let appender = Appender::create(&journals, Path::new("/journal"), &options).unwrap();
+        let sources = Sources::from(appender.journal().clone());
+        let memory = ViewMemory::new(1 << 20, 1 << 20);
+        let db = Arc::new(Db::open(&dir.path().join("db"), &memory).unwrap());
+        let identity = Identity { name: "v", version: 1, indexes: Vec::new(), tables: Vec::new() };
+        db.begin(&identity, nothing(&sources)).unwrap();
+        let (base, rows) = (dir.path().join("base"), dir.path().join("base").join(ROWS));
+        let export = |sim: &SimFs| {
+            std::fs::create_dir_all(&base).unwrap();
+            export(&failing(sim, &rows), &base, &sources, |rows| {
+                db.export(rows)?;
+                let (discarded, deadly) = (Arc::default(), Arc::default());
+                Ok(Beside { discarded, deadly, intake: Some(b"an order".to_vec()) })
+            })
+        };
+        let is_base = |sim: &SimFs| Manifest::read(&*failing(sim, &rows), &base);
+        let mut failed = 0;
+        let (once, forever) = ((Fault::Eio, Repeat::Once), (Fault::Eio, Repeat::Forever));
+        let mut plans = [once, forever, (Fault::PowerCut, Repeat::Once)].into_iter();
+        let mut plan = plans.next().map(|plan| (plan, 0));
+        while let Some(((fault, repeat), op)) = plan {
+            let sim = SimFs::new(op);
+            sim.fail_at(op, fault, repeat);
+            let exported = export(&sim);
+            let is_cut = sim.down().is_some();
+            plan = match sim.faults_struck() == 0 && !is_cut {
+                true => plans.next().map(|plan| (plan, 0)),
+                false => Some(((fault, repeat), op + 1)),
+            };
+            sim.clear_faults();
+            let context = format!("{fault:?} {repeat:?} at {op}: {exported:?}");
+            failed += u32::from(exported.is_err());
+            for fork in u64::from(is_cut)..16 {
+                let cut = sim.fork(fork);
+                match fork {
+                    0 => {}
+                    1 => cut.power_cut_losing_all(),
+                    _ => cut.power_cut(),
+                }
+                match is_base(&cut) {
+                    Err(error) => {
+                        let ViewError::Base(error) = error else { panic!("{context}: {error}") };
+                        assert!(matches!(*error, BaseError::NotABase { .. }), "{context}: {error}");
+                        assert!(exported.is_err(), "{context}, {fork}");
+                    }
+                    Ok(manifest) => {
+                        let has_all = manifest.files.iter().all(|it| match it.row_file() {
+                            Some(name) => names(&rows).contains(name),
+                            None => cut.raw(&base.join(&it.name)).is_some(),
+                        });
+                        assert!(has_all, "{context}, {fork}: {:?}", names(&rows));
+                        assert!(exported.is_ok() || (fault, repeat) != once, "{context}");
+                    }
+                }
+            }
+            // It is repeated into the same directory.
+            if exported.is_err() && !is_cut && is_base(&sim).is_err() {
+                export(&sim).unwrap_or_else(|error| panic!("{context}: {error}"));
+                is_base(&sim).unwrap();
+            }
+            drop(std::fs::remove_dir_all(&base));
+        }
+        assert!(failed > 20, "{failed}");
+    }
 }

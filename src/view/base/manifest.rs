@@ -4,9 +4,10 @@ use std::path::Path;
 
 use super::{BaseError, CODEC, DEADLY, DISCARDED, INTAKE, MANIFEST, ROWS, ViewBase};
 use crate::error::IoContext;
-use crate::format::crc32;
+use crate::format::{crc32, in_front_of_crc};
 use crate::fs::{Fs, OpenMode, read_exact_at};
 use crate::hex::{from_hex, hex};
+use crate::journal::layout::MANIFEST_BYTES_MAX;
 use crate::position::Checkpoint;
 use crate::view::db::{Identity, LAYOUT, Progress};
 use crate::view::error::ViewError;
@@ -16,8 +17,6 @@ use crate::view::sources::Checkpoints;
 
 const HEAD: &str = "headwater view base ";
 const FORMAT: u32 = 1;
-/// Some hundred thousand files.
-const BYTES_MAX: u64 = 64 << 20;
 
 /// What a base holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,13 +75,13 @@ impl Manifest {
         let what = "its manifest isn't whole";
         let damaged = || BaseError::Damaged { path: path.clone(), what };
         let size = file.size().context(ACTION, &path)?;
-        if size > BYTES_MAX {
+        if size > MANIFEST_BYTES_MAX {
             return Err(damaged().into());
         }
         let mut bytes = vec![0; usize::try_from(size).map_err(|_| damaged())?];
         read_exact_at(&*file, &mut bytes, 0).context(ACTION, &path)?;
         let text = str::from_utf8(&bytes).map_err(|_| damaged())?;
-        let body = checked(text).ok_or_else(damaged)?;
+        let body = in_front_of_crc(text).ok_or_else(damaged)?;
         let format = body.lines().next().and_then(|head| head.strip_prefix(HEAD));
         match format.and_then(|format| format.parse::<u32>().ok()) {
             Some(FORMAT) => Ok(Self::parse(body).ok_or_else(damaged)?),
@@ -177,12 +176,6 @@ impl Manifest {
     }
 }
 
-/// What stands in front of the checksum.
-fn checked(text: &str) -> Option<&str> {
-    let (body, crc) = text.strip_suffix('\n')?.rsplit_once("crc32 ")?;
-    (u32::from_str_radix(crc, 16) == Ok(crc32(&[body.as_bytes()]))).then_some(body)
-}
-
 fn hash_of(text: &str) -> Option<[u8; 32]> {
     from_hex(text)?.try_into().ok()
 }
@@ -267,6 +260,31 @@ mod tests {
         let manifest = read(shown.as_bytes()).unwrap();
         assert_eq!(manifest.text(), *shown);
         assert_eq!(manifest.progress.checkpoints.first().position, Position::new(160));
+    }
+
+    /// A manifest that proves itself may still say anything.
+    #[test]
+    fn numbers_of_a_manifest_that_add_up_to_too_much_are_not_added_up_to_less() {
+        let mut manifest = manifest();
+        manifest.files.iter_mut().for_each(|file| file.bytes = u64::MAX - 1);
+        let all = manifest.progress.checkpoints.iter().map(|at| Checkpoint {
+            offset: u64::MAX - 1,
+            position: Position::new(u64::MAX - 1),
+            ..*at
+        });
+        manifest.progress.checkpoints =
+            Checkpoints::of_all(all.collect::<Vec<_>>().into_iter()).unwrap();
+        let manifest = read(manifest.text().as_bytes()).unwrap();
+        assert_eq!(manifest.summary().bytes, u64::MAX);
+        assert_eq!(manifest.progress.checkpoints.events(), u64::MAX);
+        assert_eq!(manifest.progress.checkpoints.bytes(), u64::MAX);
+        let dir = tempfile::tempdir().unwrap();
+        let without = manifest.files.into_iter().filter(|file| file.row_file().is_some()).collect();
+        let text = Manifest { files: without, ..manifest }.text();
+        std::fs::write(dir.path().join(MANIFEST), text).unwrap();
+        let os: std::sync::Arc<dyn Fs> = std::sync::Arc::new(crate::fs::os::OsFs);
+        let import = crate::view::base::Import::open(&os, dir.path()).unwrap();
+        assert_eq!(import.bytes(), u64::MAX);
     }
 
     fn with_crc(body: &str) -> String {
