@@ -12,8 +12,8 @@ use fastrand::Rng;
 use headwater::doctor::{self, Level};
 use headwater::fs::{Fs, os::OsFs};
 use headwater::view::{
-    Fold, FoldError, Keys, LostTail, RebuildOptions, StopError, Table, TableView, Tables, View,
-    ViewControl, ViewError, ViewOptions, ViewState, ViewTxn, WaitError,
+    Fold, FoldError, Keys, LostTail, RebuildError, RebuildOptions, StopError, Table, TableView,
+    Tables, View, ViewControl, ViewError, ViewOptions, ViewState, ViewTxn, WaitError,
 };
 use headwater::{
     Append, ExpectedRevision, Journal, Locator, NewEvent, Position, Recorded, Store, StreamId,
@@ -361,6 +361,40 @@ fn a_view_whose_order_was_lost_is_built_anew() {
     assert_eq!(error.code(), "view.damaged_intake");
 }
 
+/// They were set aside because they contradict the order that all views have: they don't come back.
+#[test]
+fn rows_of_an_order_that_is_no_longer_recorded_are_not_rolled_back_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 35, 2);
+    world.open("first");
+    for n in 0..20 {
+        world.append(n % 2, &[1]);
+        world.rows(); // taken in by turns
+    }
+    world.close_all();
+    std::fs::remove_file(world.log()).unwrap();
+    // Taken in at once, one journal behind the other.
+    for n in 0..20 {
+        world.append(n % 2, &[1]);
+    }
+    let options = ViewOptions::default();
+    let first = open_keyed::<0, 1>(&world.stores[0], &world.journals(), options).unwrap();
+    let view = &first.control;
+    assert!(view.status().set_aside.is_some());
+    world.tokens.iter().flatten().for_each(|token| view.wait_for(token, PATIENCE).unwrap());
+    let rows = (first.rows)();
+    let live = || view.generations().unwrap().into_iter().find(|it| it.live).unwrap().number;
+    let number = live();
+    assert_eq!(view.generations().unwrap().len(), 2);
+    let rolled_back = view.rollback().unwrap().wait();
+    let Err(RebuildError::Stopped(stopped)) = rolled_back else { panic!("{rolled_back:?}") };
+    assert!(matches!(*stopped, StopError::Order { .. }), "{stopped}");
+    assert_eq!((live(), (first.rows)()), (number, rows));
+    let token = world.append(0, &[2]);
+    view.wait_for(&token, PATIENCE).unwrap();
+    assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+}
+
 /// A journal was replaced by an older copy and has gone on in another way.
 #[test]
 fn what_is_recorded_of_a_lost_history_is_forgotten_from_where_it_parts() {
@@ -547,15 +581,26 @@ fn a_mirror_that_goes_on_in_another_way_than_was_recorded_stops_its_views_and_th
     let view = open();
     view.wait_for(&world.tokens[1].unwrap(), PATIENCE).unwrap();
     let stream = StreamId::new("told").unwrap();
-    for _ in 0..3 {
+    let append = |store: &Store| {
         let events = [NewEvent::raw("told", vec![1, 1]).unwrap()];
-        let append = Append::to(&stream, ExpectedRevision::Any, events);
-        world.tokens[1] = Some(world.stores[1].append(&append).unwrap().token());
+        store.append(&Append::to(&stream, ExpectedRevision::Any, events)).unwrap().token()
+    };
+    for _ in 0..3 {
+        world.tokens[1] = Some(append(&world.stores[1]));
     }
     let refused = view.wait_for(&world.tokens[1].unwrap(), PATIENCE).unwrap_err();
     let WaitError::Stopped(stopped) = refused else { panic!("{refused}") };
     assert!(matches!(*stopped, StopError::Order { .. }), "{stopped}");
     assert_eq!(stopped.code(), "view_stop.order");
+    // Recorded behind the run that is lost, what there is now would keep it from being forgotten, for ever.
+    world.tokens[1] = Some(append(&world.stores[1]));
+    mirror.wait_for(&world.tokens[1].unwrap(), PATIENCE).unwrap();
+    let recorded = std::fs::read(&log).unwrap();
+    let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait();
+    let Err(RebuildError::Stopped(stopped)) = rebuilt else { panic!("{rebuilt:?}") };
+    let StopError::Intake { source, .. } = &*stopped else { panic!("{stopped}") };
+    assert!(matches!(**source, ViewError::StaleIntake { .. }), "{source}");
+    assert_eq!(std::fs::read(&log).unwrap(), recorded);
     view.close().unwrap();
     drop(view);
     let view = open();
