@@ -507,7 +507,7 @@ fn folders(dir: &Path) -> Vec<(String, PathBuf)> {
 /// In which order the journals of views over several are taken in.
 #[cfg(feature = "views")]
 fn check_intake(found: &mut Diagnosis, views: &Path) {
-    let rebuild = "delete it: the views over these journals are built anew, in an order that is recorded anew";
+    let rebuild = "delete it and, if all events are left, the folders of the views over these journals: they are built anew, in an order that is recorded anew";
     for (name, examined) in crate::view::intake_logs(views) {
         match examined {
             Ok((journals, runs)) => {

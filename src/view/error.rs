@@ -255,7 +255,7 @@ impl ViewError {
                 "put it back from a backup; without it, discarded events would come back"
             }
             Self::DamagedIntake { .. } => {
-                "delete it and open the views over these journals again: they are built anew, in an order that is recorded anew"
+                "delete it and, if all events are left, the folders of the views over these journals, and open them again: they are built anew, in an order that is recorded anew"
             }
             Self::StaleIntake { .. } => "open the view again",
             Self::Unordered { .. } => {
