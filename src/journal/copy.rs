@@ -459,7 +459,8 @@ impl Output<'_> {
     }
 }
 
-#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+#[cfg(test)]
+#[cfg(all(feature = "test-kit", not(shuttle)))]
 mod tests {
     use super::*;
     use crate::event::{ExpectedRevision, NewEvent, StreamId};

@@ -193,7 +193,8 @@ pub(crate) fn export_at_rest(
     })
 }
 
-#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+#[cfg(test)]
+#[cfg(all(feature = "test-kit", not(shuttle)))]
 mod tests {
     use std::collections::BTreeSet;
 
