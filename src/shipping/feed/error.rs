@@ -29,7 +29,7 @@ pub enum FeedError {
     Replaced {
         /// Up to where it was received, in the origin's journal.
         received: Box<Checkpoint>,
-        /// The origin's durable end.
+        /// The origin's durable end, or up to where it sent something else than what is here.
         origin: Box<Checkpoint>,
         /// The origin ends in front of it, as far as is known.
         is_ahead: bool,

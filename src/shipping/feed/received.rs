@@ -3,13 +3,15 @@
 //!
 //! ```text
 //!   batch ┌ event ┬ event ┬ … ┬ $feed {checkpoint of the origin, terms} ┐    one write: events and progress together
-//!   batch └ event ┬ event ┘                                                  a run too long for a batch: progress at its end
-//!   batch ┌ event ┬ $feed {…} ┐
+//!   batch └ $feed {…, until}  ┐                                              a run too long for a batch: where it ends,
+//!   batch └ event ┬ event ┘                                                  events, and progress behind the last of them
+//!   batch └ event ┬ $feed {…} ┐
 //!
-//!   opening: the last $feed, and how many events lie behind it: these come again, and are passed over
+//!   opening: the last $feed, and the events behind it: these come again, are compared, and passed over
 //! ```
 //! Invariants:
-//! - An event of the origin is here once, or was skipped: what comes again is counted, not compared.
+//! - An event of the origin is here once, or was skipped. What comes again must be what is here: an origin that has
+//!   something else there has lost it, and nothing more is taken from it.
 //! - Only what is durable here is acknowledged, as a checkpoint of the origin from which it can go on.
 
 use std::path::Path;
@@ -19,7 +21,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::error::FeedError;
-use crate::error::OpenError;
+use crate::error::{OpenError, ReadError};
 use crate::event::{NewEvent, PayloadCodec, Recorded, StreamId};
 use crate::format::batch::BATCH_HEADER_BYTES;
 use crate::format::files::{Mark, Role};
@@ -54,6 +56,13 @@ struct Progress {
     wanted: FeedFilter,
     /// What was granted.
     granted: FeedTerms,
+    /// So many of the last events in front of this come behind the checkpoint: their run was stored in part, and came
+    /// again as several shorter ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ahead: Option<u64>,
+    /// In front of this position of the origin lie those, and the events behind this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    until: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -71,6 +80,23 @@ pub(super) struct Known {
     pub(super) durable: Checkpoint,
 }
 
+/// Events that are here and come again: of a run that was stored in part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Again {
+    count: u64,
+    /// The first of them lies here, or behind notes that do.
+    from: Position,
+    /// In front of this position of the origin they all lie.
+    until: Option<Position>,
+}
+
+/// What is to be written, as many batches as it takes.
+#[derive(Debug, Default)]
+struct Batches {
+    full: Vec<Append>,
+    last: Append,
+}
+
 /// Writes what is received.
 #[derive(Debug)]
 pub(super) struct Received {
@@ -80,8 +106,7 @@ pub(super) struct Received {
     /// Up to here it was received, and perhaps not noted yet.
     covered: Checkpoint,
     noted_at: Instant,
-    /// So many events come again.
-    again: u64,
+    again: Again,
     /// From which position on which opening of the origin wrote.
     openings: Vec<(Position, Incarnation)>,
     /// Those of them that aren't written yet.
@@ -91,7 +116,7 @@ pub(super) struct Received {
 }
 
 fn feed_options(options: &JournalOptions) -> JournalOptions {
-    // What comes again is known by its number.
+    // What comes again is known by its place.
     JournalOptions { idempotency_window_events: 0, ..options.clone() }
 }
 
@@ -131,7 +156,7 @@ impl Received {
         wanted: &FeedFilter,
     ) -> Result<Self, ShippingError> {
         let journal = appender.journal();
-        let (known, again) = last_progress(journal)?;
+        let (known, again) = last_progress(journal)?.unzip();
         if let Some(known) = known.as_ref().filter(|known| known.wanted != *wanted) {
             let (had, wanted) = (Box::new(known.wanted.clone()), Box::new(wanted.clone()));
             return Err(FeedError::Differs { had, wanted }.into());
@@ -143,7 +168,7 @@ impl Received {
             known,
             covered,
             noted_at: Instant::now(),
-            again,
+            again: again.unwrap_or_default(),
             openings,
             new_openings: Vec::new(),
             submitted: None,
@@ -191,31 +216,66 @@ impl Received {
         let durable = Mark::start(journal).end;
         self.known = Some(Known { wanted: wanted.clone(), terms, durable });
         self.covered = durable;
-        self.note(Append::default())?;
+        self.note_alone()?;
         self.settle().map(drop)
     }
 
     /// Takes events in. They are written when this returns; [`settle`](Self::settle) waits until they are durable.
     pub(super) fn run(&mut self, run: &Run) -> Result<(), FeedError> {
-        let mut append = Append::default();
-        for entry in run.entries().flatten() {
-            if self.again > 0 {
-                self.again -= 1;
-                continue;
-            }
-            append = self.push(append, &entry)?;
+        let mut entries = run.entries().flatten();
+        let passed = self.pass_over(&mut entries, &run.behind)?;
+        let mut batches = Batches::default();
+        for entry in entries {
+            self.push(&mut batches, &entry);
         }
+        let begins = self.progress(passed, Some(run.behind.position));
         self.cover(run.behind);
-        self.note(append)
+        self.note(batches, begins)
+    }
+
+    /// Passes over what is here already of what comes up to `behind`; how many events.
+    fn pass_over<'a>(
+        &mut self,
+        mut entries: impl Iterator<Item = Entry<'a>>,
+        behind: &Checkpoint,
+    ) -> Result<u64, FeedError> {
+        if self.again.count == 0 {
+            return Ok(0);
+        }
+        let mut passed = 0;
+        let is_received = |event: &Result<Recorded, ReadError>| !event.as_ref().is_ok_and(is_note);
+        let mut stored = self.journal().read_all(self.again.from)?.filter(is_received);
+        while self.again.count > 0 {
+            let Some(entry) = entries.next() else { break };
+            let event = stored.next().transpose()?.ok_or(FeedError::NoProgress)?;
+            if !is_same(&event, &entry) {
+                return Err(self.replaced(behind));
+            }
+            self.again.count -= 1;
+            self.again.from = event.position().advance(1);
+            passed += 1;
+        }
+        // All of them would have come by now.
+        if self.again.count > 0 && self.again.until.is_some_and(|until| until <= behind.position) {
+            return Err(self.replaced(behind));
+        }
+        Ok(passed)
+    }
+
+    fn replaced(&self, behind: &Checkpoint) -> FeedError {
+        let durable = self.known.as_ref().map_or(self.covered, |known| known.durable);
+        let (received, origin) = (Box::new(durable), Box::new(*behind));
+        FeedError::Replaced { received, origin, is_ahead: false }
     }
 
     /// Nothing comes up to here.
     pub(super) fn skipped(&mut self, behind: Checkpoint) -> Result<(), FeedError> {
+        self.pass_over(std::iter::empty(), &behind)?;
         self.cover(behind);
         let durable = self.known.as_ref().map_or(0, |known| known.durable.offset);
         let is_due = behind.offset.saturating_sub(durable) >= SKIPPED_BYTES_MAX
             || self.noted_at.elapsed() >= SKIPPED_FOR;
-        if is_due { self.note(Append::default()) } else { Ok(()) }
+        if is_due { self.note_alone() } else { Ok(()) }
     }
 
     fn cover(&mut self, behind: Checkpoint) {
@@ -228,12 +288,12 @@ impl Received {
         self.covered = behind;
     }
 
-    /// Adds an event, behind what fills a batch if it doesn't fit into that any more.
-    fn push(&mut self, mut append: Append, entry: &Entry<'_>) -> Result<Append, FeedError> {
+    /// Adds an event, to a new batch if it doesn't fit into the last.
+    fn push(&self, batches: &mut Batches, entry: &Entry<'_>) {
         let (Some(event), Ok(stream)) =
             (NewEvent::of_record(&entry.record), StreamId::new(entry.record.stream))
         else {
-            return Ok(append); // can't be: the record was verified
+            return; // can't be: the record was verified
         };
         let dated = NewEvent {
             occurred_at_us: event.occurred_at_us.or(Some(entry.time_us)),
@@ -241,24 +301,40 @@ impl Received {
         };
         let fits = |len: usize| len + BATCH_HEADER_BYTES <= self.batch_bytes_max;
         let event = if fits(record::encoded_len(&dated, &stream)) { dated } else { event };
-        let len = record::encoded_len(&event, &stream);
-        if !append.is_empty() && append.len_bytes() + len > self.batch_bytes_max {
-            self.submit(&append, None)?;
-            append = Append::default();
-        }
-        append.push(&stream, &event);
-        Ok(append)
+        batches.make_room(record::encoded_len(&event, &stream), self.batch_bytes_max);
+        batches.last.push(&stream, &event);
     }
 
-    /// Writes the events, and up to where everything is accounted for.
-    fn note(&mut self, mut append: Append) -> Result<(), FeedError> {
-        let Some(known) = &self.known else { return Ok(()) };
+    /// Up to where everything is accounted for, but for these events that are here. Those, and the ones that follow, lie
+    /// in front of `until` at the origin.
+    fn progress(&self, ahead: u64, until: Option<Position>) -> Option<(StreamId, NewEvent)> {
+        let known = self.known.as_ref()?;
         let progress = Progress {
             journal: self.covered.journal.to_string(),
             position: self.covered.position.get(),
             checkpoint: hex(&self.covered.to_bytes()),
             wanted: known.wanted.clone(),
             granted: known.terms.clone(),
+            ahead: (ahead > 0).then_some(ahead),
+            until: until.map(Position::get),
+        };
+        reserved(PROGRESS, &progress)
+    }
+
+    fn note_alone(&mut self) -> Result<(), FeedError> {
+        self.note(Batches::default(), None)
+    }
+
+    /// Writes events, and up to where everything is accounted for. If that is more than one batch, it is noted at first
+    /// that they `begin`.
+    fn note(
+        &mut self,
+        mut batches: Batches,
+        begins: Option<(StreamId, NewEvent)>,
+    ) -> Result<(), FeedError> {
+        let Again { count, until, .. } = self.again;
+        let Some(progress) = self.progress(count, until.filter(|_| count > 0)) else {
+            return Ok(());
         };
         let mut notes: Vec<_> = std::mem::take(&mut self.new_openings)
             .into_iter()
@@ -267,15 +343,19 @@ impl Received {
                 reserved(OPENING, &Opening { from: from.get(), incarnation })
             })
             .collect();
-        notes.extend(reserved(PROGRESS, &progress));
-        let len: usize = notes.iter().map(|(at, note)| record::encoded_len(note, at)).sum();
-        if !append.is_empty() && append.len_bytes() + len > self.batch_bytes_max {
-            self.submit(&append, None)?;
-            append = Append::default();
-        }
-        notes.iter().for_each(|(at, note)| append.push(at, note));
+        notes.push(progress);
+        let len = notes.iter().map(|(at, note)| record::encoded_len(note, at)).sum();
+        batches.make_room(len, self.batch_bytes_max);
+        let Batches { full, mut last } = batches;
+        notes.iter().for_each(|(at, note)| last.push(at, note));
         self.noted_at = Instant::now();
-        self.submit(&append, Some(self.covered))
+        if let Some((at, note)) = begins.filter(|_| !full.is_empty()) {
+            let mut first = Append::default();
+            first.push(&at, &note);
+            self.submit(&first, None)?;
+        }
+        full.iter().try_for_each(|part| self.submit(part, None))?;
+        self.submit(&last, Some(self.covered))
     }
 
     fn submit(&mut self, append: &Append, progress: Option<Checkpoint>) -> Result<(), FeedError> {
@@ -302,16 +382,16 @@ impl Received {
         if is_noted {
             return Ok(settled);
         }
-        self.note(Append::default())?;
+        self.note_alone()?;
         self.settle()
     }
 
     /// A new session goes on from what is durable; what was received behind it comes again.
     pub(super) fn begin_again(&mut self) -> Result<(), FeedError> {
         self.appender.flush()?;
-        let (known, again) = last_progress(self.journal())?;
-        self.again = again;
-        if let Some(known) = known {
+        self.again = Again::default();
+        if let Some((known, again)) = last_progress(self.journal())? {
+            self.again = again;
             self.openings = openings(self.journal())?;
             self.covered = known.durable;
             self.known = Some(known);
@@ -333,25 +413,70 @@ fn reserved<T: Serialize>(name: &str, value: &T) -> Option<(StreamId, NewEvent)>
     Some((stream, NewEvent { codec: PayloadCodec::Json, ..event }))
 }
 
-/// How far it was received, and how many events came behind that.
-fn last_progress(journal: &Journal) -> Result<(Option<Known>, u64), FeedError> {
-    let end = journal.end().position;
-    let mut behind = 0;
-    for event in journal.read_all_backward(end)? {
-        let event = event?;
-        if event.event_type().as_str() == PROGRESS {
-            return known(&event).map(|known| (Some(known), behind)).ok_or(FeedError::NoProgress);
-        }
-        behind += 1;
-    }
-    if behind == 0 { Ok((None, 0)) } else { Err(FeedError::NoProgress) }
+fn is_note(event: &Recorded) -> bool {
+    event.event_type().as_str().starts_with('$')
 }
 
-fn known(event: &Recorded) -> Option<Known> {
+/// Whether an event is the one that was stored. When it was recorded doesn't matter.
+fn is_same(stored: &Recorded, entry: &Entry<'_>) -> bool {
+    let record = &entry.record;
+    stored.id() == record.id
+        && stored.stream().as_str() == record.stream
+        && stored.event_type().as_str() == record.event_type
+        && stored.data() == record.payload
+}
+
+/// How far it was received, and the events that came behind that; `None` if there is nothing.
+fn last_progress(journal: &Journal) -> Result<Option<(Known, Again)>, FeedError> {
+    let mut again = Again::default();
+    let mut events = journal.read_all_backward(journal.end().position)?;
+    let (known, ahead) = loop {
+        match events.next().transpose()? {
+            Some(event) if event.event_type().as_str() == PROGRESS => {
+                let (known, ahead, until) = known(&event).ok_or(FeedError::NoProgress)?;
+                again.until = until;
+                break (known, ahead);
+            }
+            Some(event) => again.add(&event),
+            None if again.count == 0 => return Ok(None),
+            None => return Err(FeedError::NoProgress),
+        }
+    };
+    for _ in 0..ahead {
+        let event = loop {
+            let event = events.next().transpose()?.ok_or(FeedError::NoProgress)?;
+            if !is_note(&event) {
+                break event;
+            }
+        };
+        again.add(&event);
+    }
+    Ok(Some((known, again)))
+}
+
+impl Batches {
+    /// The last one has room for so many bytes, or is a new one.
+    fn make_room(&mut self, len: usize, bytes_max: usize) {
+        if !self.last.is_empty() && self.last.len_bytes() + len > bytes_max {
+            self.full.push(std::mem::take(&mut self.last));
+        }
+    }
+}
+
+impl Again {
+    /// One more, in front of the others.
+    fn add(&mut self, event: &Recorded) {
+        self.count += 1;
+        self.from = event.position();
+    }
+}
+
+fn known(event: &Recorded) -> Option<(Known, u64, Option<Position>)> {
     let progress: Progress = serde_json::from_slice(event.data()).ok()?;
     let bytes: [u8; Checkpoint::ENCODED_LEN] = from_hex(&progress.checkpoint)?.try_into().ok()?;
     let durable = Checkpoint::from_bytes(&bytes)?;
-    Some(Known { wanted: progress.wanted, terms: progress.granted, durable })
+    let known = Known { wanted: progress.wanted, terms: progress.granted, durable };
+    Some((known, progress.ahead.unwrap_or(0), progress.until.map(Position::new)))
 }
 
 /// Those that are still known, in order.
@@ -398,19 +523,66 @@ mod tests {
         Checkpoint { offset, incarnation, position: Position::new(position), ..start }
     }
 
-    /// Longer than several batches here: every second position.
-    fn run(from: u64) -> Run {
+    /// Longer than several batches here: every second position, events from `first` on.
+    fn run_of(from: u64, first: u8, count: u64) -> Run {
         let mut run = RunWriter::new(Position::new(from));
-        for number in 0..EVENTS {
-            let event = NewEvent::raw("happened", vec![number as u8; 300]).unwrap();
-            let event = event.id(EventId::from_bytes([(from + number) as u8; 16]));
+        for number in 0..count {
+            let event = NewEvent::raw("happened", vec![first + number as u8; 300]).unwrap();
+            let event = event.id(EventId::from_bytes([first + number as u8; 16]));
             let mut bytes = Vec::new();
-            let stream = StreamId::new(format!("s-{}", number % 2)).unwrap();
+            let stream = StreamId::new(format!("s-{}", (u64::from(first) + number) % 2)).unwrap();
             record::encode(&mut bytes, &event, &stream, Revision::FIRST);
             run.add(Position::new(from + 2 * number), 5, &bytes);
         }
-        let bytes = run.finish(&behind(from + 2 * EVENTS));
+        let bytes = run.finish(&behind(from + 2 * count));
         Run::decode(Position::new(from), bytes).unwrap()
+    }
+
+    fn run(from: u64) -> Run {
+        run_of(from, from as u8, EVENTS)
+    }
+
+    /// A feed that has a run.
+    fn begun(fs: &Arc<dyn Fs>, dir: &str) -> Received {
+        let (node, all) = (NodeId::from_bytes([1; 16]), FeedFilter::everything());
+        let mut received = Received::create(node, fs, Path::new(dir), &options(), &all).unwrap();
+        let terms = FeedTerms { filter: all.clone(), shape: None };
+        received.granted(ORIGIN, terms, &all).unwrap();
+        received.run(&run(0)).unwrap();
+        assert_eq!(received.settle().unwrap(), Some(behind(2 * EVENTS)));
+        received
+    }
+
+    /// What is written first of a run that is too long for a batch.
+    fn begins(run: &Run) -> NewEvent {
+        let mut received = begun(&(Arc::new(SimFs::new(1)) as _), "/other");
+        let end = received.journal().end().position;
+        received.run(run).unwrap();
+        received.settle().unwrap();
+        let first = received.journal().read_all(end).unwrap().next().unwrap().unwrap();
+        assert_eq!(first.event_type().as_str(), PROGRESS);
+        NewEvent::raw(PROGRESS, first.data().clone()).unwrap()
+    }
+
+    /// A feed that has a run, and some events of the next one, when it is killed.
+    fn killed(fs: &Arc<dyn Fs>, second: &Run, stored: usize) -> Received {
+        let mut received = begun(fs, "/feed");
+        let at = StreamId::new(PROGRESS).unwrap();
+        let begins = (at, begins(second));
+        let mut batches = Batches::default();
+        batches.last.push(&begins.0, &begins.1);
+        for entry in second.entries().take(stored) {
+            received.push(&mut batches, &entry.unwrap());
+        }
+        batches.full.iter().chain([&batches.last]).for_each(|batch| {
+            received.submit(batch, None).unwrap();
+        });
+        assert_eq!(received.settle().unwrap(), None, "nothing of it can be acknowledged");
+        received.close().unwrap();
+        let (dir, all) = (Path::new("/feed"), FeedFilter::everything());
+        let received = Received::open(fs, dir, &options(), &all).unwrap().unwrap();
+        assert_eq!(received.known().unwrap().durable, behind(2 * EVENTS));
+        received
     }
 
     fn ids(received: &Received) -> Vec<u8> {
@@ -422,34 +594,70 @@ mod tests {
     /// Killed between any two batches of a run, it goes on behind what is there.
     #[test]
     fn a_run_that_was_stored_in_part_is_completed_when_it_comes_again() {
-        let (dir, all) = (Path::new("/feed"), FeedFilter::everything());
         for stored in 0..=EVENTS as usize {
             let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
-            let node = NodeId::from_bytes([1; 16]);
-            let mut received = Received::create(node, &fs, dir, &options(), &all).unwrap();
-            let terms = FeedTerms { filter: all.clone(), shape: None };
-            received.granted(ORIGIN, terms, &all).unwrap();
-            received.run(&run(0)).unwrap();
-            assert_eq!(received.settle().unwrap(), Some(behind(2 * EVENTS)));
             let second = run(2 * EVENTS);
-            let mut append = Append::default();
-            for entry in second.entries().take(stored) {
-                append = received.push(append, &entry.unwrap()).unwrap();
-            }
-            if !append.is_empty() {
-                received.submit(&append, None).unwrap();
-            }
-            assert_eq!(received.settle().unwrap(), None, "nothing of it can be acknowledged");
-            received.close().unwrap();
-
-            let mut received = Received::open(&fs, dir, &options(), &all).unwrap().unwrap();
-            assert_eq!(received.known().unwrap().durable, behind(2 * EVENTS));
-            assert_eq!(received.again, stored as u64);
+            let mut received = killed(&fs, &second, stored);
             received.run(&second).unwrap();
             assert_eq!(received.settle().unwrap(), Some(behind(4 * EVENTS)));
             let wanted: Vec<u8> = (0..EVENTS as u8).chain(24..24 + EVENTS as u8).collect();
             assert_eq!(ids(&received), wanted, "{stored}");
             assert_eq!(received.openings(), [(Position::START, Incarnation::new(3))]);
+            received.close().unwrap();
+        }
+    }
+
+    fn is_replaced(taken: Result<(), FeedError>) -> bool {
+        matches!(taken, Err(FeedError::Replaced { .. }))
+    }
+
+    /// The origin was restored from a copy that has what is accounted for, and has written something else since.
+    #[test]
+    fn what_comes_instead_of_a_run_that_was_stored_in_part_is_not_taken_for_it() {
+        let from = 2 * EVENTS;
+        for stored in 1..=EVENTS as usize {
+            // It has this many of those events again, and then others, none, or nothing of the feed.
+            for same in 0..=stored as u64 {
+                let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+                let mut received = killed(&fs, &run(from), stored);
+                let had = ids(&received);
+                if same > 0 {
+                    received.run(&run_of(from, from as u8, same)).unwrap();
+                }
+                let gone_on = from + 2 * same;
+                let other = run_of(gone_on, 100, EVENTS);
+                if same < stored as u64 {
+                    assert!(is_replaced(received.run(&other)), "{stored}, {same}");
+                    assert!(is_replaced(received.skipped(behind(4 * EVENTS))), "{stored}, {same}");
+                    assert_eq!(ids(&received), had);
+                } else {
+                    received.run(&other).unwrap();
+                    received.settle().unwrap();
+                    assert_eq!(ids(&received).len(), (2 * EVENTS as usize) + stored);
+                }
+                received.close().unwrap();
+            }
+        }
+    }
+
+    /// It may come again in shorter runs, from somebody with shorter frames, and be cut off in between.
+    #[test]
+    fn a_run_that_was_stored_in_part_may_come_again_in_several() {
+        let from = 2 * EVENTS;
+        for (stored, first) in (1..=EVENTS as usize).flat_map(|n| (1..EVENTS).map(move |m| (n, m)))
+        {
+            let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+            let mut received = killed(&fs, &run(from), stored);
+            received.run(&run_of(from, from as u8, first)).unwrap();
+            assert_eq!(received.settle().unwrap(), Some(behind(from + 2 * first)), "not held up");
+            received.close().unwrap();
+            let (dir, all) = (Path::new("/feed"), FeedFilter::everything());
+            let mut received = Received::open(&fs, dir, &options(), &all).unwrap().unwrap();
+            let rest = run_of(from + 2 * first, (from + first) as u8, EVENTS - first);
+            received.run(&rest).unwrap();
+            assert_eq!(received.settle().unwrap(), Some(behind(4 * EVENTS)));
+            let wanted: Vec<u8> = (0..EVENTS as u8).chain(24..24 + EVENTS as u8).collect();
+            assert_eq!(ids(&received), wanted, "{stored}, {first}");
             received.close().unwrap();
         }
     }
@@ -474,6 +682,9 @@ mod tests {
         assert_eq!(received.rest().unwrap(), None);
         received.close().unwrap();
         let received = Received::open(&fs, dir, &options(), &all).unwrap().unwrap();
-        assert_eq!((received.known().unwrap().durable, received.again), (behind(far + 1), 0));
+        assert_eq!(
+            (received.known().unwrap().durable, received.again),
+            (behind(far + 1), Again::default())
+        );
     }
 }
