@@ -7,13 +7,18 @@
 //! ```
 //! Invariants:
 //! - The intersection of two filters is a filter, and lets through exactly what both do.
-//! - Limits bound what comparing filters costs, whoever asks.
+//! - Limits bound what comparing filters costs, whoever asks. One that a peer has asked for takes a few KiB, with as many
+//!   names as there may be.
 
 use serde::{Deserialize, Serialize};
 
 use crate::event::Recorded;
 use crate::format::record::RecordRef;
 use crate::format::{Decoder, FormatError};
+
+mod names;
+
+use names::Names;
 
 /// A filter has at most so many parts.
 pub const FILTER_PARTS_MAX: usize = 16;
@@ -46,12 +51,12 @@ pub struct FeedFilter {
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FeedPart {
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    categories: Vec<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    types: Vec<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    tags: Vec<String>,
+    #[serde(default, skip_serializing_if = "Names::is_empty")]
+    categories: Names,
+    #[serde(default, skip_serializing_if = "Names::is_empty")]
+    types: Names,
+    #[serde(default, skip_serializing_if = "Names::is_empty")]
+    tags: Names,
 }
 
 /// What is wrong with a filter.
@@ -99,32 +104,32 @@ impl FeedPart {
         mut self,
         categories: impl IntoIterator<Item = T>,
     ) -> Self {
-        add(&mut self.categories, categories);
+        self.categories.add(categories);
         self
     }
 
     /// Adds types.
     #[must_use]
     pub fn and_types<T: Into<String>>(mut self, types: impl IntoIterator<Item = T>) -> Self {
-        add(&mut self.types, types);
+        self.types.add(types);
         self
     }
 
     /// Adds tags.
     #[must_use]
     pub fn and_tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
-        add(&mut self.tags, tags);
+        self.tags.add(tags);
         self
     }
 
-    fn names(&self) -> impl Iterator<Item = &String> {
-        self.categories.iter().chain(&self.types).chain(&self.tags)
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.categories.iter().chain(self.types.iter()).chain(self.tags.iter())
     }
 
     fn means(&self, category: &str, event_type: &str, has_tag: impl Fn(&str) -> bool) -> bool {
         is_any(&self.categories, category)
             && is_any(&self.types, event_type)
-            && self.tags.iter().all(|tag| has_tag(tag))
+            && self.tags.iter().all(has_tag)
     }
 
     /// What both mean; `None` if that can't be any event.
@@ -132,31 +137,27 @@ impl FeedPart {
         let categories = common(&self.categories, &other.categories)?;
         let types = common(&self.types, &other.types)?;
         let part = Self { categories, types, tags: self.tags.clone() };
-        Some(part.and_tags(other.tags.iter().cloned()))
+        Some(part.and_tags(other.tags.iter()))
     }
 
     /// Sorted and without repetitions, as the others keep them.
     fn in_order(self) -> Self {
-        Self::categories(self.categories).and_types(self.types).and_tags(self.tags)
+        let Self { categories, types, tags } = self;
+        Self { categories: categories.in_order(), types: types.in_order(), tags: tags.in_order() }
     }
 }
 
-fn add<T: Into<String>>(names: &mut Vec<String>, more: impl IntoIterator<Item = T>) {
-    names.extend(more.into_iter().map(Into::into));
-    names.sort_unstable();
-    names.dedup();
-}
-
-fn is_any(names: &[String], name: &str) -> bool {
-    names.is_empty() || names.iter().any(|it| it == name)
+fn is_any(names: &Names, name: &str) -> bool {
+    names.is_empty() || names.contains(name)
 }
 
 /// The names that are in both; no names are all. `None` if none are in both.
-fn common(a: &[String], b: &[String]) -> Option<Vec<String>> {
-    match (a, b) {
-        ([], names) | (names, []) => Some(names.to_vec()),
-        (a, b) => {
-            let both: Vec<_> = a.iter().filter(|name| b.contains(name)).cloned().collect();
+fn common(a: &Names, b: &Names) -> Option<Names> {
+    match (a.is_empty(), b.is_empty()) {
+        (true, _) => Some(b.clone()),
+        (_, true) => Some(a.clone()),
+        _ => {
+            let both: Names = a.iter().filter(|name| b.contains(name)).collect();
             (!both.is_empty()).then_some(both)
         }
     }
@@ -175,6 +176,7 @@ impl FeedFilter {
         let mut parts: Vec<_> = parts.into_iter().map(FeedPart::in_order).collect();
         parts.sort_unstable();
         parts.dedup();
+        parts.shrink_to_fit();
         Self { parts }
     }
 
@@ -199,11 +201,11 @@ impl FeedFilter {
             return Err(InvalidFilter::Empty);
         }
         for part in &self.parts {
-            let invalid = |name: &&String| {
+            let invalid = |name: &&str| {
                 name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control)
             };
             if let Some(name) = part.names().find(invalid) {
-                return Err(InvalidFilter::Name { name: name.clone() });
+                return Err(InvalidFilter::Name { name: name.to_owned() });
             }
         }
         let many = |part: &FeedPart| part.names().count() > FILTER_NAMES_MAX;
@@ -246,16 +248,15 @@ impl FeedFilter {
     /// Whether it lets everything through that `part` means. What differs in names that neither knows is alike, and
     /// further tags take nothing away: so looking at each of the names, and at one other, is enough.
     fn holds(&self, part: &FeedPart) -> bool {
-        let known = |names: fn(&FeedPart) -> &Vec<String>| {
+        let known = |names: fn(&FeedPart) -> &Names| {
             let mine = names(part);
-            let all = self.parts.iter().flat_map(names).map(String::as_str);
             match mine.is_empty() {
-                false => mine.iter().map(String::as_str).collect::<Vec<_>>(),
-                true => all.chain([OTHER]).collect(),
+                false => mine.iter().collect::<Vec<_>>(),
+                true => self.parts.iter().flat_map(|it| names(it).iter()).chain([OTHER]).collect(),
             }
         };
         let (categories, types) = (known(|part| &part.categories), known(|part| &part.types));
-        let has_tag = |tag: &str| part.tags.iter().any(|it| it == tag);
+        let has_tag = |tag: &str| part.tags.contains(tag);
         let mut events =
             categories.iter().flat_map(|category| types.iter().map(move |t| (category, t)));
         events.all(|(category, event_type)| self.means(category, event_type, has_tag))
@@ -279,7 +280,7 @@ impl FeedFilter {
         for part in &self.parts {
             for names in [&part.categories, &part.types, &part.tags] {
                 put_len(&mut out, names.len());
-                for name in names {
+                for name in names.iter() {
                     put_len(&mut out, name.len());
                     out.extend_from_slice(name.as_bytes());
                 }
@@ -297,7 +298,7 @@ impl FeedFilter {
             let mut part = FeedPart::default();
             for names in [&mut part.categories, &mut part.types, &mut part.tags] {
                 for _ in 0..input.u16()? {
-                    names.push(input.text16("filter")?.to_owned());
+                    names.push(input.text16("filter")?);
                 }
             }
             parts.push(part);
@@ -307,7 +308,7 @@ impl FeedFilter {
         if !input.rest().is_empty() || filter.check().is_err() || in_order != filter {
             return Err(invalid);
         }
-        Ok(filter)
+        Ok(in_order)
     }
 }
 
@@ -322,8 +323,11 @@ impl std::fmt::Display for FeedFilter {
             let lists =
                 [("categories", &part.categories), ("types", &part.types), ("tags", &part.tags)];
             let named = lists.iter().filter(|(_, names)| !names.is_empty());
-            let named: Vec<_> =
-                named.map(|(what, names)| format!("{what} {}", names.join(" "))).collect();
+            let named: Vec<_> = named
+                .map(|(what, names)| {
+                    format!("{what} {}", names.iter().collect::<Vec<_>>().join(" "))
+                })
+                .collect();
             f.write_str(if named.is_empty() { "everything" } else { "" })?;
             f.write_str(&named.join(" and "))?;
         }
@@ -415,6 +419,22 @@ mod tests {
             let json = serde_json::to_string(&a).unwrap();
             prop_assert_eq!(serde_json::from_str::<FeedFilter>(&json).unwrap(), a);
         }
+    }
+
+    /// As they are kept for each subscriber: 64 KiB are promised, and a frame takes 40 of them.
+    #[test]
+    fn the_largest_filter_takes_a_few_kib() {
+        let name = |n: u32| char::from_u32(0x21 + n).unwrap().to_string();
+        let of = |n: u32| FeedPart::types((n..n + 39).map(name)).and_tags([name(n)]);
+        let filter = FeedFilter::any_of((0..FILTER_PARTS_MAX as u32).map(of));
+        assert_eq!(filter.check(), Ok(()));
+        let filter = FeedFilter::from_bytes(&filter.to_bytes()).unwrap();
+        let names = |part: &FeedPart| {
+            let all = [&part.categories, &part.types, &part.tags];
+            all.into_iter().map(Names::held_bytes).sum::<usize>() + size_of::<FeedPart>()
+        };
+        let held: usize = filter.parts.iter().map(names).sum();
+        assert!(filter.parts.capacity() == filter.parts.len() && held < 8 << 10, "{held} bytes");
     }
 
     #[test]

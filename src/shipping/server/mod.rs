@@ -413,7 +413,7 @@ impl Peer {
                 PeerState::CatchingUp | PeerState::Live if is_stuck => PeerState::Stalled,
                 state => state,
             },
-            feed: status.feed.clone(),
+            feed: status.feed.as_deref().cloned(),
             sent: status.sent,
             acked: status.acked,
             applied: status.applied,

@@ -20,7 +20,7 @@ pub(super) struct Runs(Mutex<Vec<Made>>);
 struct Made {
     /// Of which the run is: a mirror that has set its tail aside goes on differently from the same place.
     journal: usize,
-    terms: FeedTerms,
+    terms: Arc<FeedTerms>,
     span: Span,
     run: Arc<MadeRun>,
 }
@@ -41,7 +41,7 @@ impl Runs {
 
     pub(super) fn keep(&self, journal: usize, span: &Span, sieve: &Sieve, run: &Arc<MadeRun>) {
         let mut made = self.0.lock();
-        let (terms, span, run) = (sieve.terms.clone(), *span, Arc::clone(run));
+        let (terms, span, run) = (Arc::clone(&sieve.terms), *span, Arc::clone(run));
         made.push(Made { journal, terms, span, run });
         let size = |made: &[Made]| made.iter().map(|made| made.run.bytes.len()).sum::<usize>();
         while made.len() > 1 && (made.len() > COUNT_MAX || size(&made) > BYTES_MAX) {
@@ -59,7 +59,7 @@ mod tests {
 
     fn sieve(name: &str) -> Sieve {
         let filter = FeedFilter::from(FeedPart::types([name]));
-        Sieve::new(FeedTerms { filter, shape: None }, None)
+        Sieve::new(Arc::new(FeedTerms { filter, shape: None }), None)
     }
 
     fn run(position: u64, len: usize) -> Arc<MadeRun> {

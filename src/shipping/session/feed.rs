@@ -26,7 +26,7 @@ const SIFTED_BYTES_MAX: u64 = 1 << 20;
 /// What makes a feed as it was granted.
 #[derive(Debug)]
 pub(crate) struct Sieve {
-    pub(crate) terms: FeedTerms,
+    pub(crate) terms: Arc<FeedTerms>,
     shape: Option<Shape>,
 }
 
@@ -60,7 +60,7 @@ pub(crate) enum Sifted {
 }
 
 impl Sieve {
-    pub(crate) fn new(terms: FeedTerms, shape: Option<Shape>) -> Self {
+    pub(crate) fn new(terms: Arc<FeedTerms>, shape: Option<Shape>) -> Self {
         Self { terms, shape }
     }
 

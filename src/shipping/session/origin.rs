@@ -210,7 +210,7 @@ pub(crate) struct OriginStatus {
     pub(crate) acked: Option<Checkpoint>,
     pub(crate) applied: Option<Position>,
     /// What the peer is fed, if it doesn't get the whole journal.
-    pub(crate) feed: Option<FeedTerms>,
+    pub(crate) feed: Option<Arc<FeedTerms>>,
 }
 
 /// What came of an attempt to send.
@@ -686,7 +686,7 @@ impl OriginSession {
             None => self.say(&Message::Subscribed(subscribed)),
             Some(terms) => {
                 self.feeding = Some(Feeding::new(&terms, self.config.shape.clone(), from));
-                self.say(&Message::SubscribedFeed(subscribed, terms));
+                self.say(&Message::SubscribedFeed(subscribed, FeedTerms::clone(&terms)));
             }
         }
     }

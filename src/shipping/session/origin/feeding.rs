@@ -32,8 +32,8 @@ pub(super) struct Feeding {
 }
 
 impl Feeding {
-    pub(super) fn new(terms: &FeedTerms, shape: Option<Shape>, from: Checkpoint) -> Self {
-        let sieve = Arc::new(Sieve::new(terms.clone(), shape));
+    pub(super) fn new(terms: &Arc<FeedTerms>, shape: Option<Shape>, from: Checkpoint) -> Self {
+        let sieve = Arc::new(Sieve::new(Arc::clone(terms), shape));
         let (skip_at, run_end, in_flight) = (None, None, InFlight::default());
         Self { sieve, sifted: from, skip_at, run_end, in_flight }
     }
@@ -102,7 +102,7 @@ impl OriginSession {
             let detail = format!("the feed began with {}, now it is {}", named(had), named(shape));
             return self.end_with(Failure::new(ErrorCode::TERMS, detail));
         }
-        self.status.feed = Some(FeedTerms { filter, shape });
+        self.status.feed = Some(Arc::new(FeedTerms { filter, shape }));
     }
 
     /// The same of a feed: a frame of events, or that there are none up to somewhere.
