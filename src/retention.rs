@@ -47,8 +47,9 @@ pub struct Options {
     /// Nor does one that lacks more than so many bytes of batches. Default: no limit.
     pub lease_bytes_max: u64,
     /// Nor, while the disk has fewer free bytes than this, do those that lack what must go for as many to be free: the one
-    /// that lacks most lets go first. Default 1 GiB. Where it can't be told how many are free, it is as if there were enough.
-    pub lease_free_bytes_min: u64,
+    /// that lacks most lets go first. `None`, the default: 1 GiB, or a tenth of the volume if that is less. Where it can't be
+    /// told how many are free, it is as if there were enough.
+    pub lease_free_bytes_min: Option<u64>,
 }
 
 /// How far the oldest events are to be removed.
@@ -86,7 +87,7 @@ impl Options {
             history: None,
             lease_age_max: Duration::from_secs(7 * 24 * 3600),
             lease_bytes_max: u64::MAX,
-            lease_free_bytes_min: 1 << 30,
+            lease_free_bytes_min: None,
         }
     }
 
@@ -138,7 +139,14 @@ pub enum Holder {
         /// When it was last heard of, in microseconds since 1970.
         heard_at_us: i64,
     },
-    /// Mirrors of which nothing can be found out: the file of their leases can't be read.
+    /// A filtered feed: how far it has said that it is durable.
+    Feed {
+        /// Its node id; `None` if it didn't say which it is when it subscribed.
+        node: Option<NodeId>,
+        /// When it was last heard of, in microseconds since 1970.
+        heard_at_us: i64,
+    },
+    /// Mirrors and feeds of which nothing can be found out: the file of their leases can't be read.
     UnknownMirrors {
         /// The file.
         path: PathBuf,
@@ -171,6 +179,8 @@ impl std::fmt::Display for Holder {
             }
             Self::Mirror { node: Some(node), .. } => write!(f, "mirror {node}"),
             Self::Mirror { node: None, .. } => f.write_str("a mirror that had no id yet"),
+            Self::Feed { node: Some(node), .. } => write!(f, "feed {node}"),
+            Self::Feed { node: None, .. } => f.write_str("a feed that had no id"),
             Self::UnknownMirrors { path } => {
                 write!(f, "mirrors whose leases can't be read: {}", path.display())
             }
@@ -191,6 +201,7 @@ impl Holder {
             Self::Reactor { .. } => "reactor",
             Self::UnknownReactors { .. } => "unknown_reactors",
             Self::Mirror { .. } => "mirror",
+            Self::Feed { .. } => "feed",
             Self::UnknownMirrors { .. } => "unknown_mirrors",
             Self::Archive { .. } => "archive",
             Self::Gap => "gap",
@@ -214,6 +225,9 @@ impl Holder {
             Self::UnknownReactors { .. } => "mend or delete the folder",
             Self::Mirror { .. } => {
                 "let the mirror catch up; one that is gone for good lets go after lease_age_max, or when it lacks more than lease_bytes_max, or when the disk has less than lease_free_bytes_min left"
+            }
+            Self::Feed { .. } => {
+                "let the feed catch up; one that is gone for good lets go as a mirror does"
             }
             Self::UnknownMirrors { .. } => {
                 "close the store and delete the file, if no mirror needs what is to be removed"
@@ -532,10 +546,20 @@ fn archive_gate(
     Some((Gate { holder, position, passed_over: false }, has))
 }
 
+/// So many bytes of a volume should be free, unless another number is given;
+const FREE_BYTES_MIN: u64 = 1 << 30;
+/// and no more than this part of it.
+const FREE_SHARE_MIN: u64 = 10;
+
 /// In front of which position segments must go for the disk to have as many free bytes as it should.
-fn must_go(journal: &Journal, wanted: &[Removable], free_bytes_min: u64) -> Position {
-    let free = journal.fs().free_bytes(journal.dir()).ok().flatten().unwrap_or(u64::MAX);
-    let mut missing = free_bytes_min.saturating_sub(free);
+fn must_go(journal: &Journal, wanted: &[Removable], free_bytes_min: Option<u64>) -> Position {
+    let (fs, dir) = (journal.fs(), journal.dir());
+    let free = fs.free_bytes(dir).ok().flatten().unwrap_or(u64::MAX);
+    let of_volume = || {
+        let volume = fs.volume_bytes(dir).ok().flatten();
+        volume.map_or(FREE_BYTES_MIN, |bytes| FREE_BYTES_MIN.min(bytes / FREE_SHARE_MIN))
+    };
+    let mut missing = free_bytes_min.unwrap_or_else(of_volume).saturating_sub(free);
     let must_go = wanted.iter().take_while(|segment| {
         let is_missing = missing > 0;
         missing = missing.saturating_sub(segment.file_bytes);
@@ -552,11 +576,16 @@ fn mirrors(journal: &Journal, options: &Options, wanted: &[Removable]) -> Vec<Ga
     let (now, end) = (crate::env::now_us(), journal.end());
     let must_go = must_go(journal, wanted, options.lease_free_bytes_min);
     let age_max_us = i64::try_from(options.lease_age_max.as_micros()).unwrap_or(i64::MAX);
+    let holder = |lease: &Lease| {
+        let node = (!lease.nameless).then(|| NodeId::from_bytes(lease.id));
+        let heard_at_us = lease.heard_at_us;
+        match lease.feed {
+            true => Holder::Feed { node, heard_at_us },
+            false => Holder::Mirror { node, heard_at_us },
+        }
+    };
     let gate = |lease: &Lease| Gate {
-        holder: Holder::Mirror {
-            node: (!lease.nameless).then(|| NodeId::from_bytes(lease.id)),
-            heard_at_us: lease.heard_at_us,
-        },
+        holder: holder(lease),
         position: Some(lease.position),
         passed_over: now.saturating_sub(lease.heard_at_us) > age_max_us
             || end.offset.saturating_sub(lease.offset) > options.lease_bytes_max

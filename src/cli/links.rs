@@ -109,9 +109,10 @@ impl Link {
         Value::Object(self.0.clone())
     }
 
-    /// Whether it is to the mirror whose lease this is.
+    /// Whether it is to the mirror or feed whose lease this is.
     fn is_to(&self, lease: &Lease) -> bool {
         node(lease).is_some_and(|node| self.text("node") == Some(&node))
+            && self.get("feed").is_object() == lease.feed
             && self.text("direction") == Some("to")
     }
 }

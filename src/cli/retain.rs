@@ -43,7 +43,8 @@ pub(crate) struct Args {
     /// Passes over mirrors that lack more than so many bytes
     #[arg(long, value_name = "N")]
     mirror_bytes_max: Option<u64>,
-    /// While the disk has less than so many bytes left, passes over mirrors that lack what must go [default: 1073741824]
+    /// While the disk has less than so many bytes left, passes over mirrors that lack what must go [default:
+    /// 1073741824, or a tenth of the volume if that is less]
     #[arg(long, value_name = "N")]
     mirror_free_bytes_min: Option<u64>,
 }
@@ -77,8 +78,7 @@ fn options(args: &Args) -> Options {
         options.lease_age_max = Duration::from_secs(hours.saturating_mul(3600));
     }
     options.lease_bytes_max = args.mirror_bytes_max.unwrap_or(options.lease_bytes_max);
-    options.lease_free_bytes_min =
-        args.mirror_free_bytes_min.unwrap_or(options.lease_free_bytes_min);
+    options.lease_free_bytes_min = args.mirror_free_bytes_min;
     options
 }
 

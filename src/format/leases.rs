@@ -16,6 +16,7 @@ pub const LEASES_MAX: usize = 4096;
 
 const FILE: Entries<LEASE_BYTES> = Entries { magic: *b"\x89HWLEA\r\n", version: 1 };
 const FLAG_NAMELESS: u32 = 1;
+const FLAG_FEED: u32 = 2;
 
 /// What a mirror still needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct Lease {
     pub id: [u8; 16],
     /// The id is a session's.
     pub nameless: bool,
+    /// It is a filtered feed's: another lease than that of a mirror with the same id.
+    pub feed: bool,
     /// The mirror has everything in front of this.
     pub position: Position,
     /// The same in bytes.
@@ -33,13 +36,20 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// Whether it is another state of the same lease.
+    pub(crate) fn is_of(&self, other: &Self) -> bool {
+        (self.id, self.feed) == (other.id, other.feed)
+    }
+
     fn encode(&self) -> [u8; LEASE_BYTES] {
         let mut out = Block::<LEASE_BYTES>::new();
         out.put(0, &self.id);
         out.put(16, &self.position.get().to_le_bytes());
         out.put(24, &self.offset.to_le_bytes());
         out.put(32, &self.heard_at_us.to_le_bytes());
-        out.put(40, &(if self.nameless { FLAG_NAMELESS } else { 0 }).to_le_bytes());
+        let nameless = if self.nameless { FLAG_NAMELESS } else { 0 };
+        let feed = if self.feed { FLAG_FEED } else { 0 };
+        out.put(40, &(nameless | feed).to_le_bytes());
         out.0
     }
 
@@ -49,10 +59,11 @@ impl Lease {
         let (position, offset) = (Position::new(input.u64()?), input.u64()?);
         let heard_at_us = input.i64()?;
         let flags = input.u32()?;
-        if flags & !FLAG_NAMELESS != 0 {
+        if flags & !(FLAG_NAMELESS | FLAG_FEED) != 0 {
             return Err(FormatError::Invalid("lease flags"));
         }
-        Ok(Self { id, nameless: flags & FLAG_NAMELESS != 0, position, offset, heard_at_us })
+        let (nameless, feed) = (flags & FLAG_NAMELESS != 0, flags & FLAG_FEED != 0);
+        Ok(Self { id, nameless, feed, position, offset, heard_at_us })
     }
 }
 
@@ -85,11 +96,13 @@ mod tests {
         let lease = Lease {
             id: [1; 16],
             nameless: false,
+            feed: false,
             position: Position::new(9),
             offset: 640,
             heard_at_us: -5,
         };
-        let leases = [lease, Lease { id: [2; 16], nameless: true, ..lease }];
+        let nameless = Lease { id: [2; 16], nameless: true, ..lease };
+        let leases = [lease, nameless, Lease { feed: true, ..lease }];
         let bytes = encode(journal, &leases);
         assert_eq!(decode(&bytes, journal), Ok(leases.to_vec()));
         for bit in 0..bytes.len() * 8 {

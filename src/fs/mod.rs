@@ -75,6 +75,10 @@ pub trait Fs: Debug + Send + Sync + 'static {
     fn free_bytes(&self, _dir: &Path) -> io::Result<Option<u64>> {
         Ok(None)
     }
+    /// How many bytes the volume has below which `dir` is, used or not; `None` if that can't be told.
+    fn volume_bytes(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
     /// The time by the clock of the machine that has the files, in microseconds since 1970: what events are recorded
     /// with. Information only.
     fn now_us(&self) -> i64 {

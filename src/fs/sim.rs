@@ -1290,6 +1290,10 @@ impl Fs for SimFs {
         Ok(state.free_sectors().map(|sectors| sectors * state.sector))
     }
 
+    fn volume_bytes(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        Ok(self.0.lock().capacity)
+    }
+
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>> {
         let path = key(path);
         let args = [digest(&path), crc32fast::hash(owner.as_bytes()).into(), 0];

@@ -117,7 +117,7 @@ impl Journal {
 
 #[cfg(any(test, feature = "shipping"))]
 fn renew(leases: &mut Vec<Lease>, connected: &mut Connected, lease: Lease, stage: Stage) {
-    let known = leases.iter().position(|other| other.id == lease.id);
+    let known = leases.iter().position(|other| other.is_of(&lease));
     if lease.nameless {
         match stage {
             Stage::Begins => drop(connected.insert(lease.id, false)),
@@ -133,7 +133,9 @@ fn renew(leases: &mut Vec<Lease>, connected: &mut Connected, lease: Lease, stage
         }
     }
     let inherited = || {
-        let free = |other: &Lease| other.nameless && connected.get(&other.id) != Some(&true);
+        let free = |other: &Lease| {
+            other.nameless && other.feed == lease.feed && connected.get(&other.id) != Some(&true)
+        };
         let nameless = leases.iter().enumerate().filter(|(_, other)| free(other));
         let behind = nameless.filter(|(_, other)| other.position <= lease.position);
         let rank = |other: &Lease| (!connected.contains_key(&other.id), other.position);
@@ -164,7 +166,8 @@ mod tests {
 
     fn lease(id: u8, nameless: bool, position: u64) -> Lease {
         let position = Position::new(position);
-        Lease { id: [id; 16], nameless, position, offset: 0, heard_at_us: i64::from(id) }
+        let heard_at_us = i64::from(id);
+        Lease { id: [id; 16], nameless, feed: false, position, offset: 0, heard_at_us }
     }
 
     #[test]
@@ -192,6 +195,19 @@ mod tests {
         renew(&mut leases, &mut connected, lease(2, true, 4), Stage::Ends); // was one of those
         assert_eq!(connected, Connected::from([([1; 16], false), ([2; 16], true)]));
         assert!(leases.contains(&lease(1, true, 4)));
+    }
+
+    #[test]
+    fn a_mirror_and_a_feed_of_one_node_have_a_lease_each() {
+        let (mut leases, mut connected) = (Vec::new(), Connected::new());
+        let feed = |id, nameless, position| Lease { feed: true, ..lease(id, nameless, position) };
+        let (mirror, other) = (lease(1, false, 5), feed(2, true, 3));
+        for lease in [other, mirror, feed(1, false, 9), mirror] {
+            renew(&mut leases, &mut connected, lease, Stage::GoesOn);
+        }
+        renew(&mut leases, &mut connected, other, Stage::Begins);
+        renew(&mut leases, &mut connected, lease(3, false, 7), Stage::Begins); // takes over none of a feed
+        assert_eq!(leases, [feed(1, false, 9), mirror, other, lease(3, false, 7)]);
     }
 
     #[test]

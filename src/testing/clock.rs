@@ -107,6 +107,10 @@ impl Fs for Clocked {
         self.fs.free_bytes(dir)
     }
 
+    fn volume_bytes(&self, dir: &Path) -> io::Result<Option<u64>> {
+        self.fs.volume_bytes(dir)
+    }
+
     fn lock(&self, path: &Path, owner: &str) -> io::Result<Result<Box<dyn Lock>, LockHeld>> {
         self.fs.lock(path, owner)
     }

@@ -13,9 +13,11 @@ use headwater::format::batch::genesis;
 use headwater::format::crc32;
 use headwater::format::record;
 use headwater::fs::os::OsFs;
+use headwater::retention::{self, Holder};
 use headwater::shipping::message::{
     Authentication, ErrorCode, Events, FEATURE_FILTERED, FeedRequest, FeedTerms, FrameReader,
-    Hello, Message, OriginEnd, PROTOCOL_VERSIONS, ShapeId, Skip, Subscribe, Subscribed, Welcome,
+    Heartbeat, Hello, Message, OriginEnd, PROTOCOL_VERSIONS, ShapeId, Skip, Speaker, Subscribe,
+    Subscribed, Welcome,
 };
 use headwater::shipping::security::{Access, Security, SecurityOptions};
 use headwater::shipping::{
@@ -822,6 +824,7 @@ fn check_counts(view: &headwater::view::ViewHandle<views::Counts>, events: &[Sai
 
 /// A subscriber by hand.
 struct Raw {
+    node: Option<NodeId>,
     stream: TcpStream,
     reader: FrameReader,
 }
@@ -832,7 +835,7 @@ impl Raw {
         stream.set_read_timeout(Some(SOON)).unwrap();
         let mut reader = FrameReader::new();
         reader.allow_data(1 << 20);
-        Self { stream, reader }
+        Self { node: None, stream, reader }
     }
 
     fn say(&mut self, message: &Message<'_>) {
@@ -852,7 +855,7 @@ impl Raw {
             versions: PROTOCOL_VERSIONS,
             features,
             max_frame: 1 << 20,
-            node: None,
+            node: self.node,
             nonce: [1; 16],
             authentication: Authentication::None,
             agent: "test".to_owned(),
@@ -923,6 +926,125 @@ fn a_feed_that_is_never_read_delays_nobody() {
     drop(stalled);
 }
 
+/// A mirror and a feed may have the same node id: neither lets go of what the other one lacks.
+#[test]
+fn a_mirror_and_a_feed_of_one_node_hold_back_what_each_of_them_lacks() {
+    let dir = tempfile::tempdir().unwrap();
+    let serving = ServeOptions { deadlines: brisk(), ..ServeOptions::default() };
+    let origin = Origin::start(dir.path(), small(), serving);
+    origin.append(&mut Rng::with_seed(12), 100);
+    let end = origin.end();
+    let everything = || FeedTerms { filter: FeedFilter::everything(), shape: None };
+    let until = retention::Options::new(retention::Until::Position(end.position));
+    // Which of them comes last doesn't matter.
+    for (node, feed_last) in [(6, true), (7, false)] {
+        let node = NodeId::from_bytes([node; 16]);
+        let held = || {
+            let plan = origin.store().plan_retention(&until).unwrap();
+            let of_node = |gate: &retention::Gate| match gate.holder {
+                Holder::Mirror { node: Some(at), .. } if at == node => Some((false, gate.position)),
+                Holder::Feed { node: Some(at), .. } if at == node => Some((true, gate.position)),
+                _ => None,
+            };
+            let mut held: Vec<_> = plan.gates.iter().filter_map(of_node).collect();
+            held.sort_unstable();
+            held
+        };
+        let mut both = [(); 2].map(|()| Raw::connect(origin.address));
+        for (n, raw) in both.iter_mut().enumerate() {
+            raw.node = Some(node);
+            if (n == 1) == feed_last {
+                raw.subscribe(None, everything(), false);
+            } else {
+                raw.hello(0);
+                let (from, witness) = (Some(end), None);
+                raw.say(&Message::Subscribe(Subscribe { from, witness, window_bytes: 1 }));
+            }
+            let deadline = Instant::now() + SOON;
+            while held().len() <= n {
+                assert!(Instant::now() < deadline, "{n}: {:?}", held());
+                std::thread::yield_now();
+            }
+        }
+        assert_eq!(held(), [(false, Some(end.position)), (true, Some(Position::START))]);
+    }
+}
+
+/// Serves the same relayed journal to one connection after the other, of which each is sent what comes from the test; nothing
+/// at all ends it.
+fn false_relay() -> (SocketAddr, std::sync::mpsc::Sender<Vec<u8>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (sender, said) = std::sync::mpsc::channel::<Vec<u8>>();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let (mut reader, mut buffer) = (FrameReader::new(), [0; 4096]);
+            let mut is_subscribed = false;
+            while !is_subscribed {
+                let Ok(len @ 1..) = stream.read(&mut buffer) else { break };
+                reader.push(&buffer[..len]);
+                let mut out = Vec::new();
+                while let Ok(Some(message)) = reader.next_message() {
+                    let path = [8, 9].map(|n| NodeId::from_bytes([n; 16])).to_vec();
+                    is_subscribed |= matches!(message, Message::SubscribeFeed(..));
+                    grant(message, path, &mut out);
+                }
+                drop(stream.write_all(&out));
+            }
+            while let Some(bytes) = is_subscribed.then(|| said.recv()) {
+                match bytes {
+                    Ok(bytes) if !bytes.is_empty() => drop(stream.write_all(&bytes)),
+                    Ok(_) => break,
+                    Err(_) => return,
+                }
+            }
+        }
+    });
+    (address, sender)
+}
+
+fn heartbeat(speaker: Speaker) -> Vec<u8> {
+    frame(&Message::Heartbeat(Heartbeat { end: place(100), now_us: 0, speaker }))
+}
+
+#[test]
+fn behind_a_relay_lag_is_unknown_until_it_has_said_that_it_is_current_in_this_session() {
+    let dir = tempfile::tempdir().unwrap();
+    let (address, say) = false_relay();
+    let feed = feed_at(&dir.path().join("feed"), address, FeedPart::types(["placed"]));
+    say.send(frame(&skip(0, 100))).unwrap();
+    let all = Some(Position::new(100));
+    let has_all = |status: &FeedStatus| status.received.map(|at| at.position) == all;
+    let status = feed.wait_until(SOON, has_all).unwrap();
+    assert!(!status.is_live() && status.lag_events().is_none(), "{status:?}");
+    say.send(heartbeat(Speaker::Relay)).unwrap();
+    let status = feed.wait_until(SOON, FeedStatus::is_live).unwrap();
+    assert_eq!(status.lag_events(), Some(0));
+    // It is behind now, and says so.
+    say.send(heartbeat(Speaker::RelayBehind)).unwrap();
+    feed.wait_until(SOON, |status| status.lag_events().is_none()).unwrap();
+    say.send(heartbeat(Speaker::Relay)).unwrap();
+    feed.wait_until(SOON, |status| status.lag_events() == Some(0)).unwrap();
+    // Another session: what was heard in the last one was a moment ago.
+    say.send(Vec::new()).unwrap();
+    feed.wait_until(SOON, |status| status.reconnects == 0 && status.last_error.is_some()).unwrap();
+    feed.resume();
+    let again = |status: &FeedStatus| {
+        status.reconnects == 1
+            && matches!(status.state, MirrorState::CatchingUp | MirrorState::Live)
+    };
+    for said in [None, Some(heartbeat(Speaker::RelayBehind))] {
+        let since = Instant::now();
+        said.into_iter().for_each(|said| say.send(said).unwrap());
+        let status = feed.wait_until(SOON, again).unwrap();
+        assert!(!status.is_live() && status.lag_events().is_none(), "{status:?}");
+        assert!(status.origin_heard.unwrap() < 3 * Deadlines::default().heartbeat, "{since:?}");
+    }
+    say.send(heartbeat(Speaker::Relay)).unwrap();
+    let status = feed.wait_until(SOON, |status| again(status) && status.is_live()).unwrap();
+    assert_eq!((status.lag_events(), status.lag_time()), (Some(0), Some(Duration::ZERO)));
+}
+
 const FALSE: JournalId = JournalId::from_bytes([7; 16]);
 
 fn place(position: u64) -> Checkpoint {
@@ -978,6 +1100,29 @@ fn frame(message: &Message<'_>) -> Vec<u8> {
     out
 }
 
+/// Answers as an origin that lets in everybody.
+fn grant(message: Message<'_>, path: Vec<NodeId>, out: &mut Vec<u8>) {
+    match message {
+        Message::Hello(hello) => Message::Welcome(Welcome {
+            version: 1,
+            heartbeat_ms: 1000,
+            max_frame: 8192,
+            features: hello.features & FEATURE_FILTERED,
+            node: NodeId::from_bytes([9; 16]),
+            session: [1; 16],
+            nonce: hello.nonce,
+            now_us: 0,
+        })
+        .encode(out),
+        Message::SubscribeFeed(_, request) => {
+            let (end, first_position) = (place(100), Position::START);
+            let subscribed = Subscribed { end, first_position, path };
+            Message::SubscribedFeed(subscribed, request.terms).encode(out);
+        }
+        _ => {}
+    }
+}
+
 /// Grants every feed, and sends these bytes.
 fn false_origin(then: Vec<u8>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -989,27 +1134,9 @@ fn false_origin(then: Vec<u8>) -> SocketAddr {
                 reader.push(&buffer[..len]);
                 let mut out = Vec::new();
                 while let Ok(Some(message)) = reader.next_message() {
-                    match message {
-                        Message::Hello(hello) => Message::Welcome(Welcome {
-                            version: 1,
-                            heartbeat_ms: 1000,
-                            max_frame: 8192,
-                            features: hello.features & FEATURE_FILTERED,
-                            node: NodeId::from_bytes([9; 16]),
-                            session: [1; 16],
-                            nonce: hello.nonce,
-                            now_us: 0,
-                        })
-                        .encode(&mut out),
-                        Message::SubscribeFeed(_, request) => {
-                            let end = place(100);
-                            let (first_position, path) = (Position::START, vec![]);
-                            let subscribed = Subscribed { end, first_position, path };
-                            Message::SubscribedFeed(subscribed, request.terms).encode(&mut out);
-                            out.extend_from_slice(&then);
-                        }
-                        _ => {}
-                    }
+                    let is_granted = matches!(message, Message::SubscribeFeed(..));
+                    grant(message, vec![], &mut out);
+                    out.extend(then.iter().filter(|_| is_granted));
                 }
                 if stream.write_all(&out).is_err() {
                     break;

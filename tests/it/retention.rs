@@ -276,6 +276,7 @@ fn on_a_full_disk_the_mirrors_that_lack_most_let_go_first_and_only_as_far_as_mus
     let lease = |id, position| Lease {
         id: [id; 16],
         nameless: false,
+        feed: false,
         position,
         offset: 0,
         heard_at_us: i64::MAX,
@@ -290,7 +291,7 @@ fn on_a_full_disk_the_mirrors_that_lack_most_let_go_first_and_only_as_far_as_mus
     let free = fs.free_bytes(Path::new(JOURNAL)).unwrap().unwrap();
     let asked = before(u64::MAX >> 1);
     let plan = |missing: u64| {
-        let options = Options { lease_free_bytes_min: free + missing, ..asked.clone() };
+        let options = Options { lease_free_bytes_min: Some(free + missing), ..asked.clone() };
         let plan = retention::plan(&dynamic(&fs), Path::new(JOURNAL), &options).unwrap();
         let passed_over: Vec<_> = plan.gates.iter().map(|gate| gate.passed_over).collect();
         (plan.target, passed_over, plan)
@@ -306,6 +307,17 @@ fn on_a_full_disk_the_mirrors_that_lack_most_let_go_first_and_only_as_far_as_mus
     let (target, passed_over, _) = plan(free);
     assert!(target > ends[2], "{target}");
     assert_eq!(passed_over, [true, true]);
+    // By default at most a tenth of the volume, however small that is.
+    let used = u64::MAX / 2 - free;
+    let default = || {
+        let plan = retention::plan(&dynamic(&fs), Path::new(JOURNAL), &asked).unwrap();
+        (plan.target, plan.gates.iter().map(|gate| gate.passed_over).collect::<Vec<_>>())
+    };
+    fs.set_capacity(Some(2 * used));
+    assert_eq!(default(), (ends[0], vec![false, false]));
+    fs.set_capacity(Some(used + 4096));
+    let (target, passed_over) = default();
+    assert!(target > ends[0] && passed_over[0], "{target}, {passed_over:?}");
     // Nobody knows how many are free.
     fs.set_capacity(None);
     assert_eq!(plan(free).0, ends[0]);

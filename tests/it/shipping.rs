@@ -1029,7 +1029,7 @@ fn a_mirror_holds_back_what_it_lacks_also_after_a_restart() {
     for options in [
         Options { lease_age_max: Duration::ZERO, ..options.clone() },
         Options { lease_bytes_max: 1, ..options.clone() },
-        Options { lease_free_bytes_min: u64::MAX, ..options.clone() },
+        Options { lease_free_bytes_min: Some(u64::MAX), ..options.clone() },
     ] {
         let plan = origin.store().plan_retention(&options).unwrap();
         assert!(plan.target > had && plan.gates[0].passed_over);

@@ -80,7 +80,7 @@ pub struct FeedStatus {
 
 impl FeedStatus {
     /// How many events of the origin, of the feed or not, aren't accounted for yet; `None` if the origin hasn't been
-    /// heard for three heartbeats.
+    /// heard for three heartbeats, or the relay that is followed is behind it, or hasn't said yet in this session.
     #[must_use]
     pub fn lag_events(&self) -> Option<u64> {
         let (end, received) = self.known_ends()?;
@@ -153,6 +153,8 @@ struct State {
     received: Option<Checkpoint>,
     openings: Vec<(Position, Incarnation)>,
     origin: Option<(OriginEnd, Instant)>,
+    /// In this session it was told by the origin, or by a relay that has everything.
+    is_current: bool,
     last_error: Option<ShippingError>,
     sessions: u64,
     ends: Ends,
@@ -206,6 +208,7 @@ pub fn follow_feed(
             received: None,
             openings: Vec::new(),
             origin: None,
+            is_current: false,
             last_error: None,
             sessions: 0,
             ends: Ends::default(),
@@ -434,6 +437,7 @@ impl Shared {
                 *received = Received::open(&self.fs, &self.dir, options, &self.filter)?;
             }
         }
+        self.state.lock().is_current = false; // whoever is asked now hasn't said anything yet
         self.publish(received.as_ref());
         let give_up = || self.state.lock().stopping;
         connect(&self.address, &self.options, give_up, |stream| {
@@ -567,11 +571,12 @@ impl Shared {
         let Some(((end, told_at), received)) = state.origin.zip(state.received) else { return };
         let lag_bytes = end.offset.saturating_sub(received.offset);
         let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
-        if lag_bytes == 0 && connected {
+        let has_all = lag_bytes == 0 && connected && state.is_current;
+        if has_all {
             state.caught_up_at = Some(told_at);
         }
         match state.phase {
-            MirrorState::CatchingUp if lag_bytes == 0 => state.phase = MirrorState::Live,
+            MirrorState::CatchingUp if has_all => state.phase = MirrorState::Live,
             MirrorState::Live if lag_bytes > u64::from(self.options.window_bytes) => {
                 state.phase = MirrorState::CatchingUp;
             }
@@ -594,7 +599,7 @@ impl Shared {
             reconnects: state.sessions.saturating_sub(1),
             ends: state.ends.clone(),
             caught_up: state.caught_up_at.map(|at| at.elapsed()),
-            lag_is_known: connected && heard.is_some_and(fresh),
+            lag_is_known: connected && heard.is_some_and(fresh) && state.is_current,
         }
     }
 
@@ -677,6 +682,7 @@ impl Connection<'_> {
                 told = origin_end;
                 let mut state = self.shared.state.lock();
                 state.origin = origin_end.or(state.origin);
+                state.is_current = origin_end.is_some();
                 self.shared.judge_phase(&mut state);
             }
             let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());

@@ -53,6 +53,15 @@ impl Feed {
     }
 }
 
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+impl Feed {
+    pub(super) fn of(number: usize, journal: &Journal) -> Arc<Self> {
+        let (journal, path) = (journal.clone(), vec![journal.node()]);
+        let (rung, server) = (AtomicBool::new(false), Weak::new());
+        Arc::new(Self { number, journal, path, relay: None, rung, server })
+    }
+}
+
 impl Bell for Feed {
     fn ring(&self) {
         self.rung.store(true, Ordering::Release);

@@ -86,16 +86,17 @@ impl LeaseKeeper {
         let heard_at_us = env::now_us();
         // A mirror may have come back before its last connection was given up: what that had reached doesn't count.
         // Of each journal for itself: whoever may have another one can't end it.
-        let mut latest: HashMap<(usize, [u8; 16]), usize> = HashMap::new();
+        let key = |kept: &Kept| (kept.feed.number, kept.lease.id, kept.lease.feed);
+        let mut latest = HashMap::new();
         for (token, kept) in &self.kept {
-            let latest = latest.entry((kept.feed.number, kept.lease.id)).or_insert(*token);
+            let latest = latest.entry(key(kept)).or_insert(*token);
             *latest = (*token).max(*latest);
         }
         let mut notes: BTreeMap<usize, (Arc<Feed>, Vec<(Lease, Stage)>)> = BTreeMap::new();
         for (token, lease, ends) in due {
             let Some(kept) = self.kept.get(token) else { continue };
             let is_known = *ends && kept.begun && kept.lease.position == lease.position;
-            if is_known || latest.get(&(kept.feed.number, lease.id)) != Some(token) {
+            if is_known || latest.get(&key(kept)) != Some(token) {
                 continue;
             }
             let stage = match (kept.begun, ends) {
@@ -115,5 +116,61 @@ impl LeaseKeeper {
                 kept.begun |= notes.contains_key(&kept.feed.number);
             }
         }
+    }
+}
+
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+#[allow(clippy::unwrap_used, reason = "tests: a failure is a panic")]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::fs::Fs;
+    use crate::fs::sim::SimFs;
+    use crate::journal::Appender;
+    use crate::options::JournalOptions;
+    use crate::position::Position;
+
+    fn appender() -> Appender {
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        Appender::create(&fs, Path::new("/journal"), &options).unwrap()
+    }
+
+    fn lease(feed: bool, position: u64) -> Lease {
+        let position = Position::new(position);
+        Lease { id: [7; 16], nameless: false, feed, position, offset: 0, heard_at_us: 0 }
+    }
+
+    fn noted(appender: &Appender) -> Vec<(bool, u64)> {
+        let leases = appender.journal().leases().unwrap();
+        let mut all: Vec<_> = leases.iter().map(|it| (it.feed, it.position.get())).collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// One node may follow several journals, and have a mirror and a feed of one: each connection's lease goes on.
+    #[test]
+    fn of_one_node_each_journal_and_each_feed_has_a_lease_of_its_own() {
+        let (one, other) = (appender(), appender());
+        let of = [(&one, 1, false), (&one, 1, true), (&other, 2, false)];
+        let mut keeper = LeaseKeeper::default();
+        for (token, (appender, number, feed)) in of.into_iter().enumerate() {
+            let feed = (Feed::of(number, appender.journal()), lease(feed, 0));
+            keeper.kept.insert(token, Kept { feed: feed.0, lease: feed.1, begun: false });
+        }
+        for position in [0, 5] {
+            let due = of.iter().enumerate();
+            let due: Vec<_> =
+                due.map(|(token, it)| (token, lease(it.2, position), false)).collect();
+            keeper.note(&due);
+            assert_eq!(noted(&one), [(false, position), (true, position)]);
+            assert_eq!(noted(&other), [(false, position)]);
+        }
+        // The same node again, of the same kind and journal: what it had before doesn't count.
+        let again = Kept { feed: Feed::of(1, one.journal()), lease: lease(false, 6), begun: true };
+        keeper.kept.insert(9, again);
+        keeper.note(&[(0, lease(false, 8), false), (1, lease(true, 8), false)]);
+        assert_eq!(noted(&one), [(false, 5), (true, 8)]);
     }
 }

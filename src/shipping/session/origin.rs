@@ -495,7 +495,8 @@ impl OriginSession {
             None => (self.config.session, true),
         };
         let (position, offset) = (acked.position, acked.offset);
-        Some(Lease { id, nameless, position, offset, heard_at_us: 0 })
+        let feed = self.status.feed.is_some();
+        Some(Lease { id, nameless, feed, position, offset, heard_at_us: 0 })
     }
 
     /// What to do next. What is to be written is put into `out`; nothing is asked of the source while some

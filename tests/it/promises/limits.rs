@@ -5,8 +5,11 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use headwater::retention::{History, Options, Until};
-use headwater::shipping::message::{ErrorCode, FrameReader, Message};
-use headwater::shipping::{Deadlines, ServeOptions, serve};
+use headwater::shipping::message::{
+    Authentication, ErrorCode, FEATURE_FILTERED, FeedRequest, FeedTerms, FrameReader, Hello,
+    Message, PROTOCOL_VERSIONS, Subscribe,
+};
+use headwater::shipping::{Deadlines, FeedFilter, FeedPart, ServeOptions, serve};
 use headwater::{JournalOptions, Position};
 
 use crate::shipping::{Origin, SOON, converged, small, start_mirror};
@@ -19,10 +22,40 @@ fn patient() -> ServeOptions {
 }
 
 fn subscribe(address: SocketAddr, window_bytes: u32) -> TcpStream {
+    connect(address, &Subscriber::new(None, window_bytes).begin())
+}
+
+fn connect(address: SocketAddr, first: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    stream.write_all(&Subscriber::new(None, window_bytes).begin()).unwrap();
+    stream.write_all(first).unwrap();
     stream
+}
+
+/// Wants a feed, each another one, with as many names as there may be.
+#[cfg(target_os = "linux")]
+fn subscribe_to_feed(address: SocketAddr, number: usize) -> TcpStream {
+    let name = |n: u32| char::from_u32(0x21 + n).unwrap().to_string();
+    let part = |n: u32| FeedPart::types((n..n + 40).map(name));
+    let own = FeedPart::types(["test.happened".to_owned(), format!("x{number}")]);
+    let filter = FeedFilter::any_of((0..15).map(part).chain([own]));
+    filter.check().unwrap();
+    let mut out = Vec::new();
+    Message::Hello(Hello {
+        versions: PROTOCOL_VERSIONS,
+        features: FEATURE_FILTERED,
+        max_frame: 1 << 20,
+        node: None,
+        nonce: [7; 16],
+        authentication: Authentication::None,
+        agent: "headwater/test".into(),
+    })
+    .encode(&mut out);
+    let subscribe = Subscribe { from: None, witness: None, window_bytes: u32::MAX };
+    let terms = FeedTerms { filter, shape: None };
+    let request = FeedRequest { terms, goes_on: false };
+    Message::SubscribeFeed(subscribe, request).encode(&mut out);
+    connect(address, &out)
 }
 
 const ALONE: &str = "HEADWATER_TEST_LIMITS_ALONE";
@@ -31,9 +64,8 @@ const ALONE: &str = "HEADWATER_TEST_LIMITS_ALONE";
 #[cfg(target_os = "linux")]
 #[test]
 fn process_with_many_stalled_subscribers() {
-    if std::env::var_os(ALONE).is_none() {
-        return;
-    }
+    let Ok(what) = std::env::var(ALONE) else { return };
+    let are_feeds = what == "feeds";
     let dir = tempfile::tempdir().unwrap();
     let large = JournalOptions {
         batch_bytes_max: 1 << 20,
@@ -44,13 +76,18 @@ fn process_with_many_stalled_subscribers() {
         ..JournalOptions::default()
     };
     let origin = Origin::start(dir.path().join("origin"), large);
-    // More than sockets hold, in batches longer than a frame.
-    (0..20).for_each(|_| origin.append_text(&"x".repeat(900_000)));
+    // More than sockets hold: to mirrors, in batches longer than a frame.
+    let (count, bytes) = if are_feeds { (600, 30_000) } else { (20, 900_000) };
+    (0..count).for_each(|_| origin.append_text(&"x".repeat(bytes)));
     let options = ServeOptions { handshakes_max: 1000, ..patient() };
     let server = serve(origin.store().journal().clone(), "127.0.0.1:0", options).unwrap();
     let stalled = |count: usize| {
-        let streams: Vec<_> =
-            (0..count).map(|_| subscribe(server.local_addr(), u32::MAX)).collect();
+        let address = server.local_addr();
+        let connect = |n| match are_feeds {
+            true => subscribe_to_feed(address, n),
+            false => subscribe(address, u32::MAX),
+        };
+        let streams: Vec<_> = (0..count).map(connect).collect();
         // As much of a frame as there may be, and never the rest of it.
         for mut stream in &streams {
             let beginning = [&4096_u32.to_le_bytes()[..], &[0x80, 1, 0, 0], &[0; 4000]].concat();
@@ -77,7 +114,7 @@ fn process_with_many_stalled_subscribers() {
         }
     };
     // 64 KiB each, and what all of them together may take, whoever they are: 16 MiB of batches that were begun, and one
-    // more in the hands of each of two threads.
+    // more in the hands of each of two threads; of feeds, also runs that others may want.
     let shared_max = (16 << 20) + (3 << 20);
     let (few, alone) = (30, resident_bytes());
     let first = stalled(few);
@@ -114,10 +151,22 @@ fn resident_bytes() -> usize {
 #[cfg(target_os = "linux")]
 #[test]
 fn s7_a_stalled_subscriber_costs_less_than_64_kib() {
+    costs_little("mirrors");
+}
+
+/// Whatever its filter is.
+#[cfg(target_os = "linux")]
+#[test]
+fn s7_a_stalled_subscriber_of_a_feed_costs_less_than_64_kib() {
+    costs_little("feeds");
+}
+
+#[cfg(target_os = "linux")]
+fn costs_little(what: &str) {
     let name = "promises::limits::process_with_many_stalled_subscribers";
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
-        .env(ALONE, "1")
+        .env(ALONE, what)
         // What is freed is given back, so that what is measured is what is held.
         .env("MALLOC_ARENA_MAX", "1")
         .env("MALLOC_MMAP_THRESHOLD_", "131072")

@@ -1,10 +1,13 @@
 //! Sessions for filtered feeds: every position accounted for once, whatever is cut, lost or crashed.
 
+use std::cell::Cell;
+
 use super::*;
 use crate::event::{EventId, NewEvent, Revision, StreamId};
 use crate::format::record;
 use crate::shipping::filter::{FeedFilter, FeedPart};
-use crate::shipping::message::{FeedRequest, FeedTerms, Run, Skip};
+use crate::shipping::message::{ErrorCode, FeedRequest, FeedTerms, Run, Skip};
+use crate::shipping::security::{Access, Security, SecurityOptions};
 use crate::shipping::session::mirror::SKIPS_MAX;
 
 const TYPES: [&str; 4] = ["a", "b", "c", "$own"];
@@ -274,4 +277,140 @@ fn more_skips_than_anybody_needs_are_refused_until_some_are_acknowledged() {
     assert_eq!(skips(&mut wire, 2 * limit - 1, 2 * limit + 2), 0);
     let refused = Violation::Skips { limit: SKIPS_MAX };
     assert_eq!(wire.subscriber.end(), Some(&SessionEnd::Violation(refused)));
+}
+
+/// A journal as one of the server's two sides sees it.
+struct Seen<'a> {
+    journal: &'a mut ModelJournal,
+    may_wait: bool,
+    /// So many batches are durable now; one more each time it is looked.
+    grows: Option<Cell<usize>>,
+}
+
+impl Source for Seen<'_> {
+    fn end(&self) -> Checkpoint {
+        let Some(grows) = &self.grows else { return self.journal.end() };
+        grows.set((grows.get() + 1).min(self.journal.durable));
+        self.journal.end_of_batches(grows.get())
+    }
+
+    fn start(&self) -> Checkpoint {
+        self.journal.start()
+    }
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+
+    fn may_wait(&self) -> bool {
+        self.may_wait
+    }
+
+    fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError> {
+        self.journal.compare(checkpoint)
+    }
+
+    fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {
+        self.journal.compare_witness(witness)
+    }
+
+    fn batch_end_at(&mut self, position: Position) -> Result<Option<Link>, SourceError> {
+        self.journal.batch_end_at(position)
+    }
+
+    fn seek(&mut self, from: Position) -> Result<(), SourceError> {
+        self.journal.seek(from)
+    }
+
+    fn next_batch(
+        &mut self,
+        at: &Checkpoint,
+    ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
+        match &self.grows {
+            Some(known) if at.offset >= self.journal.end_of_batches(known.get()).offset => Ok(None),
+            _ => self.journal.next_batch(at),
+        }
+    }
+}
+
+/// The rights are taken away after the loop has granted the feed, and before the catch-up threads send the first event.
+#[test]
+fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = dir.path().join("access.json");
+    let allow = |event_type: &str| {
+        let filter = FeedFilter::from(FeedPart::types([event_type]));
+        let may = serde_json::json!({ "journal": "*", "mode": "filtered", "filter": filter });
+        let peer = serde_json::json!({ "name": "here", "anonymous": "loopback", "may": [may] });
+        std::fs::write(&list, serde_json::json!({ "peers": [peer] }).to_string()).unwrap();
+    };
+    for is_taken in [false, true] {
+        allow("a");
+        let access = Access::File(list.clone());
+        let security = Security::new(SecurityOptions { tls: None, access }).unwrap();
+        let mut journal = ModelJournal::new(JOURNAL);
+        append_events(&mut journal, &mut fastrand::Rng::with_seed(1));
+        journal.sync();
+        let subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["a"])));
+        let (mut session, now) = (subscriber.session(now()), now());
+        let gate = Gate::new(Some(security.clone()), true);
+        let mut origin = OriginSession::new(OriginConfig { gate, ..origin_config() }, now);
+        let (mut to_origin, mut to_subscriber) = (Vec::new(), Vec::new());
+        let mut granted = |origin: &mut OriginSession, may_wait: bool, deliveries: &mut Vec<_>| {
+            for _ in 0..4 {
+                session.take_output(now, &mut to_origin);
+                origin.on_bytes(&std::mem::take(&mut to_origin), now);
+                let mut source = Seen { journal: &mut journal, may_wait, grows: None };
+                origin.poll(&mut source, now, &mut to_subscriber);
+                session.on_bytes(&std::mem::take(&mut to_subscriber), now, deliveries);
+            }
+        };
+        let mut deliveries = Vec::new();
+        granted(&mut origin, false, &mut deliveries);
+        assert!(origin.status().feed.is_some() && deliveries.is_empty(), "granted, not compared");
+        if is_taken {
+            allow("b");
+            security.reload().unwrap();
+        }
+        granted(&mut origin, true, &mut deliveries);
+        if is_taken {
+            assert!(deliveries.is_empty(), "{deliveries:?}");
+            let end = origin.end().cloned();
+            assert!(matches!(end, Some(SessionEnd::Own(it)) if it.code == ErrorCode::DENIED));
+        } else {
+            assert!(matches!(deliveries.first(), Some(Delivery::Granted(..))), "{deliveries:?}");
+        }
+    }
+}
+
+/// What is committed while a turn is taken is in the heartbeat or in none of its frames.
+#[test]
+fn the_end_that_a_feed_is_told_never_goes_back_also_if_it_moves_within_a_turn() {
+    for types in [vec!["a", "b", "c"], vec!["a"], vec!["nothing of it"]] {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut journal = ModelJournal::new(JOURNAL);
+        (0..200).for_each(|_| append_events(&mut journal, &mut rng));
+        journal.sync();
+        let mut subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(types)));
+        let mut now = now();
+        let mut wire = Wire::new(&mut subscriber, now);
+        let known = Cell::new(0);
+        for _ in 0..2000 {
+            let mut source =
+                Seen { journal: &mut journal, may_wait: true, grows: Some(known.clone()) };
+            wire.subscriber.on_time(now);
+            wire.subscriber.take_output(now, &mut wire.to_origin);
+            wire.hear_subscriber(usize::MAX, now);
+            wire.origin.poll(&mut source, now, &mut wire.to_subscriber);
+            known.set(source.grows.map_or(0, Cell::into_inner));
+            wire.hear_origin(usize::MAX, &mut subscriber, now);
+            let ends = (wire.subscriber.end(), wire.origin.end());
+            assert!(matches!(ends, (None, None)), "{ends:?}");
+            if let Some(end) = subscriber.sync() {
+                wire.subscriber.on_durable(end);
+            }
+            now = later(now, Duration::from_millis(700)); // skips and heartbeats fall due together
+        }
+        assert_eq!(subscriber.covered, Some(journal.end()));
+    }
 }
