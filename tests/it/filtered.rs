@@ -13,6 +13,7 @@ use headwater::format::batch::genesis;
 use headwater::format::crc32;
 use headwater::format::record;
 use headwater::fs::os::OsFs;
+use headwater::fs::sim::SimFs;
 use headwater::retention::{self, Holder};
 use headwater::shipping::message::{
     Authentication, ErrorCode, Events, FEATURE_FILTERED, FeedRequest, FeedTerms, FrameReader,
@@ -489,6 +490,82 @@ fn an_origin_that_was_restored_from_an_older_copy_is_recognised_however_far_it_h
         let journal = converged(&feed, &origin);
         assert_eq!(received(&journal), expected(origin.store().journal(), &filter));
     }
+}
+
+/// The disk gets full within a run that takes several batches; meanwhile the origin is restored from a copy that has all
+/// that was noted, and goes on differently.
+#[test]
+fn an_origin_that_was_restored_while_a_run_was_stored_in_part_is_recognised() {
+    // When segments are prepared decides where the disk is full: perhaps between two runs.
+    assert!((0..10).any(|_| restored_while_a_run_was_stored_in_part()));
+}
+
+/// False if it was stored whole, or not at all.
+fn restored_while_a_run_was_stored_in_part() -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    let serving = ServeOptions { frame_bytes: 8192, ..ServeOptions::default() };
+    let mut origin = Origin::start(dir.path(), small(), serving);
+    let append = |origin: &Origin, data: u8| {
+        let order = StreamId::new("order-1").unwrap();
+        let events = (0..12).map(|_| NewEvent::raw("placed", [data; 300]).unwrap());
+        let append = Append::to(&order, ExpectedRevision::Any, events);
+        origin.store().append(&append).unwrap();
+    };
+    append(&origin, 0);
+    let disk = SimFs::new(1);
+    let journal = JournalOptions { batch_bytes_max: 1024, group_bytes_max: 1024, ..small() };
+    let options = FollowOptions { journal, ..options() };
+    let (address, all) = (origin.address.to_string(), FeedFilter::everything());
+    let following = Arc::new(disk.clone());
+    let feed = follow_feed(following, Path::new("/feed"), address, all.clone(), options).unwrap();
+    let had = received(&converged(&feed, &origin)).len();
+    let (older, newest) = (dir.path().join("older"), dir.path().join("newest"));
+    // As many batches as fit into the segments that there are.
+    disk.set_capacity(Some(0));
+    let journal = feed.journal().unwrap();
+    let mut count = 0;
+    loop {
+        origin.close();
+        drop(fs::remove_dir_all(&older));
+        copy_dir(&origin.dir, &older);
+        origin.open();
+        append(&origin, 1);
+        feed.resume();
+        let end = origin.end();
+        let is_full = |status: &FeedStatus| {
+            matches!(&status.last_error, Some(ShippingError::Feed(FeedError::Append(_))))
+        };
+        let told = |status: &FeedStatus| is_full(status) || status.received == Some(end);
+        if is_full(&feed.wait_until(SOON, told).unwrap()) {
+            break;
+        }
+        count += 1;
+        assert!(count < 100);
+    }
+    let stored = received(&journal).len();
+    println!("{} of 12 events of the last run are stored", stored - had - 12 * count);
+    if stored == had + 12 * count {
+        return false;
+    }
+    origin.close();
+    copy_dir(&origin.dir, &newest);
+    replace_dir(&origin.dir, &older);
+    origin.open();
+    append(&origin, 2);
+    disk.set_capacity(None);
+    feed.resume();
+    match halted(&feed) {
+        ShippingError::Feed(FeedError::Replaced { .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(received(&journal).len(), stored, "nothing was added");
+    origin.close();
+    replace_dir(&origin.dir, &newest);
+    origin.open();
+    feed.resume();
+    let journal = converged(&feed, &origin);
+    assert_eq!(received(&journal), expected(origin.store().journal(), &all));
+    true
 }
 
 #[test]

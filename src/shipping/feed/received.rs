@@ -229,8 +229,13 @@ impl Received {
             self.push(&mut batches, &entry);
         }
         let begins = self.progress(passed, Some(run.behind.position));
+        let before = self.covered;
         self.cover(run.behind);
-        self.note(batches, begins)
+        let noted = self.note(batches, begins);
+        if noted.is_err() {
+            self.covered = before; // nobody is shown what isn't there
+        }
+        noted
     }
 
     /// Passes over what is here already of what comes up to `behind`; how many events.
