@@ -100,6 +100,12 @@ fn say_what_is_mirrored(mirror: &Mirror) {
     }
 }
 
+/// The position that a process tells in a line.
+fn said(line: &str) -> Option<u64> {
+    let (what, position) = line.trim().split_once(' ')?;
+    matches!(what, "acknowledged" | "mirrored").then(|| position.parse().unwrap())
+}
+
 struct Process {
     child: Child,
     says: BufReader<ChildStdout>,
@@ -127,10 +133,7 @@ impl Process {
         while heard < lines {
             line.clear();
             assert!(self.says.read_line(&mut line).unwrap() > 0, "the process has ended");
-            let said = line.trim().split_once(' ').and_then(|(what, position)| {
-                matches!(what, "acknowledged" | "mirrored").then(|| position.parse().unwrap())
-            });
-            if let Some(position) = said {
+            if let Some(position) = said(&line) {
                 assert!(position >= self.last, "{position} after {}", self.last);
                 self.last = position;
                 heard += 1;
@@ -143,13 +146,18 @@ impl Process {
     fn kill(mut self) -> u64 {
         self.child.kill().unwrap();
         for line in self.says.by_ref().lines().map_while(Result::ok) {
-            if let Some(position) = line.strip_prefix("acknowledged ").and_then(|p| p.parse().ok())
-            {
-                self.last = position;
-            }
+            self.last = said(&line).unwrap_or(self.last);
         }
         self.child.wait().unwrap();
         self.last
+    }
+
+    /// Killed and started again, it has what it had.
+    fn restart(self, test: &str, dir: &Path, address: &str) -> Self {
+        let last = self.kill();
+        let mut next = Self::start(test, dir, address);
+        next.last = last;
+        next
     }
 }
 
@@ -176,12 +184,11 @@ fn s5_processes_killed_at_any_moment_lose_nothing_acknowledged_and_end_up_identi
         mirror.hear(rng.usize(1..4));
         let kill = rng.u8(1..4);
         if kill & 1 != 0 {
-            acknowledged = acknowledged.max(origin.kill());
-            origin = Process::start("process_origin", dir, &address);
+            origin = origin.restart("process_origin", dir, &address);
+            acknowledged = origin.last;
         }
         if kill & 2 != 0 {
-            mirror.kill();
-            mirror = Process::start("process_mirror", dir, &address);
+            mirror = mirror.restart("process_mirror", dir, &address);
         }
     }
     acknowledged = acknowledged.max(origin.kill());
@@ -221,16 +228,14 @@ fn s5_a_relay_killed_at_any_moment_goes_on_and_all_three_end_up_identical() {
         leaf.hear(rng.usize(1..4));
         let kill = rng.u8(1..8);
         if kill & 1 != 0 {
-            acknowledged = acknowledged.max(origin.kill());
-            origin = Process::start("process_origin", dir, &address);
+            origin = origin.restart("process_origin", dir, &address);
+            acknowledged = origin.last;
         }
         if kill & 6 != 0 {
-            relay.kill();
-            relay = Process::start("process_relay", &at_relay, &both);
+            relay = relay.restart("process_relay", &at_relay, &both);
         }
         if kill & 4 != 0 {
-            leaf.kill();
-            leaf = Process::start("process_mirror", &at_leaf, &own);
+            leaf = leaf.restart("process_mirror", &at_leaf, &own);
         }
     }
     acknowledged = acknowledged.max(origin.kill());
