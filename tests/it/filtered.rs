@@ -1265,6 +1265,7 @@ fn lies() -> Vec<(&'static str, Vec<u8>, bool, (usize, u64))> {
             true,
             (0, 5),
         ),
+        ("a skip that goes back", [frame(&skip(0, 5)), frame(&skip(5, 3))].concat(), true, (0, 5)),
         ("the same skip again", [frame(&skip(0, 5)), frame(&skip(0, 5))].concat(), true, (0, 5)),
         ("a run that overlaps", [frame(&skip(0, 3)), events(0, &good)].concat(), true, (0, 3)),
         ("a run behind a gap", events(1, &good), true, (0, 0)),
@@ -1293,7 +1294,7 @@ fn lies() -> Vec<(&'static str, Vec<u8>, bool, (usize, u64))> {
         ),
         (
             "parts that don't follow",
-            [part(0, 0, true, &good[..90]), part(0, 91, false, &good[91..])].concat(),
+            [part(0, 0, true, &good[..90]), part(0, 91, false, &good[90..])].concat(),
             true,
             (0, 0),
         ),
