@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use headwater::retention::{self, History, Options, Until};
@@ -836,8 +836,31 @@ fn process_that_exports_or_imports() {
     println!("\ndone");
 }
 
-/// Lets a process do it, and kills it behind so long; how long it has taken, if it was too quick.
-fn killed(dir: &Path, what: &str, behind: Duration) -> Option<Duration> {
+/// When a process is killed.
+#[derive(Clone, Debug)]
+enum When {
+    Behind(Duration),
+    /// As soon as there are so many files in this folder, and in those in it.
+    Files(PathBuf, usize),
+}
+
+impl When {
+    fn is_now(&self, began: Instant) -> bool {
+        match self {
+            Self::Behind(time) => began.elapsed() >= *time,
+            Self::Files(folder, count) => files_within(folder) >= *count,
+        }
+    }
+}
+
+fn files_within(folder: &Path) -> usize {
+    let entries = fs::read_dir(folder).into_iter().flatten().map_while(Result::ok);
+    let count = |path: PathBuf| if path.is_dir() { files_within(&path) } else { 1 };
+    entries.map(|entry| count(entry.path())).sum()
+}
+
+/// Lets a process do it, and kills it; how long it has taken, if it was too quick.
+fn killed(dir: &Path, what: &str, when: &When) -> Option<Duration> {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["bases::process_that_exports_or_imports", "--exact", "--nocapture"])
         .env(CHILD, what)
@@ -854,8 +877,11 @@ fn killed(dir: &Path, what: &str, behind: Duration) -> Option<Duration> {
     }
     let began = Instant::now();
     let (done, is_done) = channel::<()>();
+    let when = when.clone();
     let killer = std::thread::spawn(move || {
-        is_done.recv_timeout(behind).ok();
+        while !when.is_now(began) && is_done.try_recv() == Err(TryRecvError::Empty) {
+            std::thread::yield_now();
+        }
         drop(child.kill());
         child.wait().unwrap()
     });
@@ -887,12 +913,16 @@ fn to_be_killed() -> (tempfile::TempDir, PathBuf, Rows) {
     (dir, path, rows)
 }
 
-const ROUNDS: usize = 6;
+const ROUNDS: usize = 4;
 
-fn delays(seed: u64, longest: Duration) -> impl Iterator<Item = Duration> {
-    println!("seed {seed}, up to {longest:?}");
+/// At any time, and while any of the files is written that `folder` gets beside those that it has.
+fn moments(seed: u64, longest: Duration, folder: &Path, (had, has): (usize, usize)) -> Vec<When> {
+    println!("seed {seed}, up to {longest:?}, {had} to {has} files");
     let mut rng = fastrand::Rng::with_seed(seed);
-    (0..ROUNDS).map(move |_| longest.mul_f64(rng.f64() * 1.1))
+    let behind = (0..ROUNDS).map(|_| When::Behind(longest.mul_f64(rng.f64() * 1.1)));
+    let mut moments: Vec<_> = behind.collect();
+    moments.extend((had + 1..=has).map(|count| When::Files(folder.to_owned(), count)));
+    moments
 }
 
 #[test]
@@ -909,11 +939,12 @@ fn an_import_that_is_killed_anywhere_leaves_what_was_there_or_all_of_it() {
             }
         };
         before(&views);
-        let longest = killed(dir.path(), what, PATIENCE).unwrap();
+        let had = files_within(&views);
+        let longest = killed(dir.path(), what, &When::Behind(PATIENCE)).unwrap();
         let (mut early, mut late) = (0, 0);
-        for behind in delays(31, longest) {
+        for behind in moments(31, longest, &views, (had, files_within(&views))) {
             before(&views);
-            let done = killed(dir.path(), what, behind).is_some();
+            let done = killed(dir.path(), what, &behind).is_some();
             let store = Store::open(&path).unwrap();
             let options = with_base(&dir.path().join("base"));
             let view = store.view_with(Traces::<1>::default(), options).unwrap();
@@ -939,11 +970,11 @@ fn an_import_that_is_killed_anywhere_leaves_what_was_there_or_all_of_it() {
 fn an_export_that_is_killed_anywhere_is_no_base_or_a_whole_one() {
     let (dir, path, rows) = to_be_killed();
     let exported = dir.path().join("exported");
-    let longest = killed(dir.path(), "export", PATIENCE).unwrap();
+    let longest = killed(dir.path(), "export", &When::Behind(PATIENCE)).unwrap();
     let (mut none, mut whole) = (0, 0);
-    for behind in delays(32, longest) {
+    for behind in moments(32, longest, &exported, (0, files_within(&exported))) {
         drop(fs::remove_dir_all(&exported));
-        killed(dir.path(), "export", behind);
+        killed(dir.path(), "export", &behind);
         let store = Store::open(&path).unwrap();
         let is_base = ViewBase::read(&exported).is_ok();
         if is_base {
@@ -956,6 +987,12 @@ fn an_export_that_is_killed_anywhere_is_no_base_or_a_whole_one() {
             view.export_base(&exported).unwrap();
             view.close().unwrap();
         }
+        // With the end of the journal that a mirror can begin with.
+        let told = ViewBase::read(&exported).unwrap().checkpoints[0];
+        let copy = exported.join("journals").join(told.journal.to_string());
+        let os: Arc<dyn headwater::fs::Fs> = Arc::new(headwater::fs::os::OsFs);
+        let (copy, damage) = Journal::open_read_only(&os, &copy).unwrap();
+        assert_eq!((copy.end(), damage), (told, None), "behind {behind:?}");
         drop(fs::remove_dir_all(path.join("views")));
         let view = store.view_with(Traces::<1>::default(), with_base(&exported)).unwrap();
         view.wait_for_latest(PATIENCE).unwrap();
