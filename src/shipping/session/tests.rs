@@ -938,6 +938,7 @@ fn one_question_has_one_answer_also_while_it_is_being_compared() {
     let (mut out, mut deliveries) = (Vec::new(), Vec::new());
     (0..1000).for_each(|_| Message::Probed(Probed { ends: ends.clone() }).encode(&mut out));
     connection.mirror.on_bytes(&out, now(), &mut deliveries);
+    assert_eq!(deliveries.len(), 1, "answers to one question");
     assert_eq!(deliveries, [Delivery::Probed(ends.clone())]);
     let unexpected = Violation::Unexpected { frame: "PROBED", expected: "nothing before PROBE" };
     assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(unexpected)));
