@@ -115,6 +115,7 @@ fn s8_lag_is_unknown_to_a_mirror_that_was_refused() {
     // The origin is put back: level with the mirror in numbers, and another history.
     let mirror = start_mirror(&path, &origin);
     converged(&mirror, &origin);
+    assert!(mirror.wait_until(SOON, is_known).is_ok());
     origin.close();
     replace_dir(&origin.dir, &dir.path().join("backup"));
     origin.open();
@@ -300,6 +301,9 @@ fn s8_behind_a_relay_whose_disk_hangs_lag_is_unknown_although_the_relay_hears_fr
         panic!("{error}: {:?}", leaf.status());
     }
     assert!(relay.wait_until(SOON, lags).is_ok(), "it goes on hearing from its origin");
+    // Nor is anything acknowledged that isn't on its disk.
+    let acked = server.peers().iter().filter_map(|peer| Some(peer.acked?.position)).max();
+    assert_eq!(acked, Some(Position::new(20)));
     gate.set_closed(false);
     converged(&leaf, &origin);
     leaf.wait_until(SOON, |status| status.lag_events() == Some(0)).unwrap();
