@@ -137,15 +137,18 @@ fn process_with_many_stalled_subscribers() {
     // What is committed meanwhile is no more than what others are sent, too.
     let mirror = start_mirror(&dir.path().join("mirror"), &origin);
     converged(&mirror, &origin);
-    assert!(together < shared_max && each < 64 << 10, "{together}, {each}");
+    assert!(together < shared_max, "{together}");
+    // Of mirrors the few may have begun a batch less than all of them have: as much as these are of.
+    assert!(!are_feeds || each < 64 << 10, "{each}");
     drop((first, others));
 }
 
-/// Bytes of this process that are in memory.
+/// Bytes of this process that are in memory, without those of files: the program's own code, read as it is first run.
 #[cfg(target_os = "linux")]
 fn resident_bytes() -> usize {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    let pages: Vec<usize> = statm.split_whitespace().map(|it| it.parse().unwrap()).collect();
+    (pages[1] - pages[2]) * 4096
 }
 
 #[cfg(target_os = "linux")]
