@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::connect::open_error;
+use self::standing::Awaited;
 use super::error::{ShippingError, WaitError};
 use super::message::OriginEnd;
 use super::observe::Ends;
@@ -87,6 +88,8 @@ struct State {
     told: Told,
     /// When the origin told an end that the mirror has reached.
     caught_up_at: Option<Instant>,
+    /// The next one that it is to reach.
+    awaited: Awaited,
     applied: Option<Position>,
     last_error: Option<ShippingError>,
     /// The upstream in use or tried last, and why the last session with each ended.
@@ -102,6 +105,31 @@ struct State {
     copying: Option<Arc<Watched>>,
     /// The connection's socket, to interrupt whoever reads from it.
     socket: Option<TcpStream>,
+}
+
+impl State {
+    fn new(journal: Option<Journal>, orphans: Vec<Orphans>, upstreams: usize) -> Self {
+        Self {
+            phase: MirrorState::Connecting,
+            journal,
+            origin: None,
+            told: Told::default(),
+            caught_up_at: None,
+            awaited: Awaited::default(),
+            applied: None,
+            last_error: None,
+            upstream: 0,
+            upstream_errors: vec![None; upstreams],
+            sessions: 0,
+            session_since: None,
+            ends: Ends::default(),
+            orphans,
+            stopping: false,
+            resuming: false,
+            copying: None,
+            socket: None,
+        }
+    }
 }
 
 /// Follows the journal that is served at one or more addresses into a mirror in `dir`.
@@ -153,25 +181,7 @@ pub fn follow(
         fs,
         dir: dir.to_owned(),
         options,
-        state: Mutex::new(State {
-            phase: MirrorState::Connecting,
-            journal,
-            origin: None,
-            told: Told::default(),
-            caught_up_at: None,
-            applied: None,
-            last_error: None,
-            upstream: 0,
-            upstream_errors: vec![None; addresses.as_slice().len()],
-            sessions: 0,
-            session_since: None,
-            ends: Ends::default(),
-            orphans,
-            stopping: false,
-            resuming: false,
-            copying: None,
-            socket: None,
-        }),
+        state: Mutex::new(State::new(journal, orphans, addresses.as_slice().len())),
         changed: Condvar::new(),
         addresses,
     });
@@ -215,12 +225,7 @@ impl Mirror {
     /// # Errors
     /// [`WaitError`].
     pub fn wait_caught_up(&self, timeout: Duration) -> Result<Checkpoint, WaitError> {
-        let called = Instant::now();
-        self.shared.wait_for(timeout, |state| {
-            let origin = state.origin.filter(|_| state.upstream_is_current());
-            let (end, _) = origin.filter(|(_, told)| *told >= called)?;
-            state.mirrored().filter(|mirrored| mirrored.offset >= end.offset)
-        })
+        self.shared.wait_for(timeout, standing::reaches_what_is_told_from(Instant::now()))
     }
 
     /// Waits until the mirror has the append that gave `token`, durably, for `timeout` at most; the token comes
@@ -349,7 +354,7 @@ impl Shared {
     fn wait_for<T>(
         &self,
         timeout: Duration,
-        look: impl Fn(&State) -> Option<T>,
+        mut look: impl FnMut(&State) -> Option<T>,
     ) -> Result<T, WaitError> {
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.state.lock();

@@ -303,9 +303,7 @@ impl<'a> MirrorWriter<'a> {
         shared.relay.comes_through(&path);
         let mut state = shared.state.lock();
         state.journal.iter().for_each(|journal| journal.set_fork(None));
-        state.phase = MirrorState::CatchingUp;
-        state.sessions += 1;
-        state.session_since = Some(Instant::now());
+        state.begins(Instant::now());
         shared.judge_phase(&mut state);
         Ok(())
     }

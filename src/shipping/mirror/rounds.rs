@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::connect::{connect, open_error, setup_error};
+use super::standing::Awaited;
 use super::{ForkPolicy, MirrorState, Shared, State};
 use crate::error::IngestError;
 use crate::journal::{Fork, Ingest};
@@ -173,7 +174,7 @@ impl Shared {
         let orphans = whole.journal().orphans();
         let mut state = self.state.lock();
         state.orphans = orphans;
-        state.caught_up_at = None; // with another history
+        (state.caught_up_at, state.awaited) = (None, Awaited::default()); // with another history
         drop(state);
         self.publish_journal(Some(&whole));
         *ingest = Some(whole);

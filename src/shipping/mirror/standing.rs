@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{MirrorState, Shared, State};
 use crate::journal::Journal;
 use crate::position::Checkpoint;
-use crate::shipping::message::Speaker;
+use crate::shipping::message::{OriginEnd, Speaker};
 use crate::shipping::relay::Standing;
 use crate::shipping::session::Told;
 
@@ -13,10 +13,65 @@ use crate::shipping::session::Told;
 /// the three after which its subscribers know of no lag either.
 const STANDS_FOR_HEARTBEATS: u32 = 2;
 
+/// An end that the origin told, until the mirror has reached it. The latest one moves on while the mirror syncs: whoever
+/// waited for that alone might wait for ever.
+#[derive(Debug, Default)]
+pub(super) struct Awaited(Option<(OriginEnd, Instant)>);
+
+impl Awaited {
+    /// When the last of the ends was told that the mirror is known to have reached, if it has reached one; `told` is the
+    /// latest.
+    pub(super) fn reached(
+        &mut self,
+        told: (OriginEnd, Instant),
+        mirrored: Checkpoint,
+    ) -> Option<Instant> {
+        let awaited = *self.0.get_or_insert(told);
+        let has = |(end, _): &(OriginEnd, Instant)| mirrored.offset >= end.offset;
+        let reached = [told, awaited].into_iter().find(has)?;
+        self.0 = (reached != told).then_some(told);
+        Some(reached.1)
+    }
+}
+
 impl State {
     /// Whether what was told is the end of the journal, as far as anybody knows: not of a relay that is behind.
     pub(super) fn upstream_is_current(&self) -> bool {
         self.told.speaker.is_some_and(Speaker::is_current)
+    }
+
+    fn is_told(&mut self, told: Told) {
+        let was_current = self.upstream_is_current();
+        self.origin = told.end.or(self.origin);
+        self.told = told;
+        if self.upstream_is_current() != was_current {
+            self.awaited = Awaited::default(); // an end that was told in between is none of the origin's
+        }
+    }
+
+    /// A session begins: what was told in another one says nothing of it.
+    pub(super) fn begins(&mut self, now: Instant) {
+        self.phase = MirrorState::CatchingUp;
+        self.sessions += 1;
+        self.session_since = Some(now);
+        self.awaited = Awaited::default();
+    }
+
+    fn judge(&mut self, mirrored: Checkpoint, window_bytes: u32) {
+        let Some(told) = self.origin.filter(|_| self.session_since.is_some()) else { return };
+        let reached = self.awaited.reached(told, mirrored);
+        if self.upstream_is_current() {
+            self.caught_up_at = reached.or(self.caught_up_at);
+        }
+        let lag_bytes = told.0.offset.saturating_sub(mirrored.offset);
+        let (near_bytes, far_bytes) = (u64::from(window_bytes / 2), u64::from(window_bytes));
+        match self.phase {
+            MirrorState::CatchingUp if reached.is_some() && lag_bytes <= near_bytes => {
+                self.phase = MirrorState::Live;
+            }
+            MirrorState::Live if lag_bytes > far_bytes => self.phase = MirrorState::CatchingUp,
+            _ => {}
+        }
     }
 
     /// What this mirror is for those that follow it. What it was told holds for so long.
@@ -50,8 +105,7 @@ impl Shared {
     /// The origin has told something of itself.
     pub(super) fn origin_told(&self, told: Told) {
         let mut state = self.state.lock();
-        state.origin = told.end.or(state.origin);
-        state.told = told;
+        state.is_told(told);
         self.judge_phase(&mut state);
     }
 
@@ -75,10 +129,13 @@ impl Shared {
         self.judge_phase(&mut self.state.lock());
     }
 
-    /// Live once it has reached the origin's end; catching up again when it lags by more than the window.
+    /// Live once it has reached an end of the origin's and lags by no more than half a window; catching up again when it lags by
+    /// more than one.
     pub(super) fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
-        self.judge_lag(state);
+        if let Some(mirrored) = state.mirrored() {
+            state.judge(mirrored, self.options.window_bytes);
+        }
         self.speak(state);
     }
 
@@ -87,19 +144,136 @@ impl Shared {
         let holds_for = STANDS_FOR_HEARTBEATS * self.options.deadlines.heartbeat;
         self.relay.stands(state.standing(holds_for));
     }
+}
 
-    fn judge_lag(&self, state: &mut State) {
-        let Some(((end, told_at), mirrored)) = state.origin.zip(state.mirrored()) else { return };
-        let lag_bytes = end.offset.saturating_sub(mirrored.offset);
-        if lag_bytes == 0 && state.session_since.is_some() && state.upstream_is_current() {
-            state.caught_up_at = Some(told_at);
+/// Finds the mirror's durable end once that has reached an end which was told from then on, by one who is current.
+pub(super) fn reaches_what_is_told_from(
+    called: Instant,
+) -> impl FnMut(&State) -> Option<Checkpoint> {
+    let mut awaited = Awaited::default();
+    move |state| {
+        let counts = |told_at: Instant| told_at >= called && state.upstream_is_current();
+        let told = state.origin.filter(|(_, told_at)| counts(*told_at))?;
+        let mirrored = state.mirrored()?;
+        awaited.reached(told, mirrored).map(|_| mirrored)
+    }
+}
+
+#[cfg(all(test, feature = "test-kit", not(shuttle)))]
+#[allow(clippy::unwrap_used, reason = "tests: a failure is a panic")]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::event::{ExpectedRevision, NewEvent, StreamId};
+    use crate::format::files::Mark;
+    use crate::fs::Fs;
+    use crate::fs::sim::SimFs;
+    use crate::journal::{Append, Appender};
+    use crate::options::JournalOptions;
+    use crate::position::{JournalId, Position};
+
+    const WINDOW_BYTES: u32 = 64 << 10;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn at(offset: u64) -> Checkpoint {
+        Checkpoint { offset, ..Mark::start(JournalId::from_bytes([7; 16])).end }
+    }
+
+    fn told(speaker: Speaker, offset: u64, told_at: Instant) -> Told {
+        let end = OriginEnd { offset, position: Position::new(offset / 64) };
+        Told { end: Some((end, told_at)), speaker: Some(speaker), ..Told::default() }
+    }
+
+    /// In a session that has just begun.
+    fn connected(start: Instant) -> State {
+        let mut state = State::new(None, Vec::new(), 1);
+        state.is_told(told(Speaker::Origin, 6400, start));
+        state.begins(start);
+        state
+    }
+
+    /// The origin commits every 5 ms, and what was told 30 ms ago is durable here: the latest end never is.
+    #[test]
+    fn whoever_reaches_each_end_a_moment_after_it_was_told_has_all_however_steadily_they_come() {
+        let start = Instant::now();
+        let (mut state, holds_for) = (connected(start), ms(2000));
+        for round in 1..=2000 {
+            let now = start + ms(5 * round);
+            state.is_told(told(Speaker::Origin, 6400 + 64 * round, now));
+            state.judge(at(6400 + 64 * round.saturating_sub(6)), WINDOW_BYTES);
+            state.judge(at(6400 + 64 * round.saturating_sub(5)), WINDOW_BYTES);
+            let had_all_at = state.caught_up_at.filter(|at| now - *at <= ms(60));
+            assert!(round < 12 || had_all_at.is_some(), "{round}: {:?}", state.caught_up_at);
+            let has_all_until = state.standing(holds_for).has_all_until;
+            assert_eq!(has_all_until, had_all_at.map(|at| at + holds_for));
+            assert!(round < 12 || matches!(state.phase, MirrorState::Live), "{:?}", state.phase);
         }
-        match state.phase {
-            MirrorState::CatchingUp if lag_bytes == 0 => state.phase = MirrorState::Live,
-            MirrorState::Live if lag_bytes > u64::from(self.options.window_bytes) => {
-                state.phase = MirrorState::CatchingUp;
-            }
-            _ => {}
+        // It has nothing of what is told from now on.
+        let had_all_at = state.caught_up_at;
+        for round in 2001..3000 {
+            state.is_told(told(Speaker::Origin, 6400 + 64 * round, start + ms(5 * round)));
+            state.judge(at(6400 + 64 * 1995), WINDOW_BYTES);
         }
+        assert!(state.caught_up_at <= had_all_at.map(|at| at + ms(60)));
+    }
+
+    #[test]
+    fn who_is_far_behind_is_not_live_for_having_reached_what_was_the_end() {
+        let start = Instant::now();
+        let mut state = connected(start);
+        state.judge(at(0), WINDOW_BYTES);
+        state.is_told(told(Speaker::Origin, 1 << 20, start + ms(100)));
+        state.judge(at(6400), WINDOW_BYTES);
+        assert!(matches!(state.phase, MirrorState::CatchingUp), "{:?}", state.phase);
+        state.is_told(told(Speaker::Origin, (1 << 20) + 640, start + ms(200)));
+        state.judge(at(1 << 20), WINDOW_BYTES);
+        assert!(matches!(state.phase, MirrorState::Live), "{:?}", state.phase);
+        state.is_told(told(Speaker::Origin, 2 << 20, start + ms(300)));
+        state.judge(at(1 << 20), WINDOW_BYTES);
+        assert!(matches!(state.phase, MirrorState::CatchingUp), "{:?}", state.phase);
+    }
+
+    #[test]
+    fn what_a_relay_told_that_was_behind_is_no_end_of_the_origins() {
+        let start = Instant::now();
+        let mut state = connected(start);
+        state.judge(at(6400), WINDOW_BYTES);
+        assert_eq!(state.caught_up_at, Some(start));
+        state.is_told(told(Speaker::RelayBehind, 7040, start + ms(100)));
+        state.judge(at(6400), WINDOW_BYTES);
+        state.is_told(told(Speaker::Relay, 12800, start + ms(200)));
+        state.judge(at(7040), WINDOW_BYTES);
+        assert_eq!(state.caught_up_at, Some(start));
+        state.judge(at(12800), WINDOW_BYTES);
+        assert_eq!(state.caught_up_at, Some(start + ms(200)));
+    }
+
+    #[test]
+    fn who_waits_to_be_caught_up_waits_for_one_end_and_not_for_all_that_come_behind() {
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        let appender = Appender::create(&fs, Path::new("/journal"), &options).unwrap();
+        let start = Instant::now();
+        let mut state = connected(start);
+        state.journal = Some(appender.journal().clone());
+        let mirrored = appender.journal().end();
+        state.is_told(told(Speaker::Origin, mirrored.offset, start));
+        let mut look = reaches_what_is_told_from(start + ms(1));
+        assert_eq!(look(&state), None, "that was told before");
+        state.is_told(told(Speaker::Origin, mirrored.offset + 64, start + ms(2)));
+        assert_eq!(look(&state), None);
+        let event = NewEvent::raw("happened", vec![7; 100]).unwrap();
+        let to = StreamId::new("a").unwrap();
+        appender.append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
+        let mirrored = appender.journal().end();
+        state.is_told(told(Speaker::RelayBehind, mirrored.offset, start + ms(3)));
+        assert_eq!(look(&state), None, "the end of one who is behind");
+        state.is_told(told(Speaker::Origin, mirrored.offset + 64_000, start + ms(4)));
+        assert_eq!(look(&state), Some(mirrored));
     }
 }

@@ -25,7 +25,7 @@ pub enum MirrorState {
     Connecting,
     /// It receives what it doesn't have yet.
     CatchingUp,
-    /// It has reached the origin's durable end, and gets what comes as it comes.
+    /// It has reached a durable end that the origin told in this session, and gets what comes as it comes.
     Live,
     /// It doesn't follow any more until [`Mirror::resume`](super::Mirror::resume), or until it is followed anew.
     Halted(ShippingError),
