@@ -7,7 +7,7 @@ use crate::journal::Journal;
 use crate::position::Checkpoint;
 use crate::shipping::message::{OriginEnd, Speaker};
 use crate::shipping::relay::Standing;
-use crate::shipping::session::Told;
+use crate::shipping::session::{Deadlines, Told};
 
 /// What a mirror was told of its origin it goes on telling for so many heartbeats. With the one that tells it, these are
 /// the three after which its subscribers know of no lag either.
@@ -74,8 +74,15 @@ impl State {
         }
     }
 
+    /// How often something may be expected of the origin: at its own pace if that is slower than this side's, and
+    /// whatever it says, twice before it is taken for dead.
+    pub(super) fn heartbeat(&self, own: &Deadlines) -> Duration {
+        own.heartbeat.max(self.told.heartbeat.min(own.silence / 2))
+    }
+
     /// What this mirror is for those that follow it. What it was told holds for so long.
-    fn standing(&self, holds_for: Duration) -> Standing {
+    fn stands(&self, own: &Deadlines) -> Standing {
+        let holds_for = STANDS_FOR_HEARTBEATS * self.heartbeat(own);
         let is_connected = matches!(self.phase, MirrorState::CatchingUp | MirrorState::Live);
         let hears = is_connected && self.told.speaker != Some(Speaker::RelayApart);
         let told_at = self.told.end.map(|(_, told_at)| told_at).filter(|_| hears);
@@ -141,8 +148,7 @@ impl Shared {
 
     /// Those that follow this mirror are told how it is, with the next heartbeat.
     pub(super) fn speak(&self, state: &State) {
-        let holds_for = STANDS_FOR_HEARTBEATS * self.options.deadlines.heartbeat;
-        self.relay.stands(state.standing(holds_for));
+        self.relay.stands(state.stands(&self.options.deadlines));
     }
 }
 
@@ -201,7 +207,7 @@ mod tests {
     #[test]
     fn whoever_reaches_each_end_a_moment_after_it_was_told_has_all_however_steadily_they_come() {
         let start = Instant::now();
-        let (mut state, holds_for) = (connected(start), ms(2000));
+        let (mut state, own) = (connected(start), Deadlines::default());
         for round in 1..=2000 {
             let now = start + ms(5 * round);
             state.is_told(told(Speaker::Origin, 6400 + 64 * round, now));
@@ -209,8 +215,8 @@ mod tests {
             state.judge(at(6400 + 64 * round.saturating_sub(5)), WINDOW_BYTES);
             let had_all_at = state.caught_up_at.filter(|at| now - *at <= ms(60));
             assert!(round < 12 || had_all_at.is_some(), "{round}: {:?}", state.caught_up_at);
-            let has_all_until = state.standing(holds_for).has_all_until;
-            assert_eq!(has_all_until, had_all_at.map(|at| at + holds_for));
+            let has_all_until = state.stands(&own).has_all_until;
+            assert_eq!(has_all_until, had_all_at.map(|at| at + ms(2000)));
             assert!(round < 12 || matches!(state.phase, MirrorState::Live), "{:?}", state.phase);
         }
         // It has nothing of what is told from now on.
@@ -236,6 +242,25 @@ mod tests {
         state.is_told(told(Speaker::Origin, 2 << 20, start + ms(300)));
         state.judge(at(1 << 20), WINDOW_BYTES);
         assert!(matches!(state.phase, MirrorState::CatchingUp), "{:?}", state.phase);
+    }
+
+    /// It says so in WELCOME. Whoever is connected to it, and hears it when it said, is never apart from it.
+    #[test]
+    fn an_origin_that_speaks_seldom_and_says_so_is_heard_all_the_while() {
+        let start = Instant::now();
+        let own = Deadlines::default();
+        let seldom = |pause| Told { heartbeat: pause, ..told(Speaker::Origin, 6400, start) };
+        for (said, holds_for) in [(0, 2000), (1000, 2000), (2400, 4800), (60_000, 5000)] {
+            let mut state = connected(start);
+            state.is_told(seldom(ms(said)));
+            state.judge(at(6400), WINDOW_BYTES);
+            let stands = state.stands(&own);
+            let until = Some(start + ms(holds_for));
+            assert_eq!((stands.hears_until, stands.has_all_until), (until, until), "{said}");
+        }
+        // Who looks more seldom itself is in no hurry.
+        let own = Deadlines { heartbeat: ms(4000), ..own };
+        assert_eq!(connected(start).heartbeat(&own), ms(4000));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The mirror's end of a session.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use self::fed::Fed;
 use super::probe::{Held, Search};
@@ -73,6 +73,8 @@ pub(crate) struct Told {
     pub(crate) end: Option<(OriginEnd, Instant)>,
     /// Its clock, in microseconds since 1970, and when it was told.
     pub(crate) clock: Option<(i64, Instant)>,
+    /// How often it makes itself heard, as it says.
+    pub(crate) heartbeat: Duration,
     /// The nodes through which the journal comes, the one that serves it here last.
     pub(crate) path: Arc<[NodeId]>,
     /// Who serves it; `None`: a mirror that hasn't said yet how it is with its origin.
@@ -378,6 +380,7 @@ impl MirrorSession {
         }
         self.features = welcome.features;
         self.told.clock = Some((welcome.now_us, now.at));
+        self.told.heartbeat = Duration::from_millis(welcome.heartbeat_ms.into());
         self.state = State::AwaitSubscribed;
         self.deadline = now.at + self.config.deadlines.silence;
         let subscribe = Subscribe {
