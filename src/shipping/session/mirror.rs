@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::fed::Fed;
+use super::feed::InFlight;
 use super::probe::{Held, Search};
 use super::{Deadline, Deadlines, DivergedAt, Now, SessionEnd, TruncatedAt, Violation};
 use crate::format::batch::{Link, PADDED_BYTES_LIMIT};
@@ -21,6 +22,11 @@ mod fed;
 
 #[cfg(test)]
 pub(super) use fed::SKIPS_MAX;
+
+/// However short an origin's segments are, so much lies in them on average.
+const SEGMENT_BYTES_MEAN_MIN: u32 = 512;
+/// A few may be shorter than that, where a journal was opened with other options, or taken over.
+const PAGES_BESIDE: u32 = 64;
 
 /// What a mirror's session is told at its beginning.
 #[derive(Clone, Debug)]
@@ -111,6 +117,8 @@ pub(crate) struct MirrorSession {
     partial: Vec<u8>,
     /// A header page has come, and not yet a batch behind it.
     page_open: bool,
+    /// Header pages with what has come of their segments, until that is durable. They take no room in the window.
+    pages: InFlight,
     durable: Option<Checkpoint>,
     applied: Option<Position>,
     ack_due: bool,
@@ -144,6 +152,7 @@ impl MirrorSession {
             next_offset: durable.map_or(0, |end| end.offset),
             partial: Vec::new(),
             page_open: false,
+            pages: InFlight::default(),
             durable,
             applied: None,
             ack_due: false,
@@ -212,6 +221,7 @@ impl MirrorSession {
     pub(crate) fn on_durable(&mut self, end: Checkpoint) {
         self.ack_due |= self.durable.is_none_or(|durable| durable.offset < end.offset);
         self.durable = Some(end);
+        self.pages.acknowledged(end.offset);
         self.fed.iter_mut().for_each(|fed| fed.acknowledged(end.offset));
         self.ack_due &= self.state == State::Streaming;
     }
@@ -325,6 +335,7 @@ impl MirrorSession {
             (State::Streaming, Message::Segment(page))
                 if self.partial.is_empty() && !self.page_open && self.fed.is_none() =>
             {
+                self.check_pages()?;
                 self.page_open = true;
                 deliveries.push(Delivery::Segment(Box::new(*page)));
             }
@@ -534,9 +545,11 @@ impl MirrorSession {
         if data.bytes.is_empty() {
             return Err(Violation::Batches(data.offset));
         }
-        self.page_open = false;
         self.origin_is_durable_to(data.origin_end, now)?;
         self.next_offset += data.bytes.len() as u64;
+        if std::mem::take(&mut self.page_open) {
+            self.pages.add(self.next_offset, 1, usize::MAX);
+        }
         self.check_window()?;
         if data.continued || !self.partial.is_empty() {
             return self.part(data, deliveries);
@@ -555,6 +568,16 @@ impl MirrorSession {
         let limit = u64::from(window_bytes) + u64::from(PADDED_BYTES_LIMIT);
         if self.next_offset.saturating_sub(acked) > limit {
             return Err(Violation::Window { window_bytes });
+        }
+        Ok(())
+    }
+
+    /// A segment takes a batch of 1 KiB at least, and the next one begins when something doesn't fit: two that follow each
+    /// other have more than that.
+    fn check_pages(&self) -> Result<(), Violation> {
+        let limit = self.config.window_bytes / SEGMENT_BYTES_MEAN_MIN + PAGES_BESIDE;
+        if self.pages.bytes() >= u64::from(limit) {
+            return Err(Violation::Pages { limit });
         }
         Ok(())
     }

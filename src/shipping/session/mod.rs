@@ -139,6 +139,12 @@ pub enum Violation {
         /// The window.
         window_bytes: u32,
     },
+    /// More header pages in flight than segments can begin within the window.
+    #[error("more than {limit} header pages of segments that were not acknowledged")]
+    Pages {
+        /// How many are enough.
+        limit: u32,
+    },
     /// PROBED doesn't answer the question.
     #[error("PROBED answers another question")]
     Probed,

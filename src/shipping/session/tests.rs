@@ -634,6 +634,49 @@ fn a_mirror_refuses_an_origin_that_ignores_the_window() {
     assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(violation)));
 }
 
+/// Each of them brings a page, which takes no room in the window. The journals with the shortest segments that can be had
+/// roll at every batch of two, one of which alone is as long as a segment takes.
+#[test]
+fn a_mirror_takes_a_window_of_the_shortest_segments_and_no_more_header_pages() {
+    let mut journal = filled(3, 6);
+    let (begin, page) = (journal.end().offset, [0; HEADER_PAGE_BYTES]);
+    let mut mirror = ModelMirror::default();
+    let mut connection = Connection::new(&mirror, now());
+    connection.settle(&mut journal, &mut mirror, now());
+    let begin_end = connection.origin.status().sent.unwrap();
+    assert_eq!(begin_end.offset, begin);
+    connection.mirror.on_durable(begin_end);
+    let far = OriginEnd { offset: u64::MAX >> 1, position: Position::new(u64::MAX >> 1) };
+    let mut offset = begin;
+    let mut segment = |mirror: &mut MirrorSession, len: usize| {
+        // Looks like a batch until somebody verifies it.
+        let mut bytes = vec![0xB7; len];
+        bytes[60..64].copy_from_slice(&(len as u32).to_le_bytes());
+        let data = Data { offset, origin_end: far, continued: false, bytes: &bytes };
+        let mut out = Vec::new();
+        Message::Segment(&page).encode(&mut out);
+        Message::Data(data).encode(&mut out);
+        mirror.on_bytes(&out, now(), &mut Vec::new());
+        offset += len as u64;
+        offset
+    };
+    for round in 0..20 {
+        let (mut at, mut lens) = (0, [128, 1024].into_iter().cycle());
+        while at < begin + (round + 1) * 4096 {
+            at = segment(&mut connection.mirror, lens.next().unwrap());
+        }
+        assert_eq!(connection.mirror.end(), None, "round {round}");
+        connection.mirror.on_durable(Checkpoint { offset: at, ..begin_end });
+    }
+    let pages = (0..).take_while(|_| {
+        segment(&mut connection.mirror, 128);
+        connection.mirror.end().is_none()
+    });
+    assert!((8..100).contains(&pages.take(1000).count()));
+    let violation = Violation::Pages { limit: 4096 / 512 + 64 };
+    assert_eq!(connection.mirror.end(), Some(&SessionEnd::Violation(violation)));
+}
+
 /// Pages don't count against the window, so nothing but batches may let another one come.
 #[test]
 fn a_mirror_refuses_header_pages_without_batches_in_between() {

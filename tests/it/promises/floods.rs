@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use headwater::fs::os::OsFs;
 use headwater::fs::sim::{Op, SimFs};
 use headwater::shipping::message::{
-    Diverged, Divergence, FEATURE_FILTERED, FEATURE_PROBE, FrameReader, Message, OriginEnd, Probed,
-    Skip, Speaker, Subscribed, Welcome,
+    Data, Diverged, Divergence, ErrorCode, FEATURE_FILTERED, FEATURE_PROBE, FrameReader, Message,
+    OriginEnd, Probed, Skip, Speaker, Subscribed, Welcome,
 };
-use headwater::shipping::{FeedPart, ShippingError, Violation, follow, follow_feed};
-use headwater::{Checkpoint, Incarnation, JournalId, NodeId, Position};
+use headwater::shipping::{
+    FeedPart, FollowOptions, MirrorStatus, ShippingError, Violation, follow, follow_feed,
+};
+use headwater::{Checkpoint, Incarnation, JournalId, JournalOptions, NodeId, Position};
 
 use super::impatient_follower;
 use super::lag::{Gate, Opens};
@@ -173,4 +175,92 @@ fn s7_an_origin_that_skips_without_end_is_left_before_the_subscribers_memory_is_
         std::thread::yield_now();
     };
     assert!(u64::from(skips) < SKIPS / 2);
+}
+
+/// A small one: what fits into it is sent at once.
+const WINDOW_BYTES: u32 = 64 << 10;
+
+fn hangs_at(gate: &Arc<Gate>) -> Arc<Hooked> {
+    let for_disk = Arc::clone(gate);
+    Arc::new(Hooked::new(&SimFs::new(1), move |op, _| {
+        if op == Op::SyncData {
+            for_disk.pass();
+        }
+        Ok(())
+    }))
+}
+
+/// Header pages take no room in the window, and the shortest batch lets the next one come. The mirror's disk hangs from its
+/// first file on, so nobody takes them.
+#[test]
+fn s7_an_origin_of_nothing_but_header_pages_is_left_before_the_mirrors_memory_is_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let gate = Arc::new(Gate::default());
+    let for_origin = Arc::clone(&gate);
+    let (tell, told) = channel();
+    let address = hostile_origin(move |message, stream| match message {
+        Message::Subscribe(_) => {
+            for_origin.set_closed(true);
+            let (end, path) = (place(1 << 30), vec![NodeId::from_bytes([9; 16])]);
+            let subscribed = Subscribed { end, first_position: Position::START, path };
+            stream.write_all(&frames([Message::Subscribed(subscribed)]))?;
+            let (page, mut bytes) = ([7; 4096], [7; 128]);
+            bytes[60..64].copy_from_slice(&128_u32.to_le_bytes());
+            let segments = (0..2000).take_while(|n| {
+                let (offset, origin_end) = (n * 128, OriginEnd::from(&end));
+                let data = Data { offset, origin_end, continued: false, bytes: &bytes };
+                stream.write_all(&frames([Message::Segment(&page), Message::Data(data)])).is_ok()
+            });
+            println!("{} segments were sent", segments.count());
+            Ok(())
+        }
+        Message::Error(failure) => tell.send(failure.clone()).map_err(std::io::Error::other),
+        _ => Ok(()),
+    });
+    let options = FollowOptions { window_bytes: WINDOW_BYTES, ..impatient_follower() };
+    let (path, fs) = (dir.path().join("mirror"), hangs_at(&gate));
+    let mirror = follow(fs, &path, address.to_string(), options).unwrap();
+    let _opens = Opens(&gate);
+    let failure = told.recv_timeout(SOON).unwrap();
+    let expected = Violation::Pages { limit: 128 + 64 }.to_string();
+    assert_eq!((failure.code, failure.detail), (ErrorCode::PROTOCOL, expected));
+    gate.set_closed(false);
+    mirror.stop().unwrap();
+}
+
+/// Every batch begins one, and together they fill the window while the mirror's disk hangs.
+#[test]
+fn the_shortest_segments_that_can_be_had_are_taken_by_a_mirror_whose_disk_hangs() {
+    let dir = tempfile::tempdir().unwrap();
+    let shortest = 4096 + 1024 + 64;
+    let options = JournalOptions {
+        segment_bytes_first: shortest,
+        segment_bytes_max: shortest,
+        batch_bytes_max: 1024,
+        group_bytes_max: 1024,
+        group_alignment_bytes: 64,
+        ..JournalOptions::default()
+    };
+    let origin = Origin::start(dir.path().join("origin"), options);
+    let gate = Arc::new(Gate::default());
+    let options =
+        FollowOptions { journal: small(), window_bytes: WINDOW_BYTES, ..FollowOptions::default() };
+    let (path, address) = (dir.path().join("mirror"), origin.address.to_string());
+    let mirror = follow(hangs_at(&gate), &path, address, options).unwrap();
+    let _opens = Opens(&gate);
+    mirror.wait_ready(SOON).unwrap();
+    gate.set_closed(true);
+    (0..200).for_each(|n| origin.append_text(&"x".repeat(if n % 2 == 0 { 1 } else { 700 })));
+    let journal = origin.store().journal();
+    assert!(journal.segments().len() > 190, "{} segments", journal.segments().len());
+    let fills = |status: &MirrorStatus| {
+        let mirrored = status.mirrored.map_or(0, |end| end.offset);
+        status.received_offset.unwrap_or(0) >= mirrored + u64::from(WINDOW_BYTES)
+    };
+    mirror.wait_until(SOON, fills).unwrap();
+    gate.set_closed(false);
+    assert_eq!(converged(&mirror, &origin).end(), journal.end());
+    let status = mirror.status();
+    assert!(status.reconnects == 0 && status.last_error.is_none(), "{status:?}");
+    mirror.stop().unwrap();
 }
