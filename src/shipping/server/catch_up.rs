@@ -1,7 +1,8 @@
 //! The threads that may wait for the disk: they compare histories, and read for those whose next batch isn't in
 //! memory any more. A connection gets a turn of some frames, and goes back to the loop.
 //!
-//! Nothing is heard of a peer in the meantime, so its deadlines aren't either: the time stands still for it.
+//! Nothing is heard of a peer in the meantime, so its deadlines aren't either: the time stands still for it. What it is
+//! told of a comparison it answers in its own time, from when the connection is back.
 
 use std::sync::Arc;
 

@@ -95,6 +95,11 @@ impl Connection {
         self.session.lease()
     }
 
+    /// A worker is done with it.
+    pub(super) fn came_back(&mut self, now: Now) {
+        self.session.came_back(now);
+    }
+
     pub(super) fn shut_down(&mut self) {
         self.session.shut_down();
     }

@@ -256,7 +256,8 @@ impl EventLoop {
         // No more than are there now: others want their turn, and whoever comes later wakes the loop.
         let (back, count) = (&self.workers.back, self.workers.back.len());
         let returned: Vec<_> = back.try_iter().take(count).collect();
-        for connection in returned {
+        for mut connection in returned {
+            connection.came_back(now);
             let token = connection.token;
             let fan = connection.feed.as_ref().and_then(|feed| self.fans.get_mut(&feed.number));
             fan.into_iter().for_each(|fan| fan.live.renew());

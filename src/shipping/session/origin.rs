@@ -233,6 +233,10 @@ pub(crate) struct OriginSession {
     control: Vec<u8>,
     handshake_until: Instant,
     heard_at: Instant,
+    /// When the peer got what it had to wait for: nothing can be heard of it before.
+    answered_at: Instant,
+    /// It was found out by a source that may wait, for however long.
+    has_answered: bool,
     heartbeat_at: Instant,
     max_frame: u32,
     /// The features that are used in this session.
@@ -263,6 +267,8 @@ impl OriginSession {
             control: Vec::new(),
             handshake_until: now.at + config.deadlines.handshake,
             heard_at: now.at,
+            answered_at: now.at,
+            has_answered: false,
             heartbeat_at: now.at,
             max_frame: config.max_frame,
             features: 0,
@@ -297,6 +303,19 @@ impl OriginSession {
     /// When the peer was heard of last.
     pub(crate) const fn heard_at(&self) -> Instant {
         self.heard_at
+    }
+
+    /// Somebody who may wait for the disk had it, and has given it back. If the peer was answered meanwhile, it is waited for
+    /// from now on.
+    pub(crate) fn came_back(&mut self, now: Now) {
+        if std::mem::take(&mut self.has_answered) {
+            self.answered_at = now.at;
+        }
+    }
+
+    /// Until when something is to be heard of the peer.
+    fn silence_until(&self) -> Instant {
+        self.heard_at.max(self.answered_at) + self.config.deadlines.silence
     }
 
     /// Why the session ended, in a word.
@@ -511,13 +530,19 @@ impl OriginSession {
         let (mut on_disk, mut more) = (false, false);
         if let State::Judging(subscribe) = self.state {
             match source.may_wait() {
-                true => self.judge(&subscribe, source, now),
+                true => {
+                    self.judge(&subscribe, source, now);
+                    self.has_answered = true;
+                }
                 false => on_disk = true,
             }
         }
         if !self.asked.is_empty() {
             match source.may_wait() {
-                true => self.answer_probe(source, now),
+                true => {
+                    self.answer_probe(source);
+                    self.has_answered = true;
+                }
                 false => on_disk = true,
             }
         }
@@ -574,9 +599,9 @@ impl OriginSession {
         match self.state {
             State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
             // Rights are looked at as often.
-            State::Diverged(_) | State::Streaming => (self.heard_at
-                + self.config.deadlines.silence)
-                .min(now.at + self.config.deadlines.heartbeat),
+            State::Diverged(_) | State::Streaming => {
+                self.silence_until().min(now.at + self.config.deadlines.heartbeat)
+            }
             State::Judging(_) | State::Ended => now.at + self.config.deadlines.silence,
         }
     }
@@ -601,7 +626,7 @@ impl OriginSession {
     }
 
     fn next_deadline(&self) -> Instant {
-        let silence_until = self.heard_at + self.config.deadlines.silence;
+        let silence_until = self.silence_until();
         match self.state {
             State::Diverged(_) => silence_until,
             State::Streaming => {
@@ -618,9 +643,7 @@ impl OriginSession {
             State::AwaitHello | State::AwaitSubscribe if now.at >= self.handshake_until => {
                 Deadline::Handshake
             }
-            State::Diverged(_) | State::Streaming
-                if now.at >= self.heard_at + self.config.deadlines.silence =>
-            {
+            State::Diverged(_) | State::Streaming if now.at >= self.silence_until() => {
                 Deadline::Silence
             }
             _ => return,
@@ -716,7 +739,7 @@ impl OriginSession {
         }
     }
 
-    fn answer_probe(&mut self, source: &mut impl Source, now: Now) {
+    fn answer_probe(&mut self, source: &mut impl Source) {
         let asked = std::mem::take(&mut self.asked);
         if !matches!(self.state, State::Diverged(_)) {
             return;
@@ -728,9 +751,8 @@ impl OriginSession {
         let ends = asked.into_iter().map(|position| source.batch_end_at(position));
         match ends.collect() {
             Ok(ends) => self.say(&Message::Probed(Probed { ends })),
-            Err(error) => return self.fail(error, source),
+            Err(error) => self.fail(error, source),
         }
-        self.heard_at = now.at; // the disk may have taken its time
     }
 
     /// Puts out what there is to send: a heartbeat if it is due, and batches that the window and one frame

@@ -1028,6 +1028,42 @@ fn an_origin_waits_no_longer_for_questions_than_for_anything_else() {
     assert!(matches!(connection.origin.end(), Some(SessionEnd::Diverged(_))));
 }
 
+/// Its disk takes a minute for each answer, and the mirror none for the next question.
+#[test]
+fn an_origin_gives_nobody_up_for_the_time_that_its_own_disk_takes() {
+    let (mut mirror, mut at) = (ModelMirror::default(), now());
+    Connection::new(&mirror, at).settle(&mut filled(90, 15), &mut mirror, at);
+    let mut journal = filled(90, 16);
+    let mut connection = Connection::new(&mirror, at);
+    connection.mirror.take_output(at, &mut connection.to_origin);
+    let mut asked = 0;
+    while connection.origin.end().is_none() {
+        connection.hear_mirror(usize::MAX, at);
+        let is_on_disk = connection.origin.wants().is_some() || asked > 0;
+        let out = &mut connection.to_mirror;
+        connection.origin.poll(&mut journal, at, out);
+        at = later(at, Duration::from_secs(if is_on_disk { 60 } else { 0 }));
+        connection.origin.came_back(at);
+        connection.origin.poll(&mut journal, at, out);
+        assert_eq!(connection.origin.end(), None, "after {asked} questions");
+        // Not so the mirror, for whom no time passes here.
+        connection.hear_origin(usize::MAX, &mut mirror, now());
+        connection.mirror.take_output(now(), &mut connection.to_origin);
+        match connection.mirror.end() {
+            None => asked += u32::from(connection.mirror.expected() == "PROBED"),
+            Some(_) => break,
+        }
+    }
+    assert!(asked > 0);
+    // It isn't waited for any longer than always, and no turn of the disk's makes that longer.
+    for (seconds, waits) in [(3, true), (4, true), (5, false)] {
+        let late = later(at, Duration::from_secs(seconds));
+        connection.origin.came_back(late);
+        connection.origin.poll(&mut journal, late, &mut Vec::new());
+        assert_eq!(connection.origin.end().is_none(), waits, "{seconds} s");
+    }
+}
+
 /// A mirror knows only that it has less: its origin alone knows that there is no more.
 #[test]
 fn a_mirror_that_is_behind_its_subscriber_says_not_yet_and_never_ahead() {
