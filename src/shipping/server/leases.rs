@@ -9,7 +9,6 @@ use crossbeam_channel::{Receiver, Sender};
 use super::Shared;
 use super::connection::Connection;
 use super::feeds::Feed;
-use crate::env;
 use crate::format::leases::Lease;
 use crate::journal::leases::Stage;
 
@@ -83,7 +82,6 @@ impl LeaseKeeper {
 
     /// A failure to write them is made good next time; meanwhile this process knows them.
     fn note(&mut self, due: &[(usize, Lease, bool)]) {
-        let heard_at_us = env::now_us();
         // A mirror may have come back before its last connection was given up: what that had reached doesn't count.
         // Of each journal for itself: whoever may have another one can't end it.
         let key = |kept: &Kept| (kept.feed.number, kept.lease.id, kept.lease.feed);
@@ -106,7 +104,7 @@ impl LeaseKeeper {
             };
             let of_feed = notes.entry(kept.feed.number);
             let (_, notes) = of_feed.or_insert_with(|| (Arc::clone(&kept.feed), Vec::new()));
-            notes.push((Lease { heard_at_us, ..*lease }, stage));
+            notes.push((*lease, stage));
         }
         // One write for each journal.
         notes.retain(|_, (feed, notes)| feed.journal.note_leases(notes).is_ok());
@@ -172,5 +170,20 @@ mod tests {
         keeper.kept.insert(9, again);
         keeper.note(&[(0, lease(false, 8), false), (1, lease(true, 8), false)]);
         assert_eq!(noted(&one), [(false, 5), (true, 8)]);
+    }
+
+    /// It may be long ago, while a worker has its connection.
+    #[test]
+    fn what_is_noted_is_when_the_peer_was_heard() {
+        let appender = appender();
+        let mut keeper = LeaseKeeper::default();
+        let feed = Feed::of(1, appender.journal());
+        keeper.kept.insert(1, Kept { feed, lease: lease(false, 0), begun: false });
+        for heard_at_us in [1_000_000, 1_000_000, 9_000_000] {
+            keeper.note(&[(1, Lease { heard_at_us, ..lease(false, 3) }, false)]);
+            let leases = appender.journal().leases().unwrap();
+            let heard: Vec<_> = leases.iter().map(|lease| lease.heard_at_us).collect();
+            assert_eq!(heard, [heard_at_us]);
+        }
     }
 }

@@ -233,6 +233,8 @@ pub(crate) struct OriginSession {
     control: Vec<u8>,
     handshake_until: Instant,
     heard_at: Instant,
+    /// The same in microseconds since 1970.
+    heard_at_us: i64,
     /// When the peer got what it had to wait for: nothing can be heard of it before.
     answered_at: Instant,
     /// It was found out by a source that may wait, for however long.
@@ -267,6 +269,7 @@ impl OriginSession {
             control: Vec::new(),
             handshake_until: now.at + config.deadlines.handshake,
             heard_at: now.at,
+            heard_at_us: now.unix_us,
             answered_at: now.at,
             has_answered: false,
             heartbeat_at: now.at,
@@ -353,7 +356,7 @@ impl OriginSession {
         if self.end.is_some() {
             return;
         }
-        self.heard_at = now.at;
+        (self.heard_at, self.heard_at_us) = (now.at, now.unix_us);
         let mut reader = std::mem::take(&mut self.reader);
         reader.push(bytes);
         while self.end.is_none() {
@@ -515,7 +518,8 @@ impl OriginSession {
         };
         let (position, offset) = (acked.position, acked.offset);
         let feed = self.status.feed.is_some();
-        Some(Lease { id, nameless, feed, position, offset, heard_at_us: 0 })
+        let heard_at_us = self.heard_at_us;
+        Some(Lease { id, nameless, feed, position, offset, heard_at_us })
     }
 
     /// What to do next. What is to be written is put into `out`; nothing is asked of the source while some

@@ -1064,6 +1064,23 @@ fn an_origin_gives_nobody_up_for_the_time_that_its_own_disk_takes() {
     }
 }
 
+/// Whatever is done with the connection meanwhile.
+#[test]
+fn a_lease_tells_when_its_subscriber_was_heard_last() {
+    let (mut journal, mut mirror, start) = (filled(9, 15), ModelMirror::default(), now());
+    let mut connection = Connection::new(&mirror, start);
+    connection.settle(&mut journal, &mut mirror, start);
+    let heard_at_us = |origin: &OriginSession| origin.lease().unwrap().heard_at_us;
+    assert_eq!(heard_at_us(&connection.origin), start.unix_us);
+    let [second, fourth] = [2, 4].map(|seconds| later(start, Duration::from_secs(seconds)));
+    connection.mirror.on_time(second);
+    connection.mirror.take_output(second, &mut connection.to_origin);
+    connection.hear_mirror(usize::MAX, second);
+    connection.origin.came_back(fourth);
+    connection.origin.poll(&mut journal, fourth, &mut Vec::new());
+    assert_eq!(heard_at_us(&connection.origin), second.unix_us);
+}
+
 /// A mirror knows only that it has less: its origin alone knows that there is no more.
 #[test]
 fn a_mirror_that_is_behind_its_subscriber_says_not_yet_and_never_ahead() {
