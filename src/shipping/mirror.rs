@@ -16,7 +16,7 @@
 //! Invariants:
 //! - Only what the [`Ingest`] has verified and synced is published, acknowledged and shown to followers.
 //! - The listener never waits for the disk, so a slow sync doesn't look like a dead mirror; what lies
-//!   between the two is bounded by the window.
+//!   between the two is bounded by the window, with a header page for each 512 bytes of it at the most.
 //! - A mirror whose history differs from the origin's is kept as it is, whatever happens.
 
 mod begin;

@@ -27,7 +27,8 @@ pub struct FollowOptions {
     /// How long one address may take to answer a connection attempt. Default 3 s.
     pub connect_timeout: Duration,
     /// How many bytes may be under way or in memory without being durable yet; half as many are synced at
-    /// once while catching up. Default 16 MiB.
+    /// once while catching up. One batch (16 MiB at the most) and header pages of segments come on top: at the worst, from an
+    /// origin that means ill, eight times as much. Default 16 MiB.
     pub window_bytes: u32,
     /// Connects with TLS. Default: plain TCP, to loopback addresses only.
     pub tls: Option<ClientTls>,

@@ -18,7 +18,7 @@
 //!   own history; and only what is durable, in order, each byte once per session.
 //! - Every state has a deadline. Time is what the caller says.
 //! - The origin sends no more than the window ahead of what was acknowledged, up to one batch more; the
-//!   mirror keeps no more than that.
+//!   mirror keeps no more than that, and the header pages that honest segments within it may have.
 //! - After its end a session takes nothing more and says nothing more than one last frame.
 
 use std::sync::Arc;
