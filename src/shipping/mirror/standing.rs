@@ -76,7 +76,7 @@ impl State {
 
     /// How often something may be expected of the origin: at its own pace if that is slower than this side's, and
     /// whatever it says, twice before it is taken for dead.
-    pub(super) fn heartbeat(&self, own: &Deadlines) -> Duration {
+    fn heartbeat(&self, own: &Deadlines) -> Duration {
         own.heartbeat.max(self.told.heartbeat.min(own.silence / 2))
     }
 

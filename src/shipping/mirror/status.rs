@@ -84,7 +84,7 @@ pub struct MirrorStatus {
 
 impl MirrorStatus {
     /// How many events the origin has made durable and this mirror hasn't; `None` if the origin hasn't been
-    /// heard for three heartbeats: its own, if it says that these are longer than this side's.
+    /// heard for three heartbeats.
     #[must_use]
     pub fn lag_events(&self) -> Option<u64> {
         let (end, mirrored) = self.known_ends()?;
@@ -151,8 +151,7 @@ impl Shared {
     pub(super) fn status(&self, state: &State) -> MirrorStatus {
         let heard = state.origin.map(|(_, told)| told.elapsed());
         let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
-        let heartbeat = state.heartbeat(&self.options.deadlines);
-        let fresh = |age: Duration| age <= 3 * heartbeat;
+        let fresh = |age: Duration| age <= 3 * self.options.deadlines.heartbeat;
         let now_there = |(us, at): (i64, Instant)| {
             us.saturating_add(i64::try_from(at.elapsed().as_micros()).unwrap_or(i64::MAX))
         };
