@@ -228,7 +228,7 @@ impl Received {
         for entry in entries {
             self.push(&mut batches, &entry);
         }
-        let begins = self.progress(passed, Some(run.behind.position));
+        let begins = self.notes(passed, Some(run.behind.position));
         let before = self.covered;
         self.cover(run.behind);
         let noted = self.note(batches, begins);
@@ -327,7 +327,16 @@ impl Received {
     }
 
     fn note_alone(&mut self) -> Result<(), FeedError> {
-        self.note(Batches::default(), None)
+        self.note(Batches::default(), Vec::new())
+    }
+
+    /// [Progress](Self::progress), and behind the openings that aren't written yet: it accounts for what they wrote.
+    fn notes(&self, ahead: u64, until: Option<Position>) -> Vec<(StreamId, NewEvent)> {
+        let openings = self.new_openings.iter().filter_map(|(from, incarnation)| {
+            let incarnation = hex(&incarnation.get().to_le_bytes());
+            reserved(OPENING, &Opening { from: from.get(), incarnation })
+        });
+        openings.chain(self.progress(ahead, until)).collect()
     }
 
     /// Writes events, and up to where everything is accounted for. If that is more than one batch, it is noted at first
@@ -335,30 +344,25 @@ impl Received {
     fn note(
         &mut self,
         mut batches: Batches,
-        begins: Option<(StreamId, NewEvent)>,
+        begins: Vec<(StreamId, NewEvent)>,
     ) -> Result<(), FeedError> {
-        let Again { count, until, .. } = self.again;
-        let Some(progress) = self.progress(count, until.filter(|_| count > 0)) else {
+        if self.known.is_none() {
             return Ok(());
-        };
-        let mut notes: Vec<_> = std::mem::take(&mut self.new_openings)
-            .into_iter()
-            .filter_map(|(from, incarnation)| {
-                let incarnation = hex(&incarnation.get().to_le_bytes());
-                reserved(OPENING, &Opening { from: from.get(), incarnation })
-            })
-            .collect();
-        notes.push(progress);
+        }
+        let Again { count, until, .. } = self.again;
+        let mut notes = self.notes(count, until.filter(|_| count > 0));
+        self.new_openings.clear();
         let len = notes.iter().map(|(at, note)| record::encoded_len(note, at)).sum();
         batches.make_room(len, self.batch_bytes_max);
         let Batches { full, mut last } = batches;
-        notes.iter().for_each(|(at, note)| last.push(at, note));
         self.noted_at = Instant::now();
-        if let Some((at, note)) = begins.filter(|_| !full.is_empty()) {
+        if let (Some((_, openings)), false) = (begins.split_last(), full.is_empty()) {
             let mut first = Append::default();
-            first.push(&at, &note);
+            begins.iter().for_each(|(at, note)| first.push(at, note));
             self.submit(&first, None)?;
+            notes.drain(..openings.len()); // these are written
         }
+        notes.iter().for_each(|(at, note)| last.push(at, note));
         full.iter().try_for_each(|part| self.submit(part, None))?;
         self.submit(&last, Some(self.covered))
     }
@@ -505,7 +509,7 @@ fn openings(journal: &Journal) -> Result<Vec<(Position, Incarnation)>, FeedError
 mod tests {
     use super::*;
     use crate::event::{EventId, Revision};
-    use crate::fs::sim::SimFs;
+    use crate::fs::sim::{Fault, Repeat, SimFs};
     use crate::shipping::message::RunWriter;
 
     const ORIGIN: JournalId = JournalId::from_bytes([9; 16]);
@@ -523,13 +527,21 @@ mod tests {
     }
 
     fn behind(position: u64) -> Checkpoint {
+        behind_by(3, position)
+    }
+
+    fn behind_by(incarnation: u64, position: u64) -> Checkpoint {
         let start = Mark::start(ORIGIN).end;
-        let (offset, incarnation) = (64 * position, Incarnation::new(3));
+        let (offset, incarnation) = (64 * position, Incarnation::new(incarnation));
         Checkpoint { offset, incarnation, position: Position::new(position), ..start }
     }
 
     /// Longer than several batches here: every second position, events from `first` on.
     fn run_of(from: u64, first: u8, count: u64) -> Run {
+        run_by(3, from, first, count)
+    }
+
+    fn run_by(incarnation: u64, from: u64, first: u8, count: u64) -> Run {
         let mut run = RunWriter::new(Position::new(from));
         for number in 0..count {
             let event = NewEvent::raw("happened", vec![first + number as u8; 300]).unwrap();
@@ -539,7 +551,7 @@ mod tests {
             record::encode(&mut bytes, &event, &stream, Revision::FIRST);
             run.add(Position::new(from + 2 * number), 5, &bytes);
         }
-        let bytes = run.finish(&behind(from + 2 * count));
+        let bytes = run.finish(&behind_by(incarnation, from + 2 * count));
         Run::decode(Position::new(from), bytes).unwrap()
     }
 
@@ -666,6 +678,51 @@ mod tests {
             let wanted: Vec<u8> = (0..EVENTS as u8).chain(24..24 + EVENTS as u8).collect();
             assert_eq!(ids(&received), wanted, "{stored}, {first}, cut off: {is_cut_off}");
             received.close().unwrap();
+        }
+    }
+
+    /// Killed at any moment while a run of several batches is stored, it knows who wrote what was passed over in front.
+    #[test]
+    fn who_wrote_what_was_passed_over_is_known_however_much_of_the_next_run_was_stored() {
+        let opening = |from, incarnation| (Position::new(from), Incarnation::new(incarnation));
+        let (from, to) = (2 * EVENTS, 2 * EVENTS + 2);
+        let take = |received: &mut Received, incarnation: u64| {
+            if received.covered().position < Position::new(to) {
+                received.skipped(behind_by(4, to))?;
+            }
+            received.run(&run_by(incarnation, to, to as u8, EVENTS))?;
+            received.settle()
+        };
+        for (incarnation, wanted) in [
+            (4, vec![opening(0, 3), opening(from, 4)]),
+            (5, vec![opening(0, 3), opening(from, 4), opening(to, 5)]),
+        ] {
+            for killed_at in 0.. {
+                let disk = SimFs::new(1);
+                let fs: Arc<dyn Fs> = Arc::new(disk.clone());
+                let mut received = begun(&fs, "/feed");
+                disk.fail_at(disk.ops() + killed_at, Fault::Kill, Repeat::Once);
+                let is_taken = take(&mut received, incarnation).is_ok();
+                drop(received);
+                let is_over = is_taken && disk.faults_struck() == 0;
+                disk.clear_faults();
+                disk.kill();
+                let (dir, all) = (Path::new("/feed"), FeedFilter::everything());
+                let mut received = Received::open(&fs, dir, &options(), &all).unwrap().unwrap();
+                if received.covered().position < Position::new(to + 2 * EVENTS) {
+                    take(&mut received, incarnation).unwrap();
+                }
+                assert_eq!(received.openings(), wanted, "{killed_at}");
+                received.begin_again().unwrap();
+                assert_eq!(received.openings(), wanted, "{killed_at}, noted");
+                let all: Vec<u8> = (0..EVENTS as u8).chain(26..26 + EVENTS as u8).collect();
+                assert_eq!(ids(&received), all, "{killed_at}");
+                received.close().unwrap();
+                if is_over {
+                    assert!(killed_at > 3, "it took several writes");
+                    break;
+                }
+            }
         }
     }
 
