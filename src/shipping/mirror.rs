@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::connect::open_error;
-use self::standing::Awaited;
+pub(super) use self::standing::Awaited;
 use super::error::{ShippingError, WaitError};
 use super::message::OriginEnd;
 use super::observe::Ends;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::error::{AppendError, ReadError};
 use crate::position::{Checkpoint, Position};
+use crate::shipping::error::ShippingError;
 use crate::shipping::filter::{FeedFilter, InvalidFilter};
 
 /// Why a feed doesn't go on.
@@ -114,5 +115,44 @@ impl From<AppendError> for FeedError {
 impl From<ReadError> for FeedError {
     fn from(error: ReadError) -> Self {
         Self::Read(Arc::new(error))
+    }
+}
+
+/// What a mirror could do about it, a feed can't. What isn't final is tried again.
+pub(super) fn of_a_feed(error: ShippingError) -> ShippingError {
+    let is_ahead = matches!(error, ShippingError::Ahead(_));
+    match error {
+        error if !error.is_halting() => error,
+        ShippingError::Ahead(at) | ShippingError::Fork(at) => {
+            let (received, origin) = (Box::new(at.mirror), Box::new(at.origin));
+            FeedError::Replaced { received, origin, is_ahead }.into()
+        }
+        ShippingError::Truncated { mirror, first, .. } => {
+            FeedError::Removed { received: mirror, first }.into()
+        }
+        error => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::files::Mark;
+    use crate::position::JournalId;
+    use crate::shipping::error::Divergent;
+    use crate::shipping::message::Speaker;
+
+    #[test]
+    fn a_fork_that_a_relay_tells_which_is_apart_is_not_final_for_a_feed_either() {
+        let end = Mark::start(JournalId::from_bytes([7; 16])).end;
+        for told_by in [Speaker::Origin, Speaker::Relay, Speaker::RelayBehind, Speaker::RelayApart]
+        {
+            let at = Divergent { mirror: end, origin: end, witness: None, common: None, told_by };
+            let error = of_a_feed(ShippingError::Fork(Box::new(at)));
+            let is_final = told_by != Speaker::RelayApart;
+            assert_eq!(error.is_halting(), is_final, "{told_by:?}: {error}");
+            let code = if is_final { "feed.replaced" } else { "shipping.fork" };
+            assert_eq!(error.code(), code);
+        }
     }
 }

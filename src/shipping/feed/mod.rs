@@ -25,14 +25,15 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use self::error::of_a_feed;
 use self::received::Received;
 use super::error::{ShippingError, WaitError};
 use super::filter::FeedFilter;
 use super::link::{Arrived, Link};
 use super::message::{Authentication, ErrorCode, FRAME_BYTES_MAX, Failure, FeedTerms, OriginEnd};
 use super::mirror::{
-    BACK_OFF_MAX, Credentials, FollowOptions, ForkPolicy, HEALTHY_AFTER, MirrorState, back_off,
-    check_literal, connect, setup_error,
+    Awaited, BACK_OFF_MAX, Credentials, FollowOptions, ForkPolicy, HEALTHY_AFTER, MirrorState,
+    back_off, check_literal, connect, setup_error,
 };
 use super::observe::{EndReason, Ends};
 use super::session::{Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd};
@@ -48,6 +49,7 @@ use crate::position::{Checkpoint, Durability, Incarnation, NodeId, Position, Tok
 
 mod error;
 mod received;
+mod standing;
 
 pub use error::FeedError;
 
@@ -155,6 +157,9 @@ struct State {
     origin: Option<(OriginEnd, Instant)>,
     /// In this session it was told by the origin, or by a relay that has everything.
     is_current: bool,
+    awaited: Awaited,
+    /// In front of this position of the origin lie events that are here already, and aren't accounted for.
+    ahead_until: Option<Position>,
     last_error: Option<ShippingError>,
     sessions: u64,
     ends: Ends,
@@ -201,22 +206,7 @@ pub fn follow_feed(
         address,
         filter,
         options,
-        state: Mutex::new(State {
-            phase: MirrorState::Connecting,
-            journal: None,
-            terms: None,
-            received: None,
-            openings: Vec::new(),
-            origin: None,
-            is_current: false,
-            last_error: None,
-            sessions: 0,
-            ends: Ends::default(),
-            caught_up_at: None,
-            stopping: false,
-            resuming: false,
-            socket: None,
-        }),
+        state: Mutex::new(State::new()),
         changed: Condvar::new(),
     });
     shared.publish(received.as_ref());
@@ -268,9 +258,11 @@ impl Feed {
     /// [`WaitError`].
     pub fn wait_caught_up(&self, timeout: Duration) -> Result<Checkpoint, WaitError> {
         let called = Instant::now();
+        let mut awaited = Awaited::default();
         self.shared.wait_for(timeout, |state| {
-            let (end, _) = state.origin.filter(|(_, told)| *told >= called)?;
-            state.received.filter(|received| received.offset >= end.offset)
+            let told = state.current_end().filter(|(_, told_at)| *told_at >= called)?;
+            let received = state.received?;
+            awaited.reached(told, received).map(|_| received)
         })
     }
 
@@ -370,6 +362,27 @@ impl Drop for Feed {
 }
 
 impl State {
+    fn new() -> Self {
+        Self {
+            phase: MirrorState::Connecting,
+            journal: None,
+            terms: None,
+            received: None,
+            openings: Vec::new(),
+            origin: None,
+            is_current: false,
+            awaited: Awaited::default(),
+            ahead_until: None,
+            last_error: None,
+            sessions: 0,
+            ends: Ends::default(),
+            caught_up_at: None,
+            stopping: false,
+            resuming: false,
+            socket: None,
+        }
+    }
+
     /// Whether the events of a token at or in front of what was received are those that were received.
     fn check(&self, token: &Token) -> Result<(), TokenError> {
         let position = token.position;
@@ -437,7 +450,7 @@ impl Shared {
                 *received = Received::open(&self.fs, &self.dir, options, &self.filter)?;
             }
         }
-        self.state.lock().is_current = false; // whoever is asked now hasn't said anything yet
+        self.state.lock().begins();
         self.publish(received.as_ref());
         let give_up = || self.state.lock().stopping;
         connect(&self.address, &self.options, give_up, |stream| {
@@ -561,6 +574,7 @@ impl Shared {
                 state.terms = Some(known.terms.clone());
             }
             state.received = Some(received.covered());
+            state.ahead_until = received.ahead_until();
             state.journal = Some(received.journal().clone());
         }
         self.judge_phase(&mut state);
@@ -568,20 +582,7 @@ impl Shared {
 
     fn judge_phase(&self, state: &mut State) {
         self.changed.notify_all();
-        let Some(((end, told_at), received)) = state.origin.zip(state.received) else { return };
-        let lag_bytes = end.offset.saturating_sub(received.offset);
-        let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
-        let has_all = lag_bytes == 0 && connected && state.is_current;
-        if has_all {
-            state.caught_up_at = Some(told_at);
-        }
-        match state.phase {
-            MirrorState::CatchingUp if has_all => state.phase = MirrorState::Live,
-            MirrorState::Live if lag_bytes > u64::from(self.options.window_bytes) => {
-                state.phase = MirrorState::CatchingUp;
-            }
-            _ => {}
-        }
+        state.judge(self.options.window_bytes);
     }
 
     fn status(&self, state: &State) -> FeedStatus {
@@ -599,7 +600,7 @@ impl Shared {
             reconnects: state.sessions.saturating_sub(1),
             ends: state.ends.clone(),
             caught_up: state.caught_up_at.map(|at| at.elapsed()),
-            lag_is_known: connected && heard.is_some_and(fresh) && state.is_current,
+            lag_is_known: connected && heard.is_some_and(fresh) && state.current_end().is_some(),
         }
     }
 
@@ -607,7 +608,7 @@ impl Shared {
     fn wait_for<T>(
         &self,
         timeout: Duration,
-        look: impl Fn(&State) -> Option<T>,
+        mut look: impl FnMut(&State) -> Option<T>,
     ) -> Result<T, WaitError> {
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.state.lock();
@@ -635,21 +636,6 @@ impl Shared {
                 false
             }
         }
-    }
-}
-
-/// What a mirror could do about it, a feed can't.
-fn of_a_feed(error: ShippingError) -> ShippingError {
-    let is_ahead = matches!(error, ShippingError::Ahead(_));
-    match error {
-        ShippingError::Ahead(at) | ShippingError::Fork(at) => {
-            let (received, origin) = (Box::new(at.mirror), Box::new(at.origin));
-            FeedError::Replaced { received, origin, is_ahead }.into()
-        }
-        ShippingError::Truncated { mirror, first, .. } => {
-            FeedError::Removed { received: mirror, first }.into()
-        }
-        error => error,
     }
 }
 
@@ -681,8 +667,7 @@ impl Connection<'_> {
             if told != origin_end {
                 told = origin_end;
                 let mut state = self.shared.state.lock();
-                state.origin = origin_end.or(state.origin);
-                state.is_current = origin_end.is_some();
+                state.is_told(origin_end);
                 self.shared.judge_phase(&mut state);
             }
             let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
@@ -745,7 +730,8 @@ impl Connection<'_> {
             *received = Some(created);
         }
         if let Some(received) = received {
-            received.granted(end.journal, terms, &shared.filter)?;
+            let is_origin = self.session.lock().told().path.len() <= 1;
+            received.granted(&end, is_origin, terms, &shared.filter)?;
         }
         let mut state = shared.state.lock();
         state.phase = MirrorState::CatchingUp;

@@ -30,7 +30,7 @@ use crate::fs::Fs;
 use crate::hex::{from_hex, hex};
 use crate::journal::{Append, Appender, CloseError, Journal, Ticket};
 use crate::options::JournalOptions;
-use crate::position::{Checkpoint, Incarnation, JournalId, NodeId, Position};
+use crate::position::{Checkpoint, Incarnation, NodeId, Position};
 use crate::shipping::error::ShippingError;
 use crate::shipping::filter::FeedFilter;
 use crate::shipping::message::{Entry, FeedRequest, FeedTerms, Run};
@@ -203,17 +203,25 @@ impl Received {
         }
     }
 
-    /// The subscription was granted, to the origin's journal, with these terms.
+    /// In front of this position of the origin lie events that are here already: of a run that was stored in part.
+    pub(super) fn ahead_until(&self) -> Option<Position> {
+        self.again.until.filter(|_| self.again.count > 0)
+    }
+
+    /// The subscription was granted, to a journal that ends here, at its origin or at a relay, with these terms.
     pub(super) fn granted(
         &mut self,
-        journal: JournalId,
+        end: &Checkpoint,
+        is_origin: bool,
         terms: FeedTerms,
         wanted: &FeedFilter,
     ) -> Result<(), FeedError> {
         if self.known.is_some() {
-            return Ok(());
+            let has_all = self.ahead_until().is_none_or(|until| until <= end.position);
+            // A relay may only be behind.
+            return if has_all || !is_origin { Ok(()) } else { Err(self.replaced(end)) };
         }
-        let durable = Mark::start(journal).end;
+        let durable = Mark::start(end.journal).end;
         self.known = Some(Known { wanted: wanted.clone(), terms, durable });
         self.covered = durable;
         self.note_alone()?;
@@ -349,8 +357,7 @@ impl Received {
         if self.known.is_none() {
             return Ok(());
         }
-        let Again { count, until, .. } = self.again;
-        let mut notes = self.notes(count, until.filter(|_| count > 0));
+        let mut notes = self.notes(self.again.count, self.ahead_until());
         self.new_openings.clear();
         let len = notes.iter().map(|(at, note)| record::encoded_len(note, at)).sum();
         batches.make_room(len, self.batch_bytes_max);
@@ -510,6 +517,7 @@ mod tests {
     use super::*;
     use crate::event::{EventId, Revision};
     use crate::fs::sim::{Fault, Repeat, SimFs};
+    use crate::position::JournalId;
     use crate::shipping::message::RunWriter;
 
     const ORIGIN: JournalId = JournalId::from_bytes([9; 16]);
@@ -564,7 +572,7 @@ mod tests {
         let (node, all) = (NodeId::from_bytes([1; 16]), FeedFilter::everything());
         let mut received = Received::create(node, fs, Path::new(dir), &options(), &all).unwrap();
         let terms = FeedTerms { filter: all.clone(), shape: None };
-        received.granted(ORIGIN, terms, &all).unwrap();
+        received.granted(&behind(0), true, terms, &all).unwrap();
         received.run(&run(0)).unwrap();
         assert_eq!(received.settle().unwrap(), Some(behind(2 * EVENTS)));
         received
@@ -657,6 +665,31 @@ mod tests {
         }
     }
 
+    /// It was restored, and has written nothing since.
+    #[test]
+    fn an_origin_that_ends_in_front_of_what_was_stored_in_part_is_recognised_at_once() {
+        let from = 2 * EVENTS;
+        let terms = || FeedTerms { filter: FeedFilter::everything(), shape: None };
+        for stored in 0..=EVENTS as usize {
+            let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+            let mut received = killed(&fs, &run(from), stored);
+            let all = FeedFilter::everything();
+            let mut granted =
+                |end, is_origin| received.granted(&behind(end), is_origin, terms(), &all);
+            for end in from..4 * EVENTS {
+                assert_eq!(is_replaced(granted(end, true)), stored > 0, "{stored}, {end}");
+                granted(end, false).unwrap(); // a relay that is behind
+            }
+            granted(4 * EVENTS, true).unwrap();
+            let until = (stored > 0).then_some(Position::new(4 * EVENTS));
+            assert_eq!(received.ahead_until(), until);
+            received.run(&run(from)).unwrap();
+            received.settle().unwrap();
+            assert_eq!(received.ahead_until(), None);
+            received.close().unwrap();
+        }
+    }
+
     /// It may come again in shorter runs, from somebody with shorter frames, also if it is cut off in between.
     #[test]
     fn a_run_that_was_stored_in_part_may_come_again_in_several() {
@@ -733,7 +766,7 @@ mod tests {
         let node = NodeId::from_bytes([1; 16]);
         let mut received = Received::create(node, &fs, dir, &options(), &all).unwrap();
         let terms = FeedTerms { filter: all.clone(), shape: None };
-        received.granted(ORIGIN, terms, &all).unwrap();
+        received.granted(&behind(0), true, terms, &all).unwrap();
         let end = received.journal().end().position;
         received.skipped(behind(1)).unwrap();
         assert_eq!(received.settle().unwrap(), None);

@@ -13,15 +13,15 @@ use crate::shipping::session::{Deadlines, Told};
 /// the three after which its subscribers know of no lag either.
 const STANDS_FOR_HEARTBEATS: u32 = 2;
 
-/// An end that the origin told, until the mirror has reached it. The latest one moves on while the mirror syncs: whoever
+/// An end that the origin told, until the mirror or feed has reached it. The latest one moves on while that syncs: whoever
 /// waited for that alone might wait for ever.
 #[derive(Debug, Default)]
-pub(super) struct Awaited(Option<(OriginEnd, Instant)>);
+pub(in crate::shipping) struct Awaited(Option<(OriginEnd, Instant)>);
 
 impl Awaited {
     /// When the last of the ends was told that the mirror is known to have reached, if it has reached one; `told` is the
     /// latest.
-    pub(super) fn reached(
+    pub(in crate::shipping) fn reached(
         &mut self,
         told: (OriginEnd, Instant),
         mirrored: Checkpoint,
