@@ -271,7 +271,7 @@ impl Feed {
     ///
     /// # Errors
     /// [`WaitError::Behind`] if it isn't in time; [`WaitError::Token`] if the token is of another journal than the
-    /// feed, or of events that were lost; [`WaitError::Halted`], [`WaitError::Stopped`].
+    /// feed, or of events that were lost, or so old that the origin was opened 4096 times since; [`WaitError::Halted`], [`WaitError::Stopped`].
     pub fn wait_for(&self, token: &Token, timeout: Duration) -> Result<Token, WaitError> {
         let wanted = token.position;
         let find = |state: &State| {
@@ -567,7 +567,9 @@ impl Shared {
         let Some(received) = received else { return };
         let mut state = self.state.lock();
         if let Some(known) = received.known() {
-            if state.openings.len() != received.openings().len() {
+            let told =
+                |openings: &[(Position, Incarnation)]| (openings.len(), openings.last().copied());
+            if told(&state.openings) != told(received.openings()) {
                 state.openings = received.openings().to_vec();
             }
             if state.terms.is_none() {

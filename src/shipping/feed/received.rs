@@ -43,6 +43,10 @@ const OPENING: &str = "$feed.opening";
 const SKIPPED_BYTES_MAX: u64 = 8 << 20;
 /// The same after so much time.
 const SKIPPED_FOR: Duration = Duration::from_secs(30);
+/// The same behind so many openings: what is to be noted fits into a batch.
+const NEW_OPENINGS_MAX: usize = 4;
+/// So many of the latest openings are known. Of what was written before, nobody is told any more who wrote it.
+const OPENINGS_MAX: usize = 4096;
 
 #[derive(Serialize, Deserialize)]
 struct Progress {
@@ -287,7 +291,8 @@ impl Received {
         self.cover(behind);
         let durable = self.known.as_ref().map_or(0, |known| known.durable.offset);
         let is_due = behind.offset.saturating_sub(durable) >= SKIPPED_BYTES_MAX
-            || self.noted_at.elapsed() >= SKIPPED_FOR;
+            || self.noted_at.elapsed() >= SKIPPED_FOR
+            || self.new_openings.len() >= NEW_OPENINGS_MAX;
         if is_due { self.note_alone() } else { Ok(()) }
     }
 
@@ -295,6 +300,9 @@ impl Received {
         let last = self.openings.last().map(|(_, incarnation)| *incarnation);
         if last != Some(behind.incarnation) {
             let opening = (self.covered.position, behind.incarnation);
+            if self.openings.len() >= OPENINGS_MAX {
+                self.openings.remove(0);
+            }
             self.openings.push(opening);
             self.new_openings.push(opening);
         }
@@ -499,7 +507,7 @@ fn known(event: &Recorded) -> Option<(Known, u64, Option<Position>)> {
 fn openings(journal: &Journal) -> Result<Vec<(Position, Incarnation)>, FeedError> {
     let Ok(stream) = StreamId::new(OPENING) else { return Ok(Vec::new()) };
     let mut openings = Vec::new();
-    for event in journal.read_stream_backward(&stream, None)? {
+    for event in journal.read_stream_backward(&stream, None)?.take(OPENINGS_MAX) {
         let Ok(event) = event else { break }; // removed
         let opening: Opening =
             serde_json::from_slice(event.data()).map_err(|_| FeedError::NoProgress)?;
@@ -757,6 +765,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// It says of each position that another opening wrote it.
+    #[test]
+    fn an_origin_of_many_openings_costs_bounded_memory_and_fits_into_batches() {
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let mut received = begun(&fs, "/feed");
+        let count = OPENINGS_MAX as u64 + 100;
+        for at in 2 * EVENTS..2 * EVENTS + count {
+            received.skipped(behind_by(at, at + 1)).unwrap();
+            assert!(received.new_openings.len() < NEW_OPENINGS_MAX);
+            assert!(received.openings().len() <= OPENINGS_MAX);
+            let (from, by) = *received.openings().last().unwrap();
+            assert_eq!((from.get(), by.get()), (at, at));
+        }
+        for more in 1..=NEW_OPENINGS_MAX as u64 {
+            let from = 2 * EVENTS + count + more * 100;
+            (1..more).for_each(|at| received.skipped(behind_by(at, from + at)).unwrap());
+            received.run(&run_by(from, from + more - 1, 100, EVENTS)).unwrap();
+        }
+        received.rest().unwrap();
+        received.begin_again().unwrap();
+        assert_eq!(received.openings().len(), OPENINGS_MAX);
+        let last = received.openings().last().unwrap().1.get();
+        assert_eq!(last, 2 * EVENTS + count + NEW_OPENINGS_MAX as u64 * 100);
+        received.close().unwrap();
     }
 
     #[test]
