@@ -81,7 +81,8 @@ fn copy(fs: &Arc<dyn Fs>, args: &Args, dir: &std::path::Path) -> Result<(), Fail
         bar
     });
     let copied = thread::scope(|scope| {
-        let copying = scope.spawn(|| journal::begin_mirror(fs, &args.backup, dir, &watched));
+        let copying =
+            scope.spawn(|| journal::begin_mirror(fs, (&args.backup, None), dir, &watched));
         while !copying.is_finished() {
             if interrupted.load(Ordering::Relaxed) {
                 watched.cancel();

@@ -24,7 +24,7 @@ use crate::journal::layout::{self, Layout};
 use crate::journal::mark::MarkFile;
 use crate::journal::scan::{Window, file_offset};
 use crate::journal::{Journal, Locked};
-use crate::position::{Checkpoint, NodeId, Position};
+use crate::position::{Checkpoint, JournalId, NodeId, Position};
 
 /// What [`restore`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,12 +83,26 @@ pub enum RestoreError {
         /// Where it begins to differ, or in front of that.
         position: Position,
     },
+    /// A mirror is to begin with the base of a view over several journals, and it wasn't said of which one it is to be; or the
+    /// base isn't of that.
+    #[error("{}: the base isn't of one journal only, or not of the one that is named, but of {}", base.display(), list(journals))]
+    WhichJournal {
+        /// The base.
+        base: PathBuf,
+        /// Its journals.
+        journals: Vec<JournalId>,
+    },
     /// No restore was begun in the directory; there is nothing to abandon.
     #[error("{}: no restore is under way here", path.display())]
     NotBegun {
         /// The directory.
         path: PathBuf,
     },
+}
+
+/// What is listed in a message.
+fn list(ids: &[JournalId]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl RestoreError {
@@ -103,6 +117,7 @@ impl RestoreError {
             Self::NotEmpty { .. } => "restore.not_empty",
             Self::Another { .. } => "restore.another",
             Self::Differs { .. } => "restore.differs",
+            Self::WhichJournal { .. } => "restore.which_journal",
             Self::NotBegun { .. } => "restore.not_begun",
         }
     }
@@ -119,6 +134,9 @@ impl RestoreError {
             Self::NotEmpty { .. } => "restore into a new directory",
             Self::Another { .. } | Self::Differs { .. } => {
                 "repeat that very restore, or remove what it left with `headwater restore --abandon`"
+            }
+            Self::WhichJournal { .. } => {
+                "name the journal (FollowOptions::journal_id), or begin with BASE/journals/ID"
             }
             Self::NotBegun { .. } => {
                 "check the path; a completed restore is a journal and is never removed"
@@ -186,24 +204,22 @@ pub fn restore(
     restore_as(Role::Origin, fs, (backup, dir), at, &Watched::default())
 }
 
-/// Makes a mirror in `dir` of a backup, if there is nothing yet, or goes on with that. It is durable when this returns.
+/// Makes a mirror in `dir` of a backup, if there is nothing yet, or goes on with that: of the base of a view, of this journal.
+/// It is durable when this returns.
 ///
 /// # Errors
 /// [`RestoreError`].
 #[cfg(feature = "shipping")]
 pub(crate) fn begin_mirror(
     fs: &Arc<dyn Fs>,
-    backup: &Path,
+    (backup, journal): (&Path, Option<JournalId>),
     dir: &Path,
     watched: &Watched,
 ) -> Result<(), RestoreError> {
     if is_begun(&**fs, dir) {
         return Ok(());
     }
-    if has_no_journal(&**fs, backup) {
-        return Ok(());
-    }
-    let backup = copy_in(&**fs, backup);
+    let Some(backup) = copy_in(&**fs, backup, journal)? else { return Ok(()) };
     // What was begun is completed, also if the backup has grown since.
     let path = Layout::new(dir).file(layout::INCOMING);
     let begun = read_incoming(&**fs, &path)?.and_then(Result::ok);
@@ -211,28 +227,20 @@ pub(crate) fn begin_mirror(
     restore_as(Role::Mirror, fs, (&backup, dir), at, watched).map(drop)
 }
 
-/// Of the base of a view that has folded nothing: there is nothing to begin with, and everything is fetched. Its manifest must
-/// say so: where the journals are only missing, something is lost.
+/// Where the journals are of which the base of a view is, by its manifest; `None` if it isn't one.
 #[cfg(feature = "shipping")]
-fn has_no_journal(fs: &dyn Fs, base: &Path) -> bool {
-    let path = base.join(layout::MANIFEST);
-    let read = || {
-        let file = fs.open(&path, OpenMode::Read).ok()?;
-        let size = file.size().ok().filter(|size| *size <= layout::MANIFEST_BYTES_MAX)?;
-        let mut bytes = vec![0; usize::try_from(size).ok()?];
-        fs::read_exact_at(&*file, &mut bytes, 0).ok()?;
-        String::from_utf8(bytes).ok()
+fn journals_of(fs: &dyn Fs, base: &Path) -> Option<Vec<Checkpoint>> {
+    let file = fs.open(&base.join(layout::MANIFEST), OpenMode::Read).ok()?;
+    let size = file.size().ok().filter(|size| *size <= layout::MANIFEST_BYTES_MAX)?;
+    let mut bytes = vec![0; usize::try_from(size).ok()?];
+    fs::read_exact_at(&*file, &mut bytes, 0).ok()?;
+    let text = String::from_utf8(bytes).ok()?;
+    let lines = in_front_of_crc(&text)?.lines().filter_map(|line| line.strip_prefix("journal "));
+    let checkpoint = |line: &str| {
+        let bytes = crate::hex::from_hex(line)?.try_into().ok()?;
+        Checkpoint::from_bytes(&bytes)
     };
-    let Some(text) = read() else { return false };
-    let is_at_start = |line: &str| {
-        let bytes = crate::hex::from_hex(line).and_then(|bytes| bytes.try_into().ok());
-        let checkpoint = bytes.and_then(|bytes| Checkpoint::from_bytes(&bytes));
-        checkpoint.is_some_and(|it| it.position == Position::START)
-    };
-    in_front_of_crc(&text).is_some_and(|body| {
-        let mut journals = body.lines().filter_map(|line| line.strip_prefix("journal ")).peekable();
-        journals.peek().is_some() && journals.all(is_at_start)
-    })
+    lines.map(checkpoint).collect::<Option<Vec<_>>>().filter(|all| !all.is_empty())
 }
 
 /// Whether a journal is there, and none that is still being restored.
@@ -243,14 +251,39 @@ pub(crate) fn is_begun(fs: &dyn Fs, dir: &Path) -> bool {
     has(layout::NODE) && !has(layout::INCOMING)
 }
 
-/// The copy of a journal that is meant: the directory itself, or the only one in the base of a view.
+/// The copy of a journal that is meant: the directory itself, or that of the journal in the base of a view. `None` if the base is of
+/// a view that has folded nothing of it: there is nothing to begin with, and everything is fetched. The manifest must say so:
+/// where the copy is only missing, something is lost.
 #[cfg(feature = "shipping")]
-fn copy_in(fs: &dyn Fs, dir: &Path) -> PathBuf {
-    let journals = dir.join(layout::JOURNALS);
-    match fs.list(&journals).unwrap_or_default().as_slice() {
-        [only] => journals.join(only),
-        _ => dir.to_owned(),
-    }
+fn copy_in(
+    fs: &dyn Fs,
+    dir: &Path,
+    journal: Option<JournalId>,
+) -> Result<Option<PathBuf>, RestoreError> {
+    let (base, journal) = match named_in_base(dir) {
+        Some((base, named)) if fs.list(dir).is_err() => (base, Some(named)),
+        _ => (dir, journal),
+    };
+    let Some(journals) = journals_of(fs, base) else { return Ok(Some(dir.to_owned())) };
+    let meant = match (journal, journals.as_slice()) {
+        (Some(id), all) => all.iter().find(|it| it.journal == id),
+        (None, [only]) => Some(only),
+        (None, _) => None,
+    };
+    let Some(meant) = meant else {
+        let journals = journals.iter().map(|it| it.journal).collect();
+        return Err(RestoreError::WhichJournal { base: base.to_owned(), journals });
+    };
+    let copy = || base.join(layout::JOURNALS).join(meant.journal.to_string());
+    Ok((meant.position > Position::START).then(copy))
+}
+
+/// Whether it is the place of a journal's copy in a base: `BASE/journals/ID`.
+#[cfg(feature = "shipping")]
+fn named_in_base(dir: &Path) -> Option<(&Path, JournalId)> {
+    let journals =
+        dir.parent().filter(|it| it.file_name().is_some_and(|it| it == layout::JOURNALS))?;
+    Some((journals.parent()?, dir.file_name()?.to_str()?.parse().ok()?))
 }
 
 fn restore_as(

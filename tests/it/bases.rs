@@ -22,8 +22,8 @@ use headwater::view::{
     ViewTxn,
 };
 use headwater::{
-    Append, ExpectedRevision, Journal, Locator, NewEvent, Position, ReadError, Recorded, Store,
-    StreamId, Token, verify_deep,
+    Append, ExpectedRevision, Journal, JournalId, Locator, NewEvent, Position, ReadError, Recorded,
+    Store, StreamId, Token, verify_deep,
 };
 
 use crate::shipping::{Origin, SOON, copy_dir, flip_bit, replace_dir, small};
@@ -806,6 +806,70 @@ fn bases_are_of_all_journals_of_a_view_and_of_tables_as_well() {
     assert_eq!(tables.table(COUNTS).unwrap().get(&3).unwrap(), Some(count));
     let other = tables.import_base(&traces).unwrap().wait().unwrap_err();
     assert!(matches!(other, RebuildError::View(ViewError::Base(_))), "{other}");
+}
+
+/// Of several journals, each mirror begins with its own, or with nothing if the view had nothing of that.
+#[test]
+fn a_mirror_begins_with_its_own_journal_of_a_base_of_several() {
+    for empty in [true, false] {
+        let worlds = [World::new(60), World::new(if empty { 0 } else { 30 })];
+        let [first, second] = &worlds;
+        let journals = worlds.each_ref().map(|world| world.store().journal().clone());
+        let ids = journals.each_ref().map(Journal::id);
+        let base = first.path("base");
+        {
+            let options = ViewOptions::default();
+            let both = first.store().view_over(&journals, Traces::<1>::default(), options).unwrap();
+            both.wait_for_latest(PATIENCE).unwrap();
+            both.export_base(&base).unwrap();
+        }
+        append_many(second.store(), 20);
+        let store = first.subscriber("new");
+        let place = |of: usize| base.join("journals").join(ids[of].to_string());
+        let whole = || base.clone();
+        let cases = [
+            ("a by id", 0, whole(), Some(ids[0])),
+            ("a by place", 0, place(0), None),
+            ("b by id", 1, whole(), Some(ids[1])),
+            ("b by place", 1, place(1), None),
+            ("b by both", 1, place(1), Some(ids[1])),
+        ];
+        for (name, of, begin_with, journal_id) in cases {
+            let begin_with = Some(begin_with);
+            let options = FollowOptions {
+                begin_with,
+                journal_id,
+                journal: small(),
+                ..FollowOptions::default()
+            };
+            let address = worlds[of].origin.address.to_string();
+            let mirror = store.mirror_with(&name.replace(' ', "-"), address, options).unwrap();
+            mirror.wait_caught_up(SOON).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let mirrored = mirror.journal().unwrap();
+            assert_eq!(mirrored.id(), ids[of], "{name}");
+            let begins_with_nothing = mirrored.start().position == Position::START;
+            assert_eq!(begins_with_nothing, empty && of == 1, "{name}");
+        }
+        for (name, journal_id) in
+            [("of none", None), ("of another", Some(JournalId::from_bytes([9; 16])))]
+        {
+            let begin_with = Some(base.clone());
+            let options = FollowOptions {
+                begin_with,
+                journal_id,
+                journal: small(),
+                ..FollowOptions::default()
+            };
+            let address = second.origin.address.to_string();
+            let mirror = store.mirror_with(&name.replace(' ', "-"), address, options).unwrap();
+            let status =
+                mirror.wait_until(SOON, headwater::shipping::MirrorStatus::is_halted).unwrap();
+            let Some(ShippingError::Begin(error)) = status.last_error else { panic!("{name}") };
+            assert_eq!(error.code(), "restore.which_journal");
+            assert!(ids.iter().all(|id| error.to_string().contains(&id.to_string())), "{error}");
+            assert!(mirror.journal().is_none(), "{name}");
+        }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- killed

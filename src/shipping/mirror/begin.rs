@@ -13,7 +13,8 @@ impl Shared {
         let mut pauses = back_off();
         while !journal::is_begun(&*self.fs, &self.dir) {
             let Some(copying) = self.begins() else { return };
-            let begun = journal::begin_mirror(&self.fs, backup, &self.dir, &copying);
+            let meant = (&**backup, self.options.journal_id);
+            let begun = journal::begin_mirror(&self.fs, meant, &self.dir, &copying);
             self.state.lock().copying = None;
             match begun {
                 Ok(()) => break,
