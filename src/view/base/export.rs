@@ -76,14 +76,22 @@ impl Target<'_> {
         remove(&self.layout.file(MANIFEST))?;
         remove(&self.layout.new_file(MANIFEST))?;
         self.fs.sync_dir(self.dir).context(ACTION, self.dir)?;
-        for folder in [ROWS, JOURNALS].map(|it| self.dir.join(it)) {
+        let journals = self.dir.join(JOURNALS);
+        for dir in self.fs.list(&journals).unwrap_or_default().iter().map(|it| journals.join(it)) {
+            let mut names = self.fs.list(&dir).unwrap_or_default().into_iter();
+            names.try_for_each(|name| remove(&dir.join(name)))?;
+        }
+        for folder in [self.dir.join(ROWS), journals] {
             match std::fs::remove_dir_all(&folder) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 removed => removed.context(ACTION, &folder)?,
             }
         }
-        let mut files = [DISCARDED, DEADLY, INTAKE, UNFINISHED].into_iter();
-        files.try_for_each(|name| remove(&self.dir.join(name)))
+        let mut files = [DISCARDED, DEADLY, INTAKE].into_iter();
+        files.try_for_each(|name| remove(&self.dir.join(name)))?;
+        // What came back without the mark would be somebody's for the next export.
+        self.fs.sync_dir(self.dir).context(ACTION, self.dir)?;
+        remove(&self.dir.join(UNFINISHED))
     }
 
     fn fill(
@@ -197,16 +205,18 @@ pub(crate) fn export_at_rest(
 #[cfg(all(feature = "test-kit", not(shuttle)))]
 mod tests {
     use std::collections::BTreeSet;
+    use std::path::PathBuf;
 
     use super::*;
     use crate::fs::os::OsFs;
     use crate::fs::routed::Routed;
     use crate::fs::sim::{Fault, Repeat, SimFs};
-    use crate::journal::Appender;
+    use crate::journal::{Append, Appender, Journal};
     use crate::options::JournalOptions;
     use crate::view::ViewMemory;
-    use crate::view::db::Identity;
+    use crate::view::db::{Identity, Progress};
     use crate::view::runner::nothing;
+    use crate::{ExpectedRevision, NewEvent, StreamId};
 
     /// The database lies on this machine's disk, and all else of a base on one that fails.
     fn failing(sim: &SimFs, rows: &Path) -> Arc<dyn Fs> {
@@ -214,6 +224,17 @@ mod tests {
         Arc::new(Routed(Box::new(move |path| {
             if path.starts_with(&rows) { Arc::new(OsFs) } else { Arc::new(sim.clone()) }
         })))
+    }
+
+    const JOURNAL: &str = "/journal";
+
+    fn with_events(sim: &SimFs) {
+        let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        let appender = Appender::create(&fs, Path::new(JOURNAL), &options).unwrap();
+        let (stream, event) =
+            (StreamId::new("s").unwrap(), NewEvent::raw("e", vec![1; 9]).unwrap());
+        appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
     }
 
     fn names(dir: &Path) -> BTreeSet<String> {
@@ -224,32 +245,55 @@ mod tests {
     #[test]
     fn an_export_that_fails_anywhere_is_no_base_also_behind_a_power_cut() {
         let dir = tempfile::tempdir().unwrap();
-        let journals: Arc<dyn Fs> = Arc::new(SimFs::new(0));
-        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
-        let appender = Appender::create(&journals, Path::new("/journal"), &options).unwrap();
-        let sources = Sources::from(appender.journal().clone());
+        let (base, rows) = (dir.path().join("base"), dir.path().join("base").join(ROWS));
+        // The end of the journal goes along: it lies on the same disk as the base.
+        let ready = SimFs::new(0);
+        with_events(&ready);
+        let sources_on = |sim: &SimFs| {
+            let (journal, _) =
+                Journal::open_read_only(&failing(sim, &rows), JOURNAL.as_ref()).unwrap();
+            Sources::from(journal)
+        };
+        let sources = sources_on(&ready);
+        let copy = base.join(JOURNALS).join(sources.first().id().to_string());
         let memory = ViewMemory::new(1 << 20, 1 << 20);
         let db = Arc::new(Db::open(&dir.path().join("db"), &memory).unwrap());
         let identity = Identity { name: "v", version: 1, indexes: Vec::new(), tables: Vec::new() };
-        db.begin(&identity, nothing(&sources)).unwrap();
-        let (base, rows) = (dir.path().join("base"), dir.path().join("base").join(ROWS));
-        let export = |sim: &SimFs| {
+        db.begin(&identity, Progress { checkpoints: sources.end(), ..nothing(&sources) }).unwrap();
+        let export = |sim: &SimFs, sources: &Sources| {
             std::fs::create_dir_all(&base).unwrap();
-            export(&failing(sim, &rows), &base, &sources, |rows| {
+            export(&failing(sim, &rows), &base, sources, |rows| {
                 db.export(rows)?;
                 let (discarded, deadly) = (Arc::default(), Arc::default());
                 Ok(Beside { discarded, deadly, intake: Some(b"an order".to_vec()) })
             })
         };
         let is_base = |sim: &SimFs| Manifest::read(&*failing(sim, &rows), &base);
+        // Without the mark nothing is left: it would be somebody's.
+        let assert_marked = |sim: &SimFs, context: &str| {
+            if sim.raw(&base.join(UNFINISHED)).is_none() {
+                let left = sim.files().into_iter().filter(|it| it.starts_with(&base));
+                assert_eq!(left.collect::<Vec<_>>(), <[PathBuf; 0]>::default(), "{context}");
+            }
+        };
+        let repeated = |sim: &SimFs, context: &str| {
+            assert_marked(sim, context);
+            if sim.raw(&base.join(UNFINISHED)).is_none() {
+                sim.remove_raw(&base.join(JOURNALS)); // its folders aren't on this machine's disk
+            }
+            let again = export(sim, &sources_on(sim));
+            again.unwrap_or_else(|error| panic!("{context}: {error}"));
+            is_base(sim).unwrap();
+        };
         let mut failed = 0;
         let (once, forever) = ((Fault::Eio, Repeat::Once), (Fault::Eio, Repeat::Forever));
         let mut plans = [once, forever, (Fault::PowerCut, Repeat::Once)].into_iter();
         let mut plan = plans.next().map(|plan| (plan, 0));
         while let Some(((fault, repeat), op)) = plan {
-            let sim = SimFs::new(op);
-            sim.fail_at(op, fault, repeat);
-            let exported = export(&sim);
+            let sim = ready.fork(op);
+            let on_sim = sources_on(&sim);
+            sim.fail_at(sim.ops() + op, fault, repeat);
+            let exported = export(&sim, &on_sim);
             let is_cut = sim.down().is_some();
             plan = match sim.faults_struck() == 0 && !is_cut {
                 true => plans.next().map(|plan| (plan, 0)),
@@ -270,6 +314,16 @@ mod tests {
                         let ViewError::Base(error) = error else { panic!("{context}: {error}") };
                         assert!(matches!(*error, BaseError::NotABase { .. }), "{context}: {error}");
                         assert!(exported.is_err(), "{context}, {fork}");
+                        let context = format!("{context}, {fork}");
+                        assert_marked(&cut, &context);
+                        if fork == 1 {
+                            // What lies on this machine's disk is the same in all forks.
+                            let aside = dir.path().join("aside");
+                            let is_there = std::fs::rename(&rows, &aside).is_ok();
+                            repeated(&cut, &context);
+                            std::fs::remove_dir_all(&rows).unwrap();
+                            is_there.then(|| std::fs::rename(&aside, &rows).unwrap());
+                        }
                     }
                     Ok(manifest) => {
                         let has_all = manifest.files.iter().all(|it| match it.row_file() {
@@ -277,14 +331,14 @@ mod tests {
                             None => cut.raw(&base.join(&it.name)).is_some(),
                         });
                         assert!(has_all, "{context}, {fork}: {:?}", names(&rows));
+                        let copied = Journal::open_read_only(&failing(&cut, &rows), &copy);
+                        assert_eq!(copied.unwrap().0.end(), sources.first().end(), "{context}");
                         assert!(exported.is_ok() || (fault, repeat) != once, "{context}");
                     }
                 }
             }
-            // It is repeated into the same directory.
             if exported.is_err() && !is_cut && is_base(&sim).is_err() {
-                export(&sim).unwrap_or_else(|error| panic!("{context}: {error}"));
-                is_base(&sim).unwrap();
+                repeated(&sim, &context);
             }
             drop(std::fs::remove_dir_all(&base));
         }
