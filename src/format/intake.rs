@@ -9,7 +9,7 @@ pub const RUN_BYTES: usize = 40;
 /// The most journals that a view may be made from.
 pub const JOURNALS_MAX: usize = u16::MAX as usize;
 const MAGIC: [u8; 8] = *b"\x89HWINT\r\n";
-const LAYOUT: u16 = 1;
+const LAYOUT: u16 = 2;
 /// Of the header, in front of the ids.
 const FRONT_BYTES: usize = 16;
 const CRC_BYTES: usize = 4;
@@ -213,7 +213,7 @@ mod tests {
     fn the_bytes_are_the_documented_ones() {
         let header = IntakeHeader::new([2, 1].map(|n| JournalId::from_bytes([n; 16])).to_vec());
         let hex = |bytes: &[u8]| crate::hex::hex(bytes);
-        assert_eq!(hex(&header.encode()[..16]), "894857494e540d0a0100020000000000");
+        assert_eq!(hex(&header.encode()[..16]), "894857494e540d0a0200020000000000");
         assert_eq!(header.encode()[16..48], [[1; 16], [2; 16]].concat());
         let run = Run { journal: JournalId::from_bytes([2; 16]), ..run() };
         let bytes = header.encode_run(0, 0, &run).unwrap();

@@ -119,6 +119,14 @@ impl Journal {
             .iter()
             .any(|it| it.from < checkpoint.position && holds(self.fs(), &it.dir, checkpoint))
     }
+
+    /// The tails that were set aside, as far as they can be read: from which position, and what.
+    #[cfg(feature = "views")]
+    pub(crate) fn tails_set_aside(&self) -> Vec<(Position, Self)> {
+        let opened =
+            |it: Orphans| Some((it.from, Self::open_read_only(self.fs(), &it.dir).ok()?.0));
+        self.orphans().into_iter().filter_map(opened).collect()
+    }
 }
 
 /// The tails that were set aside from the mirror in `dir`, by name.

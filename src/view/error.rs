@@ -109,6 +109,16 @@ pub enum ViewError {
         /// The first byte of the record that can't be read.
         file_offset: u64,
     },
+    /// The order in which several journals are taken in was recorded in another layout.
+    #[error(
+        "{}: layout {version} of the order in which the journals are taken in isn't known here", path.display()
+    )]
+    UnsupportedIntake {
+        /// The file.
+        path: PathBuf,
+        /// Its layout.
+        version: u16,
+    },
     /// The order in which several journals are taken in was cut by somebody else while the view followed it: one of the
     /// journals has another history.
     #[error("{}: the order in which the journals are taken in has changed under the view", path.display())]
@@ -212,6 +222,7 @@ impl ViewError {
             Self::DamagedDecisions { .. } => "view.damaged_decisions",
             Self::DamagedDeadly { .. } => "view.damaged_deadly",
             Self::DamagedIntake { .. } => "view.damaged_intake",
+            Self::UnsupportedIntake { .. } => "view.unsupported_intake",
             Self::StaleIntake { .. } => "view.stale_intake",
             Self::Unordered { .. } => "view.unordered",
             Self::Live { .. } => "view.live",
@@ -256,6 +267,9 @@ impl ViewError {
             }
             Self::DamagedIntake { .. } => {
                 "delete it and, if all events are left, the folders of the views over these journals, and open them again: they are built anew, in an order that is recorded anew"
+            }
+            Self::UnsupportedIntake { .. } => {
+                "use the release that wrote it; or delete it and, if all events are left, the folders of the views over these journals, and open them again: they are built anew, in an order that is recorded anew"
             }
             Self::StaleIntake { .. } => "open the view again",
             Self::Unordered { .. } => {

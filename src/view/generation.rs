@@ -52,7 +52,7 @@ const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
 /// How long, and how often, it is tried to lock what others hold for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LOCK_TICK: Duration = Duration::from_millis(10);
 /// Longest name of a view in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 64;
@@ -375,10 +375,19 @@ pub(super) fn lock(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError>
 
 /// Others hold it for a moment only, and what they would be in the way of may have taken hours.
 pub(super) fn lock_patiently(fs: &dyn Fs, path: &Path) -> Result<Box<dyn Lock>, ViewError> {
+    lock_within(fs, path, LOCK_PATIENCE)
+}
+
+/// The same for whoever has so much patience.
+pub(super) fn lock_within(
+    fs: &dyn Fs,
+    path: &Path,
+    patience: Duration,
+) -> Result<Box<dyn Lock>, ViewError> {
     let began = Instant::now();
     loop {
         match lock(fs, path) {
-            Err(ViewError::InUse { .. }) if began.elapsed() < LOCK_PATIENCE => {
+            Err(ViewError::InUse { .. }) if began.elapsed() < patience => {
                 std::thread::sleep(LOCK_TICK);
             }
             locked => return locked,

@@ -364,7 +364,7 @@ fn judge_order<P: Program>(
         return Ok(judgement);
     }
     heed::<P>(sources, intake, lost_tail)?;
-    let is_in_order = intake.leads_to(checkpoints)? || sources.truncated().is_some();
+    let is_in_order = sources.truncated().is_some() || intake.leads_to(checkpoints)?;
     Ok(if is_in_order { judgement } else { Judgement::SetAside })
 }
 
@@ -375,8 +375,9 @@ fn heed<P: Program>(
     intake: &Intake,
     lost_tail: LostTail,
 ) -> Result<(), ViewError> {
-    // Who only reads a journal may get as far again.
-    for journal in sources.iter().filter(|it| it.is_written_here()) {
+    // Who only reads a journal, or mirrors it, may get as far again.
+    let is_own = |it: &&Journal| it.is_written_here() && it.role().appends();
+    for journal in sources.iter().filter(is_own) {
         if let Some(recorded) = intake.end_of(journal.id()) {
             judge_one::<P>(journal, &recorded, lost_tail)?;
         }
@@ -578,7 +579,8 @@ impl<P: Program> Runner<P> {
     /// which, and to apply what is in front of it.
     fn build(&self, control: &Control) -> Result<Option<Progress>, StopError> {
         let (shared, db) = (&*self.shared, &self.db);
-        let until = shared.intake.take_all(&shared.sources).map_err(|it| it.stop(P::NAME))?;
+        let until = shared.intake.take_all(&shared.sources, || control.check());
+        let Some(until) = until.map_err(|it| it.stop(P::NAME))? else { return Ok(None) };
         let in_order = || {
             let begun = begin_in_order(&*self.view, db, &shared.sources);
             shared.begin_first_build(&until);
@@ -651,7 +653,9 @@ impl<P: Program> Runner<P> {
         let before = applied.checkpoints.clone();
         // Asked first: what was published before the closing is still to be read.
         let closed = shared.sources.are_closed();
-        let (chunk, failure) = self.next_chunk(&applied)?;
+        let next = self.next_chunk(&applied)?;
+        let is_in_use = next.is_none();
+        let (chunk, failure) = next.unwrap_or_default();
         let idle = chunk.is_none();
         {
             let Some(_turn) = shared.take_turn(self.turn) else { return Ok(Step::Ended) };
@@ -677,6 +681,7 @@ impl<P: Program> Runner<P> {
         }
         match failure {
             Some(failure) => Err(failure),
+            None if is_in_use => Ok(Step::Idle(before.first().position)),
             None if idle && closed => Ok(Step::Ended),
             None if idle => {
                 self.note.built();
@@ -688,29 +693,30 @@ impl<P: Program> Runner<P> {
         }
     }
 
-    /// What the journal whose turn it is has, and why there is no more.
+    /// What the journal whose turn it is has, and why there is no more; `None` if others are recording whose turn it is.
     #[allow(clippy::type_complexity, reason = "it is said in one place only")]
     fn next_chunk(
         &mut self,
         applied: &Progress,
-    ) -> Result<(Option<(P::Chunk, JournalId)>, Option<StopError>), StopError> {
+    ) -> Result<Option<(Option<(P::Chunk, JournalId)>, Option<StopError>)>, StopError> {
         let Self { view, shared, db, course, note, .. } = self;
         let course = match course {
             Some(course) => course,
             None => {
                 db.keep_written_rows(shared.options.row_cache_bytes);
                 let begun = Course::new(&shared.sources, &shared.intake, &applied.checkpoints);
-                course.insert(begun.map_err(|it| it.stop(P::NAME))?)
+                course.insert(begun.map_err(|it| it.stop(P::NAME))?.with_patience(TICK))
             }
         };
-        let next = course.next(&applied.checkpoints, shared.options.chunk_bytes);
-        let Some((cursor, limit)) = next.map_err(|it| it.stop(P::NAME))? else {
-            return Ok((None, None));
+        let next = match course.next(&applied.checkpoints, shared.options.chunk_bytes) {
+            Err(failed) if failed.is_in_use() => return Ok(None),
+            next => next.map_err(|it| it.stop(P::NAME))?,
         };
+        let Some((cursor, limit)) = next else { return Ok(Some((None, None))) };
         let journal = cursor.journal().id();
         let rules = shared.parking.rules(&shared.options, &shared.watchers, note.care());
         let (chunk, failure) = collect(&**view, cursor, applied.clone(), limit, rules);
-        Ok(((!chunk.is_empty()).then_some((chunk, journal)), failure))
+        Ok(Some(((!chunk.is_empty()).then_some((chunk, journal)), failure)))
     }
 
     /// Flushes when it is time, and looks how far the last flush has got.

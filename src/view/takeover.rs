@@ -197,7 +197,8 @@ impl<P: Program> Takeover<P> {
                 return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
             }
         }
-        // Rows that were set aside because they are of another order stay aside.
+        // Rows that the recorded order doesn't lead to stay aside. It tells where they are, not how they came there: those that are at
+        // the end of all journals are there by whatever order.
         let reached = &progress.checkpoints;
         if shared.sources.truncated().is_none() && !shared.intake.leads_to(reached)? {
             let journal = shared.sources.first().id();
@@ -259,7 +260,10 @@ impl<P: Program> Takeover<P> {
         discarded: &Arc<Discarded>,
     ) -> Result<(Arc<Db>, Progress), RebuildError> {
         let shared = &self.shared;
-        let all = || shared.intake.take_all(&shared.sources).map_err(|it| it.stop(P::NAME));
+        let all = || {
+            let all = shared.intake.take_all(&shared.sources, || self.control.check());
+            all.map_err(|it| it.stop(P::NAME))?.ok_or(RebuildError::Cancelled)
+        };
         let until = until.map_or_else(all, Ok)?;
         let db = shared.openings.open(path, &shared.options.memory).map_err(ViewError::from)?;
         let means = Means::of(&self.options, Arc::clone(discarded));

@@ -16,8 +16,8 @@ use headwater::view::{
     Tables, View, ViewControl, ViewError, ViewOptions, ViewState, ViewTxn, WaitError,
 };
 use headwater::{
-    Append, ExpectedRevision, Journal, Locator, NewEvent, Position, Recorded, Store, StreamId,
-    Token,
+    Append, ExpectedRevision, Ingest, Journal, JournalOptions, Locator, NewEvent, Position,
+    Recorded, Store, StreamId, Token, restore,
 };
 
 use crate::views::{copy_dir, replace_dir};
@@ -361,9 +361,10 @@ fn a_view_whose_order_was_lost_is_built_anew() {
     assert_eq!(error.code(), "view.damaged_intake");
 }
 
-/// They were set aside because they contradict the order that all views have: they don't come back.
+/// They were set aside because the order that all views have doesn't lead to where they are: they don't come back. (Rows that are where
+/// it leads by another order can't be told from its own.)
 #[test]
-fn rows_of_an_order_that_is_no_longer_recorded_are_not_rolled_back_to() {
+fn rows_to_which_the_recorded_order_does_not_lead_are_not_rolled_back_to() {
     let dir = tempfile::tempdir().unwrap();
     let mut world = World::new(dir.path(), 35, 2);
     world.open("first");
@@ -608,6 +609,108 @@ fn a_mirror_that_goes_on_in_another_way_than_was_recorded_stops_its_views_and_th
     let tokens = world.tokens.iter().flatten();
     tokens.for_each(|token| view.wait_for(token, PATIENCE).unwrap());
     assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+}
+
+/// What is recorded of a tail that was set aside will never be there again: the others don't wait for it.
+#[cfg(feature = "shipping")]
+#[test]
+fn a_tail_that_was_set_aside_from_a_mirror_is_forgotten_in_the_order_as_well() {
+    for seed in 54..57 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut world = World::new(dir.path(), seed, 2);
+        let fs: Arc<dyn Fs> = Arc::new(OsFs);
+        let options = JournalOptions::default();
+        let at = dir.path().join("mirror");
+        let mut mirror =
+            Ingest::create(&fs, &at, world.stores[1].journal().id(), &options).unwrap();
+        let own = world.stores[0].journal().clone();
+        let open = |world: &World, mirror: &Journal| {
+            let journals = [own.clone(), mirror.clone()];
+            open_keyed::<0, 1>(&world.stores[0], &journals, ViewOptions::default()).unwrap()
+        };
+        let wait = |view: &Opened, token: Token| view.control.wait_for(&token, PATIENCE).unwrap();
+        let view = open(&world, mirror.journal());
+        let mut common = world.stores[1].journal().end();
+        for round in 0..3 {
+            // One run of the mirror, of several batches.
+            for n in 0..4 {
+                let token = world.append(1, &[n]);
+                if round == 1 && n == 1 {
+                    common = world.stores[1].journal().end();
+                }
+                assert_eq!(token.position.get(), 4 * round + u64::from(n) + 1);
+            }
+            feed(&mut mirror, world.stores[1].journal());
+            wait(&view, world.tokens[1].unwrap());
+            let token = world.append(0, &[1]);
+            wait(&view, token);
+        }
+        let lost = world.stores[1].journal().end();
+        view.control.close().unwrap();
+        drop(view);
+        let (mut mirror, orphans) = mirror.set_aside(common.position, &options).unwrap();
+        assert_eq!(orphans.unwrap().end, Some(lost));
+        // Everything that is there is taken in at once, also if the mirror is never fed again.
+        let view = open(&world, mirror.journal());
+        assert!(view.control.status().set_aside.is_some());
+        let last = world.append(0, &[2]);
+        wait(&view, last);
+        wait(&view, common.token());
+        // The new history, which gets further than the old one.
+        let backup = dir.path().join("backup");
+        world.stores[1].journal().backup(&backup).unwrap();
+        let restored = dir.path().join("restored");
+        restore(&fs, &backup, &restored.join("journal"), Some(common.position)).unwrap();
+        world.stores[1] = Store::open(&restored).unwrap();
+        for n in 0..12 {
+            let token = world.append(1, &[n % 5]);
+            feed(&mut mirror, world.stores[1].journal());
+            wait(&view, token);
+        }
+        assert!(world.stores[1].journal().end().position > lost.position);
+        assert!(view.control.check(RebuildOptions::default()).unwrap().is_equal());
+        view.control.close().unwrap();
+        drop(view);
+        let view = open(&world, mirror.journal());
+        assert!(view.control.status().set_aside.is_none(), "once is enough");
+    }
+}
+
+/// Feeds a mirror from where it is to the end of `origin`.
+fn feed(mirror: &mut Ingest, origin: &Journal) {
+    let mut cursor = origin.cursor(mirror.end().position).unwrap();
+    while let Some(batch) = cursor.next_batch().unwrap() {
+        if let Some(page) = batch.page {
+            mirror.segment(&page.bytes()).unwrap();
+        }
+        mirror.batch(batch.batch.bytes()).unwrap();
+    }
+    mirror.sync().unwrap();
+}
+
+/// Longer than anybody should: a view that follows isn't stopped by that.
+#[test]
+fn a_view_that_follows_waits_for_who_records_however_long_that_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 52, 2);
+    world.open("first");
+    world.append_some(10);
+    world.rows();
+    let lock = world.log().with_extension("lock");
+    let held = OsFs.lock(&lock, "somebody else").unwrap().unwrap();
+    let token = world.append(1, &[1]);
+    let view = world.opened["first"].control.clone();
+    let waited = view.wait_for(&token, Duration::from_secs(11)); // who opens a view is refused behind 10
+    assert!(matches!(waited, Err(WaitError::Timeout { .. })), "{waited:?}");
+    drop(held);
+    view.wait_for(&token, PATIENCE).unwrap();
+    // Nor is its closing.
+    let held = OsFs.lock(&lock, "somebody else").unwrap().unwrap();
+    world.append(1, &[1]);
+    let began = Instant::now();
+    view.close().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    drop(held);
 }
 
 /// It is told what it is, and no view.

@@ -16,15 +16,16 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use super::super::error::ViewError;
-use super::super::generation::lock_patiently;
+use super::super::generation::{lock_patiently, lock_within};
 use super::super::sources::{Checkpoints, Sources};
 use crate::error::{IoContext, IoError};
+use crate::format::FormatError;
 use crate::format::batch::{Link, genesis};
-use crate::format::files::Role;
 use crate::format::intake::{IntakeHeader, RUN_BYTES, Run};
 use crate::fs::{File, Fs, OpenMode, read_exact_at, read_full_at, write_all_at};
 use crate::journal::{Comparison, Journal};
@@ -245,6 +246,7 @@ impl Log {
     pub(super) fn extend<E: From<ViewError>>(
         &self,
         mark: Mark,
+        patience: Duration,
         more: impl FnOnce(&dyn Fn(JournalId) -> Link) -> Result<Vec<Run>, E>,
     ) -> Result<(), E> {
         let mut known = self.known.lock();
@@ -254,7 +256,7 @@ impl Log {
         if known.count > mark.count {
             return Ok(());
         }
-        let _lock = lock_patiently(&*self.fs, &lock_of(&self.path))?;
+        let _lock = lock_within(&*self.fs, &lock_of(&self.path), patience)?;
         if known.count == 0 {
             known.file = begin(&*self.fs, &self.path, &self.header)?; // an empty one may have been replaced
         }
@@ -452,8 +454,16 @@ impl Log {
     /// How many records there are in front of the first one that isn't of this journal's history.
     fn valid(&self, known: &Known, journal: &Journal) -> Result<u64, ViewError> {
         let end = journal.end().position;
-        // One that is appended to here won't come back to what it has lost. Any other may get as far again.
-        let is_all_there = journal.is_written_here() && journal.role() == Role::Origin;
+        // One that is appended to here won't come back to what it has lost. Any other may get as far again, but for where its
+        // tail was set aside: nothing will ever be there again.
+        let is_all_there = journal.is_written_here() && journal.role().appends();
+        let set_aside = if is_all_there { Vec::new() } else { journal.tails_set_aside() };
+        let is_set_aside = |Link { offset, position, chain }: Link| {
+            // Only places are known: no epoch, and no incarnation.
+            let is_in = |tail: &Journal| tail.compare_place(offset, position, chain);
+            let mut tails = set_aside.iter().filter(|(from, _)| *from < position);
+            tails.any(|(_, tail)| matches!(is_in(tail), Ok(Comparison::Equal)))
+        };
         let is_of_it = |run: &Run| {
             let Link { offset, position, chain } = run.end;
             // What can't be read is told by whoever gets there.
@@ -464,6 +474,7 @@ impl Log {
         while let Some((number, run)) = last
             && run.end.position > end
             && !is_all_there
+            && !is_set_aside(run.end)
         {
             last = self.last_of(known, journal.id(), number)?;
         }
@@ -497,6 +508,9 @@ impl Log {
         }
         if way.is_there(None) {
             return Ok(true);
+        }
+        if mark.count == 0 {
+            return Ok(false); // nothing says that this is the order by which they were made
         }
         // Views are never ahead of what is recorded: what looks torn behind it was whole once.
         let file = Arc::clone(&self.known.lock().file);
@@ -592,7 +606,12 @@ pub(crate) fn logs(views_dir: &Path) -> Vec<(String, Result<(usize, u64), ViewEr
         let read = fs.open(&path, OpenMode::Read).and_then(|it| read_full_at(&*it, &mut bytes, 0));
         bytes.truncate(read.context(ACTION, &path)?);
         let damaged = ViewError::DamagedIntake { path: path.clone(), file_offset: 0 };
-        let header = IntakeHeader::decode(&bytes).map_err(|_| damaged.clone())?;
+        let header = IntakeHeader::decode(&bytes).map_err(|error| match error {
+            FormatError::Unsupported { version, .. } => {
+                ViewError::UnsupportedIntake { path: path.clone(), version }
+            }
+            _ => damaged.clone(),
+        })?;
         let log = Log::read_only(&fs, views_dir, header.journals())?;
         let log = log.filter(|log| log.path == path).ok_or(damaged)?;
         let count = log.known.lock().count;
@@ -641,8 +660,12 @@ fn check_header(file: &dyn File, path: &Path, header: &IntakeHeader) -> Result<(
     let mut bytes = vec![0; header.len_bytes() as usize];
     let read = read_full_at(file, &mut bytes, 0).context(ACTION, path)?;
     bytes.truncate(read);
-    if IntakeHeader::decode(&bytes).as_ref() == Ok(header) {
-        return Ok(());
+    let path = path.to_owned();
+    match IntakeHeader::decode(&bytes) {
+        Ok(found) if found == *header => Ok(()),
+        Err(FormatError::Unsupported { version, .. }) => {
+            Err(ViewError::UnsupportedIntake { path, version })
+        }
+        _ => Err(ViewError::DamagedIntake { path, file_offset: 0 }),
     }
-    Err(ViewError::DamagedIntake { path: path.to_owned(), file_offset: 0 })
 }

@@ -24,8 +24,11 @@ mod tests;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::error::{StopError, ViewError};
+use super::generation::LOCK_PATIENCE;
+use super::rebuild::Cancelled;
 use super::runner::beginning;
 use super::sources::{Checkpoints, Sources};
 use crate::error::ReadError;
@@ -63,6 +66,11 @@ impl From<crate::error::IoError> for Failed {
 }
 
 impl Failed {
+    /// Somebody else is recording, and nothing is wrong.
+    pub(super) const fn is_in_use(&self) -> bool {
+        matches!(self, Self::Log(ViewError::InUse { .. }))
+    }
+
     pub(super) fn stop(self, view: &'static str) -> StopError {
         match self {
             Self::Journal(source) => StopError::Journal { view, source },
@@ -146,16 +154,28 @@ impl Intake {
         Runs { log: log.zip(mark), read }
     }
 
-    /// Records all that the journals have now. How far they are in the recorded order, where all of it is there: a mirror may
-    /// have less than was recorded.
-    pub(super) fn take_all(&self, sources: &Sources) -> Result<Checkpoints, Failed> {
-        let Some(log) = &self.log else { return Ok(sources.end()) };
-        while has_more(log, sources) {
-            extend(log, log.mark(), sources, u64::MAX)?;
+    /// Records all that the journals have when this is called, whatever comes meanwhile. How far they are in the recorded order,
+    /// where all of it is there: a mirror may have less than was recorded. `None` if it was cancelled.
+    pub(super) fn take_all(
+        &self,
+        sources: &Sources,
+        mut check: impl FnMut() -> Result<(), Cancelled>,
+    ) -> Result<Option<Checkpoints>, Failed> {
+        let ends = sources.end();
+        let Some(log) = &self.log else { return Ok(Some(ends)) };
+        while has_more(log, &ends) {
+            if check().is_err() {
+                return Ok(None);
+            }
+            extend(log, log.mark(), sources, u64::MAX, LOCK_PATIENCE)?;
         }
         let mut reached = sources.beginning();
         let mut runs = self.runs(sources);
-        while let Some(run) = runs.peek()? {
+        let is_short =
+            |it: &Checkpoints| ends.iter().any(|end| it.position(end.journal) < end.position);
+        while is_short(&reached)
+            && let Some(run) = runs.peek()?
+        {
             let is_there = |it: &Journal| it.end().position >= run.end.position;
             if !sources.get(run.journal).is_some_and(is_there) {
                 break;
@@ -163,7 +183,7 @@ impl Intake {
             reached = reached.moved(checkpoint(run.journal, run.end));
             runs.pop();
         }
-        Ok(reached)
+        Ok(Some(reached))
     }
 }
 
@@ -177,14 +197,21 @@ fn endless(journal: JournalId) -> Run {
     Run { journal, end }
 }
 
-/// Whether a journal has something that isn't recorded.
-fn has_more(log: &Log, sources: &Sources) -> bool {
-    sources.iter().any(|journal| journal.end().position > log.end_of(journal.id()).position)
+/// Whether the journals have something that isn't recorded, if they end there.
+fn has_more(log: &Log, ends: &Checkpoints) -> bool {
+    ends.iter().any(|end| end.position > log.end_of(end.journal).position)
 }
 
-/// Records what the journals have behind `mark`: of each up to its end, or about so many bytes.
-fn extend(log: &Log, mark: Mark, sources: &Sources, bytes: u64) -> Result<(), Failed> {
-    log.extend(mark, |end_of| {
+/// Records what the journals have behind `mark`: of each up to its end, or about so many bytes. Others may
+/// be recording for so long.
+fn extend(
+    log: &Log,
+    mark: Mark,
+    sources: &Sources,
+    bytes: u64,
+    patience: Duration,
+) -> Result<(), Failed> {
+    log.extend(mark, patience, |end_of| {
         let run = |journal: &Journal| -> Option<Result<Run, Failed>> {
             let from = end_of(journal.id());
             let end = journal.end();
@@ -253,6 +280,8 @@ pub(super) struct Course {
     sources: Sources,
     runs: Runs,
     cursors: Vec<Cursor>,
+    /// For how long others may be recording what comes next.
+    patience: Duration,
 }
 
 /// How far a journal is read before something else is done.
@@ -292,7 +321,13 @@ impl Course {
     ) -> Result<Self, Failed> {
         let cursor = |journal: &Journal| journal.cursor(from.position(journal.id()));
         let cursors = sources.iter().map(cursor).collect::<Result<_, _>>()?;
-        Ok(Self { sources: sources.clone(), runs: intake.runs(sources), cursors })
+        let (sources, runs) = (sources.clone(), intake.runs(sources));
+        Ok(Self { sources, runs, cursors, patience: LOCK_PATIENCE })
+    }
+
+    /// For who can do something else meanwhile: others may be recording for so long, or it is refused as in use.
+    pub(super) fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// Which journal is read next behind `at`, and how far; `None` if no journal has more. What isn't recorded yet is, about
@@ -309,10 +344,10 @@ impl Course {
                 None => {
                     let Some((log, mark)) = &self.runs.log else { return Ok(None) };
                     if log.mark() == *mark {
-                        if !has_more(log, &self.sources) {
+                        if !has_more(log, &self.sources.end()) {
                             return Ok(None);
                         }
-                        extend(log, *mark, &self.sources, bytes)?;
+                        extend(log, *mark, &self.sources, bytes, self.patience)?;
                     }
                 }
             }

@@ -5,9 +5,13 @@ use std::path::PathBuf;
 use fastrand::Rng;
 
 use super::*;
+use crate::format::files::Role;
 use crate::format::intake::IntakeHeader;
 use crate::fs::sim::{Fault, Op, Repeat, SectorSize, SimFs};
-use crate::position::Chain;
+use crate::journal::{Append, Appender};
+use crate::options::JournalOptions;
+use crate::position::{Chain, NodeId};
+use crate::{ExpectedRevision, NewEvent, StreamId};
 
 const DIR: &str = "/store/views";
 
@@ -41,7 +45,7 @@ impl Follower {
             self.followed.extend(more);
             return Ok(());
         }
-        self.log.extend(self.mark, |end_of| {
+        self.log.extend(self.mark, Duration::ZERO, |end_of| {
             let some: Vec<&JournalId> = ids.iter().filter(|_| rng.bool()).collect();
             let run = |journal: &JournalId| {
                 let Link { offset, position, .. } = end_of(*journal);
@@ -205,7 +209,7 @@ fn what_rots_is_told_with_its_place_and_a_torn_tail_is_cut() {
             let (offset, position) = (end.offset + 640, end.position.advance(100));
             Ok::<_, ViewError>(vec![Run { journal: ids[0], end: Link { offset, position, ..end } }])
         };
-        next.log.extend(next.log.mark(), one).unwrap();
+        next.log.extend(next.log.mark(), Duration::ZERO, one).unwrap();
         assert_eq!(next.log.mark().count, last + 1);
         assert_eq!(torn.raw(&path).unwrap().len() as u64, at(last + 1));
         // Whole, and in its place, but not behind the one in front of it.
@@ -284,7 +288,7 @@ fn a_log_that_was_cut_and_ends_with_the_same_record_again_is_noticed() {
     for lost in [run(ids[0], 9, 7), run(ids[0], 4, 1)] {
         let other = recorded(lost);
         sim.write_raw(&path(&ids), &other);
-        let refused = log.extend(mark, all);
+        let refused = log.extend(mark, Duration::ZERO, all);
         assert!(matches!(refused, Err(ViewError::StaleIntake { .. })), "{refused:?}");
         assert_eq!(sim.raw(&path(&ids)).unwrap(), other);
     }
@@ -294,7 +298,7 @@ fn a_log_that_was_cut_and_ends_with_the_same_record_again_is_noticed() {
     assert_eq!(log.end_of(ids[0]), run(ids[0], 4, 1).end);
     let refused = log.next(&mut mark.clone());
     assert!(matches!(refused, Err(ViewError::StaleIntake { .. })), "{refused:?}");
-    log.extend(log.mark(), all).unwrap();
+    log.extend(log.mark(), Duration::ZERO, all).unwrap();
     assert_eq!(log.mark().count, 4);
 }
 
@@ -309,7 +313,8 @@ fn a_run_that_cannot_be_the_next_one_of_its_journal_is_never_written() {
         let chain = Chain::from_bytes([position as u8; 16]);
         Run { journal: ids[which], end: Link { offset, position: Position::new(position), chain } }
     };
-    let extend = |runs: Vec<Run>| log.extend(log.mark(), |_| Ok::<_, ViewError>(runs));
+    let extend =
+        |runs: Vec<Run>| log.extend(log.mark(), Duration::ZERO, |_| Ok::<_, ViewError>(runs));
     extend(vec![run(0, 640, 10), run(1, 640, 10)]).unwrap();
     let written = sim.raw(&path(&ids)).unwrap();
     for (offset, position) in [(640, 12), (600, 12), (700, 10), (700, 4)] {
@@ -432,4 +437,132 @@ fn pieces_are_what_the_runs_are() {
         }
         assert_eq!(found, expected, "seed {seed}");
     }
+}
+
+/// A journal on its own disk, with so many events.
+fn journal_of(role: Role, events: usize) -> Appender {
+    let fs: Arc<dyn Fs> = Arc::new(SimFs::new(8));
+    let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+    let dir = Path::new("/journal");
+    let created = Appender::create_as(role, NodeId::random(), &fs, dir, &options).unwrap();
+    (0..events).for_each(|_| append_to(&created));
+    created
+}
+
+fn append_to(appender: &Appender) {
+    let stream = StreamId::new("s").unwrap();
+    let event = NewEvent::raw("e", vec![0; 16]).unwrap();
+    appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+}
+
+/// Whatever comes while it is recorded: that is for whoever follows.
+#[test]
+fn all_that_there_is_at_the_beginning_is_taken_and_no_more_and_it_can_be_cancelled() {
+    let sim = SimFs::new(8);
+    let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+    let busy = journal_of(Role::Origin, 3);
+    let other = journal_of(Role::Origin, 2);
+    let sources = Sources::new(busy.journal().clone(), vec![other.journal().clone()]).unwrap();
+    let log = Log::open(&fs, Path::new(DIR), sources.ids()).unwrap();
+    let intake = Intake { log: Some(Arc::new(log)) };
+    let cancelled = intake.take_all(&sources, || Err(Cancelled)).unwrap();
+    assert!(cancelled.is_none());
+    let ends = sources.end();
+    let mut asked = 0;
+    let load = || {
+        asked += 1;
+        append_to(&busy); // there is always more
+        if asked < 50 { Ok(()) } else { Err(Cancelled) }
+    };
+    let reached = intake.take_all(&sources, load).unwrap().expect("it ends");
+    for end in ends.iter() {
+        assert!(reached.position(end.journal) >= end.position, "{reached:?}");
+    }
+    assert_eq!(asked, 1);
+}
+
+/// Who appends to a journal won't come back to what it has lost, of a feed as well; a mirror may get as far again.
+#[test]
+fn what_is_beyond_the_end_of_a_journal_is_cut_unless_it_is_a_mirror() {
+    for (role, kept) in [(Role::Origin, 1), (Role::Feed, 1), (Role::Mirror, 3)] {
+        let sim = SimFs::new(9);
+        let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+        let (lost, other) = (journal_of(role, 0), journal_of(Role::Origin, 2));
+        let sources = Sources::new(lost.journal().clone(), vec![other.journal().clone()]).unwrap();
+        let log = Log::open(&fs, Path::new(DIR), sources.ids()).unwrap();
+        let beyond = |end_of: &dyn Fn(JournalId) -> Link| {
+            let Link { offset, position, chain } = end_of(lost.journal().id());
+            let end = Link { offset: offset + 64, position: position.advance(1), chain };
+            Ok::<_, ViewError>(vec![Run { journal: lost.journal().id(), end }])
+        };
+        let journal = other.journal();
+        let there = |_: &dyn Fn(JournalId) -> Link| {
+            let end = journal.end().into();
+            Ok::<_, ViewError>(vec![Run { journal: journal.id(), end }])
+        };
+        log.extend(log.mark(), Duration::ZERO, there).unwrap();
+        log.extend(log.mark(), Duration::ZERO, beyond).unwrap();
+        log.extend(log.mark(), Duration::ZERO, beyond).unwrap();
+        log.heed(&sources).unwrap();
+        assert_eq!(log.mark().count, kept, "{role}");
+    }
+}
+
+/// It was deleted, and of what was recorded in its place nothing is whole: that says nothing about the rows.
+#[test]
+fn an_order_of_which_nothing_is_whole_is_another_one_and_not_damaged() {
+    let fs = SimFs::new(10);
+    let ids = ids(3);
+    let mut rng = Rng::with_seed(10);
+    let mut follower = Follower::open(&fs, &ids).unwrap();
+    while follower.followed.len() < 3 {
+        follower.go_on(&mut rng, &ids).unwrap();
+    }
+    let rows = at_end_of(&ids, &follower.followed);
+    let header = IntakeHeader::new(ids.clone());
+    for records in 0..=3 {
+        let fs = fs.fork(records);
+        let torn = vec![0; 40 * records as usize];
+        fs.write_raw(&path(&ids), &[header.encode(), torn].concat());
+        let opened = Follower::open(&fs, &ids).unwrap();
+        assert!(!opened.log.leads_to(&rows).unwrap(), "{records}");
+        assert!(opened.log.leads_to(&at_end_of(&ids, &[])).unwrap(), "{records}");
+    }
+}
+
+/// It isn't guessed at, and not called damaged.
+#[test]
+fn an_order_of_another_layout_is_refused_by_name() {
+    let sim = SimFs::new(11);
+    let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+    let ids = ids(2);
+    let mut bytes = IntakeHeader::new(ids.clone()).encode();
+    bytes[8] = 1;
+    let covered = bytes.len() - 4;
+    let crc = crate::format::crc32(&[&bytes[..covered]]);
+    bytes[covered..].copy_from_slice(&crc.to_le_bytes());
+    bytes.extend([0; 40]);
+    fs.create_dir_all(path(&ids).parent().unwrap()).unwrap();
+    sim.write_raw(&path(&ids), &bytes);
+    let refused = Log::open(&fs, Path::new(DIR), &ids).map(drop).unwrap_err();
+    assert!(matches!(refused, ViewError::UnsupportedIntake { version: 1, .. }), "{refused}");
+    let refused = Log::read_only(&fs, Path::new(DIR), &ids).map(drop).unwrap_err();
+    assert!(matches!(refused, ViewError::UnsupportedIntake { version: 1, .. }), "{refused}");
+    assert_eq!(sim.raw(&path(&ids)).unwrap(), bytes);
+}
+
+/// Nothing is wrong then, and whoever was refused goes on later.
+#[test]
+fn who_finds_others_recording_is_told_that_within_its_patience() {
+    let sim = SimFs::new(12);
+    let fs: Arc<dyn Fs> = Arc::new(sim.clone());
+    let ids = ids(2);
+    let log = Log::open(&fs, Path::new(DIR), &ids).unwrap();
+    let lock = path(&ids).with_extension("lock");
+    let held = fs.lock(&lock, "somebody else").unwrap().unwrap();
+    let none = |_: &dyn Fn(JournalId) -> Link| Ok::<_, Failed>(Vec::new());
+    let refused = log.extend(log.mark(), Duration::ZERO, none).unwrap_err();
+    assert!(refused.is_in_use(), "{refused:?}");
+    drop(held);
+    log.extend(log.mark(), Duration::ZERO, none).unwrap();
 }
