@@ -272,7 +272,8 @@ mod tests {
         // Without the mark nothing is left: it would be somebody's.
         let assert_marked = |sim: &SimFs, context: &str| {
             if sim.raw(&base.join(UNFINISHED)).is_none() {
-                let left = sim.files().into_iter().filter(|it| it.starts_with(&base));
+                let left =
+                    sim.files().into_iter().filter(|it| Path::new("/").join(it).starts_with(&base));
                 assert_eq!(left.collect::<Vec<_>>(), <[PathBuf; 0]>::default(), "{context}");
             }
         };

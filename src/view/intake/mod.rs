@@ -164,10 +164,10 @@ impl Intake {
         let ends = sources.end();
         let Some(log) = &self.log else { return Ok(Some(ends)) };
         while has_more(log, &ends) {
+            extend(log, log.mark(), sources, u64::MAX, LOCK_PATIENCE)?;
             if check().is_err() {
                 return Ok(None);
             }
-            extend(log, log.mark(), sources, u64::MAX, LOCK_PATIENCE)?;
         }
         let mut reached = sources.beginning();
         let mut runs = self.runs(sources);
