@@ -80,6 +80,7 @@ impl Target<'_> {
         for dir in self.fs.list(&journals).unwrap_or_default().iter().map(|it| journals.join(it)) {
             let mut names = self.fs.list(&dir).unwrap_or_default().into_iter();
             names.try_for_each(|name| remove(&dir.join(name)))?;
+            self.fs.sync_dir(&dir).context(ACTION, &dir)?;
         }
         for folder in [self.dir.join(ROWS), journals] {
             match std::fs::remove_dir_all(&folder) {

@@ -467,6 +467,7 @@ fn all_that_there_is_at_the_beginning_is_taken_and_no_more_and_it_can_be_cancell
     let intake = Intake { log: Some(Arc::new(log)) };
     let cancelled = intake.take_all(&sources, || Err(Cancelled)).unwrap();
     assert!(cancelled.is_none());
+    append_to(&busy);
     let ends = sources.end();
     let mut asked = 0;
     let load = || {
