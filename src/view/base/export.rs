@@ -238,6 +238,21 @@ mod tests {
         appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
     }
 
+    fn sources_on(sim: &SimFs, rows: &Path) -> Sources {
+        let (journal, _) =
+            Journal::open_read_only(&failing(sim, rows), Path::new(JOURNAL)).unwrap();
+        Sources::from(journal)
+    }
+
+    /// Without the mark nothing is left: it would be somebody's.
+    fn assert_marked(sim: &SimFs, base: &Path, context: &str) {
+        if sim.raw(&base.join(UNFINISHED)).is_none() {
+            let files = sim.files().into_iter().map(|it| Path::new("/").join(it));
+            let left: Vec<PathBuf> = files.filter(|it| it.starts_with(base)).collect();
+            assert!(left.is_empty(), "{context}: {left:?}");
+        }
+    }
+
     fn names(dir: &Path) -> BTreeSet<String> {
         OsFs.list(dir).unwrap_or_default().into_iter().collect()
     }
@@ -250,11 +265,7 @@ mod tests {
         // The end of the journal goes along: it lies on the same disk as the base.
         let ready = SimFs::new(0);
         with_events(&ready);
-        let sources_on = |sim: &SimFs| {
-            let (journal, _) =
-                Journal::open_read_only(&failing(sim, &rows), JOURNAL.as_ref()).unwrap();
-            Sources::from(journal)
-        };
+        let sources_on = |sim: &SimFs| sources_on(sim, &rows);
         let sources = sources_on(&ready);
         let copy = base.join(JOURNALS).join(sources.first().id().to_string());
         let memory = ViewMemory::new(1 << 20, 1 << 20);
@@ -270,14 +281,7 @@ mod tests {
             })
         };
         let is_base = |sim: &SimFs| Manifest::read(&*failing(sim, &rows), &base);
-        // Without the mark nothing is left: it would be somebody's.
-        let assert_marked = |sim: &SimFs, context: &str| {
-            if sim.raw(&base.join(UNFINISHED)).is_none() {
-                let left =
-                    sim.files().into_iter().filter(|it| Path::new("/").join(it).starts_with(&base));
-                assert_eq!(left.collect::<Vec<_>>(), <[PathBuf; 0]>::default(), "{context}");
-            }
-        };
+        let assert_marked = |sim: &SimFs, context: &str| assert_marked(sim, &base, context);
         let repeated = |sim: &SimFs, context: &str| {
             assert_marked(sim, context);
             if sim.raw(&base.join(UNFINISHED)).is_none() {
