@@ -55,6 +55,8 @@ mod inline;
 #[cfg(all(feature = "views", feature = "test-kit"))]
 mod intake;
 mod journal;
+#[cfg(all(feature = "shipping", feature = "test-kit", target_os = "linux"))]
+mod memory;
 #[cfg(all(feature = "shipping", feature = "testing"))]
 mod observe;
 #[cfg(feature = "test-kit")]

@@ -12,6 +12,7 @@ use headwater::shipping::message::{
 use headwater::shipping::{Deadlines, FeedFilter, FeedPart, ServeOptions, serve};
 use headwater::{JournalOptions, Position};
 
+use crate::memory::held_bytes;
 use crate::shipping::{Origin, SOON, converged, small, start_mirror};
 use crate::subscriber::Subscriber;
 
@@ -81,13 +82,13 @@ fn process_with_many_stalled_subscribers() {
     (0..count).for_each(|_| origin.append_text(&"x".repeat(bytes)));
     let options = ServeOptions { handshakes_max: 1000, ..patient() };
     let server = serve(origin.store().journal().clone(), "127.0.0.1:0", options).unwrap();
-    let stalled = |count: usize| {
+    let stalled = |numbers: std::ops::Range<usize>| {
         let address = server.local_addr();
         let connect = |n| match are_feeds {
             true => subscribe_to_feed(address, n),
             false => subscribe(address, u32::MAX),
         };
-        let streams: Vec<_> = (0..count).map(connect).collect();
+        let streams: Vec<_> = numbers.map(connect).collect();
         // As much of a frame as there may be, and never the rest of it.
         for mut stream in &streams {
             let beginning = [&4096_u32.to_le_bytes()[..], &[0x80, 1, 0, 0], &[0; 4000]].concat();
@@ -116,39 +117,26 @@ fn process_with_many_stalled_subscribers() {
     // 64 KiB each, and what all of them together may take, whoever they are: 16 MiB of batches that were begun, and one
     // more in the hands of each of two threads; of feeds, also runs that others may want.
     let shared_max = (16 << 20) + (3 << 20);
-    let (few, alone) = (30, resident_bytes());
-    let first = stalled(few);
-    blocked(few);
-    let before = resident_bytes();
-    let together = before.saturating_sub(alone + few * (64 << 10));
-    println!("{together} bytes for all that catch up");
-    assert!(together < shared_max, "{together}");
-    let count = 60;
-    let others = stalled(count);
-    blocked(count + few);
-    let after = resident_bytes();
-    let together = after.saturating_sub(alone + (few + count) * (64 << 10));
-    let each = after.saturating_sub(before) / count;
-    let sent =
-        server.peers().iter().map(|peer| peer.sent_bytes).sum::<u64>() / (count + few) as u64;
-    println!(
-        "{each} bytes for each of {count} stalled subscribers, {sent} were sent to each; {together} for all"
-    );
+    let alone = held_bytes();
+    let (mut streams, mut held) = (Vec::new(), alone);
+    // The last of them come when all that is shared is in use, so that what they add is theirs.
+    for count in [30, 60, 60] {
+        streams.extend(stalled(streams.len()..streams.len() + count));
+        blocked(streams.len());
+        let before = std::mem::replace(&mut held, held_bytes());
+        let together = held.saturating_sub(alone + streams.len() * (64 << 10));
+        println!("{together} bytes for all {} that catch up together", streams.len());
+        assert!(together < shared_max, "{together}");
+        if count < streams.len() - count {
+            let each = held.saturating_sub(before) / count;
+            println!("{each} bytes for each of {count} stalled subscribers");
+            assert!(each < 64 << 10, "{each}");
+        }
+    }
     // What is committed meanwhile is no more than what others are sent, too.
     let mirror = start_mirror(&dir.path().join("mirror"), &origin);
     converged(&mirror, &origin);
-    assert!(together < shared_max, "{together}");
-    // Of mirrors the few may have begun a batch less than all of them have: as much as these are of.
-    assert!(!are_feeds || each < 64 << 10, "{each}");
-    drop((first, others));
-}
-
-/// Bytes of this process that are in memory, without those of files: the program's own code, read as it is first run.
-#[cfg(target_os = "linux")]
-fn resident_bytes() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: Vec<usize> = statm.split_whitespace().map(|it| it.parse().unwrap()).collect();
-    (pages[1] - pages[2]) * 4096
+    drop(streams);
 }
 
 #[cfg(target_os = "linux")]
@@ -170,9 +158,6 @@ fn costs_little(what: &str) {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture"])
         .env(ALONE, what)
-        // What is freed is given back, so that what is measured is what is held.
-        .env("MALLOC_ARENA_MAX", "1")
-        .env("MALLOC_MMAP_THRESHOLD_", "131072")
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
