@@ -37,6 +37,7 @@ pub struct Lease {
 
 impl Lease {
     /// Whether it is another state of the same lease.
+    #[cfg(any(test, feature = "shipping"))]
     pub(crate) fn is_of(&self, other: &Self) -> bool {
         (self.id, self.feed) == (other.id, other.feed)
     }
