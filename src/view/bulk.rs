@@ -312,7 +312,7 @@ impl<V: View> Pass<'_, V> {
         let source = cursor.journal().clone();
         let journal = source.id();
         let mut names = Names::default();
-        let mut keys = Keys(Vec::new());
+        let mut keys = Keys::none();
         while cursor.position() < stretch.to {
             let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
             let header = &batch.batch.header;

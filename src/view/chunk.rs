@@ -23,12 +23,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::audit::{Folds, Tallies, Tally};
 use super::db::{
-    Db, Progress, StorageError, Writes, parked_key, parked_row_key, row_key, unrouted_key,
+    Db, Progress, StorageError, Writes, parked_key, parked_row_key, set_row_key, unrouted_key,
 };
 use super::deadly::{At, Care, Stage};
 use super::error::{EventFailure, StopError, ViewError};
 use super::key::ViewKey;
 use super::poison::{Head, OnPoison, ParkedCounts, ParkedRecord, Rules, reason_of};
+use super::row_cache::Bytes;
 use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::error::{Corruption, CorruptionKind, ReadError};
@@ -60,6 +61,8 @@ pub(super) struct Chunk<V: View> {
     /// Their places, by row key.
     slot_of_key: HashTable<usize>,
     hasher: RandomState,
+    /// Of the route that is added.
+    row_key: Vec<u8>,
     bytes: u64,
     names: Names,
 }
@@ -94,14 +97,14 @@ pub(super) struct Unrouted {
 /// A row that events of the chunk concern.
 struct Slot<K> {
     key: K,
-    row_key: Vec<u8>,
+    row_key: Bytes,
     last_event: usize,
 }
 
 /// What has become of a slot's row.
 #[derive(Clone)]
 struct RowState<R> {
-    stored: Option<Vec<u8>>,
+    stored: Option<Bytes>,
     is_decoded: bool,
     row: Option<R>,
     changed_by: Option<usize>,
@@ -162,6 +165,7 @@ impl<V: View> Chunk<V> {
             slots: Vec::new(),
             slot_of_key: HashTable::new(),
             hasher: RandomState::default(),
+            row_key: Vec::new(),
             bytes: 0,
             names: Names::default(),
         }
@@ -258,7 +262,7 @@ impl<V: View> Chunk<V> {
         let mut all = SmallVec::new();
         for data in decoded {
             let event = at.recorded(record, &mut self.names, data);
-            let mut keys = Keys(Vec::new());
+            let mut keys = Keys::none();
             guard(|| view.route(&event, &mut keys))?;
             all.push((event, keys));
         }
@@ -268,17 +272,20 @@ impl<V: View> Chunk<V> {
     /// The next event concerns the row under `key`. A key named twice by one event is folded once.
     fn add_route(&mut self, key: V::Key, at: Place) {
         let event = self.events.len();
-        let row_key = row_key(|out| key.encode_key(out));
-        if self.rules.discarded.has(at.journal, at.position, &row_key) {
+        set_row_key(&mut self.row_key, |out| key.encode_key(out));
+        if self.rules.discarded.has(at.journal, at.position, &self.row_key) {
             return;
         }
-        let Self { slots, slot_of_key, hasher, .. } = self;
-        let hash = |slot: &usize| slots.get(*slot).map_or(0, |it| hasher.hash_one(&it.row_key));
-        let is_it = |slot: &usize| slots.get(*slot).is_some_and(|it| it.row_key == row_key);
-        let slot = match slot_of_key.entry(hasher.hash_one(&row_key), is_it, hash) {
+        let Self { slots, slot_of_key, hasher, row_key, .. } = self;
+        let row_key = row_key.as_slice();
+        let hash_of = |row_key: &[u8]| hasher.hash_one(row_key);
+        let hash = |slot: &usize| slots.get(*slot).map_or(0, |it| hash_of(&it.row_key));
+        let is_it = |slot: &usize| slots.get(*slot).is_some_and(|it| *it.row_key == *row_key);
+        let slot = match slot_of_key.entry(hash_of(row_key), is_it, hash) {
             Entry::Occupied(known) => *known.get(),
             Entry::Vacant(unknown) => {
                 let slot = *unknown.insert(slots.len()).get();
+                let row_key = Bytes::from_slice(row_key);
                 slots.push(Slot { key, row_key, last_event: usize::MAX });
                 slot
             }
@@ -416,30 +423,39 @@ impl<V: View> Chunk<V> {
         view: &V,
         indexes: &Indexes<V>,
         db: &Db,
-        rows: Vec<Folding<V::Row>>,
+        mut rows: Vec<Folding<V::Row>>,
     ) -> Result<Folded, FoldFailure> {
-        let mut rows: Vec<_> = self.slots.iter().zip(rows).enumerate().collect();
-        rows.sort_unstable_by(|(_, (a, _)), (_, (b, _))| a.row_key.cmp(&b.row_key));
+        let mut order: Vec<_> = self.slots.iter().enumerate().collect();
+        order.sort_unstable_by(|(_, a), (_, b)| a.row_key.cmp(&b.row_key));
         let is_watched = self.rules.watchers.as_ref().is_some_and(|watchers| watchers.are_any());
         let (mut writes, mut changed, mut parked) = (db.writes(), Vec::new(), Vec::new());
-        for (index, (slot, folding)) in rows {
-            let Folding { row, mut queue, failed } = folding;
+        for (index, slot) in order {
+            let Some(folding) = rows.get_mut(index) else { continue };
+            let Folding { row, queue, failed } = folding;
+            let (mut queue, failed) = (queue.take(), failed.take());
             if let Some(route) = failed.as_ref().map(|(route, _)| *route).or(row.changed_by) {
                 let change = match failed {
                     Some((_, cause)) => Err(cause),
-                    None => change_of(indexes, &slot.key, &slot.row_key, &row).map_err(Some),
+                    None => change_of(indexes, &slot.key, &slot.row_key, row).map_err(Some),
                 };
                 let change = match change {
                     Ok(change) => change,
                     Err(cause) => {
-                        let (change, parked) =
-                            self.fold_slot_again(view, indexes, (index, slot), row, route, cause)?;
+                        let stored = row.stored.take();
+                        let (change, parked) = self.fold_slot_again(
+                            view,
+                            indexes,
+                            (index, slot),
+                            stored,
+                            route,
+                            cause,
+                        )?;
                         queue = parked.or(queue);
                         change
                     }
                 };
                 change.write(&slot.row_key, &mut writes);
-                changed.extend(is_watched.then(|| slot.row_key.clone()));
+                changed.extend(is_watched.then(|| slot.row_key.to_vec()));
             }
             parked.extend(queue.filter(|it| !it.events.is_empty()).map(|queue| (slot, queue)));
         }
@@ -456,7 +472,7 @@ impl<V: View> Chunk<V> {
         view: &V,
         indexes: &Indexes<V>,
         (index, slot): (usize, &Slot<V::Key>),
-        row: RowState<V::Row>,
+        stored: Option<Bytes>,
         route: usize,
         cause: Option<EventFailure>,
     ) -> Result<(Change, Option<Queue>), FoldFailure> {
@@ -468,7 +484,7 @@ impl<V: View> Chunk<V> {
             indexes,
             &slot.key,
             &slot.row_key,
-            row.stored,
+            stored,
             events,
             &self.rules.care,
         );
@@ -586,7 +602,7 @@ fn storage_failed<V: View>(source: StorageError) -> StopError {
 }
 
 impl<R> RowState<R> {
-    const fn stored(stored: Option<Vec<u8>>) -> Self {
+    const fn stored(stored: Option<Bytes>) -> Self {
         Self { stored, is_decoded: false, row: None, changed_by: None }
     }
 }
@@ -603,7 +619,7 @@ pub(super) struct Change {
 enum RowChange {
     #[default]
     None,
-    Put(Vec<u8>),
+    Put(Bytes),
     Delete,
 }
 
@@ -613,7 +629,7 @@ impl Change {
     pub(super) fn make(self, stored: &mut Option<Vec<u8>>, entries: &mut BTreeSet<Vec<u8>>) {
         match self.row {
             RowChange::None => {}
-            RowChange::Put(row) => *stored = Some(row),
+            RowChange::Put(row) => *stored = Some(row.into_vec()),
             RowChange::Delete => *stored = None,
         }
         entries.retain(|entry| !self.delete_entries.contains(entry));
@@ -661,9 +677,10 @@ fn change_of<V: View>(
 }
 
 /// As it will be stored; not if it couldn't be read back.
-fn encode_row<R: Serialize + DeserializeOwned>(row: &R) -> Result<Vec<u8>, EventFailure> {
+fn encode_row<R: Serialize + DeserializeOwned>(row: &R) -> Result<Bytes, EventFailure> {
     let encoded = guard(|| {
-        let bytes = Bincode::encode(row)?;
+        let mut bytes = Bytes::new();
+        Bincode::encode_with(row, |more| bytes.extend_from_slice(more))?;
         Bincode::check_size::<R>(&bytes).map(|()| bytes)
     });
     encoded?.map_err(EventFailure::NewRow)
@@ -689,7 +706,7 @@ pub(super) fn fold_carefully<'e, V: View>(
     indexes: &Indexes<V>,
     key: &V::Key,
     row_key: &[u8],
-    stored: Option<Vec<u8>>,
+    stored: Option<Bytes>,
     events: impl Iterator<Item = &'e Recorded<V::Event>>,
     care: &Care,
 ) -> Careful

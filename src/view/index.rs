@@ -183,7 +183,7 @@ impl<V: View> Indexes<V> {
     pub fn with<K: ViewKey + 'static>(mut self, index: Index<V, K>) -> Self {
         let make = index.keys;
         let entries: Entries<V> = Box::new(move |number, key, row_key, row, entries| {
-            let mut keys = Keys(Vec::new());
+            let mut keys = Keys::none();
             make(key, row, &mut keys);
             let entry = |key: K| index_entry(number, |out| key.encode_key(out), row_key);
             entries.extend(keys.0.into_iter().map(entry));

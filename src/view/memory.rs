@@ -16,6 +16,7 @@ use super::error::{EventFailure, ViewError, ViewReadError};
 use super::generation;
 use super::key::{EncodeKey, ViewKey};
 use super::poison::reason_of;
+use super::row_cache::Bytes;
 use super::space::Space;
 use super::{Fold, Index, Indexes, Keys, ParkedKey, View};
 use crate::codec::{Bincode, Codec};
@@ -97,7 +98,7 @@ impl<V: View> Routes<V> {
         }
         let mut all = Vec::new();
         for event in decoded {
-            let mut keys = Keys(Vec::new());
+            let mut keys = Keys::none();
             guard(|| view.route(&event, &mut keys))?;
             all.push((event, keys));
         }
@@ -159,7 +160,8 @@ impl<V: View> MemoryRows<V> {
         let slot = self.kept.slots.entry(row.row_key.clone()).or_default();
         let mut behind = 0;
         if slot.parked.is_none() {
-            let (stored, all) = (slot.row.clone(), events.iter().copied());
+            let stored = slot.row.as_deref().map(Bytes::from_slice);
+            let all = events.iter().copied();
             let care = Note::nowhere().care();
             let Careful { change, folded, failure } =
                 fold_carefully(view, &self.indexes, &row.key, &row.row_key, stored, all, &care);

@@ -78,6 +78,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use smallvec::SmallVec;
 
 use program::Keyed;
 
@@ -224,7 +225,13 @@ pub trait View: Send + Sync + 'static {
 
 /// The rows that an event concerns; filled by [`View::route`].
 #[derive(Debug)]
-pub struct Keys<K>(Vec<K>);
+pub struct Keys<K>(SmallVec<[K; 1]>);
+
+impl<K> Keys<K> {
+    fn none() -> Self {
+        Self(SmallVec::new())
+    }
+}
 
 impl<K> Keys<K> {
     /// The event concerns the row under `key`.

@@ -49,6 +49,7 @@ use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::ViewHandle;
 use super::key::{EncodeKey, ViewKey, decode_all};
+use super::row_cache::Bytes;
 use super::runner::Phase;
 use super::sources::Checkpoints;
 use super::space::Space;
@@ -553,7 +554,8 @@ impl<V: View> InDatabase<'_, V> {
         let key: V::Key = decode_all(row_key.get(1..).unwrap_or_default())
             .map_err(|_| self.damaged("a parked key"))?;
         self.care.pause();
-        let stored = self.db.get(row_key).map_err(Self::failed)?.map(|row| row.to_vec());
+        let stored = self.db.get(row_key).map_err(Self::failed)?;
+        let stored = stored.map(|row| Bytes::from_slice(&row));
         let (indexes, events) = (Indexes::of(self.view), some.events.iter());
         let Careful { change, folded, failure } =
             fold_carefully(self.view, &indexes, &key, row_key, stored, events, self.care);
@@ -642,7 +644,7 @@ impl<V: View> InDatabase<'_, V> {
             self.care.enter(|| at.of(&record, Stage::Route))?;
             for data in decode::<V::Event>(&record)? {
                 let event = at.recorded(&record, &mut Names::default(), data);
-                let mut keys = Keys(Vec::new());
+                let mut keys = Keys::none();
                 guard(|| self.view.route(&event, &mut keys))?;
                 let is_named =
                     keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key);

@@ -18,6 +18,9 @@ pub(super) type Bytes = SmallVec<[u8; 16]>;
 /// A row under its database key; `None` if it was deleted.
 pub(super) type Written = (Bytes, Option<Bytes>);
 
+/// So many rows are looked at before something is done with the first of them.
+const FETCHED: usize = 32;
+
 /// What an entry needs beside what doesn't fit into it: the entry, its links and its place in the table.
 const ENTRY_BYTES: u64 = (size_of::<Written>() + 40) as u64;
 
@@ -46,14 +49,27 @@ impl RowCache {
         Some(Self(Cache::with(estimated, bytes_max, ByBytes, hasher, lifecycle)))
     }
 
-    /// The row under a key, if that is known here.
-    pub(super) fn get(&self, key: &[u8]) -> Option<&Option<Bytes>> {
-        self.0.get(key)
-    }
-
     /// These were written.
     pub(super) fn written(&mut self, rows: Vec<Written>) {
-        rows.into_iter().for_each(|(key, row)| self.0.insert(key, row));
+        let mut rows = rows.into_iter();
+        while !rows.as_slice().is_empty() {
+            rows.as_slice().iter().take(FETCHED).for_each(|(key, _)| self.fetch(key));
+            rows.by_ref().take(FETCHED).for_each(|(key, row)| self.0.insert(key, row));
+        }
+    }
+
+    /// Looks at a row. Each lies somewhere else in memory; the processor fetches several at once as long as nothing is done
+    /// with them in between.
+    fn fetch(&self, key: &[u8]) {
+        std::hint::black_box(self.0.peek(key).is_some_and(Option::is_some));
+    }
+
+    /// The rows under some keys, in their order, as far as they are known here.
+    pub(super) fn get_all(&self, keys: &[&[u8]]) -> impl Iterator<Item = Option<&Option<Bytes>>> {
+        keys.chunks(FETCHED).flat_map(|keys| {
+            keys.iter().for_each(|key| self.fetch(key));
+            keys.iter().map(|key| self.0.get(*key))
+        })
     }
 }
 
@@ -75,7 +91,8 @@ mod tests {
             }
             let (mut count, mut bytes) = (0, 0);
             for n in 0..2000 {
-                let Some(kept) = cache.get(&key(n)) else { continue };
+                let key = key(n);
+                let Some(kept) = cache.get_all(&[&key]).next().unwrap() else { continue };
                 assert_eq!(*kept, row(n, 2));
                 count += 1;
                 bytes += size_of::<Written>() + 24 + kept.as_ref().map_or(0, |_| row_bytes);
