@@ -685,7 +685,7 @@ impl Db {
     ) -> Result<Vec<Option<Bytes>>, StorageError> {
         let keys: Vec<&[u8]> = keys.collect();
         let known: Vec<Option<Option<Bytes>>> = match &*self.rows.lock() {
-            Some(kept) => kept.get_all(&keys).map(|row| row.cloned()).collect(),
+            Some(kept) => kept.get_all(&keys).map(Option::<&_>::cloned).collect(),
             None => vec![None; keys.len()],
         };
         let unknown = keys.iter().zip(&known).filter(|(_, row)| row.is_none());

@@ -28,6 +28,8 @@ use crate::position::Position;
 
 /// Rows are looked at for a digest in steps of so many, between which it can be cancelled.
 const DIGEST_STEP: u64 = 4096;
+/// The generation that is served stands still at the latest when the new one lags by so much.
+const NEAR_BYTES_MAX: u64 = 1 << 20;
 
 /// Where the generation that is to take over comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -306,7 +308,7 @@ impl<P: Program> Takeover<P> {
         let course = Course::new(&shared.sources, &shared.intake, &progress.checkpoints);
         let mut course = course.map_err(|it| it.stop(P::NAME))?;
         let flush = |db: &Db| db.flush(true).map_err(storage_failed::<P>);
-        let near = shared.options.chunk_bytes.max(1);
+        let near = shared.options.chunk_bytes.clamp(1, NEAR_BYTES_MAX);
         while shared.sources.end().bytes() > progress.checkpoints.bytes().saturating_add(near) {
             let more = self.fold_more(&mut course, &db, &mut progress)?;
             if more.events == 0 {
