@@ -1,10 +1,21 @@
-//! One session: a thread that listens, and the one that writes what has come into the mirror.
+//! One session: two threads alike, of which one listens, and the other one writes what has come into the mirror.
+//!
+//! ```text
+//!   more is to come: socket ─▶ one: session ─▶ deliveries ─▶ the other: Ingest: verify, write ─▶ sync ─▶ ACK
+//!   that was all:    socket ─▶ one: session ─▶ Ingest: verify, write ─▶ sync ─▶ ACK            no hop between threads
+//!                              ╰─ the listener's place is free meanwhile: if that takes long, the other one listens
+//! ```
+//! - One listens at a time, and one writes at a time; neither waits for the other. Nobody who may have to wait for the
+//!   disk listens, so a sync that hangs stops no heartbeat.
+//! - What was handed over is written before what came behind it: whoever has listened writes himself only if nothing is
+//!   under way.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::connect::{open_error, setup_error};
 use super::rounds::{Attempt, HEALTHY_AFTER, is_poisoned};
@@ -23,7 +34,7 @@ use crate::shipping::message::{
 use crate::shipping::session::{
     Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, Told, batches,
 };
-use crate::shipping::transport;
+use crate::shipping::transport::{self, TICK};
 
 /// A mirror that lags by less syncs whenever nothing more has arrived.
 const LIVE_LAG_BYTES: u64 = 1 << 20;
@@ -56,19 +67,18 @@ impl Shared {
         let config = self.config(node, resume, authentication);
         let session = Mutex::new(MirrorSession::new(config, transport::now()));
         let connection = Connection { shared: self, session, link };
-        let (sender, deliveries) = unbounded();
+        let desk = Desk::new(&connection, ingest);
         let written = thread::scope(|scope| {
-            let listener = thread::Builder::new().name("headwater-listen".into());
-            let connection = &connection;
-            listener
-                .spawn_scoped(scope, move || connection.listen(&sender))
-                .map_err(setup_error)?;
-            let written = MirrorWriter::new(connection, ingest).write_all(&deliveries);
-            if let Err(error) = &written {
-                connection.give_up(error);
+            let desk = &desk;
+            let other = thread::Builder::new().name("headwater-listen".into());
+            let other = other.spawn_scoped(scope, || desk.work()).map_err(setup_error)?;
+            let written = desk.work();
+            match other.join() {
+                Ok(by_other) => written.and(by_other),
+                Err(panic) => std::panic::resume_unwind(panic),
             }
-            written
         });
+        drop(desk);
         let end = connection.session.into_inner().end().cloned();
         let mut state = self.state.lock();
         state.socket = None;
@@ -108,7 +118,7 @@ impl Shared {
     }
 }
 
-/// A connection, shared by the listener and the writer.
+/// A connection, shared by the two threads.
 struct Connection<'a> {
     shared: &'a Shared,
     session: Mutex<MirrorSession>,
@@ -116,40 +126,6 @@ struct Connection<'a> {
 }
 
 impl Connection<'_> {
-    /// Feeds the session with what arrives, and passes on what it delivers, until it ends.
-    fn listen(&self, sender: &Sender<Delivery>) {
-        let (mut raw, mut plain) = (vec![0; 128 << 10], Vec::new());
-        let mut deliveries = Vec::new();
-        let mut told = Told::default();
-        let mut apart_since = None;
-        while self.flush() {
-            let arrived = self.link.receive(&mut raw, &mut plain);
-            let now = transport::now();
-            let mut session = self.session.lock();
-            match arrived {
-                Arrived::Bytes(bytes) => session.on_bytes(bytes, now, &mut deliveries),
-                Arrived::Nothing => {}
-                Arrived::Closed => session.on_closed(),
-            }
-            session.on_time(now);
-            if self.shared.leaves(session.told().speaker, &mut apart_since, now.at) {
-                session.leave();
-            }
-            let (ended, told_now) = (session.end().is_some(), session.told());
-            drop(session);
-            // The end goes first: a mirror isn't live because it has reached that of an earlier session.
-            if told != told_now {
-                told = told_now;
-                self.shared.origin_told(told.clone());
-            }
-            let writing = deliveries.drain(..).all(|delivery| sender.send(delivery).is_ok());
-            if ended || !writing {
-                break;
-            }
-        }
-        self.flush();
-    }
-
     /// Writes what the session has to say; false if nobody takes it any more.
     fn flush(&self) -> bool {
         let written = self.link.write(|out| {
@@ -196,6 +172,162 @@ impl Connection<'_> {
     }
 }
 
+/// Where the two threads of a session find what is to be done.
+struct Desk<'a> {
+    connection: &'a Connection<'a>,
+    /// Held by whoever listens.
+    listener: Mutex<Listener>,
+    /// Held by whoever writes.
+    writer: Mutex<MirrorWriter<'a>>,
+    deliveries: Receiver<Delivery>,
+    /// Deliveries that are not in the mirror yet, or not durable. Only whoever listens adds to them.
+    under_way: AtomicUsize,
+}
+
+/// What whoever listens goes by.
+struct Listener {
+    /// `None`: the session is over, or can't go on.
+    sender: Option<Sender<Delivery>>,
+    raw: Vec<u8>,
+    plain: Vec<u8>,
+    told: Told,
+    apart_since: Option<Instant>,
+}
+
+/// What became of a place.
+#[derive(PartialEq, Eq)]
+enum Left {
+    /// It is free, or there is another one to be taken.
+    Free,
+    /// The session is over.
+    Over,
+}
+
+impl<'a> Desk<'a> {
+    fn new(connection: &'a Connection<'a>, ingest: &'a mut Option<Ingest>) -> Self {
+        let (sender, deliveries) = unbounded();
+        let listener = Listener {
+            sender: Some(sender),
+            raw: vec![0; 128 << 10],
+            plain: Vec::new(),
+            told: Told::default(),
+            apart_since: None,
+        };
+        Self {
+            connection,
+            listener: Mutex::new(listener),
+            writer: Mutex::new(MirrorWriter::new(connection, ingest)),
+            deliveries,
+            under_way: AtomicUsize::new(0),
+        }
+    }
+
+    /// Takes the place that is free, until the session is over.
+    fn work(&self) -> Result<(), ShippingError> {
+        loop {
+            let listener = self.listener.try_lock().filter(|it| it.sender.is_some());
+            let left = match listener {
+                Some(listener) => self.listen(listener),
+                None => self.write(),
+            };
+            match left {
+                Ok(Left::Free) => {}
+                Ok(Left::Over) => return Ok(()),
+                Err(error) => {
+                    self.connection.give_up(&error);
+                    // Whoever listens learns it from the connection.
+                    if let Some(mut listener) = self.listener.try_lock() {
+                        listener.sender = None;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Feeds the session with what arrives, and passes on what it delivers, until it ends; or until something came behind
+    /// which nothing is to come yet, and writes that itself.
+    fn listen(&self, mut listener: MutexGuard<'_, Listener>) -> Result<Left, ShippingError> {
+        let mut deliveries = Vec::new();
+        while self.connection.flush() {
+            let (ended, is_all) = listener.hear(self.connection, &mut deliveries);
+            let is_first = self.under_way.fetch_add(deliveries.len(), Ordering::Relaxed) == 0;
+            if is_all && is_first && !ended && !deliveries.is_empty() {
+                drop(listener);
+                return self.write_here(deliveries);
+            }
+            let sender = listener.sender.iter();
+            sender.for_each(|it| deliveries.drain(..).for_each(|delivery| drop(it.send(delivery))));
+            if ended {
+                break;
+            }
+        }
+        self.connection.flush();
+        listener.sender = None;
+        Ok(Left::Over)
+    }
+
+    /// Nobody else writes: nothing was under way, and whoever listens by now hands on what comes.
+    fn write_here(&self, deliveries: Vec<Delivery>) -> Result<Left, ShippingError> {
+        let count = deliveries.len();
+        let mut writer = self.writer.lock();
+        writer.take_all(deliveries)?;
+        drop(writer);
+        self.under_way.fetch_sub(count, Ordering::Relaxed);
+        Ok(Left::Free)
+    }
+
+    /// Takes all deliveries, until the session is over; or until nothing comes, nor does anybody listen. What has been
+    /// written is synced also then, and also when a later delivery is refused.
+    fn write(&self) -> Result<Left, ShippingError> {
+        loop {
+            match self.deliveries.recv_timeout(TICK) {
+                Ok(first) => {
+                    let mut writer = self.writer.lock();
+                    let written = writer.write_all(first, &self.deliveries)?;
+                    drop(writer);
+                    self.under_way.fetch_sub(written, Ordering::Relaxed);
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(Left::Over),
+                Err(RecvTimeoutError::Timeout) if self.listener.is_locked() => {}
+                Err(RecvTimeoutError::Timeout) => return Ok(Left::Free),
+            }
+        }
+    }
+}
+
+impl Listener {
+    /// What arrives within a [`TICK`] goes to the session. Whether that has ended; and whether all is delivered that the
+    /// origin is known to have.
+    fn hear(
+        &mut self,
+        connection: &Connection<'_>,
+        deliveries: &mut Vec<Delivery>,
+    ) -> (bool, bool) {
+        let arrived = connection.link.receive(&mut self.raw, &mut self.plain);
+        let now = transport::now();
+        let mut session = connection.session.lock();
+        match arrived {
+            Arrived::Bytes(bytes) => session.on_bytes(bytes, now, deliveries),
+            Arrived::Nothing => {}
+            Arrived::Closed => session.on_closed(),
+        }
+        session.on_time(now);
+        if connection.shared.leaves(session.told().speaker, &mut self.apart_since, now.at) {
+            session.leave();
+        }
+        let (ended, told) = (session.end().is_some(), session.told());
+        drop(session);
+        let is_all = told.end.is_some_and(|(end, _)| end.offset <= told.received);
+        // The end goes first: a mirror isn't live because it has reached that of an earlier session.
+        if self.told != told {
+            self.told = told;
+            connection.shared.origin_told(self.told.clone());
+        }
+        (ended, is_all)
+    }
+}
+
 /// Puts what a session delivers into the mirror.
 struct MirrorWriter<'a> {
     connection: &'a Connection<'a>,
@@ -205,55 +337,62 @@ struct MirrorWriter<'a> {
     unsynced_bytes: u64,
 }
 
-/// What comes next for a writer.
-enum Step {
-    Take(Delivery),
-    Sync,
-    End,
-}
-
 impl<'a> MirrorWriter<'a> {
     fn new(connection: &'a Connection<'a>, ingest: &'a mut Option<Ingest>) -> Self {
         Self { connection, ingest, origin: None, unsynced_bytes: 0 }
     }
 
-    /// Takes all deliveries, until the listener has ended. What has been written is synced also then, and
-    /// also when a later delivery is refused.
-    fn write_all(mut self, deliveries: &Receiver<Delivery>) -> Result<(), ShippingError> {
-        loop {
-            let taken = match self.next_step(deliveries) {
-                Step::Take(delivery) => self.take(delivery),
-                Step::Sync => self.sync(),
-                Step::End => return self.sync(),
-            };
-            if let Err(error) = taken {
-                if !is_poisoned(&error) {
-                    self.sync()?;
-                }
-                return Err(error);
+    /// Takes these, and syncs.
+    fn take_all(&mut self, deliveries: Vec<Delivery>) -> Result<(), ShippingError> {
+        let taken = deliveries.into_iter().try_for_each(|delivery| self.take(delivery));
+        self.synced_behind(taken)?;
+        self.sync()
+    }
+
+    /// Takes what was handed over, until all of it is durable; how many deliveries that were.
+    fn write_all(
+        &mut self,
+        first: Delivery,
+        deliveries: &Receiver<Delivery>,
+    ) -> Result<usize, ShippingError> {
+        let (mut next, mut count) = (Some(first), 0);
+        while let Some(delivery) = next {
+            count += 1;
+            let taken = self.take(delivery);
+            self.synced_behind(taken)?;
+            if self.unsynced_bytes >= self.group_bytes() {
+                self.sync()?;
             }
+            next = self.next(deliveries);
         }
+        self.sync()?;
+        Ok(count)
+    }
+
+    /// What was written in front of something that is refused is synced.
+    fn synced_behind(&mut self, taken: Result<(), ShippingError>) -> Result<(), ShippingError> {
+        if let Err(error) = taken {
+            if !is_poisoned(&error) {
+                self.sync()?;
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn group_bytes(&self) -> u64 {
+        u64::from(self.connection.shared.options.window_bytes) / 2
     }
 
     /// When live, everything is synced as soon as nothing more has arrived; while catching up, in groups
     /// of half a window.
-    fn next_step(&self, deliveries: &Receiver<Delivery>) -> Step {
-        if self.unsynced_bytes == 0 {
-            return deliveries.recv().map_or(Step::End, Step::Take);
-        }
-        let group_bytes = u64::from(self.connection.shared.options.window_bytes) / 2;
-        if self.unsynced_bytes >= group_bytes {
-            return Step::Sync;
-        }
+    fn next(&self, deliveries: &Receiver<Delivery>) -> Option<Delivery> {
         match deliveries.try_recv() {
-            Ok(delivery) => Step::Take(delivery),
-            Err(TryRecvError::Disconnected) => Step::End,
-            Err(TryRecvError::Empty) if self.lag_bytes() <= LIVE_LAG_BYTES => Step::Sync,
-            Err(TryRecvError::Empty) => match deliveries.recv_timeout(CATCH_UP_PAUSE) {
-                Ok(delivery) => Step::Take(delivery),
-                Err(RecvTimeoutError::Timeout) => Step::Sync,
-                Err(RecvTimeoutError::Disconnected) => Step::End,
-            },
+            Ok(delivery) => Some(delivery),
+            Err(TryRecvError::Disconnected) => None,
+            Err(TryRecvError::Empty) if self.unsynced_bytes == 0 => None,
+            Err(TryRecvError::Empty) if self.lag_bytes() <= LIVE_LAG_BYTES => None,
+            Err(TryRecvError::Empty) => deliveries.recv_timeout(CATCH_UP_PAUSE).ok(),
         }
     }
 
