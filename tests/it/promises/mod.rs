@@ -6,6 +6,7 @@
 mod bits;
 mod disk;
 mod floods;
+mod hangs;
 mod lag;
 mod limits;
 mod versions;
