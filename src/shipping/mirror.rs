@@ -1,5 +1,5 @@
-//! The mirror's side in threads: one that owns the mirror and writes it, and while there is a connection,
-//! one that listens to it.
+//! The mirror's side in threads: one that owns the mirror, and while there is a connection, another one: they listen to it and
+//! write what comes, and take turns.
 //!
 //! ```text
 //!        ┌─────────────────────────── until stopped ─────────────────────────────┐
@@ -15,8 +15,9 @@
 //!
 //! Invariants:
 //! - Only what the [`Ingest`] has verified and synced is published, acknowledged and shown to followers.
-//! - The listener never waits for the disk, so a slow sync doesn't look like a dead mirror; what lies
-//!   between the two is bounded by the window, with a header page for each 512 bytes of it at the most.
+//! - Whoever listens never waits for the disk: who has heard an event that is all there is, and writes it, gives the listener's
+//!   place up before. So a slow sync doesn't look like a dead mirror; what lies between the two is bounded by the window, with a
+//!   header page for each 512 bytes of it at the most.
 //! - A mirror whose history differs from the origin's is kept as it is, whatever happens.
 
 mod begin;

@@ -1,4 +1,4 @@
-//! One session: two threads alike, of which one listens, and the other one writes what has come into the mirror.
+//! One session: two threads, alike, of which one listens, and the other one writes what has come into the mirror.
 //!
 //! ```text
 //!   more is to come: socket ─▶ one: session ─▶ deliveries ─▶ the other: Ingest: verify, write ─▶ sync ─▶ ACK
@@ -153,7 +153,7 @@ impl Connection<'_> {
     }
 
     fn became_durable(&self, end: Checkpoint) {
-        self.shared.mirror_moved();
+        self.shared.mirror_moved(end);
         self.session.lock().on_durable(end);
         self.flush();
     }

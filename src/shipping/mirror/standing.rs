@@ -131,16 +131,20 @@ impl Shared {
         now >= since + self.options.deadlines.silence
     }
 
-    /// The mirror's durable end has moved.
-    pub(super) fn mirror_moved(&self) {
-        self.judge_phase(&mut self.state.lock());
+    /// The mirror's durable end has moved to here. The journal isn't asked for it: those who were just woken are asking.
+    pub(super) fn mirror_moved(&self, end: Checkpoint) {
+        self.judge_phase_at(&mut self.state.lock(), Some(end));
+    }
+
+    pub(super) fn judge_phase(&self, state: &mut State) {
+        self.judge_phase_at(state, state.mirrored());
     }
 
     /// Live once it has reached an end of the origin's and lags by no more than half a window; catching up again when it lags by
     /// more than one.
-    pub(super) fn judge_phase(&self, state: &mut State) {
+    fn judge_phase_at(&self, state: &mut State, mirrored: Option<Checkpoint>) {
         self.changed.notify_all();
-        if let Some(mirrored) = state.mirrored() {
+        if let Some(mirrored) = mirrored {
             state.judge(mirrored, self.options.window_bytes);
         }
         self.speak(state);
