@@ -12,16 +12,20 @@
 //! - What it says holds for three intervals, of a minute at most, whatever it says of them. Then nothing is known: the
 //!   process is gone, or hangs.
 
+use std::fmt::Display;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::error::ShippingError;
 use super::feed::FeedStatus;
+use super::message::FeedTerms;
 use super::mirror::{MirrorState, MirrorStatus};
 use super::observe::Ends;
 use super::server::{PeerState, PeerStatus};
@@ -29,7 +33,7 @@ use super::upstreams::UpstreamStatus;
 use crate::env;
 use crate::fs::{self, Fs, OpenMode};
 use crate::journal::Journal;
-use crate::position::{Checkpoint, Position};
+use crate::position::{Checkpoint, JournalId, NodeId, Position};
 
 /// What the name of a server's file begins with; its address follows.
 pub(crate) const SERVING: &str = "serving-";
@@ -72,12 +76,12 @@ pub(crate) enum Afterwards {
 
 impl StatusFile {
     /// What `status` says is written at once and every `interval`. What can't be written isn't: shipping goes on.
-    pub(crate) fn start(
+    pub(crate) fn start<S: Serialize>(
         fs: &Arc<dyn Fs>,
         path: PathBuf,
         interval: Duration,
         afterwards: Afterwards,
-        status: impl Fn() -> Value + Send + 'static,
+        status: impl Fn() -> S + Send + 'static,
     ) -> std::io::Result<Self> {
         let (fs, interval) = (Arc::clone(fs), interval.clamp(INTERVAL_MIN, INTERVAL_MAX));
         let (stop, stopped) = bounded::<()>(0);
@@ -121,22 +125,31 @@ pub(super) fn follow(
     Some(StatusFile::start(fs, place.join(FOLLOWING), interval, Afterwards::Kept, status))
 }
 
-fn stamped(mut status: Value, interval: Duration, ended: bool) -> Value {
-    let stamp = [
-        ("pid", json!(std::process::id())),
-        ("interval_ms", json!(millis(interval))),
-        ("written_us", json!(env::now_us())),
-        ("monotonic_ms", json!(env::monotonic_ms())),
-        ("ended", json!(ended)),
-    ];
-    if let Some(fields) = status.as_object_mut() {
-        fields.extend(stamp.map(|(name, value)| (name.to_owned(), value)));
-    }
-    status
+/// What a file says, and when.
+#[derive(Serialize)]
+struct Stamped<S> {
+    #[serde(flatten)]
+    status: S,
+    pid: u32,
+    interval_ms: u64,
+    written_us: i64,
+    monotonic_ms: i64,
+    ended: bool,
 }
 
-fn write(fs: &dyn Fs, path: &Path, status: &Value) -> std::io::Result<()> {
-    let text = status.to_string();
+fn stamped<S>(status: S, interval: Duration, ended: bool) -> Stamped<S> {
+    Stamped {
+        status,
+        pid: std::process::id(),
+        interval_ms: millis(interval),
+        written_us: env::now_us(),
+        monotonic_ms: env::monotonic_ms(),
+        ended,
+    }
+}
+
+fn write(fs: &dyn Fs, path: &Path, status: &impl Serialize) -> std::io::Result<()> {
+    let text = serde_json::to_string(status)?;
     let head = format!("{MAGIC} {} {:08x}\n", text.len(), crc32fast::hash(text.as_bytes()));
     let file = match fs.open(path, OpenMode::Write) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -211,45 +224,96 @@ pub(crate) fn remove_stale(fs: &dyn Fs, dir: &Path) {
     }
 }
 
-/// What a server knows.
-pub(super) fn of_server(journal: Option<&Journal>, peers: &[PeerStatus], refused: &Ends) -> Value {
-    json!({
-        "journal": journal.map(|it| it.id().to_string()),
-        "node": journal.map(|it| it.node().to_string()),
-        "first_position": journal.map(|it| it.start().position.get()),
-        "end_position": journal.map(|it| it.end().position.get()),
-        "refused": ends(refused),
-        "peers": peers.iter().map(peer).collect::<Vec<_>>(),
-    })
+/// What a server knows. With thousands of peers this is thousands of objects a second: they are written as they are,
+/// with no tree of values between.
+#[derive(Serialize)]
+pub(super) struct ServerStatus {
+    journal: Option<Shown<JournalId>>,
+    node: Option<Shown<NodeId>>,
+    first_position: Option<u64>,
+    end_position: Option<u64>,
+    refused: Value,
+    #[serde(serialize_with = "each_peer")]
+    peers: Vec<PeerStatus>,
 }
 
-fn peer(status: &PeerStatus) -> Value {
-    json!({
-        "name": status.peer,
-        "journal": status.journal().map(|id| id.to_string()),
-        "node": status.node.map(|node| node.to_string()),
-        "address": status.address.to_string(),
-        "agent": status.agent,
-        "state": match status.state {
-            PeerState::Handshake => "handshake",
-            PeerState::CatchingUp => "catching_up",
-            PeerState::Live => "live",
-            PeerState::Stalled => "stalled",
-            PeerState::Closing => "closing",
-        },
-        "feed": status.feed,
-        "sent_position": position(status.sent),
-        "durable_position": position(status.acked),
-        "applied_position": status.applied.map(Position::get),
-        "lag_events": status.lag_events(),
-        "lag_bytes": status.lag_bytes(),
-        "lag_ms": status.lag_time().map(millis),
-        "held_bytes": status.held_bytes(),
-        "heard_ms": millis(status.heard),
-        "connected_ms": millis(status.connected_for),
-        "reconnects": status.reconnects,
-        "ends": ends(&status.ends),
-    })
+impl ServerStatus {
+    pub(super) fn new(journal: Option<&Journal>, peers: Vec<PeerStatus>, refused: &Ends) -> Self {
+        Self {
+            journal: journal.map(|it| Shown(it.id())),
+            node: journal.map(|it| Shown(it.node())),
+            first_position: journal.map(|it| it.start().position.get()),
+            end_position: journal.map(|it| it.end().position.get()),
+            refused: ends(refused),
+            peers,
+        }
+    }
+}
+
+fn each_peer<S: Serializer>(peers: &[PeerStatus], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(peers.iter().map(PeerFields::of))
+}
+
+/// As it is printed.
+struct Shown<T>(T);
+
+impl<T: Display> Serialize for Shown<T> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&self.0)
+    }
+}
+
+#[derive(Serialize)]
+struct PeerFields<'a> {
+    name: Option<&'a str>,
+    journal: Option<Shown<JournalId>>,
+    node: Option<Shown<NodeId>>,
+    address: Shown<SocketAddr>,
+    agent: &'a str,
+    state: &'static str,
+    feed: Option<&'a FeedTerms>,
+    sent_position: Option<u64>,
+    durable_position: Option<u64>,
+    applied_position: Option<u64>,
+    lag_events: Option<u64>,
+    lag_bytes: Option<u64>,
+    lag_ms: Option<u64>,
+    held_bytes: Option<u64>,
+    heard_ms: u64,
+    connected_ms: u64,
+    reconnects: u64,
+    ends: Value,
+}
+
+impl<'a> PeerFields<'a> {
+    fn of(status: &'a PeerStatus) -> Self {
+        Self {
+            name: status.peer.as_deref(),
+            journal: status.journal().map(Shown),
+            node: status.node.map(Shown),
+            address: Shown(status.address),
+            agent: &status.agent,
+            state: match status.state {
+                PeerState::Handshake => "handshake",
+                PeerState::CatchingUp => "catching_up",
+                PeerState::Live => "live",
+                PeerState::Stalled => "stalled",
+                PeerState::Closing => "closing",
+            },
+            feed: status.feed.as_ref(),
+            sent_position: position(status.sent),
+            durable_position: position(status.acked),
+            applied_position: status.applied.map(Position::get),
+            lag_events: status.lag_events(),
+            lag_bytes: status.lag_bytes(),
+            lag_ms: status.lag_time().map(millis),
+            held_bytes: status.held_bytes(),
+            heard_ms: millis(status.heard),
+            connected_ms: millis(status.connected_for),
+            reconnects: status.reconnects,
+            ends: ends(&status.ends),
+        }
+    }
 }
 
 /// What a follower knows.
@@ -354,7 +418,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FOLLOWING);
         let fresh = |change: &dyn Fn(&mut Value), ended| {
-            let mut status = stamped(json!({}), Duration::from_secs(1), ended);
+            let status = stamped(json!({}), Duration::from_secs(1), ended);
+            let mut status = serde_json::to_value(status).unwrap();
             change(&mut status);
             write(&OsFs, &path, &status).unwrap();
             read(&OsFs, &path).unwrap().is_fresh
@@ -377,7 +442,8 @@ mod tests {
         let path = dir.path().join(FOLLOWING);
         let longest = i64::try_from(millis(INTERVAL_MAX)).unwrap();
         let fresh = |interval_ms: i64, age_ms: i64| {
-            let mut status = stamped(json!({}), INTERVAL_MAX, false);
+            let status = stamped(json!({}), INTERVAL_MAX, false);
+            let mut status = serde_json::to_value(status).unwrap();
             for (name, unit) in [("monotonic_ms", 1), ("written_us", 1000)] {
                 status[name] = json!(status[name].as_i64().unwrap() - age_ms * unit);
             }

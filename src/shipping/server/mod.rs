@@ -56,7 +56,7 @@ use super::relay::Served;
 use super::security::{Gate, Security};
 use super::session::{Deadlines, OriginConfig, OriginStatus};
 use super::shape::Shape;
-use super::status_file::{self, Afterwards, StatusFile};
+use super::status_file::{self, Afterwards, ServerStatus, StatusFile};
 use super::transport;
 use super::wire::ENCRYPTED_BYTES_MAX;
 use crate::env;
@@ -527,9 +527,8 @@ impl Server {
         status_file::remove_stale(&*fs, &dir);
         let path = dir.join(format!("{}{}", status_file::SERVING, self.address));
         let shared = Arc::clone(&self.shared);
-        let status = move || {
-            status_file::of_server(shared.own().as_ref(), &shared.peers(), &shared.refused())
-        };
+        let status =
+            move || ServerStatus::new(shared.own().as_ref(), shared.peers(), &shared.refused());
         Some(StatusFile::start(&fs, path, interval, Afterwards::Removed, status))
     }
 
