@@ -84,19 +84,25 @@ impl Bench<'_> {
             .wanted(Wanted::RatioAtLeast(0.8)))
     }
 
-    /// What `sendfile` would be worth: both bare.
+    /// What `sendfile` would be worth: both bare. Each is first in every other round, as often as the other: what one
+    /// leaves to the disk is the other's burden as often.
     fn without_sendfile(&self) -> Outcome<Figure> {
         let (bytes, files) = (self.store.journal().end().offset, self.files());
         let (mut without, mut with) = (Vec::new(), Vec::new());
         let (mut cpu_without, mut cpu_with) = (Vec::new(), Vec::new());
-        for _ in 0..self.rounds {
-            let took = self.sent(|sink| send(&files, sink))?;
-            with.push(took.time.as_secs_f64());
-            cpu_with.push(took.cpu.as_secs_f64());
-            let took =
-                self.sent(|sink| wire::send_and_sync_over(&files, sink, |it| Ok(Copied(it)), Ok))?;
-            without.push(took.time.as_secs_f64());
-            cpu_without.push(took.cpu.as_secs_f64());
+        for round in 0..self.rounds.next_multiple_of(2) {
+            let both = [round % 2 == 0, round % 2 == 1];
+            for is_sendfile in both {
+                let (took, (times, cpu)) = match is_sendfile {
+                    true => (self.sent(|sink| send(&files, sink))?, (&mut with, &mut cpu_with)),
+                    false => {
+                        let took = self.sent(|sink| send_copied(&files, sink))?;
+                        (took, (&mut without, &mut cpu_without))
+                    }
+                };
+                times.push(took.time.as_secs_f64());
+                cpu.push(took.cpu.as_secs_f64());
+            }
         }
         let cpu = ratios(&cpu_without, &cpu_with).map_or(f64::NAN, |it| it.median);
         Ok(Figure::new(
@@ -136,6 +142,10 @@ fn used(segment: SegmentInfo) -> (PathBuf, u64) {
 
 fn send(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
     wire::send_and_sync(files, sink)
+}
+
+fn send_copied(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
+    wire::send_and_sync_over(files, sink, |stream| Ok(Copied(stream)), Ok)
 }
 
 fn send_over_tls(files: &[(PathBuf, u64)], sink: &Path, identity: &Identity) -> Outcome<Took> {
