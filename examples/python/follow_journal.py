@@ -74,6 +74,7 @@ ANSWER_WITHIN_S = 5
 SILENCE_MAX_S = 5
 WRITE_WITHIN_S = 5
 ACK_EVERY_S = 1
+NO_ECHO = 0  # it tells nobody how far it lags, so it needn't know how old what it is told is
 BACK_OFF_MIN_S = 0.05
 BACK_OFF_MAX_S = 5  # each plus up to as much again
 ASKED_WAIT_MAX_S = 60
@@ -467,7 +468,7 @@ class Session:
 
     def _acknowledge(self):
         self._settle()
-        self.connection.send("ACK", durable=self.mirror.durable, applied=UNKNOWN)
+        self.connection.send("ACK", durable=self.mirror.durable, applied=UNKNOWN, echo=NO_ECHO)
         self.acknowledged_at = time.monotonic()
 
     def _settle(self):
@@ -488,6 +489,7 @@ class Session:
         durable, end = message.durable, self.mirror.end
         demand(durable.journal == end.journal, "the heartbeat of another journal")
         demand(durable.offset != end.offset or durable == end, "the heartbeat of another history")
+        demand(message.echo == NO_ECHO, "an echo of what was not sent")
         self.intake.tell_durable(durable.offset, durable.position)
 
 

@@ -186,8 +186,8 @@ MESSAGES = {
     "PROBED": (0x07, ("ends", ENDS)),
     "DATA": (0x10, ("offset", U64), ("durable_offset", U64), ("durable_position", U64), reserved(8), ("data", REST)),
     "SEGMENT": (0x11, ("page", fixed(HEADER_PAGE))),
-    "HEARTBEAT": (0x16, ("durable", CHECKPOINT), ("clock_us", I64), ("speaker", U8), reserved(7)),
-    "ACK": (0x17, ("durable", CHECKPOINT), ("applied", U64)),
+    "HEARTBEAT": (0x16, ("durable", CHECKPOINT), ("clock_us", I64), ("speaker", U8), reserved(7), ("echo", U64)),
+    "ACK": (0x17, ("durable", CHECKPOINT), ("applied", U64), ("echo", U64)),
     "TRUNCATED": (0x18, ("start", CHECKPOINT), ("sources", TEXTS)),
     "ERROR": (
         0x1E,

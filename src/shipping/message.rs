@@ -385,6 +385,8 @@ pub struct Heartbeat {
     pub now_us: i64,
     /// Whose end that is.
     pub speaker: Speaker,
+    /// The number of the last [`Ack`] that was heard before the end was read.
+    pub echo: u64,
 }
 
 /// The mirror is there, and has this much.
@@ -394,6 +396,8 @@ pub struct Ack {
     pub mirrored: Checkpoint,
     /// Applied to the mirror's views, if it says so.
     pub applied: Option<Position>,
+    /// A number for the origin to give back; another one than in the [`Ack`] before asks for a [`Heartbeat`] at once.
+    pub echo: u64,
 }
 
 /// What an ERROR frame says.
@@ -1264,13 +1268,14 @@ impl Heartbeat {
         out.extend_from_slice(&self.end.to_bytes());
         out.extend_from_slice(&self.now_us.to_le_bytes());
         put_u64(out, self.speaker.number().into());
+        put_u64(out, self.echo);
     }
 
     fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
         let (end, now_us) = (checkpoint(&input.array()?)?, input.i64()?);
         let speaker = Speaker::decode(input)?;
         zeros(input, 7)?;
-        Ok(Self { end, now_us, speaker })
+        Ok(Self { end, now_us, speaker, echo: input.u64()? })
     }
 }
 
@@ -1278,12 +1283,14 @@ impl Ack {
     fn encode(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.mirrored.to_bytes());
         put_u64(out, self.applied.map_or(UNKNOWN, Position::get));
+        put_u64(out, self.echo);
     }
 
     fn decode(input: &mut Decoder<'_>) -> Result<Self, FormatError> {
         let mirrored = checkpoint(&input.array()?)?;
         let applied = input.u64()?;
-        Ok(Self { mirrored, applied: (applied != UNKNOWN).then_some(Position::new(applied)) })
+        let applied = (applied != UNKNOWN).then_some(Position::new(applied));
+        Ok(Self { mirrored, applied, echo: input.u64()? })
     }
 }
 

@@ -34,6 +34,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::connect::open_error;
@@ -87,7 +88,7 @@ struct State {
     origin: Option<(OriginEnd, Instant)>,
     /// What else it has told in the last session.
     told: Told,
-    /// When the origin told an end that the mirror has reached.
+    /// As of when the origin told an end that the mirror has reached.
     caught_up_at: Option<Instant>,
     /// The next one that it is to reach.
     awaited: Awaited,
@@ -106,6 +107,8 @@ struct State {
     copying: Option<Arc<Watched>>,
     /// The connection's socket, to interrupt whoever reads from it.
     socket: Option<TcpStream>,
+    /// While there is a session: whoever waits for an end that is told from now on rings here.
+    asks: Option<Sender<()>>,
 }
 
 impl State {
@@ -129,6 +132,7 @@ impl State {
             resuming: false,
             copying: None,
             socket: None,
+            asks: None,
         }
     }
 }
@@ -219,14 +223,15 @@ impl Mirror {
         self.shared.wait_for(timeout, |state| state.journal.clone())
     }
 
-    /// Waits until the mirror is durable up to an end that the origin told after this call. That comes with
-    /// the next events or the next heartbeat. To wait for a certain event, wait for its token, here
-    /// ([`wait_for`](Self::wait_for)) or in a view.
+    /// Waits until the mirror is durable up to an end that the origin had at some time after this call: it is asked for
+    /// that at once. To wait for a certain event, wait for its token, here ([`wait_for`](Self::wait_for)) or in a view.
     ///
     /// # Errors
     /// [`WaitError`].
     pub fn wait_caught_up(&self, timeout: Duration) -> Result<Checkpoint, WaitError> {
-        self.shared.wait_for(timeout, standing::reaches_what_is_told_from(Instant::now()))
+        let called = Instant::now();
+        self.shared.ask();
+        self.shared.wait_for(timeout, standing::reaches_what_is_told_from(called))
     }
 
     /// Waits until the mirror has the append that gave `token`, durably, for `timeout` at most; the token comes
@@ -337,6 +342,13 @@ impl Shared {
             status_file::of_mirror(&status) // may wait for the disk, and holds nobody up
         };
         status_file::follow(&self.fs, &self.dir, self.options.status_interval, status)
+    }
+
+    /// Somebody waits for an end that is told from now on. The next session begins with one.
+    fn ask(&self) {
+        if let Some(asks) = &self.state.lock().asks {
+            asks.try_send(()).unwrap_or_default(); // one is enough for all
+        }
     }
 
     fn stop(&self) {

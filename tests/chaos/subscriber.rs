@@ -120,7 +120,7 @@ impl Subscriber {
         let mut out = Vec::new();
         if let (Some(mirrored), Some(_)) = (self.end, self.told) {
             self.acked = mirrored.offset;
-            Message::Ack(Ack { mirrored, applied: None }).encode(&mut out);
+            Message::Ack(Ack { mirrored, applied: None, echo: 0 }).encode(&mut out);
         }
         out
     }

@@ -216,7 +216,9 @@ fn a_connection_that_was_superseded_does_not_take_the_lease_back() {
     // It gets on, and isn't noted with that before it ends.
     let mut cursor = served.origin.store().journal().cursor(Position::START).unwrap();
     let some = cursor.next_batch().unwrap().unwrap().end();
-    first.write_all(&encoded(&[Message::Ack(Ack { mirrored: some, applied: None })])).unwrap();
+    first
+        .write_all(&encoded(&[Message::Ack(Ack { mirrored: some, applied: None, echo: 0 })]))
+        .unwrap();
     served.peers_until(|peers| peers.iter().any(|peer| peer.acked == Some(some)));
     // The mirror has come back, with all that there is, before its last connection was given up.
     let second = subscribed(Some(end));

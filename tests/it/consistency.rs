@@ -268,7 +268,7 @@ impl Peer {
 
     fn acknowledge(&mut self, mirrored: Checkpoint) {
         let mut out = Vec::new();
-        Message::Ack(Ack { mirrored, applied: None }).encode(&mut out);
+        Message::Ack(Ack { mirrored, applied: None, echo: 0 }).encode(&mut out);
         self.0.write_all(&out).unwrap();
     }
 }

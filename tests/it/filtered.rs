@@ -1081,14 +1081,19 @@ fn false_relay() -> (SocketAddr, std::sync::mpsc::Sender<Vec<u8>>) {
 }
 
 fn heartbeat(speaker: Speaker) -> Vec<u8> {
-    frame(&Message::Heartbeat(Heartbeat { end: place(100), now_us: 0, speaker }))
+    frame(&Message::Heartbeat(Heartbeat { end: place(100), now_us: 0, speaker, echo: 0 }))
 }
 
 #[test]
 fn behind_a_relay_lag_is_unknown_until_it_has_said_that_it_is_current_in_this_session() {
     let dir = tempfile::tempdir().unwrap();
     let (address, say) = false_relay();
-    let feed = feed_at(&dir.path().join("feed"), address, FeedPart::types(["placed"]));
+    // It gives no number back: what it says holds as of the subscription, and for long.
+    let (heartbeat_time, silence) = (Duration::from_secs(60), Duration::from_secs(600));
+    let deadlines = Deadlines { heartbeat: heartbeat_time, silence, ..Deadlines::default() };
+    let (path, options) = (dir.path().join("feed"), FollowOptions { deadlines, ..options() });
+    let placed = FeedPart::types(["placed"]).into();
+    let feed = follow_feed(Arc::new(OsFs), &path, address.to_string(), placed, options).unwrap();
     say.send(frame(&skip(0, 100))).unwrap();
     let all = Some(Position::new(100));
     let has_all = |status: &FeedStatus| status.received.map(|at| at.position) == all;
@@ -1115,7 +1120,7 @@ fn behind_a_relay_lag_is_unknown_until_it_has_said_that_it_is_current_in_this_se
         said.into_iter().for_each(|said| say.send(said).unwrap());
         let status = feed.wait_until(SOON, again).unwrap();
         assert!(!status.is_live() && status.lag_events().is_none(), "{status:?}");
-        assert!(status.origin_heard.unwrap() < 3 * Deadlines::default().heartbeat, "{since:?}");
+        assert!(status.origin_heard.unwrap() < 3 * heartbeat_time, "{since:?}");
     }
     say.send(heartbeat(Speaker::Relay)).unwrap();
     let status = feed.wait_until(SOON, |status| again(status) && status.is_live()).unwrap();

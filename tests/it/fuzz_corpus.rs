@@ -235,9 +235,17 @@ fn message_seeds(seeds: &mut Seeds) {
                 end: checkpoint(20),
                 now_us: 7,
                 speaker: Speaker::Origin,
+                echo: 3,
             }),
         ),
-        ("ack", Message::Ack(Ack { mirrored: checkpoint(20), applied: Some(Position::new(19)) })),
+        (
+            "ack",
+            Message::Ack(Ack {
+                mirrored: checkpoint(20),
+                applied: Some(Position::new(19)),
+                echo: 3,
+            }),
+        ),
         ("error", Message::Error(Failure { position: Some(Position::new(3)), ..failure })),
         ("goaway", Message::GoAway(GoAway { reconnect_after_ms: 1000 })),
     ];

@@ -123,7 +123,7 @@ impl Subscriber {
     }
 
     fn acknowledge(&mut self, mirrored: Checkpoint, applied: Option<Position>) {
-        let ack = Message::Ack(Ack { mirrored, applied });
+        let ack = Message::Ack(Ack { mirrored, applied, echo: 0 });
         self.stream.write_all(&frame(&ack)).unwrap();
     }
 }
@@ -307,11 +307,13 @@ fn withholding(end: Checkpoint, ahead_us: i64) -> SocketAddr {
                         first_position: Position::START,
                         path: vec![NodeId::from_bytes([8; 16]), node],
                     })),
-                    _ => frame(&Message::Heartbeat(Heartbeat {
+                    Message::Ack(ack) => frame(&Message::Heartbeat(Heartbeat {
                         end,
                         now_us,
                         speaker: headwater::shipping::message::Speaker::Origin,
+                        echo: ack.echo,
                     })),
+                    _ => return,
                 };
                 drop(stream.write_all(&answer));
             }

@@ -12,7 +12,7 @@ use headwater::format::files::Mark;
 use headwater::format::record;
 use headwater::format::segment::SegmentHeader;
 use headwater::fs::os::OsFs;
-use headwater::shipping::message::{Ack, Data, Message, OriginEnd};
+use headwater::shipping::message::{Ack, Data, Heartbeat, Message, OriginEnd, Speaker};
 use headwater::{
     Checkpoint, EventId, Incarnation, JournalId, JournalOptions, NewEvent, Position, Revision,
     StreamId,
@@ -523,7 +523,12 @@ fn frames_that_break_the_protocol_end_the_session_and_unknown_optional_ones_are_
         frame[at] ^= 1;
         [segment.clone(), frame].concat()
     };
-    let ack = frame(&Message::Ack(Ack { mirrored: Mark::start(JOURNAL).end, applied: None }));
+    let ack =
+        frame(&Message::Ack(Ack { mirrored: Mark::start(JOURNAL).end, applied: None, echo: 0 }));
+    let heartbeat = |echo| {
+        let (end, speaker) = (Mark::start(JOURNAL).end, Speaker::Origin);
+        frame(&Message::Heartbeat(Heartbeat { end, now_us: 0, speaker, echo }))
+    };
     let back = OriginEnd { offset: end.offset - 64, ..end };
     let back = frame(&Message::Data(Data {
         offset: 0,
@@ -546,6 +551,7 @@ fn frames_that_break_the_protocol_end_the_session_and_unknown_optional_ones_are_
             [segment.clone(), frame(&Message::Data(data))].concat()
         }),
         ("ACK while streaming", ack),
+        ("echo of what was not sent", heartbeat(1)),
     ];
     for (what, frames) in breaches {
         let (mut follower, dir) = follow_falsely(frames, end);

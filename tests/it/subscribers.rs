@@ -125,6 +125,8 @@ struct Client {
     granted: Option<Checkpoint>,
     /// The end of the origin as last told.
     told: u64,
+    /// The number that came back last, and the end that came with it.
+    echo: (u64, u64),
     acked: u64,
     error: Option<ErrorCode>,
 }
@@ -135,7 +137,8 @@ impl Client {
         stream.set_read_timeout(Some(SOON)).unwrap();
         let mut reader = FrameReader::new();
         reader.allow_data(1 << 20);
-        Self { stream, reader, bytes: Vec::new(), granted: None, told: 0, acked: 0, error: None }
+        let (bytes, granted, error) = (Vec::new(), None, None);
+        Self { stream, reader, bytes, granted, told: 0, echo: (0, 0), acked: 0, error }
     }
 
     fn subscribed(address: SocketAddr, window_bytes: u32) -> Self {
@@ -147,7 +150,7 @@ impl Client {
 
     fn acknowledge(&mut self, mirrored: Checkpoint) {
         self.acked = mirrored.offset;
-        self.say(&frame(&Message::Ack(Ack { mirrored, applied: None })));
+        self.say(&frame(&Message::Ack(Ack { mirrored, applied: None, echo: 0 })));
     }
 
     fn say(&mut self, bytes: &[u8]) {
@@ -165,6 +168,7 @@ impl Client {
                 Message::Heartbeat(heartbeat) => {
                     assert!(heartbeat.end.offset >= self.told, "an end that goes back");
                     self.told = heartbeat.end.offset;
+                    self.echo = (heartbeat.echo, self.told);
                 }
                 Message::Data(data) => {
                     assert_eq!(data.offset, self.bytes.len() as u64, "a gap, or twice");
@@ -266,6 +270,23 @@ fn follow_slowly(origin: &Origin, window_bytes: u32, count: usize) -> Vec<u8> {
         }
     }
     client.bytes
+}
+
+/// What is committed is collected for a minute; whoever asks how far that is isn't told what the loop knew before.
+#[test]
+fn whoever_asks_for_the_durable_end_is_told_the_one_that_there_is() {
+    let flush_intervals = vec![(0, Duration::from_secs(60))];
+    let origin = Origin::start(small(), ServeOptions { flush_intervals, ..patient() });
+    origin.append(100);
+    let mut client = Client::subscribed(origin.address(), 1 << 20);
+    client.hear_up_to(&origin.end());
+    for echo in 1..20 {
+        let mirrored = client.granted.unwrap();
+        client.say(&frame(&Message::Ack(Ack { mirrored, applied: None, echo })));
+        client.hear_until(|client| client.echo.0 == echo);
+        assert_eq!(client.echo.1, origin.end().offset, "{echo}");
+        origin.append(100);
+    }
 }
 
 #[test]
@@ -444,7 +465,7 @@ fn frames_that_are_replayed_or_forged_end_the_session() {
         client.say(said);
         assert_eq!(client.end(), Some(wanted));
     };
-    let ack = |mirrored| frame(&Message::Ack(Ack { mirrored, applied: None }));
+    let ack = |mirrored| frame(&Message::Ack(Ack { mirrored, applied: None, echo: 0 }));
     said(&hello(), ErrorCode::PROTOCOL);
     said(&subscribe(1), ErrorCode::PROTOCOL);
     said(&ack(Checkpoint { offset: end.offset + 64, ..end }), ErrorCode::PROTOCOL);

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::error::of_a_feed;
@@ -67,7 +67,8 @@ pub struct FeedStatus {
     pub received: Option<Checkpoint>,
     /// The origin's durable end as last told; `None` if it has never been.
     pub origin_end: Option<OriginEnd>,
-    /// How long ago that was.
+    /// How long ago that was true, at the most: it is as long since the origin was asked for what it said, however long
+    /// that was on the way.
     pub origin_heard: Option<Duration>,
     /// Why the last attempt or session ended.
     pub last_error: Option<ShippingError>,
@@ -76,7 +77,7 @@ pub struct FeedStatus {
     /// Why sessions and attempts have ended, since it is followed.
     pub ends: Ends,
     lag_is_known: bool,
-    /// How long ago the origin told an end up to which everything is accounted for.
+    /// How long ago, at the most, the origin had an end up to which everything is accounted for.
     caught_up: Option<Duration>,
 }
 
@@ -97,7 +98,8 @@ impl FeedStatus {
     }
 
     /// For how long, at most, the origin has had something that isn't accounted for: zero if everything is, and `None` if
-    /// that isn't known, as before everything was for the first time. Off by the time that a message takes.
+    /// that isn't known, as before everything was for the first time. It is counted from when the origin was asked, up to
+    /// a heartbeat before it told.
     #[must_use]
     pub fn lag_time(&self) -> Option<Duration> {
         match self.lag_bytes()? {
@@ -168,6 +170,8 @@ struct State {
     resuming: bool,
     /// The connection's socket, to interrupt whoever reads from it.
     socket: Option<TcpStream>,
+    /// While there is a session: whoever waits for an end that is told from now on rings here.
+    asks: Option<Sender<()>>,
 }
 
 /// Follows a filtered feed of the journal that is served at `address` into a journal of its own in `dir`.
@@ -251,16 +255,17 @@ impl Feed {
         self.shared.wait_for(timeout, |state| state.journal.clone())
     }
 
-    /// Waits until everything is accounted for up to an end that the origin told after this call. That comes with the
-    /// next events or the next heartbeat.
+    /// Waits until everything is accounted for up to an end that the origin had at some time after this call: it is
+    /// asked for that at once.
     ///
     /// # Errors
     /// [`WaitError`].
     pub fn wait_caught_up(&self, timeout: Duration) -> Result<Checkpoint, WaitError> {
         let called = Instant::now();
+        self.shared.ask();
         let mut awaited = Awaited::default();
         self.shared.wait_for(timeout, |state| {
-            let told = state.current_end().filter(|(_, told_at)| *told_at >= called)?;
+            let told = state.current_end().filter(|(_, as_of)| *as_of >= called)?;
             let received = state.received?;
             awaited.reached(told, received).map(|_| received)
         })
@@ -380,6 +385,7 @@ impl State {
             stopping: false,
             resuming: false,
             socket: None,
+            asks: None,
         }
     }
 
@@ -488,7 +494,9 @@ impl Shared {
             resume,
         };
         let session = Mutex::new(MirrorSession::fed(config, request, transport::now()));
-        let connection = Connection { shared: self, session, link };
+        let (asks, asked) = bounded(1);
+        self.state.lock().asks = Some(asks.clone());
+        let connection = Connection { shared: self, session, link, asked };
         let (sender, deliveries) = unbounded();
         let written = thread::scope(|scope| {
             let listener = thread::Builder::new().name("headwater-listen".into());
@@ -503,7 +511,9 @@ impl Shared {
             written
         });
         let end = connection.session.into_inner().end().cloned();
-        self.state.lock().socket = None;
+        let mut state = self.state.lock();
+        (state.socket, state.asks) = (None, None);
+        drop(state);
         match (written, end) {
             (Err(error), _) => error,
             (Ok(()), Some(SessionEnd::Disconnected) | None) => {
@@ -519,6 +529,13 @@ impl Shared {
         let shared = Arc::clone(self);
         let status = move || status_file::of_feed(&shared.status(&shared.state.lock()));
         status_file::follow(&self.fs, &self.dir, self.options.status_interval, status)
+    }
+
+    /// Somebody waits for an end that is told from now on. The next session begins with one.
+    fn ask(&self) {
+        if let Some(asks) = &self.state.lock().asks {
+            asks.try_send(()).unwrap_or_default(); // one is enough for all
+        }
     }
 
     fn stop(&self) {
@@ -646,6 +663,8 @@ struct Connection<'a> {
     shared: &'a Shared,
     session: Mutex<MirrorSession>,
     link: &'a Link,
+    /// Rings when somebody waits for what the origin tells from now on.
+    asked: Receiver<()>,
 }
 
 impl Connection<'_> {
@@ -695,7 +714,17 @@ impl Connection<'_> {
         received: &mut Option<Received>,
         deliveries: &Receiver<Delivery>,
     ) -> Result<(), ShippingError> {
-        while let Ok(first) = deliveries.recv() {
+        loop {
+            let first = select! {
+                recv(deliveries) -> delivery => match delivery {
+                    Ok(delivery) => delivery,
+                    Err(_) => break,
+                },
+                recv(self.asked) -> _ => {
+                    self.ask();
+                    continue;
+                }
+            };
             let all = std::iter::once(first).chain(deliveries.try_iter());
             let taken = all.into_iter().try_for_each(|delivery| self.take(received, delivery));
             self.settle(received)?;
@@ -748,10 +777,20 @@ impl Connection<'_> {
         let durable = received.settle()?;
         self.shared.publish(Some(received));
         if let Some(durable) = durable {
-            self.session.lock().on_durable(durable);
+            let mut session = self.session.lock();
+            session.on_durable(durable);
+            if self.asked.try_recv().is_ok() {
+                session.ask(transport::now());
+            }
+            drop(session);
             self.flush();
         }
         Ok(())
+    }
+
+    fn ask(&self) {
+        self.session.lock().ask(transport::now());
+        self.flush();
     }
 
     /// The writer can't go on: the origin is told why, and the listener is interrupted.

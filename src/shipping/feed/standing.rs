@@ -22,7 +22,7 @@ impl State {
         self.origin = end.or(self.origin);
     }
 
-    /// The end that was told last in this session, and when, if that is the origin's as far as anybody knows: not in
+    /// The end that was told last in this session, and as of when, if that is the origin's as far as anybody knows: not in
     /// front of events that are here.
     pub(super) fn current_end(&self) -> Option<(OriginEnd, Instant)> {
         let has_all = |end: OriginEnd| self.ahead_until.is_none_or(|until| until <= end.position);

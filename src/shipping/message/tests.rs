@@ -96,9 +96,14 @@ fn control_frames() -> Vec<Message<'static>> {
             end: end(128, 2),
             now_us: 1_700_000_000_000_000,
             speaker: Speaker::RelayApart,
+            echo: 1 << 40,
         }),
-        Message::Ack(Ack { mirrored: end(128, 2), applied: None }),
-        Message::Ack(Ack { mirrored: end(128, 2), applied: Some(Position::new(1)) }),
+        Message::Ack(Ack { mirrored: end(128, 2), applied: None, echo: 0 }),
+        Message::Ack(Ack {
+            mirrored: end(128, 2),
+            applied: Some(Position::new(1)),
+            echo: u64::MAX,
+        }),
         Message::Error(Failure::new(ErrorCode::PROTOCOL, "")),
         Message::Error(Failure {
             retry_after_ms: 250,
@@ -216,8 +221,12 @@ fn unknown(kind: u8, flags: u8) -> Vec<u8> {
 
 #[test]
 fn unknown_frames_are_passed_over_only_if_they_are_optional() {
-    let heartbeat =
-        Message::Heartbeat(Heartbeat { end: end(128, 2), now_us: 0, speaker: Speaker::Origin });
+    let heartbeat = Message::Heartbeat(Heartbeat {
+        end: end(128, 2),
+        now_us: 0,
+        speaker: Speaker::Origin,
+        echo: 0,
+    });
     let mut reader = reader();
     reader.push(&[unknown(0x77, FLAG_OPTIONAL), encoded(&heartbeat)].concat());
     assert_eq!(reader.next_message(), Ok(Some(heartbeat)));

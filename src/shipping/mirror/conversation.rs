@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, unbounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select, unbounded};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::connect::{open_error, setup_error};
@@ -66,7 +66,9 @@ impl Shared {
         let node = ingest.as_ref().map_or(self.new_node, |ingest| ingest.journal().node());
         let config = self.config(node, resume, authentication);
         let session = Mutex::new(MirrorSession::new(config, transport::now()));
-        let connection = Connection { shared: self, session, link };
+        let (asks, asked) = bounded(1);
+        self.state.lock().asks = Some(asks.clone());
+        let connection = Connection { shared: self, session, link, asked };
         let desk = Desk::new(&connection, ingest);
         let written = thread::scope(|scope| {
             let desk = &desk;
@@ -81,7 +83,7 @@ impl Shared {
         drop(desk);
         let end = connection.session.into_inner().end().cloned();
         let mut state = self.state.lock();
-        state.socket = None;
+        (state.socket, state.asks) = (None, None);
         state.session_since = None;
         let was_live = matches!(state.phase, MirrorState::Live);
         let had = resume.map_or(Position::START, |resume| resume.end.position);
@@ -123,6 +125,8 @@ struct Connection<'a> {
     shared: &'a Shared,
     session: Mutex<MirrorSession>,
     link: &'a Link,
+    /// Rings when somebody waits for what the origin tells from now on.
+    asked: Receiver<()>,
 }
 
 impl Connection<'_> {
@@ -154,7 +158,17 @@ impl Connection<'_> {
 
     fn became_durable(&self, end: Checkpoint) {
         self.shared.mirror_moved(end);
-        self.session.lock().on_durable(end);
+        let mut session = self.session.lock();
+        session.on_durable(end);
+        if self.asked.try_recv().is_ok() {
+            session.ask(transport::now());
+        }
+        drop(session);
+        self.flush();
+    }
+
+    fn ask(&self) {
+        self.session.lock().ask(transport::now());
         self.flush();
     }
 
@@ -281,16 +295,20 @@ impl<'a> Desk<'a> {
     /// written is synced also then, and also when a later delivery is refused.
     fn write(&self) -> Result<Left, ShippingError> {
         loop {
-            match self.deliveries.recv_timeout(TICK) {
-                Ok(first) => {
+            select! {
+                recv(self.deliveries) -> first => {
+                    let Ok(first) = first else { return Ok(Left::Over) };
                     let mut writer = self.writer.lock();
                     let written = writer.write_all(first, &self.deliveries)?;
                     drop(writer);
                     self.under_way.fetch_sub(written, Ordering::Relaxed);
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok(Left::Over),
-                Err(RecvTimeoutError::Timeout) if self.listener.is_locked() => {}
-                Err(RecvTimeoutError::Timeout) => return Ok(Left::Free),
+                recv(self.connection.asked) -> _ => self.connection.ask(),
+                default(TICK) => {
+                    if !self.listener.is_locked() {
+                        return Ok(Left::Free);
+                    }
+                }
             }
         }
     }

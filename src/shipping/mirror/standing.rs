@@ -19,8 +19,8 @@ const STANDS_FOR_HEARTBEATS: u32 = 2;
 pub(in crate::shipping) struct Awaited(Option<(OriginEnd, Instant)>);
 
 impl Awaited {
-    /// When the last of the ends was told that the mirror is known to have reached, if it has reached one; `told` is the
-    /// latest.
+    /// As of when the last of the ends was told that the mirror is known to have reached, if it has reached one; `told` is
+    /// the latest.
     pub(in crate::shipping) fn reached(
         &mut self,
         told: (OriginEnd, Instant),
@@ -85,11 +85,11 @@ impl State {
         let holds_for = STANDS_FOR_HEARTBEATS * self.heartbeat(own);
         let is_connected = matches!(self.phase, MirrorState::CatchingUp | MirrorState::Live);
         let hears = is_connected && self.told.speaker != Some(Speaker::RelayApart);
-        let told_at = self.told.end.map(|(_, told_at)| told_at).filter(|_| hears);
+        let told_as_of = self.told.end.map(|(_, as_of)| as_of).filter(|_| hears);
         let is_current = matches!(self.phase, MirrorState::Live) && self.upstream_is_current();
         let had_all_at = self.caught_up_at.filter(|_| is_current);
         let until = |at: Option<Instant>| at.map(|at| at + holds_for);
-        Standing { hears_until: until(told_at), has_all_until: until(had_all_at) }
+        Standing { hears_until: until(told_as_of), has_all_until: until(had_all_at) }
     }
 
     /// The mirror's durable end: the journal's own, so it is never behind what a view shows already.
@@ -156,14 +156,14 @@ impl Shared {
     }
 }
 
-/// Finds the mirror's durable end once that has reached an end which was told from then on, by one who is current.
+/// Finds the mirror's durable end once that has reached an end as of then or later, told by one who is current.
 pub(super) fn reaches_what_is_told_from(
     called: Instant,
 ) -> impl FnMut(&State) -> Option<Checkpoint> {
     let mut awaited = Awaited::default();
     move |state| {
-        let counts = |told_at: Instant| told_at >= called && state.upstream_is_current();
-        let told = state.origin.filter(|(_, told_at)| counts(*told_at))?;
+        let counts = |as_of: Instant| as_of >= called && state.upstream_is_current();
+        let told = state.origin.filter(|(_, as_of)| counts(*as_of))?;
         let mirrored = state.mirrored()?;
         awaited.reached(told, mirrored).map(|_| mirrored)
     }
@@ -194,9 +194,9 @@ mod tests {
         Checkpoint { offset, ..Mark::start(JournalId::from_bytes([7; 16])).end }
     }
 
-    fn told(speaker: Speaker, offset: u64, told_at: Instant) -> Told {
+    fn told(speaker: Speaker, offset: u64, as_of: Instant) -> Told {
         let end = OriginEnd { offset, position: Position::new(offset / 64) };
-        Told { end: Some((end, told_at)), speaker: Some(speaker), ..Told::default() }
+        Told { end: Some((end, as_of)), speaker: Some(speaker), ..Told::default() }
     }
 
     /// In a session that has just begun.
@@ -230,6 +230,24 @@ mod tests {
             state.judge(at(6400 + 64 * 1995), WINDOW_BYTES);
         }
         assert!(state.caught_up_at <= had_all_at.map(|at| at + ms(60)));
+    }
+
+    /// What is told in between holds as of when the origin was asked last: a heartbeat ago at the most, and the way.
+    #[test]
+    fn whoever_reaches_each_end_has_all_all_the_while_however_seldom_it_asks_as_of_when_they_hold()
+    {
+        let start = Instant::now();
+        let (mut state, own) = (connected(start), Deadlines::default());
+        for round in 1..=4000 {
+            let now = start + ms(5 * round);
+            let as_of = start + ms((5 * round).saturating_sub(40) / 1000 * 1000);
+            state.is_told(told(Speaker::Origin, 6400 + 64 * round, as_of));
+            state.judge(at(6400 + 64 * round.saturating_sub(6)), WINDOW_BYTES);
+            let stands = state.stands(&own);
+            assert!(round < 12 || stands.has_all_until.is_some_and(|until| until >= now));
+            assert!(stands.hears_until.is_some_and(|until| until >= now), "{round}");
+            assert!(stands.has_all_until <= Some(as_of + ms(2000)), "{round}: as of what was told");
+        }
     }
 
     #[test]

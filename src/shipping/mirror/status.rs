@@ -62,7 +62,8 @@ pub struct MirrorStatus {
     pub applied: Option<Position>,
     /// The origin's durable end as last told; `None` if it has never been.
     pub origin_end: Option<OriginEnd>,
-    /// How long ago that was.
+    /// How long ago that was true, at the most: it is as long since the origin was asked for what it said, however long
+    /// that was on the way.
     pub origin_heard: Option<Duration>,
     /// Why the last attempt or session ended.
     pub last_error: Option<ShippingError>,
@@ -74,9 +75,9 @@ pub struct MirrorStatus {
     pub orphans: Vec<Orphans>,
     /// Whether what is known of the origin's end is fresh.
     lag_is_known: bool,
-    /// What time it is at the origin.
+    /// What time it is at the origin, at the most.
     origin_now_us: Option<i64>,
-    /// How long ago the origin told an end that the mirror has reached.
+    /// How long ago, at the most, the origin had an end that the mirror has reached.
     caught_up: Option<Duration>,
     /// To look something up in.
     journal: Option<Journal>,
@@ -99,7 +100,7 @@ impl MirrorStatus {
     }
 
     /// For how long, at most, the origin has had something that this mirror hasn't: zero if it has all, and `None` if
-    /// that isn't known. Off by the time that a message takes. May block for the disk.
+    /// that isn't known. Off by a round trip at the most. May block for the disk.
     ///
     /// It is the shorter of two times: since the mirror had everything that the origin told; and since its last event was
     /// recorded, by the origin's clock alone: clocks that differ don't matter. With a mirror between, it is that mirror's

@@ -91,6 +91,11 @@ impl Connection {
         self.session.status().streaming
     }
 
+    /// It is to be told how far the journal is durable by now.
+    pub(super) const fn is_asked(&self) -> bool {
+        self.session.is_asked()
+    }
+
     pub(super) fn lease(&self) -> Option<Lease> {
         self.session.lease()
     }

@@ -278,7 +278,13 @@ impl EventLoop {
         }
         connection.choose(&self.shared);
         let step = match connection.feed.clone() {
-            Some(feed) => connection.advance(&mut self.fan(&feed, now.at).live, now, TURN),
+            Some(feed) => {
+                let live = &mut self.fan(&feed, now.at).live;
+                if connection.is_asked() {
+                    live.renew();
+                }
+                connection.advance(live, now, TURN)
+            }
             None => connection.advance(&mut Nothing, now, TURN),
         };
         self.settle(connection, step, now);

@@ -83,8 +83,8 @@ pub struct ServeOptions {
     pub handshakes_max: usize,
     /// At most so many of them may come from one IP address; `None`: as many as there may be. Default `None`.
     pub connections_per_address_max: Option<usize>,
-    /// A peer may send so many acknowledgements a second that say nothing new; one that sends more is cut off.
-    /// Default 100.
+    /// A peer may send so many acknowledgements a second that say nothing new, behind another one that doesn't; one that
+    /// sends more is cut off. Default 100.
     pub idle_acks_per_second_max: u32,
     /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 40 KiB. Within TLS
     /// 16 KiB of that are for what is encrypted and not taken yet.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::echoes::Echoes;
 use self::fed::Fed;
 use super::feed::InFlight;
 use super::probe::{Held, Search};
@@ -18,6 +19,7 @@ use crate::shipping::message::{
     Run, Speaker, Subscribe, Subscribed, Welcome, claimed_batch_len,
 };
 
+mod echoes;
 mod fed;
 
 #[cfg(test)]
@@ -75,9 +77,9 @@ pub(crate) enum Delivery {
 /// What the origin has told of itself, in this session.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Told {
-    /// Its durable end, and when it was told.
+    /// Its durable end, as of then: it was read later, however long it took to come here.
     pub(crate) end: Option<(OriginEnd, Instant)>,
-    /// Its clock, in microseconds since 1970, and when it was told.
+    /// Its clock, in microseconds since 1970, as of then.
     pub(crate) clock: Option<(i64, Instant)>,
     /// How often it makes itself heard, as it says.
     pub(crate) heartbeat: Duration,
@@ -122,6 +124,11 @@ pub(crate) struct MirrorSession {
     durable: Option<Checkpoint>,
     applied: Option<Position>,
     ack_due: bool,
+    /// What the last acknowledgement said.
+    acked: Option<(u64, Option<Position>)>,
+    echoes: Echoes,
+    /// What is told now was caused by what this side said then.
+    as_of: Instant,
     told: Told,
     /// The features that are used in this session.
     features: u64,
@@ -156,6 +163,9 @@ impl MirrorSession {
             durable,
             applied: None,
             ack_due: false,
+            acked: None,
+            echoes: Echoes::new(now.at),
+            as_of: now.at,
             told: Told::default(),
             features: 0,
             search: None,
@@ -191,7 +201,7 @@ impl MirrorSession {
         self.end.as_ref()
     }
 
-    /// The origin's durable end as last told in this session, and when.
+    /// The origin's durable end as last told in this session, and as of when.
     pub(crate) const fn origin_end(&self) -> Option<(OriginEnd, Instant)> {
         self.told.end
     }
@@ -209,12 +219,27 @@ impl MirrorSession {
     /// Takes what is to be written.
     pub(crate) fn take_output(&mut self, now: Now, out: &mut Vec<u8>) {
         if let (true, Some(mirrored)) = (std::mem::take(&mut self.ack_due), self.durable) {
-            self.say(&Message::Ack(Ack { mirrored, applied: self.applied }));
+            self.acknowledge(mirrored, now);
         }
         if !self.control.is_empty() {
             self.said_at = now.at;
             out.append(&mut self.control);
         }
+    }
+
+    fn acknowledge(&mut self, mirrored: Checkpoint, now: Now) {
+        let (offset, applied) = (mirrored.offset, self.applied);
+        let says_more = self.acked.is_some_and(|acked| offset > acked.0 || applied > acked.1);
+        self.acked = Some((offset, applied.max(self.acked.and_then(|acked| acked.1))));
+        let echo = self.echoes.send(now.at, says_more, self.config.deadlines.heartbeat);
+        self.say(&Message::Ack(Ack { mirrored, applied, echo }));
+    }
+
+    /// Somebody waits for an end that the origin tells from now on: it is asked for one with the next acknowledgement, if
+    /// there needn't be a pause at once.
+    pub(crate) fn ask(&mut self, now: Now) {
+        self.echoes.want();
+        self.on_time(now);
     }
 
     /// The mirror has made this much durable.
@@ -248,8 +273,9 @@ impl MirrorSession {
             };
             return self.finish(SessionEnd::Timeout(deadline));
         }
-        self.ack_due |= self.state == State::Streaming
-            && now.at >= self.said_at + self.config.deadlines.heartbeat;
+        let is_due =
+            now.at >= self.said_at + self.config.deadlines.heartbeat || self.echoes.is_due(now.at);
+        self.ack_due |= self.state == State::Streaming && is_due;
     }
 
     /// The other side is a relay that doesn't hear from its origin: others are asked.
@@ -314,12 +340,12 @@ impl MirrorSession {
                 self.subscribed(&subscribed, Some(terms), now, deliveries)?;
             }
             (State::Streaming, Message::Events(events)) if self.fed.is_some() => {
-                self.events(&events, now, deliveries)?;
+                self.events(&events, deliveries)?;
             }
             (State::Streaming, Message::Skip(skip))
                 if self.fed.is_some() && self.partial.is_empty() =>
             {
-                self.skip(&skip, now, deliveries)?;
+                self.skip(&skip, deliveries)?;
             }
             (State::AwaitSubscribed, Message::Diverged(diverged)) => {
                 self.diverged(&diverged, now)?;
@@ -340,9 +366,9 @@ impl MirrorSession {
                 deliveries.push(Delivery::Segment(Box::new(*page)));
             }
             (State::Streaming, Message::Data(data)) if self.fed.is_none() => {
-                self.data(&data, now, deliveries)?;
+                self.data(&data, deliveries)?;
             }
-            (State::Streaming, Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat, now)?,
+            (State::Streaming, Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat)?,
             (_, message) => {
                 let (frame, expected) = (message.name(), self.expected());
                 return Err(Violation::Unexpected { frame, expected });
@@ -390,7 +416,8 @@ impl MirrorSession {
             return Ok(());
         }
         self.features = welcome.features;
-        self.told.clock = Some((welcome.now_us, now.at));
+        self.told.clock = Some((welcome.now_us, self.as_of));
+        self.as_of = now.at;
         self.told.heartbeat = Duration::from_millis(welcome.heartbeat_ms.into());
         self.state = State::AwaitSubscribed;
         self.deadline = now.at + self.config.deadlines.silence;
@@ -500,7 +527,7 @@ impl MirrorSession {
         self.durable = Some(from);
         self.state = State::Streaming;
         self.deadline = now.at + self.config.deadlines.silence;
-        self.told.end = Some((OriginEnd::from(&end), now.at));
+        self.told.end = Some((OriginEnd::from(&end), self.as_of));
         self.told.path = subscribed.path.as_slice().into();
         self.told.speaker = (subscribed.path.len() <= 1).then_some(Speaker::Origin);
         self.ack_due = true;
@@ -514,38 +541,36 @@ impl MirrorSession {
         Ok(())
     }
 
-    fn heartbeat(&mut self, heartbeat: &Heartbeat, now: Now) -> Result<(), Violation> {
+    fn heartbeat(&mut self, heartbeat: &Heartbeat) -> Result<(), Violation> {
         if self.durable.is_none_or(|durable| durable.journal != heartbeat.end.journal) {
             return Err(Violation::Subscribed);
         }
-        self.told.clock = Some((heartbeat.now_us, now.at));
+        if let Some(sent) = self.echoes.came_back(heartbeat.echo)? {
+            self.as_of = sent;
+            self.told.clock = Some((heartbeat.now_us, sent));
+        }
         self.told.speaker = Some(heartbeat.speaker);
-        self.origin_is_durable_to(OriginEnd::from(&heartbeat.end), now)
+        self.origin_is_durable_to(OriginEnd::from(&heartbeat.end))
     }
 
     /// A durable end never goes back, and never lies in front of what was sent.
-    fn origin_is_durable_to(&mut self, end: OriginEnd, now: Now) -> Result<(), Violation> {
+    fn origin_is_durable_to(&mut self, end: OriginEnd) -> Result<(), Violation> {
         let known = self.told.end.map_or(end, |(end, _)| end);
         if end.offset < known.offset || end.position < known.position {
             return Err(Violation::EndWentBack { known: known.position, found: end.position });
         }
-        self.told.end = Some((end, now.at));
+        self.told.end = Some((end, self.as_of));
         Ok(())
     }
 
-    fn data(
-        &mut self,
-        data: &Data<'_>,
-        now: Now,
-        deliveries: &mut Vec<Delivery>,
-    ) -> Result<(), Violation> {
+    fn data(&mut self, data: &Data<'_>, deliveries: &mut Vec<Delivery>) -> Result<(), Violation> {
         if data.offset != self.next_offset {
             return Err(Violation::Offset { expected: self.next_offset, found: data.offset });
         }
         if data.bytes.is_empty() {
             return Err(Violation::Batches(data.offset));
         }
-        self.origin_is_durable_to(data.origin_end, now)?;
+        self.origin_is_durable_to(data.origin_end)?;
         self.next_offset += data.bytes.len() as u64;
         if std::mem::take(&mut self.page_open) {
             self.pages.add(self.next_offset, 1, usize::MAX);

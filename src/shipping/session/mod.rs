@@ -10,13 +10,16 @@
 //!   (Probing ── PROBE {positions} ─────────────────────────────────────▶ Diverged)
 //!   (     ◀───────────────────────────────────────────────── PROBED ──   ) until the last common end is found
 //! Streaming    ◀──────────── SEGMENT, DATA, DATA, HEARTBEAT, DATA … ── Streaming
-//!      │ ── ACK {durable end of the mirror} ───────────────────────────▶ │
+//!      │ ── ACK {durable end of the mirror, number} ───────────────────▶ │
+//!      │       ◀────────────── HEARTBEAT {durable end, the same number} ── │
 //! ```
 //!
 //! Invariants:
 //! - The origin sends nothing of the journal before it has found the mirror's end, and its witness, in its
 //!   own history; and only what is durable, in order, each byte once per session.
 //! - Every state has a deadline. Time is what the caller says.
+//! - What the origin tells of itself goes with a time of the mirror's as of which it holds, however long it was on the
+//!   way.
 //! - The origin sends no more than the window ahead of what was acknowledged, up to one batch more; the
 //!   mirror keeps no more than that, and the header pages that honest segments within it may have.
 //! - After its end a session takes nothing more and says nothing more than one last frame.
@@ -108,6 +111,16 @@ pub enum Violation {
         /// The offset that had been acknowledged before.
         from: u64,
         /// The offset up to which was sent.
+        sent: u64,
+    },
+    /// An echo of what was not sent, or from before the last one.
+    #[error("HEARTBEAT with echo {echo}, outside {from} to {sent}")]
+    Echo {
+        /// The number that came back.
+        echo: u64,
+        /// The last one that had come back before.
+        from: u64,
+        /// The last one that was sent.
         sent: u64,
     },
     /// More bytes than it takes to ask for a subscription.

@@ -240,6 +240,8 @@ pub(crate) struct OriginSession {
     /// It was found out by a source that may wait, for however long.
     has_answered: bool,
     heartbeat_at: Instant,
+    /// The number of the last acknowledgement, and whether it is to be given back at once.
+    echo: (u64, bool),
     max_frame: u32,
     /// The features that are used in this session.
     features: u64,
@@ -249,8 +251,10 @@ pub(crate) struct OriginSession {
     window_bytes: u64,
     /// How much the peer sent before its subscription was granted.
     handshake_bytes: usize,
-    /// How many acknowledgements without news have come, and since when they are counted.
+    /// How many acknowledgements without news have come behind another one, and since when they are counted.
     idle_acks: (u32, Instant),
+    /// The last one was without news.
+    is_idle: bool,
     /// How much of the batch behind `status.sent` has been sent.
     part: usize,
     offer: Offer,
@@ -273,6 +277,7 @@ impl OriginSession {
             answered_at: now.at,
             has_answered: false,
             heartbeat_at: now.at,
+            echo: (0, false),
             max_frame: config.max_frame,
             features: 0,
             asked: Vec::new(),
@@ -280,6 +285,7 @@ impl OriginSession {
             window_bytes: 0,
             handshake_bytes: 0,
             idle_acks: (0, now.at),
+            is_idle: false,
             part: 0,
             offer: Offer { role: config.role, path: vec![config.node] },
             requested: None,
@@ -469,9 +475,12 @@ impl OriginSession {
             return self.violated(Violation::Ack { acked, from, sent });
         }
         let repeats = mirrored.offset == from.offset && ack.applied <= self.status.applied;
-        if repeats && !self.may_repeat(now) {
+        if std::mem::replace(&mut self.is_idle, repeats) && repeats && !self.may_repeat(now) {
             let per_second = self.config.idle_acks_max;
             return self.violated(Violation::Rate { per_second });
+        }
+        if ack.echo != self.echo.0 {
+            self.echo = (ack.echo, true);
         }
         self.status.acked = Some(ack.mirrored);
         if let Some(feeding) = &mut self.feeding {
@@ -507,6 +516,11 @@ impl OriginSession {
     /// It may not have what it has asked for, or that isn't here.
     pub(crate) fn deny(&mut self) {
         self.refuse(ErrorCode::DENIED);
+    }
+
+    /// Whether the peer is to be told the durable end at once, as it is after it has asked.
+    pub(crate) const fn is_asked(&self) -> bool {
+        self.echo.1
     }
 
     /// What the subscriber needs the journal for, once it has subscribed.
@@ -788,10 +802,12 @@ impl OriginSession {
     }
 
     fn beat(&mut self, source: &impl Source, now: Now) {
-        if now.at >= self.heartbeat_at {
+        let is_asked = std::mem::take(&mut self.echo.1);
+        if is_asked || now.at >= self.heartbeat_at {
             self.heartbeat_at = now.at + self.config.deadlines.heartbeat;
-            let (end, now_us, speaker) = (source.end(), now.unix_us, source.speaker());
-            self.say(&Message::Heartbeat(Heartbeat { end, now_us, speaker }));
+            let (end, now_us, speaker, echo) =
+                (source.end(), now.unix_us, source.speaker(), self.echo.0);
+            self.say(&Message::Heartbeat(Heartbeat { end, now_us, speaker, echo }));
         }
     }
 

@@ -20,6 +20,7 @@ use crate::shipping::message::{
 };
 use crate::shipping::security::Gate;
 
+mod echoes;
 mod feeds;
 
 const JOURNAL: JournalId = JournalId::from_bytes([0x1A; 16]);
@@ -757,7 +758,7 @@ fn acknowledgements_beyond_what_was_sent_or_going_back_or_of_another_journal_are
     let beyond = Checkpoint { offset: journal.end().offset + 64, ..journal.end() };
     for mirrored in [beyond, journal.end_of_batches(2), other] {
         let mut connection = streaming_origin(&mut journal);
-        Message::Ack(Ack { mirrored, applied: None }).encode(&mut connection.to_origin);
+        Message::Ack(Ack { mirrored, applied: None, echo: 0 }).encode(&mut connection.to_origin);
         connection.hear_mirror(usize::MAX, now());
         assert!(matches!(
             connection.origin.end(),
@@ -825,7 +826,7 @@ fn a_durable_end_that_goes_back_within_a_session_is_refused() {
     let mut journal = filled(4, 11);
     let mut connection = streaming_origin(&mut journal);
     let end = journal.end_of_batches(1);
-    Message::Heartbeat(Heartbeat { end, now_us: 0, speaker: Speaker::Origin })
+    Message::Heartbeat(Heartbeat { end, now_us: 0, speaker: Speaker::Origin, echo: 1 })
         .encode(&mut connection.to_mirror);
     connection.hear_origin(usize::MAX, &mut ModelMirror::default(), now());
     assert!(matches!(

@@ -7,8 +7,8 @@ use crate::shipping::filter::FeedFilter;
 use crate::shipping::message::{
     Entry, Events, FeedRequest, FeedTerms, OriginEnd, RUN_BYTES_MAX, Run, Skip,
 };
+use crate::shipping::session::Violation;
 use crate::shipping::session::feed::InFlight;
-use crate::shipping::session::{Now, Violation};
 
 /// So many SKIPs that no run follows may wait to be acknowledged. One comes with each run, whose number the window limits;
 /// of others, a subscriber acknowledges each 8 MiB of the journal that is passed over.
@@ -84,10 +84,9 @@ impl MirrorSession {
     pub(super) fn events(
         &mut self,
         events: &Events<'_>,
-        now: Now,
         deliveries: &mut Vec<Delivery>,
     ) -> Result<(), Violation> {
-        self.origin_is_durable_to(events.origin_end, now)?;
+        self.origin_is_durable_to(events.origin_end)?;
         let Some(fed) = &mut self.fed else { return Ok(()) };
         let expected = fed.covered.position;
         if events.from != expected {
@@ -128,10 +127,9 @@ impl MirrorSession {
     pub(super) fn skip(
         &mut self,
         skip: &Skip,
-        now: Now,
         deliveries: &mut Vec<Delivery>,
     ) -> Result<(), Violation> {
-        self.origin_is_durable_to(skip.origin_end, now)?;
+        self.origin_is_durable_to(skip.origin_end)?;
         let expected = self.fed.as_ref().map_or(skip.from, |fed| fed.covered.position);
         if skip.from != expected {
             return Err(Violation::Position { expected, found: skip.from });

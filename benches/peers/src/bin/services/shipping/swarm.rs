@@ -39,6 +39,8 @@ const ROUNDS: usize = 5;
 const COMMITS_PER_SECOND: u32 = 10;
 /// At the same time; fewer than an origin allows.
 const INTRODUCTIONS: usize = 16;
+/// As often as a mirror, a member asks how far the origin is.
+const ASKS_EVERY_NS: u64 = 750_000_000;
 /// Descriptors that are needed besides those of subscribers.
 const DESCRIPTORS: u64 = 200;
 
@@ -402,7 +404,8 @@ impl Member {
     /// It is alive, and has this much.
     pub(super) fn acknowledge(&mut self) -> io::Result<()> {
         let (mirrored, applied) = (self.acked, None);
-        self.say(&Message::Ack(Ack { mirrored, applied }))
+        let echo = now_ns() / ASKS_EVERY_NS;
+        self.say(&Message::Ack(Ack { mirrored, applied, echo }))
     }
 
     /// Byte by byte, so that nothing behind the frame is taken.
