@@ -149,6 +149,7 @@ fn s8_whatever_is_said_of_lag_was_true_a_moment_ago() {
     let deadlines = Deadlines { silence, ..impatient_follower().deadlines };
     let options = FollowOptions { deadlines, ..impatient_follower() };
     let mirror = follow(Arc::new(OsFs), &dir.path().join("mirror"), address, options).unwrap();
+    mirror.wait_until(SOON, is_known).unwrap();
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let watching = scope.spawn(|| {
