@@ -98,12 +98,8 @@ fn control_frames() -> Vec<Message<'static>> {
             speaker: Speaker::RelayApart,
             echo: 1 << 40,
         }),
-        Message::Ack(Ack { mirrored: end(128, 2), applied: None, echo: 0 }),
-        Message::Ack(Ack {
-            mirrored: end(128, 2),
-            applied: Some(Position::new(1)),
-            echo: u64::MAX,
-        }),
+        ack(None, 0),
+        ack(Some(Position::new(1)), u64::MAX),
         Message::Error(Failure::new(ErrorCode::PROTOCOL, "")),
         Message::Error(Failure {
             retry_after_ms: 250,
@@ -113,6 +109,10 @@ fn control_frames() -> Vec<Message<'static>> {
         Message::GoAway(GoAway { reconnect_after_ms: 100 }),
         Message::Segment(&[0x5A; HEADER_PAGE_BYTES]),
     ]
+}
+
+fn ack(applied: Option<Position>, echo: u64) -> Message<'static> {
+    Message::Ack(Ack { mirrored: end(128, 2), applied, echo })
 }
 
 fn terms() -> FeedTerms {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use headwater::fs::sim::{Op, SimFs};
 use headwater::shipping::{
-    FollowOptions, Mirror, MirrorState, ServeOptions, Server, follow, serve,
+    FollowOptions, Mirror, MirrorState, MirrorStatus, ServeOptions, Server, follow, serve,
 };
 use headwater::{Append, ExpectedRevision, NewEvent, Store, StreamId};
 use parking_lot::{Condvar, Mutex};
@@ -202,7 +202,7 @@ fn a_mirror_whose_sync_fails_where_it_was_heard_is_halted_and_shows_nothing_of_i
     let durable = pair.mirror.status().mirrored;
     pair.syncs.change(|state| state.fail = true);
     pair.append();
-    let halted = pair.mirror.wait_until(SOON, |it| it.is_halted()).unwrap();
+    let halted = pair.mirror.wait_until(SOON, MirrorStatus::is_halted).unwrap();
     assert_eq!((halted.mirrored, halted.reconnects), (durable, 0), "{halted:?}");
     assert!(
         matches!(&halted.state, MirrorState::Halted(error) if error.code() == "shipping.storage"),
