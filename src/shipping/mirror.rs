@@ -224,7 +224,8 @@ impl Mirror {
     }
 
     /// Waits until the mirror is durable up to an end that the origin had at some time after this call: it is asked for
-    /// that at once. To wait for a certain event, wait for its token, here ([`wait_for`](Self::wait_for)) or in a view.
+    /// that at once. Behind a relay it is one that the relay had, which lacks at most what the origin has committed within two
+    /// heartbeats. To wait for a certain event, wait for its token, here ([`wait_for`](Self::wait_for)) or in a view.
     ///
     /// # Errors
     /// [`WaitError`].

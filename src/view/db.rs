@@ -76,8 +76,6 @@ const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 32;
 
 /// For each first byte of a key, the memtable remembers where it put the last one. There is no other way to say it.
 const INSERT_HINTS: &str = "memtable_insert_with_hint_prefix_extractor=fixed:1";
-/// Of the memtable's bytes; that is some 16 bits for each row of 100 bytes.
-const MEMTABLE_FILTER_RATIO: f64 = 0.02;
 /// Rows reach the disk in files of about this size.
 const WRITE_BUFFER_BYTES: usize = 32 << 20;
 const WRITE_BUFFERS_MAX: i32 = 3;
@@ -945,9 +943,6 @@ fn options(memory: &ViewMemory) -> Options {
     // A chunk comes in the order of its keys: the place of each is looked for from the one in front of it on.
     let options = Options::default().get_options_from_string(INSERT_HINTS);
     let mut options = options.unwrap_or_default();
-    // A row that isn't in a memtable isn't looked for there.
-    options.set_memtable_prefix_bloom_ratio(MEMTABLE_FILTER_RATIO);
-    options.set_memtable_whole_key_filtering(true);
     options.create_if_missing(true);
     options.set_paranoid_checks(true);
     options.set_block_based_table_factory(&blocks);

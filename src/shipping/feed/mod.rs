@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, at, bounded, never, select, unbounded};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::error::of_a_feed;
@@ -256,7 +256,8 @@ impl Feed {
     }
 
     /// Waits until everything is accounted for up to an end that the origin had at some time after this call: it is
-    /// asked for that at once.
+    /// asked for that at once. Behind a relay it is one that the relay had, which lacks at most what the origin has committed
+    /// within two heartbeats.
     ///
     /// # Errors
     /// [`WaitError`].
@@ -714,6 +715,7 @@ impl Connection<'_> {
         received: &mut Option<Received>,
         deliveries: &Receiver<Delivery>,
     ) -> Result<(), ShippingError> {
+        let mut asks_at = None;
         loop {
             let first = select! {
                 recv(deliveries) -> delivery => match delivery {
@@ -721,7 +723,11 @@ impl Connection<'_> {
                     Err(_) => break,
                 },
                 recv(self.asked) -> _ => {
-                    self.ask();
+                    asks_at = self.ask();
+                    continue;
+                }
+                recv(asks_at.map_or_else(never, at)) -> _ => {
+                    asks_at = self.look_again();
                     continue;
                 }
             };
@@ -788,9 +794,17 @@ impl Connection<'_> {
         Ok(())
     }
 
-    fn ask(&self) {
+    /// Asks what somebody waits for; when to look again, if it can't be asked yet.
+    fn ask(&self) -> Option<Instant> {
         self.session.lock().ask(transport::now());
         self.flush();
+        self.session.lock().asks_at()
+    }
+
+    fn look_again(&self) -> Option<Instant> {
+        self.session.lock().on_time(transport::now());
+        self.flush();
+        self.session.lock().asks_at()
     }
 
     /// The writer can't go on: the origin is told why, and the listener is interrupted.

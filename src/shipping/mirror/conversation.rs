@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, at, bounded, never, select, unbounded};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::connect::{open_error, setup_error};
@@ -167,9 +167,17 @@ impl Connection<'_> {
         self.flush();
     }
 
-    fn ask(&self) {
+    /// Asks what somebody waits for; when to look again, if it can't be asked yet.
+    fn ask(&self) -> Option<Instant> {
         self.session.lock().ask(transport::now());
         self.flush();
+        self.session.lock().asks_at()
+    }
+
+    fn look_again(&self) -> Option<Instant> {
+        self.session.lock().on_time(transport::now());
+        self.flush();
+        self.session.lock().asks_at()
     }
 
     /// The writer can't go on: the origin is told why, and the listener is interrupted.
@@ -208,6 +216,17 @@ struct Listener {
     apart_since: Option<Instant>,
 }
 
+/// A thread that panics takes the connection with it: the other one alone would listen and never write.
+struct CutOff<'a>(&'a Link);
+
+impl Drop for CutOff<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.cut_off();
+        }
+    }
+}
+
 /// What became of a place.
 #[derive(PartialEq, Eq)]
 enum Left {
@@ -238,6 +257,7 @@ impl<'a> Desk<'a> {
 
     /// Takes the place that is free, until the session is over.
     fn work(&self) -> Result<(), ShippingError> {
+        let _cut_off = CutOff(self.connection.link);
         loop {
             let listener = self.listener.try_lock().filter(|it| it.sender.is_some());
             let left = match listener {
@@ -294,6 +314,7 @@ impl<'a> Desk<'a> {
     /// Takes all deliveries, until the session is over; or until nothing comes, nor does anybody listen. What has been
     /// written is synced also then, and also when a later delivery is refused.
     fn write(&self) -> Result<Left, ShippingError> {
+        let mut asks_at = None;
         loop {
             select! {
                 recv(self.deliveries) -> first => {
@@ -302,13 +323,14 @@ impl<'a> Desk<'a> {
                     let written = writer.write_all(first, &self.deliveries)?;
                     drop(writer);
                     self.under_way.fetch_sub(written, Ordering::Relaxed);
+                    continue;
                 }
-                recv(self.connection.asked) -> _ => self.connection.ask(),
-                default(TICK) => {
-                    if !self.listener.is_locked() {
-                        return Ok(Left::Free);
-                    }
-                }
+                recv(self.connection.asked) -> _ => asks_at = self.connection.ask(),
+                recv(asks_at.map_or_else(never, at)) -> _ => asks_at = self.connection.look_again(),
+                default(TICK) => {}
+            }
+            if !self.listener.is_locked() {
+                return Ok(Left::Free);
             }
         }
     }

@@ -273,6 +273,8 @@ impl EventLoop {
         let connection = self.slots.get_mut(&token).and_then(|slot| slot.connection.take());
         let Some(mut connection) = connection else { return };
         let more = may_have_said && connection.hear(&mut self.buffer, now);
+        // The clock that answers a number isn't read before that has come.
+        let now = if connection.is_asked() { transport::now() } else { now };
         if self.stop_at.is_some() {
             connection.shut_down();
         }

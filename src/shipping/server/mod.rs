@@ -84,7 +84,7 @@ pub struct ServeOptions {
     /// At most so many of them may come from one IP address; `None`: as many as there may be. Default `None`.
     pub connections_per_address_max: Option<usize>,
     /// A peer may send so many acknowledgements a second that say nothing new, behind another one that doesn't; one that
-    /// sends more is cut off. Default 100.
+    /// sends more is cut off. A mirror sends up to 50 while many ask it, one after the other, to be caught up. Default 100.
     pub idle_acks_per_second_max: u32,
     /// No frame is longer, and a connection holds about one of them. From 8 KiB to 1 MiB, default 40 KiB. Within TLS
     /// 16 KiB of that are for what is encrypted and not taken yet.

@@ -242,6 +242,14 @@ impl MirrorSession {
         self.on_time(now);
     }
 
+    /// When to look again whether the origin can be asked what somebody waits for. Not before a number comes back if too many
+    /// are under way.
+    pub(crate) fn asks_at(&self) -> Option<Instant> {
+        let is_open =
+            self.end.is_none() && self.state == State::Streaming && self.durable.is_some();
+        self.echoes.wanted_at().filter(|_| is_open)
+    }
+
     /// The mirror has made this much durable.
     pub(crate) fn on_durable(&mut self, end: Checkpoint) {
         self.ack_due |= self.durable.is_none_or(|durable| durable.offset < end.offset);

@@ -131,14 +131,22 @@ impl Pair {
     }
 
     /// Three times as long as the origin waits for a sign of life, it and the mirror stay connected.
+    /// Somebody asks all the while whether it is caught up.
     fn stays_connected(&self) {
         let until = Instant::now() + 3 * impatient().silence;
-        while Instant::now() < until {
-            let (peers, status) = (self.server.peers(), self.mirror.status());
-            assert_eq!((peers.len(), status.reconnects), (1, 0), "{peers:?} {status:?}");
-            assert!(peers[0].heard < impatient().silence, "{peers:?}");
-            std::thread::sleep(Duration::from_millis(5)); // it is looked at every now and then
-        }
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| {
+                while Instant::now() < until {
+                    drop(self.mirror.wait_caught_up(Duration::from_millis(20)));
+                }
+            });
+            while !asking.is_finished() {
+                let (peers, status) = (self.server.peers(), self.mirror.status());
+                assert_eq!((peers.len(), status.reconnects), (1, 0), "{peers:?} {status:?}");
+                assert!(peers[0].heard < impatient().silence, "{peers:?}");
+                std::thread::sleep(Duration::from_millis(5)); // it is looked at every now and then
+            }
+        });
     }
 }
 

@@ -215,6 +215,7 @@ fn who_waits_to_be_caught_up_asks_and_waits_for_no_heartbeat() {
     let feed = follow_feed(fs, &path, address.clone(), all, options.clone()).unwrap();
     let mirror = follow(Arc::new(OsFs), &dir.path().join("mirror"), address, options).unwrap();
     converged(&mirror, &origin);
+    let began = Instant::now();
     for round in 1..4 {
         for _ in 0..5 {
             assert_eq!(mirror.wait_caught_up(SOON).unwrap(), origin.store().journal().end());
@@ -222,6 +223,8 @@ fn who_waits_to_be_caught_up_asks_and_waits_for_no_heartbeat() {
         }
         origin.append(20 * round..20 * round + 20);
     }
+    // Thirty calls, of which each asks at the latest 20 ms after another one has.
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
 }
 
 /// It speaks often, and gives nobody up.

@@ -49,6 +49,12 @@ impl Echoes {
         self.is_wanted = true;
     }
 
+    /// When the one that somebody waits for may be sent, if it hasn't been; that isn't known while too many are under way.
+    pub(super) fn wanted_at(&self) -> Option<Instant> {
+        let is_next = self.is_wanted && self.under_way.len() < UNDER_WAY_MAX;
+        is_next.then_some(self.alone_at)
+    }
+
     /// Whether to send one although there is nothing else to say.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         self.is_to_be_sent(now) && now >= self.alone_at
@@ -128,7 +134,9 @@ mod tests {
         // Whoever comes now waits a little, unless there is more to say.
         echoes.want();
         assert!(!echoes.is_due(start + ms(720)) && echoes.is_due(start + ms(721)));
+        assert_eq!(echoes.wanted_at(), Some(start + ms(721)));
         assert_eq!(echoes.send(start + ms(702), true, HEARTBEAT), 3);
+        assert_eq!(echoes.wanted_at(), None);
         assert_eq!(echoes.came_back(3), Ok(Some(start + ms(702))));
     }
 
@@ -142,6 +150,7 @@ mod tests {
         }
         assert_eq!((echoes.sent, echoes.under_way.len()), (16, UNDER_WAY_MAX));
         assert!(!echoes.is_due(start + 1000 * HEARTBEAT));
+        assert_eq!(echoes.wanted_at(), None, "nobody is to look for it over and over");
         assert_eq!(echoes.came_back(1), Ok(Some(start)));
         assert!(echoes.is_due(start + 1000 * HEARTBEAT), "it is wanted all the while");
     }
