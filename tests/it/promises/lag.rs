@@ -217,14 +217,16 @@ fn who_waits_to_be_caught_up_asks_and_waits_for_no_heartbeat() {
     converged(&mirror, &origin);
     let began = Instant::now();
     for round in 1..4 {
-        for _ in 0..5 {
+        for _ in 0..20 {
             assert_eq!(mirror.wait_caught_up(SOON).unwrap(), origin.store().journal().end());
             assert_eq!(feed.wait_caught_up(SOON).unwrap(), origin.store().journal().end());
         }
         origin.append(20 * round..20 * round + 20);
     }
-    // Thirty calls, of which each asks at the latest 20 ms after another one has.
-    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    // Each asks at the latest 20 ms after the one in front of it: sixty times both.
+    let took = began.elapsed();
+    println!("{took:?}");
+    assert!(took < Duration::from_secs(4), "{took:?}");
 }
 
 /// It speaks often, and gives nobody up.
