@@ -11,7 +11,7 @@ use headwater::fs::os::OsFs;
 use headwater::shipping::{FollowOptions, ServeOptions, Server, follow};
 use headwater::{Position, SegmentInfo, Store};
 
-use super::senders::Copied;
+use super::senders::{Checked, Copied};
 use super::tls::{self, Identity};
 use super::{PATIENCE, Scale, sale};
 use crate::figure::{Figure, Wanted};
@@ -48,7 +48,19 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Vec<Figure>> {
             |files, sink| send_over_tls(files, sink, &identity),
         )?,
     ];
-    figures.push(bench.without_sendfile()?);
+    figures.push(bench.without_sendfile(
+        ("The bare one with read + write in place of sendfile", SENDFILE),
+        send_copied,
+        send,
+    )?);
+    figures.push(bench.without_sendfile(
+        (
+            "The bare one, read and checksummed before it leaves, as ours is",
+            "the same, but sent by sendfile from the files",
+        ),
+        |files, sink| send_checked(files, sink, false),
+        |files, sink| send_checked(files, sink, true),
+    )?);
     plain.shutdown();
     secured.shutdown();
     Ok(figures)
@@ -86,34 +98,29 @@ impl Bench<'_> {
 
     /// What `sendfile` would be worth: both bare. Each is first in every other round, as often as the other: what one
     /// leaves to the disk is the other's burden as often.
-    fn without_sendfile(&self) -> Outcome<Figure> {
+    fn without_sendfile(
+        &self,
+        (what, beside): (&'static str, &'static str),
+        without: impl Fn(&[(PathBuf, u64)], &Path) -> Outcome<Took>,
+        with: impl Fn(&[(PathBuf, u64)], &Path) -> Outcome<Took>,
+    ) -> Outcome<Figure> {
         let (bytes, files) = (self.store.journal().end().offset, self.files());
-        let (mut without, mut with) = (Vec::new(), Vec::new());
-        let (mut cpu_without, mut cpu_with) = (Vec::new(), Vec::new());
+        let (mut times, mut times_with) = (Vec::new(), Vec::new());
+        let (mut cpu, mut cpu_with) = (Vec::new(), Vec::new());
         for round in 0..self.rounds.next_multiple_of(2) {
-            let both = [round % 2 == 0, round % 2 == 1];
-            for is_sendfile in both {
-                let (took, (times, cpu)) = match is_sendfile {
-                    true => (self.sent(|sink| send(&files, sink))?, (&mut with, &mut cpu_with)),
-                    false => {
-                        let took = self.sent(|sink| send_copied(&files, sink))?;
-                        (took, (&mut without, &mut cpu_without))
-                    }
+            for is_sendfile in [round % 2 == 0, round % 2 == 1] {
+                let (took, times, cpu) = match is_sendfile {
+                    true => (self.sent(|sink| with(&files, sink))?, &mut times_with, &mut cpu_with),
+                    false => (self.sent(|sink| without(&files, sink))?, &mut times, &mut cpu),
                 };
                 times.push(took.time.as_secs_f64());
                 cpu.push(took.cpu.as_secs_f64());
             }
         }
-        let cpu = ratios(&cpu_without, &cpu_with).map_or(f64::NAN, |it| it.median);
-        Ok(Figure::new(
-            "The bare one with read + write in place of sendfile",
-            "MB/s",
-            rates(bytes, &without),
-        )
-        .beside(SENDFILE, rates(bytes, &with), ratios(&with, &without))
-        .note(format!(
-            "processor time of both ends {cpu:.2}x as much; ours reads, verifies and writes"
-        )))
+        let cpu = ratios(&cpu, &cpu_with).map_or(f64::NAN, |it| it.median);
+        Ok(Figure::new(what, "MB/s", rates(bytes, &times))
+            .beside(beside, rates(bytes, &times_with), ratios(&times_with, &times))
+            .note(format!("processor time of both ends {cpu:.2}x as much")))
     }
 
     fn files(&self) -> Vec<(PathBuf, u64)> {
@@ -146,6 +153,11 @@ fn send(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
 
 fn send_copied(files: &[(PathBuf, u64)], sink: &Path) -> Outcome<Took> {
     wire::send_and_sync_over(files, sink, |stream| Ok(Copied(stream)), Ok)
+}
+
+fn send_checked(files: &[(PathBuf, u64)], sink: &Path, by_sendfile: bool) -> Outcome<Took> {
+    let sender = |stream| Ok(Checked { stream, by_sendfile });
+    wire::send_and_sync_over(files, sink, sender, Ok)
 }
 
 fn send_over_tls(files: &[(PathBuf, u64)], sink: &Path, identity: &Identity) -> Outcome<Took> {
