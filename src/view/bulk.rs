@@ -29,7 +29,7 @@ use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
 use super::audit::Tallies;
-use super::chunk::{Place, decode, guard, invalid_record, is_known, stop_at};
+use super::chunk::{Place, decode, encode_row, guard, invalid_record, is_known, stop_at};
 use super::db::{Files, Progress, StorageError, row_key};
 use super::deadly::{At, Deadly, Stage};
 use super::error::{EventFailure, StopError, ViewError};
@@ -38,7 +38,7 @@ use super::key::{ViewKey, decode_all};
 use super::poison::{Discarded, ParkedCounts};
 use super::program::Build;
 use super::rebuild::{Cancelled, Control, RebuildOptions, RebuildPhase};
-use super::row_cache::Bytes;
+use super::row_cache::{Bytes, FETCHED};
 use super::sort::{Run, Runs};
 use super::sources::{Checkpoints, Sources};
 use super::{Fold, Indexes, Keys, View};
@@ -59,8 +59,6 @@ const PIECES_PER_THREAD: usize = 2;
 const FILE_BYTES: usize = 64 << 20;
 /// A part with fewer rows is in a cache of the processor.
 const FAR: usize = 1 << 10;
-/// So many rows are looked at before the first of them is folded.
-const FETCHED: usize = 32;
 /// Keys that are looked at to find the middle of all.
 const SAMPLE: usize = 1024;
 
@@ -529,16 +527,7 @@ impl Part {
             }
         }
         let Some((at, event)) = changed_by else { return Ok(()) };
-        let mut bytes = row.is_some().then(Bytes::new);
-        if let (Some(row), Some(bytes)) = (&row, &mut bytes) {
-            let encoded = guard(|| {
-                Bincode::encode_with(row, |more| bytes.extend_from_slice(more))?;
-                Bincode::check_size::<V::Row>(bytes)
-            });
-            encoded
-                .and_then(|encoded| encoded.map_err(EventFailure::NewRow))
-                .map_err(|cause| (at, event, cause))?;
-        }
+        let bytes = row.as_ref().map(encode_row).transpose().map_err(|cause| (at, event, cause))?;
         match entry {
             Entry::Occupied(mut entry) => {
                 let place = entry.get_mut();

@@ -677,7 +677,7 @@ fn change_of<V: View>(
 }
 
 /// As it will be stored; not if it couldn't be read back.
-fn encode_row<R: Serialize + DeserializeOwned>(row: &R) -> Result<Bytes, EventFailure> {
+pub(super) fn encode_row<R: Serialize + DeserializeOwned>(row: &R) -> Result<Bytes, EventFailure> {
     let encoded = guard(|| {
         let mut bytes = Bytes::new();
         Bincode::encode_with(row, |more| bytes.extend_from_slice(more))?;

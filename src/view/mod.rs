@@ -231,9 +231,7 @@ impl<K> Keys<K> {
     fn none() -> Self {
         Self(SmallVec::new())
     }
-}
 
-impl<K> Keys<K> {
     /// The event concerns the row under `key`.
     pub fn add(&mut self, key: K) {
         self.0.push(key);

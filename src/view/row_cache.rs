@@ -19,7 +19,7 @@ pub(super) type Bytes = SmallVec<[u8; 16]>;
 pub(super) type Written = (Bytes, Option<Bytes>);
 
 /// So many rows are looked at before something is done with the first of them.
-const FETCHED: usize = 32;
+pub(super) const FETCHED: usize = 32;
 
 /// What an entry needs beside what doesn't fit into it: the entry, its links and its place in the table.
 const ENTRY_BYTES: u64 = (size_of::<Written>() + 40) as u64;

@@ -36,7 +36,7 @@ use super::mirror::{
     back_off, check_literal, connect, setup_error,
 };
 use super::observe::{EndReason, Ends};
-use super::session::{Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd};
+use super::session::{Delivery, MirrorConfig, MirrorSession, Now, Resume, SessionEnd};
 use super::status_file::{self, StatusFile};
 use super::transport;
 use super::upstreams::retry_after;
@@ -723,11 +723,11 @@ impl Connection<'_> {
                     Err(_) => break,
                 },
                 recv(self.asked) -> _ => {
-                    asks_at = self.ask();
+                    asks_at = self.tell(MirrorSession::ask);
                     continue;
                 }
                 recv(asks_at.map_or_else(never, at)) -> _ => {
-                    asks_at = self.look_again();
+                    asks_at = self.tell(MirrorSession::on_time);
                     continue;
                 }
             };
@@ -794,15 +794,10 @@ impl Connection<'_> {
         Ok(())
     }
 
-    /// Asks what somebody waits for; when to look again, if it can't be asked yet.
-    fn ask(&self) -> Option<Instant> {
-        self.session.lock().ask(transport::now());
-        self.flush();
-        self.session.lock().asks_at()
-    }
-
-    fn look_again(&self) -> Option<Instant> {
-        self.session.lock().on_time(transport::now());
+    /// The session is told something, and says what comes of it. When to look again, if what somebody waits for can't be
+    /// asked yet.
+    fn tell(&self, what: fn(&mut MirrorSession, Now)) -> Option<Instant> {
+        what(&mut self.session.lock(), transport::now());
         self.flush();
         self.session.lock().asks_at()
     }

@@ -32,7 +32,7 @@ use crate::shipping::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, Speaker,
 };
 use crate::shipping::session::{
-    Delivery, Held, MirrorConfig, MirrorSession, Resume, SessionEnd, Told, batches,
+    Delivery, Held, MirrorConfig, MirrorSession, Now, Resume, SessionEnd, Told, batches,
 };
 use crate::shipping::transport::{self, TICK};
 
@@ -167,15 +167,10 @@ impl Connection<'_> {
         self.flush();
     }
 
-    /// Asks what somebody waits for; when to look again, if it can't be asked yet.
-    fn ask(&self) -> Option<Instant> {
-        self.session.lock().ask(transport::now());
-        self.flush();
-        self.session.lock().asks_at()
-    }
-
-    fn look_again(&self) -> Option<Instant> {
-        self.session.lock().on_time(transport::now());
+    /// The session is told something, and says what comes of it. When to look again, if what somebody waits for can't be
+    /// asked yet.
+    fn tell(&self, what: fn(&mut MirrorSession, Now)) -> Option<Instant> {
+        what(&mut self.session.lock(), transport::now());
         self.flush();
         self.session.lock().asks_at()
     }
@@ -325,8 +320,8 @@ impl<'a> Desk<'a> {
                     self.under_way.fetch_sub(written, Ordering::Relaxed);
                     continue;
                 }
-                recv(self.connection.asked) -> _ => asks_at = self.connection.ask(),
-                recv(asks_at.map_or_else(never, at)) -> _ => asks_at = self.connection.look_again(),
+                recv(self.connection.asked) -> _ => asks_at = self.connection.tell(MirrorSession::ask),
+                recv(asks_at.map_or_else(never, at)) -> _ => asks_at = self.connection.tell(MirrorSession::on_time),
                 default(TICK) => {}
             }
             if !self.listener.is_locked() {

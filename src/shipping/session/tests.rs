@@ -343,6 +343,15 @@ impl Connection {
         Self { origin, mirror, to_origin: Vec::new(), to_mirror: Vec::new(), wait: None }
     }
 
+    /// Whether it is over on a side: nothing but a deadline ends it, here or there.
+    fn has_timed_out(&self) -> bool {
+        let ends = [self.mirror.end(), self.origin.end()];
+        let is_of_time =
+            |end: &SessionEnd| matches!(end, SessionEnd::Timeout(_) | SessionEnd::Peer(_));
+        assert!(ends.into_iter().flatten().all(is_of_time), "{ends:?}");
+        ends.into_iter().flatten().next().is_some()
+    }
+
     /// Both sides say what they have to say.
     fn speak(&mut self, journal: &mut ModelJournal, now: Now) {
         self.mirror.on_time(now);
@@ -447,12 +456,7 @@ fn whatever_happens_the_mirror_is_a_prefix_and_converges() {
                 }
             }
             assert_is_prefix(&mirror, &journal);
-            if connection.mirror.end().is_some() || connection.origin.end().is_some() {
-                let ends = (connection.mirror.end(), connection.origin.end());
-                let timed_out = |end: Option<&SessionEnd>| {
-                    matches!(end, None | Some(SessionEnd::Timeout(_) | SessionEnd::Peer(_)))
-                };
-                assert!(timed_out(ends.0) && timed_out(ends.1), "{ends:?}");
+            if connection.has_timed_out() {
                 connection = Connection::new(&mirror, now);
             }
         }

@@ -70,12 +70,7 @@ fn what_is_told_held_as_of_the_time_that_goes_with_it_however_long_it_was_on_the
                 let was_us = began.unix_us + (as_of - began.at).as_micros() as i64;
                 assert!(us >= was_us, "{} us too early", was_us - us);
             }
-            if connection.mirror.end().is_some() || connection.origin.end().is_some() {
-                let ends = (connection.mirror.end(), connection.origin.end());
-                let timed_out = |end: Option<&SessionEnd>| {
-                    matches!(end, None | Some(SessionEnd::Timeout(_) | SessionEnd::Peer(_)))
-                };
-                assert!(timed_out(ends.0) && timed_out(ends.1), "{ends:?}");
+            if connection.has_timed_out() {
                 (connection, last) = (Connection::new(&mirror, now), None);
             }
         }
