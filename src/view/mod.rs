@@ -292,7 +292,7 @@ pub struct ViewOptions {
     /// the rows that it changes; a larger one is faster where many of its events are of the same rows. Default 4 MiB.
     pub chunk_bytes: u64,
     /// Rows are made durable at the latest when they are of this many bytes of the journal: as many are
-    /// folded again after a crash, twice as many if that was under way. Default 64 MiB.
+    /// folded again after a crash, and one chunk more; twice as many if that was under way. Default 64 MiB.
     pub flush_bytes: u64,
     /// Rows are made durable at the latest this long after they were applied. Default 10 s.
     pub flush_interval: Duration,
