@@ -126,6 +126,7 @@ fn print_lag(out: &mut impl Write, places: &[Place]) -> io::Result<()> {
         "who",
         "state",
         "position",
+        "applied",
         "events",
         "bytes",
         "seconds",
@@ -138,13 +139,14 @@ fn print_lag(out: &mut impl Write, places: &[Place]) -> io::Result<()> {
             link.who().to_owned(),
             state(link),
             number(link, "durable_position"),
+            number(link, "applied_position"),
             number(link, "lag_events"),
             number(link, "lag_bytes"),
             seconds(link, "lag_ms"),
             held(link),
         ]);
     }
-    right(&mut table, &[4, 5, 6, 7, 8]);
+    right(&mut table, &[4, 5, 6, 7, 8, 9]);
     print_ends(out, places)?;
     writeln!(out, "{}", table.trim_fmt())
 }

@@ -45,6 +45,8 @@ use crate::sync::RwLock;
 #[cfg(feature = "shipping")]
 mod acks;
 mod appender;
+#[cfg(all(feature = "shipping", feature = "views"))]
+mod applied;
 mod backup;
 mod backward;
 mod base;
@@ -81,6 +83,8 @@ pub(crate) use acks::AckKeeper;
 #[cfg(feature = "shipping")]
 pub use acks::Mirrored;
 pub use appender::{Append, Appended, Appender, CloseError, Placed, Receipt, Ticket, ViewBehind};
+#[cfg(all(feature = "shipping", feature = "views"))]
+pub(crate) use applied::Applier;
 pub use backup::{BackupError, BackupReport};
 pub use backward::{EventsBackward, StreamEventsBackward};
 #[cfg(feature = "shipping")]
@@ -140,6 +144,8 @@ struct Shared {
     leases: leases::Known,
     #[cfg(feature = "shipping")]
     acks: acks::Acks,
+    #[cfg(all(feature = "shipping", feature = "views"))]
+    appliers: applied::Appliers,
     /// What is known of an origin that has another history.
     fork: Mutex<Option<Fork>>,
     /// Last revisions of streams in sealed segments.
@@ -254,6 +260,8 @@ impl Journal {
             leases: leases::Known::default(),
             #[cfg(feature = "shipping")]
             acks: acks::Acks::default(),
+            #[cfg(all(feature = "shipping", feature = "views"))]
+            appliers: applied::Appliers::default(),
             fork: Mutex::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),

@@ -92,6 +92,7 @@ struct State {
     caught_up_at: Option<Instant>,
     /// The next one that it is to reach.
     awaited: Awaited,
+    /// As was reported.
     applied: Option<Position>,
     last_error: Option<ShippingError>,
     /// The upstream in use or tried last, and why the last session with each ended.
@@ -287,7 +288,8 @@ impl Mirror {
         self.shared.status(&self.shared.state.lock())
     }
 
-    /// Tells the origin, with the next acknowledgement, up to where views of this mirror are applied.
+    /// Tells the origin, with the next acknowledgement, up to where views of this mirror are applied. Without it, the
+    /// origin is told what the views of this mirror that are open here have all applied; from now on, only this.
     pub fn report_applied(&self, position: Position) {
         self.shared.state.lock().applied = Some(position);
     }

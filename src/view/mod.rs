@@ -321,6 +321,9 @@ pub struct ViewOptions {
     /// Opening fails with [`ViewError::Base`] if it is another view's, damaged, or of another history than the journal; if
     /// the journal ends in front of its checkpoint, or begins behind. Interrupted, it begins anew.
     pub base: Option<PathBuf>,
+    /// How the first generation of the view's version is built if there is much to fold: with how much memory, how many
+    /// threads, and how fast at the most. Default: as fast as it goes. See [`ViewStatus::rebuild`] for how far it is.
+    pub building: RebuildOptions,
     /// Memory, shared with other views.
     pub memory: ViewMemory,
 }
@@ -337,6 +340,7 @@ impl Default for ViewOptions {
             row_cache_bytes: 32 << 20,
             inline: false,
             base: None,
+            building: RebuildOptions::default(),
             memory: ViewMemory::default(),
         }
     }
@@ -394,12 +398,6 @@ pub(crate) fn open_any<V: View>(
     let indexes = Indexes::of(&view);
     indexes.check()?;
     let program = Arc::new(Keyed(view));
-    let running = runner::start(
-        views_dir,
-        sources,
-        Arc::clone(&program),
-        options,
-        RebuildOptions::default(),
-    )?;
+    let running = runner::start(views_dir, sources, Arc::clone(&program), options)?;
     Ok(ViewHandle::new(ViewControl::new(running, program), indexes))
 }

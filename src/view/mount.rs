@@ -98,7 +98,8 @@ impl Code {
         building: RebuildOptions,
     ) -> Result<ViewControl, ViewError> {
         self.refused.clone().map_or(Ok(()), Err)?;
-        Arc::clone(&self.program).open(views_dir, sources, self.options.clone(), building)
+        let options = ViewOptions { building, ..self.options.clone() };
+        Arc::clone(&self.program).open(views_dir, sources, options)
     }
 
     /// [`at_rest::check`].
@@ -122,7 +123,6 @@ trait Mounted: Send + Sync {
         views_dir: &Path,
         sources: Sources,
         options: ViewOptions,
-        building: RebuildOptions,
     ) -> Result<ViewControl, ViewError>;
 
     fn check_at_rest(
@@ -141,9 +141,8 @@ impl<P: Program> Mounted for P {
         views_dir: &Path,
         sources: Sources,
         options: ViewOptions,
-        building: RebuildOptions,
     ) -> Result<ViewControl, ViewError> {
-        let running = runner::start(views_dir, sources, Arc::clone(&self), options, building)?;
+        let running = runner::start(views_dir, sources, Arc::clone(&self), options)?;
         Ok(ViewControl::new(running, self))
     }
 

@@ -47,7 +47,7 @@ use super::db::{
 };
 use super::deadly::{Care, Stage};
 use super::error::{EventFailure, StopError, ViewError, ViewReadError};
-use super::handle::ViewHandle;
+use super::handle::{ViewHandle, ViewSnapshot};
 use super::key::{EncodeKey, ViewKey, decode_all};
 use super::row_cache::Bytes;
 use super::runner::Phase;
@@ -999,6 +999,33 @@ impl<V: View> ViewHandle<V> {
     {
         let row_key = Some(row_key(|out| key.encode_key_into(out)));
         ask(self, What::Discard { row_key, at })
+    }
+}
+
+impl<V: View> ViewSnapshot<V> {
+    /// The row under `key`, and whether it is all that it should be, as [`ViewHandle::get_checked`] says it of now.
+    ///
+    /// # Errors
+    /// [`ViewReadError`] if the database fails or the row is of another type.
+    pub fn get_checked<Q>(&self, key: &Q) -> Result<Checked<V::Row>, ViewReadError>
+    where
+        Q: EncodeKey<V::Key> + ?Sized,
+    {
+        checked::<V>(self.reader(), &row_key(|out| key.encode_key_into(out)))
+    }
+
+    /// How much is parked as of the snapshot: whether any row that it reads may lack events.
+    ///
+    /// # Errors
+    /// [`ViewReadError`] if the database fails.
+    pub fn parked_counts(&self) -> Result<ParkedCounts, ViewReadError> {
+        Ok(self.reader().progress(&[])?.map_or_else(ParkedCounts::default, |it| it.parked))
+    }
+
+    /// The rows that lag behind as of the snapshot, because an event can't be folded into them, in the order of their keys.
+    pub fn parked(&self) -> ParkedKeys<V> {
+        let reader = self.reader().clone();
+        ParkedKeys { scan: reader.scan(all_parked()), reader, view: std::marker::PhantomData }
     }
 }
 

@@ -43,6 +43,8 @@ use crate::format::batch::genesis;
 use crate::format::files::Role;
 use crate::fs::Fs;
 use crate::fs::os::OsFs;
+#[cfg(feature = "shipping")]
+use crate::journal::Applier;
 use crate::journal::{Comparison, Cursor, Journal};
 use crate::planted::{self, Bug};
 use crate::position::{Checkpoint, Incarnation, JournalId, Position};
@@ -62,12 +64,13 @@ pub(super) struct Shared {
     pub(super) intake: Intake,
     pub(super) set_aside: Option<PathBuf>,
     pub(super) options: ViewOptions,
-    /// How a generation that is new at the opening is built in bulk.
-    building: RebuildOptions,
     pub(super) parking: Parking,
     pub(super) attempts: Arc<Attempts>,
     pub(super) watchers: Arc<Watchers>,
     state: Mutex<State>,
+    /// In the order of the journals.
+    #[cfg(feature = "shipping")]
+    appliers: Vec<Applier>,
     changed: Condvar,
     /// Whose turn it is to apply: counted on by each flip. Held while something is applied.
     turn: Mutex<u64>,
@@ -137,7 +140,6 @@ pub(super) fn start<P: Program>(
     sources: Sources,
     view: Arc<P>,
     options: ViewOptions,
-    building: RebuildOptions,
 ) -> Result<Running, ViewError> {
     if options.inline {
         refuse_within_fold(P::NAME)?; // those who append would wait for it, and it for them
@@ -153,8 +155,7 @@ pub(super) fn start<P: Program>(
         base::begin_with(dir, &*view, &mut folder, (&sources, &intake), decided)?;
     }
     let sources_in_order = (&sources, &intake);
-    let opened =
-        open_live(&*view, &mut folder, &openings, sources_in_order, (&options, &building))?;
+    let opened = open_live(&*view, &mut folder, &openings, sources_in_order, &options)?;
     let durable = opened.db.durable(sources.ids())?.unwrap_or_else(|| sources.beginning());
     parking.take_over(&opened.progress.checkpoints)?;
     let state = State {
@@ -165,6 +166,11 @@ pub(super) fn start<P: Program>(
         stop_requested: false,
         flush_failure: None,
     };
+    #[cfg(feature = "shipping")]
+    let appliers = {
+        let places = sources.iter().zip(state.applied.checkpoints.iter());
+        places.map(|(journal, at)| journal.applier(at.position)).collect()
+    };
     let shared = Arc::new(Shared {
         openings,
         served: ArcSwap::new(opened.db),
@@ -172,11 +178,12 @@ pub(super) fn start<P: Program>(
         intake,
         set_aside: opened.set_aside,
         options,
-        building,
         parking,
         attempts,
         watchers: Arc::default(),
         state: Mutex::new(state),
+        #[cfg(feature = "shipping")]
+        appliers,
         changed: Condvar::new(),
         turn: Mutex::new(0),
         previous: Mutex::new(None),
@@ -209,13 +216,13 @@ fn open_live<P: Program>(
     folder: &mut Generations,
     openings: &Arc<Openings>,
     (sources, intake): (&Sources, &Intake),
-    (options, building): (&ViewOptions, &RebuildOptions),
+    options: &ViewOptions,
 ) -> Result<Opened, ViewError> {
     let open = |path: &Path| openings.open(path, &options.memory);
     let live = folder.live()?.map(|path| open(&path)).transpose()?;
     let begin = |folder: &mut Generations| {
         heed::<P>(sources, intake, options.lost_tail)?;
-        begin_live(view, folder, &open, sources, building)
+        begin_live(view, folder, &open, sources, &options.building)
     };
     let Some(db) = live else { return begin(folder) };
     // One that is pointed to and has nothing in it was deleted by hand.
@@ -589,7 +596,7 @@ impl<P: Program> Runner<P> {
         if self.note.forbids_bulk() {
             return in_order();
         }
-        let means = Means::of(&shared.building, shared.parking.discarded());
+        let means = Means::of(&shared.options.building, shared.parking.discarded());
         let (sources, intake) = (&shared.sources, &shared.intake);
         let (memory, note) = (&shared.options.memory, &self.note);
         let what =
@@ -843,8 +850,23 @@ impl Shared {
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock());
+        let mut state = self.state.lock();
+        change(&mut state);
+        #[cfg(feature = "shipping")]
+        self.note_applied(&state);
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// A mirror tells its origin how far its views have got.
+    #[cfg(feature = "shipping")]
+    fn note_applied(&self, state: &State) {
+        for (applier, at) in self.appliers.iter().zip(state.applied.checkpoints.iter()) {
+            match state.phase {
+                Phase::Closed => applier.leave(),
+                _ => applier.note(at.position),
+            }
+        }
     }
 
     /// Keeps the others from applying; `None` if it isn't this one's turn any more.
@@ -945,7 +967,7 @@ impl Shared {
     fn begin_first_build(&self, until: &Checkpoints) {
         let until_events = until.events();
         if until_events > 0 {
-            let control = Control::new(&self.building);
+            let control = Control::new(&self.options.building);
             control.pass_begins(RebuildPhase::Building, until_events);
             *self.first_build.lock() = Some(FirstBuild { control, until_events });
         }

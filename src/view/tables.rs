@@ -53,7 +53,7 @@ use super::rows::Rows;
 use super::sources::{Checkpoints, Sources};
 use super::space::Space;
 use super::watch::Watch;
-use super::{FoldError, RebuildOptions, ViewOptions, generation, refuse_inline, runner};
+use super::{FoldError, ViewOptions, generation, refuse_inline, runner};
 use crate::codec::{Bincode, Codec, CodecError};
 use crate::event::{Event, KnownKind, Names, Recorded};
 use crate::format::record::RecordRef;
@@ -1120,13 +1120,7 @@ pub(crate) fn open_any_tables<T: TableView>(
     let program = Arc::new(Tabled::new(view));
     let tables = program.tables().clone();
     tables.check(T::NAME)?;
-    let running = runner::start(
-        views_dir,
-        sources,
-        Arc::clone(&program),
-        options,
-        RebuildOptions::default(),
-    )?;
+    let running = runner::start(views_dir, sources, Arc::clone(&program), options)?;
     let control = ViewControl::new(running, program);
     Ok(TableViewHandle { control, tables: Arc::new(tables), view: PhantomData })
 }

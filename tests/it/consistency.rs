@@ -304,3 +304,85 @@ fn the_own_node_is_no_mirror() {
     wait_acked(&server, end, 1);
     assert_eq!(store.wait_mirrored(&token, 1, MOMENT).unwrap().nodes, []);
 }
+
+// ------------------------------------------------------------------------------------------ what views have applied
+
+#[cfg(feature = "views")]
+mod views {
+    use headwater::Recorded;
+    use headwater::view::{Fold, FoldError, Keys, OnPoison, View, ViewOptions, ViewState};
+
+    use super::*;
+
+    /// Counts events; with another `STOPS_AT` the one of that position can't be folded.
+    struct Counts<const STOPS_AT: u64>;
+
+    impl<const STOPS_AT: u64> View for Counts<STOPS_AT> {
+        const NAME: &'static str = if STOPS_AT == 0 { "counts" } else { "stops" };
+        const VERSION: u32 = 1;
+        type Key = u8;
+        type Row = u64;
+        type Event = Vec<u8>;
+
+        fn route(&self, _: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+            keys.add(0);
+        }
+
+        fn fold(
+            &self,
+            _: &u8,
+            row: Option<u64>,
+            event: &Recorded<Vec<u8>>,
+        ) -> Result<Fold<u64>, FoldError> {
+            match STOPS_AT > 0 && event.position().get() == STOPS_AT {
+                true => Err("no further".into()),
+                false => Ok(Fold::Put(row.unwrap_or_default() + 1)),
+            }
+        }
+    }
+
+    fn applied(server: &Server) -> Option<Position> {
+        server.peers().first().and_then(|peer| peer.applied)
+    }
+
+    /// The origin once knew of applied positions only if the service itself reported them, which nobody did.
+    #[test]
+    fn s8_the_origin_hears_what_all_open_views_have_applied_and_nobody_has_to_report_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, server) = origin(&dir.path().join("origin"));
+        let here = Store::create(dir.path().join("here")).unwrap();
+        let mirror = mirror(&dir.path().join("mirror"), &server);
+        let journal = mirror.wait_ready(SOON).unwrap();
+        let hears = |wanted: Option<Position>| {
+            let deadline = Instant::now() + SOON;
+            while applied(&server) != wanted {
+                assert!(Instant::now() < deadline, "{:?}, not {wanted:?}", applied(&server));
+                std::thread::yield_now();
+            }
+        };
+        wait_acked(&server, append_some(&store, 2), 1);
+        assert_eq!((applied(&server), mirror.status().applied), (None, None), "there is no view");
+
+        let view = here.view_of(&journal, Counts::<0>).unwrap();
+        hears(Some(Position::new(2)));
+        let options = ViewOptions { on_poison: OnPoison::Halt, ..ViewOptions::default() };
+        let stops = here.view_of_with(&journal, Counts::<3>, options).unwrap();
+        let end = append_some(&store, 5);
+        view.wait_for(&end.token(), SOON).unwrap();
+        let stopped = stops.wait_for(&end.token(), SOON);
+        assert!(stopped.is_err() && matches!(stops.status().state, ViewState::Stopped(_)));
+        hears(Some(Position::new(3)));
+        assert_eq!(mirror.status().applied, Some(Position::new(3)), "the last one counts");
+        drop(stops);
+        hears(Some(Position::new(7)));
+
+        // What the service says itself counts in its place.
+        mirror.report_applied(Position::new(1));
+        hears(Some(Position::new(1)));
+    }
+
+    fn append_some(store: &Store, count: usize) -> Checkpoint {
+        (0..count).for_each(|_| drop(append(store, "more")));
+        store.journal().end()
+    }
+}

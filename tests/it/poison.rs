@@ -179,6 +179,7 @@ fn contents<const VERSION: u32>(view: &ViewHandle<Sums<VERSION>>) -> (Model, Pos
         let checked = view.get_checked(&key).unwrap();
         assert_eq!(checked.row.as_ref(), rows.get(&key));
         assert!(matches!(checked.degraded, Some(Degraded::Parked { .. })), "{checked:?}");
+        assert_eq!(snapshot.get_checked(&key).unwrap(), checked);
         parked.insert(key, list);
     }
     let unrouted: Vec<Position> =
@@ -424,6 +425,8 @@ fn a_read_that_names_its_write_is_told_what_the_row_lacks() {
     assert_eq!(count(view.get_at_least(&(0, 2), &poison, PATIENCE).unwrap()), Some(1));
     assert_eq!(view.get_checked(&(0, 2)).unwrap().degraded, None);
 
+    // A snapshot says it of its own moment, whatever comes later.
+    let snapshot = view.snapshot().unwrap();
     let unrouted = append(&store, vec![undecodable()]);
     let refused = view.get_at_least(&(0, 2), &unrouted, PATIENCE);
     let Err(ViewReadError::Degraded { degraded, .. }) = refused else { panic!("{refused:?}") };

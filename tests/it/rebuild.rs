@@ -586,6 +586,22 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
     assert_eq!(live(&next), [1]);
 }
 
+#[test]
+fn a_first_build_reads_no_faster_than_it_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 13);
+    world.append(400);
+    let building = RebuildOptions { bytes_per_second_max: Some(1), ..RebuildOptions::default() };
+    let slow = ViewOptions { building, ..ViewOptions::default() };
+    let view = world.store.view_with(Traces::<1>::default(), slow).unwrap();
+    let late = view.wait_for_latest(Duration::from_secs(1));
+    assert!(late.is_err() && matches!(view.status().state, ViewState::Building), "{late:?}");
+    assert!(view.status().rebuild.is_some());
+    drop(view); // waits for nothing
+    let view = world.open(Traces::<1>::default());
+    world.assert_shows(&view);
+}
+
 /// Whoever restarts while the new rows are built isn't asked again.
 #[test]
 fn a_lost_tail_that_was_accepted_stays_accepted_before_the_new_rows_are_built() {

@@ -95,7 +95,21 @@ pub(super) fn scan(args: &ScanArgs, views: &Views) -> Result<(), Failure> {
         }
         (printed, last) = (printed + 1, Some(found.token));
     }
-    Ok(out.flush()?)
+    out.flush()?;
+    report_parked(&at_rest, &located.name);
+    Ok(())
+}
+
+/// Rows of a scan don't say it themselves.
+fn report_parked(at_rest: &AtRest, name: &str) {
+    let parked = at_rest.parked_counts();
+    if !parked.is_empty() {
+        let (keys, unrouted) = (parked.keys, parked.unrouted);
+        drop(writeln!(
+            io::stderr(),
+            "warning: {keys} rows lack events that are parked, and any row may lack {unrouted} that couldn't be routed: see view parked DIR {name}"
+        ));
+    }
 }
 
 /// A row as it is printed.

@@ -133,7 +133,7 @@ impl Connection<'_> {
     /// Writes what the session has to say; false if nobody takes it any more.
     fn flush(&self) -> bool {
         let written = self.link.write(|out| {
-            let applied = self.shared.state.lock().applied;
+            let applied = self.shared.state.lock().applied();
             let mut session = self.session.lock();
             applied.into_iter().for_each(|position| session.on_applied(position));
             session.take_output(transport::now(), out);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{MirrorState, Shared, State};
 use crate::journal::Journal;
-use crate::position::Checkpoint;
+use crate::position::{Checkpoint, Position};
 use crate::shipping::message::{OriginEnd, Speaker};
 use crate::shipping::relay::Standing;
 use crate::shipping::session::{Deadlines, Told};
@@ -95,6 +95,15 @@ impl State {
     /// The mirror's durable end: the journal's own, so it is never behind what a view shows already.
     pub(super) fn mirrored(&self) -> Option<Checkpoint> {
         self.journal.as_ref().map(Journal::end)
+    }
+
+    /// Up to where views are applied: as was reported, or else as they are.
+    pub(super) fn applied(&self) -> Option<Position> {
+        #[cfg(feature = "views")]
+        let views = self.journal.as_ref().and_then(Journal::applied);
+        #[cfg(not(feature = "views"))]
+        let views = None;
+        self.applied.or(views)
     }
 
     pub(super) fn phase(&self) -> MirrorState {

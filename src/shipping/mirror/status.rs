@@ -58,7 +58,8 @@ pub struct MirrorStatus {
     pub received_offset: Option<u64>,
     /// Its durable end; `None` while there is no mirror yet.
     pub mirrored: Option<Checkpoint>,
-    /// Up to where views are applied, as was [reported](super::Mirror::report_applied) last.
+    /// Up to where the views of this mirror that are open are all applied, or as was
+    /// [reported](super::Mirror::report_applied) last; `None` if there are none.
     pub applied: Option<Position>,
     /// The origin's durable end as last told; `None` if it has never been.
     pub origin_end: Option<OriginEnd>,
@@ -174,7 +175,7 @@ impl Shared {
             connected_for: since.map(|since| since.elapsed()),
             received_offset: since.map(|_| state.told.received),
             mirrored: state.mirrored(),
-            applied: state.applied,
+            applied: state.applied(),
             origin_end: state.origin.map(|(end, _)| end),
             origin_heard: heard,
             last_error: state.last_error.clone(),
