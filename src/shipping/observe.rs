@@ -205,3 +205,8 @@ impl Ends {
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/operate/watching.md")]
 mod manual {}
+
+/// Compiles the examples of the manual.
+#[cfg(all(doctest, feature = "views"))]
+#[doc = include_str!("../../docs/operate/bootstrap.md")]
+mod bootstrap_manual {}
