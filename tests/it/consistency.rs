@@ -365,7 +365,7 @@ mod views {
 
         let view = here.view_of(&journal, Counts::<0>).unwrap();
         hears(Some(Position::new(2)));
-        let options = ViewOptions { on_poison: OnPoison::Halt, ..ViewOptions::default() };
+        let options = ViewOptions { on_poison: OnPoison::Stop, ..ViewOptions::default() };
         let stops = here.view_of_with(&journal, Counts::<3>, options).unwrap();
         let end = append_some(&store, 5);
         view.wait_for(&end.token(), SOON).unwrap();

@@ -434,6 +434,11 @@ fn a_read_that_names_its_write_is_told_what_the_row_lacks() {
     let event = view.unrouted_events().next().unwrap().unwrap();
     assert_eq!((event.event_type.as_str(), event.stream.as_str()), ("sum.added", "sums"));
     assert!(event.reason.contains("decoded"), "{}", event.reason);
+    let counts = snapshot.parked_counts().unwrap();
+    assert_eq!((counts.keys, counts.unrouted), (1, 0));
+    assert_eq!(snapshot.get_checked(&(0, 2)).unwrap().degraded, None);
+    let checked = view.snapshot().unwrap().get_checked(&(0, 2)).unwrap();
+    assert!(matches!(checked.degraded, Some(Degraded::Unrouted { .. })), "{checked:?}");
     view.discard_unrouted(event.position).unwrap();
     assert_eq!(count(view.get_at_least(&(0, 2), &unrouted, PATIENCE).unwrap()), Some(1));
     view.close().unwrap();
