@@ -123,6 +123,17 @@ pub(crate) fn assert_same_bytes(origin: &Journal, mirror: &Journal) {
     assert!(theirs.len().abs_diff(ours.len()) <= 1);
 }
 
+/// The bytes of the segments, up to the end.
+pub(crate) fn used_bytes(journal: &Journal) -> Vec<(u64, Vec<u8>)> {
+    let used = journal.segments().into_iter().filter(|it| it.end_offset > it.base_offset);
+    used.map(|segment| {
+        let mut bytes = fs::read(&segment.path).unwrap();
+        bytes.truncate(4096 + (segment.end_offset - segment.base_offset) as usize);
+        (segment.number, bytes)
+    })
+    .collect()
+}
+
 /// Full segments are cut to their length beside the commits.
 fn wait_cut(path: &Path, len: usize) {
     let deadline = Instant::now() + SOON;
