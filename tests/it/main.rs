@@ -105,6 +105,8 @@ mod simulation;
 #[cfg(feature = "views")]
 mod sources;
 #[cfg(feature = "shipping")]
+mod stalls;
+#[cfg(feature = "shipping")]
 #[path = "../chaos/subscriber.rs"]
 mod subscriber;
 #[cfg(feature = "shipping")]

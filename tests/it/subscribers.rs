@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use headwater::shipping::message::{
     Ack, Authentication, ErrorCode, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
 };
-use headwater::shipping::{Deadlines, PeerState, PeerStatus, ServeOptions, Server, serve};
+use headwater::shipping::{Deadlines, PeerStatus, ServeOptions, Server, serve};
 use headwater::{
     Append, Checkpoint, ExpectedRevision, Journal, JournalOptions, NewEvent, Position, Store,
     StreamId,
 };
+
+use crate::stalls;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -321,39 +323,36 @@ fn batches_longer_than_a_frame_go_to_many_in_parts() {
     }
 }
 
-/// One that takes nothing, though it goes on telling that it is there.
+/// Those who take nothing, from the beginning on or once they are live: what is committed is with another one before they
+/// have read a byte.
 #[test]
 fn s7_a_peer_that_takes_nothing_is_cut_off_after_the_write_stall_and_delays_nobody() {
-    let options = ServeOptions { write_stall: Duration::from_millis(500), ..patient() };
-    let journal = JournalOptions {
-        batch_bytes_max: 1 << 20,
-        group_bytes_max: 1 << 20,
-        segment_bytes_first: 4 << 20,
-        segment_bytes_max: 4 << 20,
-        ..JournalOptions::default()
-    };
-    let origin = Origin::start(journal, options);
-    // More than sockets hold.
-    (0..24).for_each(|_| origin.append(900_000));
-    let mut other = Client::subscribed(origin.address(), u32::MAX);
-    other.hear_up_to(&origin.end());
-    let mut stalled = Client::connect(origin.address());
-    stalled.say(&[hello(), subscribe(u32::MAX)].concat());
-    origin.peers_until(|peers| peers.iter().any(|peer| peer.state == PeerState::CatchingUp));
-    let began = Instant::now();
-    let mut slowest = Duration::ZERO;
-    let mut appended = 0;
-    while origin.server.peers().len() > 1 {
-        let started = Instant::now();
-        origin.append(100);
-        appended += 1;
+    let origin = Origin::start(stalls::large(), stalls::patient());
+    let subscribed = || Client::subscribed(origin.address(), u32::MAX);
+    let mut other = subscribed();
+    let mut stalled = vec![subscribed()];
+    origin.peers_until(|peers| sent_up_to(peers, &origin.end()) == 2);
+    for _ in 0..stalls::EVENTS {
+        origin.append(stalls::EVENT_BYTES);
         other.hear_up_to(&origin.end());
-        slowest = slowest.max(started.elapsed());
-        assert!(began.elapsed() < SOON, "it is still there");
     }
-    println!("{appended} commits beside it, the slowest {slowest:?} until it was received");
-    assert!(appended > 1 && began.elapsed() >= Duration::from_millis(400));
-    assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+    stalled.extend((0..stalls::STALLED).map(|_| subscribed()));
+    let addresses: Vec<_> =
+        stalled.iter().map(|client| client.stream.local_addr().unwrap()).collect();
+    stalls::assert_delay_nobody(&origin.server, &addresses, || {
+        origin.append(100);
+        other.hear_up_to(&origin.end());
+    });
+    subscribed().hear_up_to(&origin.end());
+    // One with less patience serves the same.
+    let journal = origin.store.journal().clone();
+    let impatient = serve(journal, "127.0.0.1:0", stalls::impatient()).unwrap();
+    let began = Instant::now();
+    let stalled = Client::subscribed(impatient.local_addr(), u32::MAX);
+    stalls::wait_cut_off(&impatient, stalled.stream.local_addr().unwrap());
+    assert!(began.elapsed() >= stalls::impatient().write_stall, "{:?}", began.elapsed());
+    origin.append(100);
+    other.hear_up_to(&origin.end());
 }
 
 #[test]
