@@ -34,6 +34,8 @@ mod consistency;
 mod crash;
 #[cfg(feature = "views")]
 mod deadly;
+#[cfg(feature = "shipping")]
+mod descriptors;
 mod doctor;
 mod dump;
 #[cfg(feature = "derive")]
