@@ -63,8 +63,9 @@ pub(crate) struct Proxy {
     shared: Arc<Shared>,
 }
 
-#[derive(Default)]
 struct Shared {
+    /// Where connections are forwarded to that are made from now on.
+    origin: Mutex<SocketAddr>,
     connections: Mutex<Vec<Weak<Connection>>>,
     held: Mutex<bool>,
     released: Condvar,
@@ -93,12 +94,19 @@ impl Proxy {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            origin: Mutex::new(origin),
+            connections: Mutex::default(),
+            held: Mutex::default(),
+            released: Condvar::new(),
+            struck: AtomicUsize::new(0),
+        });
         let for_thread = Arc::clone(&shared);
         std::thread::spawn(move || {
             for (number, mirror) in listener.incoming().map_while(Result::ok).enumerate() {
                 let faults = faults(number);
                 // An origin that is away is what the mirror sees as well.
+                let origin = *for_thread.origin.lock().unwrap();
                 let Ok(origin) = TcpStream::connect(origin) else { continue };
                 for_thread.connect(mirror, origin, &faults);
             }
@@ -110,6 +118,11 @@ impl Proxy {
     pub(crate) fn cut_all(&self) {
         let connections = std::mem::take(&mut *self.shared.connections.lock().unwrap());
         connections.iter().filter_map(Weak::upgrade).for_each(|connection| connection.close());
+    }
+
+    /// Whoever connects from now on is forwarded to this address: an origin that was away has another port.
+    pub(crate) fn lead_to(&self, origin: SocketAddr) {
+        *self.shared.origin.lock().unwrap() = origin;
     }
 
     /// While it is held, nothing is forwarded.

@@ -32,6 +32,7 @@ use headwater::{
 };
 
 use crate::shipping::{SOON, copy_dir, faulty_proxy, replace_dir, small};
+use crate::stalls;
 
 /// An origin's store on disk, open and served or not.
 struct Origin {
@@ -980,27 +981,48 @@ fn a_subscriber_that_breaks_the_rules_of_feeds_is_told_and_cut_off() {
     assert_eq!(raw.error(), Some(ErrorCode::PROTOCOL));
 }
 
-/// One that never reads: others and commits go on, and it is cut off.
+/// Has subscribed to everything, and reads no more than the first byte, which says that it was let in.
+fn never_reads(address: SocketAddr) -> Raw {
+    let mut raw = Raw::connect(address);
+    raw.hello(FEATURE_FILTERED);
+    let subscribe = Subscribe { from: None, witness: None, window_bytes: u32::MAX };
+    let terms = FeedTerms { filter: FeedFilter::everything(), shape: None };
+    raw.say(&Message::SubscribeFeed(subscribe, FeedRequest { terms, goes_on: false }));
+    raw.stream.read_exact(&mut [0]).unwrap();
+    raw
+}
+
+/// What is committed is in another feed before these have read it, those that never did and one that was live; and it is cut
+/// off.
 #[test]
 fn a_feed_that_is_never_read_delays_nobody() {
     let rng = &mut Rng::with_seed(11);
     let dir = tempfile::tempdir().unwrap();
-    let serving =
-        ServeOptions { write_stall: Duration::from_millis(300), ..ServeOptions::default() };
-    let origin = Origin::start(dir.path(), small(), serving);
-    origin.append(rng, 300);
-    let mut stalled = Raw::connect(origin.address);
-    stalled.subscribe(None, FeedTerms { filter: FeedFilter::everything(), shape: None }, false);
+    let origin = Origin::start(dir.path(), stalls::large(), stalls::patient());
     let wanted = FeedFilter::from(FeedPart::types(["placed"]));
     let feed = origin.feed(&dir.path().join("feed"), wanted.clone());
-    origin.append(rng, 100);
-    assert_eq!(received(&converged(&feed, &origin)), expected(origin.store().journal(), &wanted));
-    let deadline = Instant::now() + SOON;
-    while origin.server.as_ref().unwrap().peers().len() > 1 {
-        assert!(Instant::now() < deadline, "a silent peer is still connected");
-        std::thread::yield_now();
+    let mut stalled = vec![never_reads(origin.address)];
+    let to = StreamId::new("stock-1").unwrap();
+    for _ in 0..stalls::EVENTS {
+        let event = NewEvent::raw("noted", vec![b'x'; stalls::EVENT_BYTES]).unwrap();
+        origin.store().append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
+        origin.append(rng, 1);
+        converged(&feed, &origin);
     }
-    drop(stalled);
+    stalled.extend((0..stalls::STALLED).map(|_| never_reads(origin.address)));
+    let addresses: Vec<_> = stalled.iter().map(|raw| raw.stream.local_addr().unwrap()).collect();
+    stalls::assert_delay_nobody(origin.server.as_ref().unwrap(), &addresses, || {
+        origin.append(rng, 3);
+        converged(&feed, &origin);
+    });
+    let expected = expected(origin.store().journal(), &wanted);
+    assert_eq!(received(&converged(&feed, &origin)), expected);
+    let late = origin.feed(&dir.path().join("late"), wanted);
+    assert_eq!(received(&converged(&late, &origin)), expected);
+    let journal = origin.store().journal().clone();
+    let impatient = serve(journal, "127.0.0.1:0", stalls::impatient()).unwrap();
+    let stalled = never_reads(impatient.local_addr());
+    stalls::wait_cut_off(&impatient, stalled.stream.local_addr().unwrap());
 }
 
 /// A mirror and a feed may have the same node id: neither lets go of what the other one lacks.

@@ -58,7 +58,7 @@ fn open_mirror(fs: &SimFs) -> Ingest {
     Ingest::open(&dynamic(fs), Path::new(MIRROR), &options()).unwrap().unwrap()
 }
 
-fn payloads(journal: &Journal, from: Position) -> Vec<Vec<u8>> {
+pub(crate) fn payloads(journal: &Journal, from: Position) -> Vec<Vec<u8>> {
     journal.read_all(from).unwrap().map(|event| event.unwrap().into_data()).collect()
 }
 
@@ -71,6 +71,26 @@ fn bytes(fs: &SimFs, journal: &Journal) -> Vec<(u64, Vec<u8>)> {
         (segment.number, bytes)
     })
     .collect()
+}
+
+/// A tail that was set aside: it is without damage, and ends where it should.
+pub(crate) fn open_orphans(
+    fs: &Arc<dyn Fs>,
+    dir: &Path,
+    old_end: Checkpoint,
+) -> Result<Journal, String> {
+    let (copy, damage) = Journal::open_read_only(fs, dir).map_err(|error| error.to_string())?;
+    if let Some(damage) = damage {
+        return Err(damage.to_string());
+    }
+    if copy.end() != old_end {
+        return Err(format!("the copy ends at {:?}", copy.end()));
+    }
+    let report = verify(&**fs, dir, &mut |_| {}).map_err(|error| error.to_string())?;
+    if !report.damage.is_empty() {
+        return Err(format!("{:?}", report.damage));
+    }
+    Ok(copy)
 }
 
 /// An origin that was restored to an older state and has grown again, and a mirror of the older history.
@@ -128,18 +148,7 @@ impl Forked {
     fn check_copy(&self, fs: &SimFs) -> Result<(), String> {
         let orphans = self.orphans(fs);
         let [dir] = &orphans[..] else { return Err(format!("{orphans:?}")) };
-        let (copy, damage) =
-            Journal::open_read_only(&dynamic(fs), dir).map_err(|e| e.to_string())?;
-        if let Some(damage) = damage {
-            return Err(damage.to_string());
-        }
-        if copy.end() != self.old_end {
-            return Err(format!("the copy ends at {:?}", copy.end()));
-        }
-        let report = verify(fs, dir, &mut |_| {}).map_err(|error| error.to_string())?;
-        if !report.damage.is_empty() {
-            return Err(format!("{:?}", report.damage));
-        }
+        let copy = open_orphans(&dynamic(fs), dir, self.old_end)?;
         let from = self.common.position;
         if payloads(&copy, from) != self.old_payloads[from.get() as usize..] {
             return Err("other events".into());

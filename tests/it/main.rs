@@ -34,6 +34,8 @@ mod consistency;
 mod crash;
 #[cfg(feature = "views")]
 mod deadly;
+#[cfg(feature = "shipping")]
+mod descriptors;
 mod doctor;
 mod dump;
 #[cfg(feature = "derive")]
@@ -104,6 +106,8 @@ mod shipping_processes;
 mod simulation;
 #[cfg(feature = "views")]
 mod sources;
+#[cfg(feature = "shipping")]
+mod stalls;
 #[cfg(feature = "shipping")]
 #[path = "../chaos/subscriber.rs"]
 mod subscriber;

@@ -1,6 +1,7 @@
-//! The promises of shipping, each as tests that are named after it: S1, S2 and S6 to S9 here.
+//! The promises of shipping, each as tests that are named after it: S1 to S3 and S6 to S9 here.
 //!
-//! S3 and S4 are in `forks.rs` and `shipping.rs`, S5 in `shipping_processes.rs` and `./run chaos`, S7 also in
+//! S3 is also in the tests of the session (against a model of a journal) and, as single cases, in `shipping.rs`; S4 is in
+//! `forks.rs` and `shipping.rs`, and here wherever a mirror follows with quarantine; S5 in `shipping_processes.rs` and `./run chaos`, S7 also in
 //! `subscribers.rs`. What each says is in `docs/guarantees.md`.
 
 mod bits;
@@ -9,6 +10,7 @@ mod floods;
 mod hangs;
 mod lag;
 mod limits;
+mod restores;
 mod versions;
 mod wire;
 
