@@ -36,6 +36,9 @@ use crate::position::{Checkpoint, NodeId, Position};
 mod feed;
 mod frames;
 mod mirror;
+#[cfg(any(test, feature = "test-kit"))]
+#[allow(clippy::unwrap_used, reason = "for tests: a failure is a panic")]
+pub(crate) mod model;
 mod origin;
 mod probe;
 
