@@ -348,6 +348,14 @@ impl Output {
         next.get(self.written..).unwrap_or_default()
     }
 
+    /// All that is still to be written.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn left(&self) -> Vec<u8> {
+        let piece = self.piece.as_deref().map_or(&[][..], Vec::as_slice);
+        let all = [&self.own, piece].concat();
+        all.get(self.written..).unwrap_or_default().to_vec()
+    }
+
     /// So much of it was written.
     pub(crate) fn advance(&mut self, len: usize) {
         self.written += len;

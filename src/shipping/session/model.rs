@@ -68,6 +68,7 @@ impl ModelJournal {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn append(&mut self, body: &[u8]) {
         self.append_counted(body, 1 + (body.len() / 300) as u32);
     }
@@ -211,6 +212,10 @@ impl Source for ModelJournal {
     }
 
     fn seek(&mut self, from: Position) -> Result<(), SourceError> {
+        let first = self.start().position;
+        if from < first {
+            return Err(SourceError::Truncated { first });
+        }
         self.next = self.batches.iter().take_while(|batch| batch.end.position <= from).count();
         Ok(())
     }
@@ -232,6 +237,7 @@ impl Source for ModelJournal {
     }
 }
 
+#[cfg(test)]
 pub(crate) fn common_at(end: &Checkpoint) -> Common {
     Common { position: end.position, chain: end.chain }
 }
@@ -276,6 +282,7 @@ impl ModelMirror {
         ends.iter().map(held).collect()
     }
 
+    #[cfg(test)]
     pub(crate) fn take(&mut self, delivery: Delivery) {
         self.try_take(delivery).unwrap();
     }
@@ -321,11 +328,13 @@ impl ModelMirror {
         self.end_of_batches(self.durable)
     }
 
+    #[cfg(test)]
     pub(crate) fn crash(&mut self) {
         self.batches.truncate(self.durable);
         self.page = None;
     }
 
+    #[cfg(test)]
     pub(crate) fn set_aside_from(&mut self, batches: usize) {
         self.witness = self.end_of_batches(self.batches.len()).map(|end| witness_at(&end));
         self.durable = batches;
