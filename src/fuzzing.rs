@@ -11,10 +11,22 @@
 //! | [`decode_message`] | frames of the shipping protocol |
 //! | [`ops_vs_model`] | operations on a store (`fuzzing/ops.rs`); the first byte is the disk's seed instead |
 //! | [`recover_segment`] | segment 0 of a journal |
+//! | `session_mirror` | what an origin does, and how this side takes it (`fuzzing/session_mirror.rs`) |
+//! | `session_origin` | what a mirror or a subscriber does, and how this side takes it (`fuzzing/session_origin.rs`) |
 
 mod ops;
+#[cfg(feature = "shipping")]
+mod script;
+#[cfg(feature = "shipping")]
+mod session_mirror;
+#[cfg(feature = "shipping")]
+mod session_origin;
 
 pub use ops::ops_vs_model;
+#[cfg(feature = "shipping")]
+pub use session_mirror::{FEED, RESUMES, session_mirror};
+#[cfg(feature = "shipping")]
+pub use session_origin::{RELAY, session_origin};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,6 +64,10 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("decode_message", decode_message),
     ("ops_vs_model", ops_vs_model),
     ("recover_segment", recover_segment),
+    #[cfg(feature = "shipping")]
+    ("session_mirror", session_mirror),
+    #[cfg(feature = "shipping")]
+    ("session_origin", session_origin),
 ];
 
 /// Where the fields lie that [`seal_batch`] needs, as in `docs/format.md`.

@@ -813,6 +813,12 @@ impl FrameReader {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// How many bytes it keeps.
+    #[cfg(feature = "test-kit")]
+    pub(crate) const fn held_bytes(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Whether a frame has begun and not ended.
     #[must_use]
     pub fn is_inside_a_frame(&self) -> bool {

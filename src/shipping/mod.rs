@@ -33,7 +33,7 @@ mod observe;
 mod recover;
 mod relay;
 mod server;
-mod session;
+pub(crate) mod session;
 mod shape;
 pub(crate) mod status_file;
 mod transport;

@@ -9,7 +9,7 @@ use headwater::format::batch::BATCH_HEADER_BYTES;
 use headwater::format::files::Witness;
 use headwater::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentPage};
 use headwater::fs::sim::SimFs;
-use headwater::fuzzing::{DATA, MIRROR, SEAL, TARGETS};
+use headwater::fuzzing::{DATA, FEED, MIRROR, RELAY, RESUMES, SEAL, TARGETS};
 use headwater::shipping::message::Speaker;
 use headwater::shipping::message::{
     Ack, Authentication, Common, Data, Diverged, Divergence, ErrorCode, Events, Failure,
@@ -345,12 +345,130 @@ fn rolls_of(count: u8) -> Vec<u8> {
     (0..count).flat_map(|what| [0, what * 3, 255]).collect()
 }
 
+/// What an input of a session does: each begins with the place that it is about (1: the end), then comes its number.
+fn act(number: u8, choices: &[u8]) -> Vec<u8> {
+    [&[1, number], choices].concat()
+}
+
+/// A frame as it is, undamaged and in one piece.
+fn act_raw(number: u8, message: &Message<'_>) -> Vec<u8> {
+    let mut frame = Vec::new();
+    message.encode(&mut frame);
+    let len = u16::try_from(frame.len()).unwrap().to_le_bytes();
+    act(number, &[&len, &frame[..], &[0, 0]].concat())
+}
+
+/// See `src/fuzzing/session_origin.rs` for the numbers.
+fn session_origin_seeds(seeds: &mut Seeds) {
+    let hello = act_raw(9, &Message::Hello(session_hello(0b1101)));
+    let from = |from| Subscribe { from, witness: None, window_bytes: 4096 };
+    let subscribe = act_raw(9, &Message::Subscribe(from(None)));
+    let fork = act_raw(9, &Message::Subscribe(from(Some(session_end(3)))));
+    let terms = FeedTerms { filter: FeedFilter::any_of([FeedPart::types(["a"])]), shape: None };
+    let request = FeedRequest { terms, goes_on: false };
+    let feed = act_raw(9, &Message::SubscribeFeed(from(None), request));
+    let probe = act_raw(9, &Message::Probe(Probe { positions: vec![Position::new(1); 64] }));
+    let (ack, idle) = (act(3, &[0; 5]), act(5, &[200, 0, 0, 0]));
+    let (talk, step) = (act(19, &[7]), act(16, &[]));
+    let (grow, sync) = (act(12, &[]), act(13, &[]));
+    let (second, heartbeat) = (act(11, &[5, 0]), act(11, &[2, 0]));
+    let (away, back) = (act(14, &[5]), act(14, &[4]));
+    let mut put = |name, switches: u8, acts: &[&[u8]]| {
+        let front: [&[u8]; 1] = [&[switches, 1, 20]];
+        seeds.insert(("session_origin", name), [&front, acts].concat().concat());
+    };
+    let catches_up: [&[u8]; 10] =
+        [&hello, &subscribe, &talk, &ack, &talk, &grow, &sync, &talk, &second, &talk];
+    put("a-mirror-catches-up", SEAL, &catches_up);
+    put("a-mirror-of-a-mirror-catches-up", SEAL | RELAY, &catches_up);
+    put("a-subscriber-is-fed", SEAL, &[&hello, &feed, &talk, &ack, &talk, &heartbeat, &talk, &ack]);
+    put("another-history", SEAL, &[&hello, &fork, &step, &probe, &talk, &probe, &probe]);
+    let away = [&hello, &subscribe, &away, &step, &back, &talk, &ack, &away, &step, &second];
+    put("a-disk-that-may-not-be-asked", 0, &away.map(Vec::as_slice));
+    put("acknowledged-over-and-over", 0, &[&hello, &subscribe, &talk, &ack, &idle, &talk]);
+    put("before-hello", 0, &[&subscribe, &talk]);
+    put("in-the-wrong-order", 0, &[&hello, &talk, &hello, &subscribe, &talk]);
+    let leaves = act(8, &[0, 0]);
+    put("it-leaves", 0, &[&hello, &subscribe, &talk, &leaves, &talk, &ack]);
+}
+
+/// See `src/fuzzing/session_mirror.rs` for the numbers.
+fn session_mirror_seeds(seeds: &mut Seeds) {
+    let welcome =
+        |features| act_raw(13, &Message::Welcome(Welcome { features, ..session_welcome() }));
+    let (whole, fed) = (welcome(0b1100), welcome(1));
+    let (subscribed, honest) = (act(1, &[0; 7]), act(2, &[9, 0, 0]));
+    let heartbeat = act(8, &[0; 7]);
+    let (take, sync, speak) = (act(17, &[8, 0]), act(20, &[]), act(22, &[]));
+    let (second, ask) = (act(15, &[5, 0]), act(24, &[4]));
+    let diverged = Diverged {
+        divergence: Divergence::Fork,
+        at_witness: false,
+        speaker: Speaker::Origin,
+        common: None,
+        end: session_end(40),
+    };
+    let diverged = act_raw(13, &Message::Diverged(diverged));
+    let probed = act(10, &[0, 0, 0]);
+    let flood = |kind| act(25, &[kind, 200]);
+    let skip = act(27, &[0; 6]);
+    let run = act(26, &[0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    let mut put = |name, front: &[u8], acts: &[&[u8]]| {
+        seeds.insert(("session_mirror", name), [&[front], acts].concat().concat());
+    };
+    let begin: [&[u8]; 3] = [&speak, &whole, &subscribed];
+    let rounds: [&[u8]; 10] =
+        [&honest, &honest, &take, &sync, &speak, &heartbeat, &second, &ask, &speak, &honest];
+    put("it-catches-up", &[SEAL, 1, 20, 0], &[&begin[..], &rounds, &rounds].concat());
+    put("it-goes-on", &[SEAL | RESUMES, 1, 20, 3, 0, 0], &[&begin[..], &rounds].concat());
+    let parts: [&[u8]; 7] = [&speak, &whole, &diverged, &speak, &probed, &take, &speak];
+    put("another-history", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &parts);
+    for (name, kind) in [("flood-of-parts", 0), ("flood-of-batches", 1), ("flood-of-segments", 2)] {
+        put(name, &[0, 1, 20, 0], &[&begin[..], &[&flood(kind)]].concat());
+    }
+    let feed: [&[u8]; 9] = [&speak, &fed, &subscribed, &run, &run, &take, &sync, &speak, &skip];
+    put("it-is-fed", &[SEAL | FEED, 1, 20, 0, 0], &feed);
+    put("before-welcome", &[0, 1, 20, 0], &[&subscribed, &honest]);
+}
+
+/// The journal that the sessions of the targets are about.
+fn session_end(position: u64) -> Checkpoint {
+    Checkpoint { journal: JournalId::from_bytes([0x1A; 16]), ..checkpoint(position) }
+}
+
+fn session_hello(features: u64) -> Hello {
+    Hello {
+        versions: PROTOCOL_VERSIONS,
+        features,
+        max_frame: 1 << 20,
+        node: Some(NodeId::from_bytes([5; 16])),
+        nonce: [6; 16],
+        authentication: Authentication::None,
+        agent: "headwater/0.1.0".to_owned(),
+    }
+}
+
+fn session_welcome() -> Welcome {
+    Welcome {
+        version: 1,
+        heartbeat_ms: 1000,
+        max_frame: 8192,
+        features: 0,
+        node: NodeId::from_bytes([5; 16]),
+        session: [8; 16],
+        nonce: [0x17; 16],
+        now_us: 1,
+    }
+}
+
 fn seeds() -> Seeds {
     let mut seeds = Seeds::new();
     operation_seeds(&mut seeds);
     batch_seeds(&mut seeds);
     message_seeds(&mut seeds);
     segment_seeds(&mut seeds);
+    session_mirror_seeds(&mut seeds);
+    session_origin_seeds(&mut seeds);
     seeds
 }
 

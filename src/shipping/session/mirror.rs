@@ -201,6 +201,18 @@ impl MirrorSession {
         self.end.as_ref()
     }
 
+    /// What it keeps of what it has heard, but for the parts of a batch, and of what it wants to say.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.reader.held_bytes() + self.control.len()
+    }
+
+    /// The parts so far of a batch or a run that goes on.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn partial(&self) -> &[u8] {
+        &self.partial
+    }
+
     /// The origin's durable end as last told in this session, and as of when.
     pub(crate) const fn origin_end(&self) -> Option<(OriginEnd, Instant)> {
         self.told.end

@@ -36,6 +36,9 @@ use crate::position::{Checkpoint, NodeId, Position};
 mod feed;
 mod frames;
 mod mirror;
+#[cfg(any(test, feature = "test-kit"))]
+#[allow(clippy::unwrap_used, reason = "for tests: a failure is a panic")]
+pub(crate) mod model;
 mod origin;
 mod probe;
 
@@ -343,6 +346,14 @@ impl Output {
             _ => &self.own,
         };
         next.get(self.written..).unwrap_or_default()
+    }
+
+    /// All that is still to be written.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn left(&self) -> Vec<u8> {
+        let piece = self.piece.as_deref().map_or(&[][..], Vec::as_slice);
+        let all = [&self.own, piece].concat();
+        all.get(self.written..).unwrap_or_default().to_vec()
     }
 
     /// So much of it was written.

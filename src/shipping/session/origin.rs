@@ -309,6 +309,12 @@ impl OriginSession {
         self.end.as_ref()
     }
 
+    /// What it keeps of what it has heard, and of what it wants to say.
+    #[cfg(feature = "test-kit")]
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.reader.held_bytes() + self.control.len()
+    }
+
     /// When the peer was heard of last.
     pub(crate) const fn heard_at(&self) -> Instant {
         self.heard_at

@@ -3,16 +3,15 @@
 
 use std::time::{Duration, Instant};
 
-use super::origin::end_of;
-use super::*;
-use crate::format::Flags;
-use crate::format::batch::{
-    BATCH_HEADER_BYTES, BatchHeader, BatchRef, Link, PADDED_BYTES_LIMIT, body_digest,
+use super::model::{
+    JOURNAL, ModelJournal, ModelMirror, common_at, later, mirror_config, now, origin_config,
 };
+use super::*;
+use crate::format::batch::{BatchRef, Link, PADDED_BYTES_LIMIT};
 use crate::format::files::{Mark, Role, Witness};
-use crate::format::segment::{HEADER_PAGE_BYTES, PageState, SegmentHeader, SegmentPage};
+use crate::format::segment::{HEADER_PAGE_BYTES, SegmentPage};
 use crate::journal::Comparison;
-use crate::position::{Incarnation, JournalId, NodeId};
+use crate::position::JournalId;
 use crate::shipping::message::Speaker;
 use crate::shipping::message::{
     Ack, Authentication, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
@@ -22,310 +21,6 @@ use crate::shipping::security::Gate;
 
 mod echoes;
 mod feeds;
-
-const JOURNAL: JournalId = JournalId::from_bytes([0x1A; 16]);
-const SEGMENT_BATCHES: usize = 5;
-
-#[derive(Clone)]
-struct ModelBatch {
-    bytes: Vec<u8>,
-    page: SegmentPage,
-    first_of_segment: bool,
-    end: Checkpoint,
-}
-
-/// An origin's journal: batches, of which the first so many are durable.
-#[derive(Clone)]
-struct ModelJournal {
-    id: JournalId,
-    batches: Vec<ModelBatch>,
-    durable: usize,
-    next: usize,
-    closed: bool,
-    damaged_at: Option<usize>,
-    /// How many batch ends were asked for.
-    probed: usize,
-    /// How many batches at the beginning were removed.
-    removed: usize,
-    incarnation: u64,
-    clock_us: i64,
-}
-
-impl ModelJournal {
-    fn new(id: JournalId) -> Self {
-        let (incarnation, clock_us) = (1, 1_700_000_000_000_000);
-        let batches = Vec::new();
-        Self {
-            id,
-            batches,
-            durable: 0,
-            next: 0,
-            closed: false,
-            damaged_at: None,
-            probed: 0,
-            removed: 0,
-            incarnation,
-            clock_us,
-        }
-    }
-
-    fn end_of_batches(&self, count: usize) -> Checkpoint {
-        match count.checked_sub(1) {
-            Some(last) => self.batches[last].end,
-            None => Mark::start(self.id).end,
-        }
-    }
-
-    fn append(&mut self, body: &[u8]) {
-        self.append_counted(body, 1 + (body.len() / 300) as u32);
-    }
-
-    fn append_counted(&mut self, body: &[u8], count: u32) {
-        let at = self.end_of_batches(self.batches.len());
-        let first_of_segment = self.batches.len().is_multiple_of(SEGMENT_BATCHES);
-        let page = match self.batches.last() {
-            Some(last) if !first_of_segment => last.page.clone(),
-            _ => self.next_page(&at),
-        };
-        let mut header = BatchHeader {
-            header_len: BATCH_HEADER_BYTES as u16,
-            flags: Flags::default(),
-            stored_len: body.len() as u32,
-            raw_len: body.len() as u32,
-            body_crc: crate::format::crc32(&[body]),
-            count,
-            base_position: at.position,
-            offset: at.offset,
-            durable_offset: self.end_of_batches(self.durable).offset,
-            epoch: self.incarnation as u32,
-            padded_len: (BATCH_HEADER_BYTES + body.len()).next_multiple_of(64) as u32,
-            incarnation: Incarnation::new(self.incarnation),
-            time_us: self.clock_us,
-            chain: at.chain,
-        };
-        let digest = first_of_segment.then_some(&page.digest);
-        let front = header.seal(at.chain, digest, &body_digest(body), page.header.salt);
-        let mut bytes = [&front, body].concat();
-        bytes.resize(header.padded_len as usize, 0);
-        let end = end_of(&BatchRef::decode(&bytes, page.header.salt).unwrap(), self.id);
-        self.batches.push(ModelBatch { bytes, page, first_of_segment, end });
-    }
-
-    fn next_page(&self, at: &Checkpoint) -> SegmentPage {
-        let number = (self.batches.len() / SEGMENT_BATCHES) as u64;
-        SegmentHeader {
-            flags: Flags::default(),
-            group_alignment: 64,
-            journal: self.id,
-            number,
-            epoch: self.incarnation as u32,
-            incarnation: Incarnation::new(self.incarnation),
-            base_position: at.position,
-            base_offset: at.offset,
-            durable_offset: 0,
-            salt: 0x5A17_0000 + number,
-            created_at_us: self.clock_us,
-            capacity_bytes: 65536,
-            previous_chain: at.chain,
-        }
-        .to_page()
-    }
-
-    /// Loses what is not durable, or more; the next opening has another incarnation.
-    fn reopened_with(&mut self, batches: usize) {
-        self.batches.truncate(batches);
-        self.durable = self.batches.len();
-        self.incarnation += 1;
-        self.closed = false;
-    }
-
-    fn sync(&mut self) {
-        self.durable = self.batches.len();
-    }
-}
-
-impl Source for ModelJournal {
-    fn end(&self) -> Checkpoint {
-        self.end_of_batches(self.durable)
-    }
-
-    fn start(&self) -> Checkpoint {
-        self.end_of_batches(self.removed)
-    }
-
-    fn batch_end_at(&mut self, position: Position) -> Result<Option<Link>, SourceError> {
-        self.probed += 1;
-        let ends = (0..=self.durable).map(|count| self.end_of_batches(count));
-        let end = ends.take_while(|end| end.position <= position).last();
-        let known = |end: &Checkpoint| end.offset == 0 || end.offset >= self.start().offset;
-        Ok(end.filter(known).map(Link::from))
-    }
-
-    fn is_closed(&self) -> bool {
-        self.closed
-    }
-
-    fn compare(&mut self, checkpoint: &Checkpoint) -> Result<Comparison, SourceError> {
-        if checkpoint.journal != self.id {
-            return Ok(Comparison::Foreign);
-        }
-        if checkpoint.offset > self.end().offset {
-            return Ok(Comparison::Ahead);
-        }
-        if checkpoint.offset < self.start().offset {
-            return Err(SourceError::Truncated { first: self.start().position });
-        }
-        let equal = (0..=self.durable).any(|count| self.end_of_batches(count) == *checkpoint);
-        Ok(if equal { Comparison::Equal } else { Comparison::Differs })
-    }
-
-    fn compare_witness(&mut self, witness: &Witness) -> Result<Comparison, SourceError> {
-        if witness.offset > self.end().offset {
-            return Ok(Comparison::Ahead);
-        }
-        let equal =
-            (0..=self.durable).any(|count| witness_at(&self.end_of_batches(count)) == *witness);
-        Ok(if equal { Comparison::Equal } else { Comparison::Differs })
-    }
-
-    fn seek(&mut self, from: Position) -> Result<(), SourceError> {
-        self.next = self.batches.iter().take_while(|batch| batch.end.position <= from).count();
-        Ok(())
-    }
-
-    fn next_batch(
-        &mut self,
-        at: &Checkpoint,
-    ) -> Result<Option<(BatchRef<'_>, Option<&SegmentPage>)>, SourceError> {
-        self.seek(at.position)?;
-        if self.damaged_at == Some(self.next) {
-            return Err(SourceError::Corrupt { position: self.end_of_batches(self.next).position });
-        }
-        if self.next >= self.durable {
-            return Ok(None);
-        }
-        let batch = &self.batches[self.next];
-        let decoded = BatchRef::decode(&batch.bytes, batch.page.header.salt).unwrap();
-        Ok(Some((decoded, batch.first_of_segment.then_some(&batch.page))))
-    }
-}
-
-fn common_at(end: &Checkpoint) -> Common {
-    Common { position: end.position, chain: end.chain }
-}
-
-fn witness_at(end: &Checkpoint) -> Witness {
-    Witness { offset: end.offset, position: end.position, chain: end.chain }
-}
-
-/// A mirror: takes only what continues it, loses what it has not synced.
-#[derive(Clone, Default)]
-struct ModelMirror {
-    journal: Option<JournalId>,
-    batches: Vec<(Vec<u8>, SegmentPage, Checkpoint)>,
-    durable: usize,
-    page: Option<SegmentPage>,
-    witness: Option<Witness>,
-}
-
-impl ModelMirror {
-    fn end_of_batches(&self, count: usize) -> Option<Checkpoint> {
-        match count.checked_sub(1) {
-            Some(last) => Some(self.batches[last].2),
-            None => self.journal.map(|journal| Mark::start(journal).end),
-        }
-    }
-
-    fn resume(&self) -> Option<Resume> {
-        let end = self.end_of_batches(self.batches.len())?;
-        Some(Resume { end, witness: self.witness })
-    }
-
-    /// What batch ends of an origin's are here.
-    fn held(&self, ends: &[Option<Link>]) -> Vec<Held> {
-        let own: Vec<_> = (0..=self.batches.len()).filter_map(|n| self.end_of_batches(n)).collect();
-        let held = |end: &Option<Link>| match end {
-            None => Held::Unknown,
-            Some(end) if own.iter().any(|own| Link::from(*own) == *end) => {
-                Held::Common(Common { position: end.position, chain: end.chain })
-            }
-            Some(_) => Held::Other,
-        };
-        ends.iter().map(held).collect()
-    }
-
-    fn take(&mut self, delivery: Delivery) {
-        match delivery {
-            Delivery::Subscribed(end) => {
-                assert_eq!(*self.journal.get_or_insert(end.journal), end.journal);
-            }
-            Delivery::Segment(page) => match SegmentPage::read(&page) {
-                PageState::Valid { page, intact: true } => self.page = Some(page),
-                other => panic!("{other:?}"),
-            },
-            Delivery::Batches(bytes) => batches(&bytes).for_each(|bytes| self.batch(bytes)),
-            other => panic!("{other:?}: the connection compares, and this is no feed"),
-        }
-    }
-
-    fn batch(&mut self, bytes: &[u8]) {
-        let new_page = self.page.take();
-        let page = new_page.clone().or_else(|| self.batches.last().map(|b| b.1.clone())).unwrap();
-        let batch = BatchRef::decode(bytes, page.header.salt).unwrap();
-        assert_eq!(batch.bytes().len(), bytes.len());
-        let at = self.end_of_batches(self.batches.len()).unwrap();
-        let link = Link { offset: at.offset, position: at.position, chain: at.chain };
-        assert!(batch.continues(&link, new_page.as_ref().map(|page| &page.digest)));
-        let end = end_of(&batch, at.journal);
-        self.batches.push((bytes.to_vec(), page, end));
-    }
-
-    fn sync(&mut self) -> Option<Checkpoint> {
-        self.durable = self.batches.len();
-        self.end_of_batches(self.durable)
-    }
-
-    fn crash(&mut self) {
-        self.batches.truncate(self.durable);
-        self.page = None;
-    }
-
-    fn set_aside_from(&mut self, batches: usize) {
-        self.witness = self.end_of_batches(self.batches.len()).map(|end| witness_at(&end));
-        self.durable = batches;
-        self.crash();
-    }
-}
-
-fn origin_config() -> OriginConfig {
-    OriginConfig {
-        node: NodeId::from_bytes([0x0E; 16]),
-        role: Role::Origin,
-        sources: vec!["127.0.0.1:7001".into(), "/srv/backups/orders".into()],
-        session: [0x5E; 16],
-        deadlines: Deadlines::default(),
-        max_frame: 8192,
-        data_bytes: 2048,
-        max_window_bytes: 1 << 20,
-        idle_acks_max: 100,
-        gate: Gate::default(),
-        shape: None,
-    }
-}
-
-fn mirror_config(resume: Option<Resume>) -> MirrorConfig {
-    MirrorConfig {
-        node: Some(NodeId::from_bytes([0x11; 16])),
-        follows: true,
-        nonce: [0x17; 16],
-        authentication: Authentication::None,
-        agent: "headwater/test".to_owned(),
-        deadlines: Deadlines::default(),
-        max_frame: 8192,
-        window_bytes: 4096,
-        resume,
-    }
-}
 
 /// One connection between an origin and a mirror; bytes lie in the pipes until they are moved.
 struct Connection {
@@ -391,14 +86,6 @@ impl Connection {
         }
         panic!("the session doesn't settle");
     }
-}
-
-fn now() -> Now {
-    Now { at: Instant::now(), unix_us: 1_700_000_000_000_000 }
-}
-
-fn later(now: Now, by: Duration) -> Now {
-    Now { at: now.at + by, unix_us: now.unix_us + by.as_micros() as i64 }
 }
 
 fn random_body(rng: &mut fastrand::Rng) -> Vec<u8> {
@@ -859,15 +546,8 @@ fn a_bit_flipped_on_the_wire_never_reaches_the_mirror() {
             let mut deliveries = Vec::new();
             connection.mirror.on_bytes(&moved, now(), &mut deliveries);
             for delivery in deliveries {
-                let before = mirror.clone();
-                let verified = std::panic::catch_unwind(|| {
-                    let mut mirror = before;
-                    mirror.take(delivery);
-                    mirror
-                });
-                match verified {
-                    Ok(taken) => mirror = taken,
-                    Err(_) => connection.mirror.fail(Failure::new(ErrorCode::REFUSED, "")),
+                if mirror.try_take(delivery).is_err() {
+                    connection.mirror.fail(Failure::new(ErrorCode::REFUSED, ""));
                 }
             }
             connection.hear_mirror(usize::MAX, now());

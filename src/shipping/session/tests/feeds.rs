@@ -3,44 +3,12 @@
 use std::cell::Cell;
 
 use super::*;
-use crate::event::{EventId, NewEvent, Revision, StreamId};
-use crate::format::record;
+use crate::event::EventId;
 use crate::shipping::filter::{FeedFilter, FeedPart};
 use crate::shipping::message::{ErrorCode, FeedRequest, FeedTerms, Run, Skip};
 use crate::shipping::security::{Access, Security, SecurityOptions};
 use crate::shipping::session::mirror::SKIPS_MAX;
-
-const TYPES: [&str; 4] = ["a", "b", "c", "$own"];
-
-/// Real records, some of them longer than a frame.
-fn append_events(journal: &mut ModelJournal, rng: &mut fastrand::Rng) {
-    let mut body = Vec::new();
-    let count = rng.u32(1..5);
-    for _ in 0..count {
-        let len = if rng.u8(..) < 12 { rng.usize(6_000..20_000) } else { rng.usize(0..300) };
-        let event = NewEvent::raw(TYPES[rng.usize(..4)], vec![rng.u8(..); len]).unwrap();
-        let event = event.id(EventId::from_bytes(std::array::from_fn(|_| rng.u8(..))));
-        let stream = StreamId::new(format!("s-{}", rng.u8(..3))).unwrap();
-        record::encode(&mut body, &event, &stream, Revision::FIRST);
-    }
-    journal.append_counted(&body, count);
-}
-
-/// The events of the feed in front of `batches`, and their positions.
-fn expected(journal: &ModelJournal, filter: &FeedFilter, batches: usize) -> Vec<(u64, EventId)> {
-    let mut all = Vec::new();
-    for batch in &journal.batches[..batches] {
-        let decoded = BatchRef::decode(&batch.bytes, batch.page.header.salt).unwrap();
-        let base = decoded.header.base_position;
-        for (index, record) in decoded.records().enumerate() {
-            let record = record.unwrap();
-            if filter.matches_record(&record) && !record.event_type.starts_with('$') {
-                all.push((base.advance(index as u64).get(), record.id));
-            }
-        }
-    }
-    all
-}
+use crate::shipping::session::model::TYPES;
 
 /// What a subscriber has: it loses what it hasn't made durable.
 struct Subscriber {
@@ -160,7 +128,7 @@ fn check(journal: &ModelJournal, subscriber: &Subscriber) {
     let batches = journal.batches[..journal.durable].iter();
     let batches = batches.take_while(|batch| batch.end.position <= covered.position).count();
     assert_eq!(covered, journal.end_of_batches(batches), "no batch end, or not durable");
-    assert_eq!(subscriber.events, expected(journal, &subscriber.filter, batches));
+    assert_eq!(subscriber.events, journal.events_of(&subscriber.filter, batches));
 }
 
 /// As with mirrors: at every step the subscriber has exactly what the filter lets through of what it has accounted for.
@@ -176,7 +144,7 @@ fn whatever_happens_a_feed_is_what_the_filter_lets_through() {
         let mut wire = Wire::new(&mut subscriber, now);
         for _ in 0..300 {
             match rng.u32(..100) {
-                0..20 => append_events(&mut journal, &mut rng),
+                0..20 => journal.append_events(&mut rng),
                 20..32 => journal.sync(),
                 32..50 => wire.speak(&mut journal, now),
                 50..70 => wire.hear_origin(rng.usize(1..6000), &mut subscriber, now),
@@ -212,7 +180,7 @@ fn a_feed_of_a_history_that_is_gone_is_told_for_every_tail_length() {
     for (kept, regrown) in (0..=6).flat_map(|kept| (0..6).map(move |regrown| (kept, regrown))) {
         let mut rng = fastrand::Rng::with_seed(1);
         let mut journal = ModelJournal::new(JOURNAL);
-        (0..6).for_each(|_| append_events(&mut journal, &mut rng));
+        (0..6).for_each(|_| journal.append_events(&mut rng));
         journal.sync();
         let original = journal.clone();
         let mut subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["a", "c"])));
@@ -248,7 +216,7 @@ fn a_feed_of_a_history_that_is_gone_is_told_for_every_tail_length() {
 #[test]
 fn more_skips_than_anybody_needs_are_refused_until_some_are_acknowledged() {
     let mut journal = ModelJournal::new(JOURNAL);
-    append_events(&mut journal, &mut fastrand::Rng::with_seed(1));
+    journal.append_events(&mut fastrand::Rng::with_seed(1));
     journal.sync();
     let mut subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["none"])));
     let mut wire = Wire::new(&mut subscriber, now());
@@ -349,7 +317,7 @@ fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
         let access = Access::File(list.clone());
         let security = Security::new(SecurityOptions { tls: None, access }).unwrap();
         let mut journal = ModelJournal::new(JOURNAL);
-        append_events(&mut journal, &mut fastrand::Rng::with_seed(1));
+        journal.append_events(&mut fastrand::Rng::with_seed(1));
         journal.sync();
         let subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["a"])));
         let (mut session, now) = (subscriber.session(now()), now());
@@ -389,7 +357,7 @@ fn the_end_that_a_feed_is_told_never_goes_back_also_if_it_moves_within_a_turn() 
     for types in [vec!["a", "b", "c"], vec!["a"], vec!["nothing of it"]] {
         let mut rng = fastrand::Rng::with_seed(1);
         let mut journal = ModelJournal::new(JOURNAL);
-        (0..200).for_each(|_| append_events(&mut journal, &mut rng));
+        (0..200).for_each(|_| journal.append_events(&mut rng));
         journal.sync();
         let mut subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(types)));
         let mut now = now();
