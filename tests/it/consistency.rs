@@ -382,7 +382,9 @@ mod views {
     }
 
     fn append_some(store: &Store, count: usize) -> Checkpoint {
-        (0..count).for_each(|_| drop(append(store, "more")));
+        for _ in 0..count {
+            append(store, "more");
+        }
         store.journal().end()
     }
 }
