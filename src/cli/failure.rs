@@ -27,6 +27,12 @@ pub(crate) enum Failure {
     Shipping(crate::shipping::ShippingError),
     /// So many kinds of events have no sample; they have been printed.
     Unrecorded(usize),
+    /// So much keeps the samples from proving that the service reads everything; it has been printed.
+    Unproven(usize),
+    /// So many events of the journal can't be decoded by the service; the first have been printed.
+    Undecodable(u64),
+    /// Neither a journal nor the code of event types is at hand.
+    NothingToCheck,
     /// What lies in front was printed.
     Damaged(Corruption),
     /// Damage was found and has been printed.
@@ -136,6 +142,21 @@ impl Failure {
                 format!("{kinds} kinds of events in the journal have no sample"),
                 "record them with headwater::schema, and let schema::check prove that they are read",
             ),
+            Self::Unproven(findings) => (
+                "schema.findings",
+                format!("{findings} findings: this code doesn't read and write what was recorded"),
+                "each finding has its own hint",
+            ),
+            Self::Undecodable(events) => (
+                "schema.undecodable_events",
+                format!("{events} events in the journal can't be decoded by this code"),
+                "keep what read them before: undo the change, or declare an upcaster",
+            ),
+            Self::NothingToCheck => (
+                "schema.nothing_to_check",
+                "there is neither a journal nor the code of a service".to_owned(),
+                "name the directory of a journal, too",
+            ),
             Self::Damaged(corruption) => {
                 let error = ReadError::from(corruption.clone());
                 (error.code(), error.to_string(), error.hint())
@@ -160,6 +181,7 @@ impl Failure {
 
     pub(crate) fn exit_code(&self) -> ExitCode {
         let damage = match self {
+            Self::NothingToCheck => return ExitCode::from(2),
             Self::Open(error)
             | Self::Backup(BackupError::Target(error))
             | Self::Restore(RestoreError::Backup(error) | RestoreError::Target(error)) => matches!(
@@ -185,6 +207,8 @@ impl Failure {
             Self::Retention(_)
             | Self::Schema(_)
             | Self::Unrecorded(_)
+            | Self::Unproven(_)
+            | Self::Undecodable(_)
             | Self::Repair(_)
             | Self::Replaced
             | Self::Output(_)

@@ -103,6 +103,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use self::failure::Failure;
 #[cfg(feature = "views")]
 pub use self::view::ViewArgs;
+use crate::event::Event;
 #[cfg(feature = "views")]
 use crate::view::{Code, TableView, View, ViewOptions};
 
@@ -161,7 +162,7 @@ enum Command {
     /// Takes back from mirrors what an origin has lost
     #[cfg(feature = "shipping")]
     Recover(recover::Args),
-    /// Compares the kinds of events in a journal with recorded samples
+    /// Compares the kinds of events in a journal, and the code of a service, with recorded samples
     Schema(schema::Args),
     /// Makes a token, by which a mirror is let in
     #[cfg(feature = "shipping")]
@@ -194,16 +195,18 @@ struct Target {
     json: bool,
 }
 
-/// The command line, with the views whose code is at hand.
+/// The command line, with the views and event types whose code is at hand.
 #[derive(Debug, Default)]
 #[must_use = "it does nothing until it is run"]
 pub struct Cli {
+    types: schema::EventTypes,
     #[cfg(feature = "views")]
     views: view::Views,
 }
 
 impl Cli {
-    /// Without the code of any view: their rows are printed as bytes, and can't be built anew.
+    /// Without any code of a service: rows of views are printed as bytes and can't be built anew, and whether events can be
+    /// decoded nobody knows.
     pub fn new() -> Self {
         Self::default()
     }
@@ -234,6 +237,40 @@ impl Cli {
     #[cfg(feature = "views")]
     pub fn table_view_with<T: TableView>(mut self, view: T, options: ViewOptions) -> Self {
         self.views.0.push(Code::of_tables(view, options));
+        self
+    }
+
+    /// With the code of this event type, too: `schema check SCHEMA` then also proves what
+    /// [`schema::check`](crate::schema::check) does, with these values, over the samples in `SCHEMA/dir`, and `schema
+    /// check SCHEMA DIR` decodes every event of the journal, through upcasters. An empty `dir` is SCHEMA itself.
+    ///
+    /// Name all event types of the service: each passes over the events of the others. What none of them knows is shown as
+    /// not read.
+    ///
+    /// ```
+    /// use headwater::cli::Cli;
+    /// use headwater::schema;
+    ///
+    /// headwater::events! { enum OrderEvent { Placed(u64) = "order.placed", version 1; } }
+    ///
+    /// fn samples() -> Vec<OrderEvent> {
+    ///     vec![OrderEvent::Placed(1250)]
+    /// }
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let schema = dir.path();
+    /// schema::record(schema.join("orders"), &samples())?; // once; the files belong to the repository
+    /// let cli = Cli::new().events("orders", samples());
+    /// let code = cli.run_from(["service", "schema", "check", schema.to_str().unwrap()]);
+    /// # assert_eq!(format!("{code:?}"), format!("{:?}", std::process::ExitCode::SUCCESS));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn events<E: Event + Send + Sync + 'static>(
+        mut self,
+        dir: impl Into<PathBuf>,
+        values: impl IntoIterator<Item = E>,
+    ) -> Self {
+        self.types.add(dir.into(), values.into_iter().collect());
         self
     }
 
@@ -296,7 +333,7 @@ impl Cli {
             Command::Topology(args) => topology::run(args),
             #[cfg(feature = "shipping")]
             Command::Recover(args) => recover::run(args),
-            Command::Schema(args) => schema::run(args),
+            Command::Schema(args) => schema::run(args, &self.types),
             #[cfg(feature = "shipping")]
             Command::Token(args) => security::token(args),
             #[cfg(feature = "shipping")]

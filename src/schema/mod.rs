@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use crate::codec::CodecError;
 use crate::error::{IoContext, IoError, ReadError};
 use crate::event::{Event, EventKind, PayloadCodec};
+use crate::format::record::RecordRef;
 use crate::fs::{Fs, os::OsFs};
 use crate::journal::Journal;
 use crate::position::Position;
@@ -453,6 +454,12 @@ pub struct StoredKind {
 }
 
 impl StoredKind {
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_same_kind(&self, other: &Self) -> bool {
+        (&self.name, self.schema_version, self.codec)
+            == (&other.name, other.schema_version, other.codec)
+    }
+
     /// Whether there is a sample of it among these.
     #[must_use]
     pub fn is_recorded(&self, samples: &[Sample]) -> bool {
@@ -469,25 +476,53 @@ impl StoredKind {
 /// # Errors
 /// [`ReadError`] if the journal can't be read to its end.
 pub fn stored_kinds(journal: &Journal) -> Result<Vec<StoredKind>, ReadError> {
-    let mut kinds: BTreeMap<String, BTreeMap<(u32, u8), StoredKind>> = BTreeMap::new();
+    let mut kinds = Kinds::default();
+    for_each_record(journal, |position, record| kinds.add(position, record))?;
+    Ok(kinds.into_vec())
+}
+
+/// Kinds of events, counted.
+#[derive(Default)]
+pub(crate) struct Kinds(BTreeMap<String, BTreeMap<(u32, u8), StoredKind>>);
+
+impl Kinds {
+    /// One more of its kind.
+    pub(crate) fn add(&mut self, position: Position, record: &RecordRef<'_>) {
+        let (name, schema_version, codec) =
+            (record.event_type, record.schema_version, record.codec);
+        let of_name = match self.0.get_mut(name) {
+            Some(of_name) => of_name,
+            None => self.0.entry(name.to_owned()).or_default(),
+        };
+        let kind = of_name.entry((schema_version, codec.to_byte())).or_insert_with(|| StoredKind {
+            name: name.to_owned(),
+            schema_version,
+            codec,
+            events: 0,
+            first: position,
+        });
+        kind.events += 1;
+    }
+
+    /// By name, version and codec.
+    pub(crate) fn into_vec(self) -> Vec<StoredKind> {
+        self.0.into_values().flat_map(BTreeMap::into_values).collect()
+    }
+}
+
+/// Looks at all events up to the journal's durable end, in order.
+pub(crate) fn for_each_record(
+    journal: &Journal,
+    mut look: impl FnMut(Position, &RecordRef<'_>),
+) -> Result<(), ReadError> {
     let mut cursor = journal.cursor(journal.start().position)?;
     while let Some(batch) = cursor.next_batch()? {
         let mut position = batch.batch.header.base_position;
         for record in batch.batch.records() {
             let record = record.map_err(|error| batch.unreadable(journal, error))?;
-            let (name, schema_version, codec) =
-                (record.event_type, record.schema_version, record.codec);
-            let of_name = match kinds.get_mut(name) {
-                Some(of_name) => of_name,
-                None => kinds.entry(name.to_owned()).or_default(),
-            };
-            let name = || name.to_owned();
-            let kind = of_name.entry((schema_version, codec.to_byte())).or_insert_with(|| {
-                StoredKind { name: name(), schema_version, codec, events: 0, first: position }
-            });
-            kind.events += 1;
+            look(position, &record);
             position = position.advance(1);
         }
     }
-    Ok(kinds.into_values().flat_map(BTreeMap::into_values).collect())
+    Ok(())
 }

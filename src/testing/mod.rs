@@ -16,7 +16,8 @@
 #![cfg_attr(
     feature = "views",
     doc = "| the rows of a keyed view, its indexes, events it can't fold | [`view`](view()) |",
-    doc = "| that a view is a pure fold, and can be rebuilt | [`assert_pure`] |"
+    doc = "| the tables of a view, events it can't apply | [`table_view`](table_view()) |",
+    doc = "| that a view is a pure fold, and can be rebuilt | [`assert_pure`], [`assert_pure_tables`] |"
 )]
 //! | a service as a whole, quickly, and with times that are known | [`MemoryDisk`], [`Clock`] |
 //! | what a service does after a crash | [`CrashTest`] |
@@ -38,6 +39,10 @@ mod history;
 #[cfg(feature = "views")]
 mod purity;
 #[cfg(feature = "views")]
+mod table_purity;
+#[cfg(feature = "views")]
+mod table_view;
+#[cfg(feature = "views")]
 mod view;
 
 pub use aggregate::{AggregateTest, Decision, aggregate};
@@ -48,5 +53,9 @@ pub use disk::{Crash, MemoryDisk};
 pub use history::{History, stored};
 #[cfg(feature = "views")]
 pub use purity::{Impure, assert_pure, check_purity};
+#[cfg(feature = "views")]
+pub use table_purity::{assert_pure_tables, check_purity_of_tables};
+#[cfg(feature = "views")]
+pub use table_view::{TableViewTest, table_view};
 #[cfg(feature = "views")]
 pub use view::{ViewTest, view};

@@ -29,11 +29,11 @@ use crate::view::{View, ViewKey};
 
 /// How often each event is folded into the same row: the order of two entries of a `HashMap` is another one every other
 /// time.
-const FOLDS: usize = 8;
+pub(super) const FOLDS: usize = 8;
 /// A clock of milliseconds has moved after this time.
-const CLOCK_MOVES: Duration = Duration::from_millis(2);
+pub(super) const CLOCK_MOVES: Duration = Duration::from_millis(2);
 /// Runs with random chunks, and runs with random crashes.
-const RANDOM_RUNS: u64 = 4;
+pub(super) const RANDOM_RUNS: u64 = 4;
 /// How the keys are divided in the run that folds one part after the other.
 const PARTS: u64 = 8;
 
@@ -139,7 +139,9 @@ pub struct Impure {
     pub stream: StreamId,
     /// The event's type.
     pub event_type: EventType,
-    /// The row's key, as `Debug` shows it; `None` if it shows before there is a row.
+    /// The row's table, in a view of tables.
+    pub table: Option<&'static str>,
+    /// The row's key, as `Debug` shows it (in a view of tables: in JSON); `None` if it shows before there is a row.
     pub key: Option<String>,
     /// What was done.
     pub what: String,
@@ -149,11 +151,13 @@ pub struct Impure {
 
 impl fmt::Display for Impure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { view, position, stream, event_type, key, what, difference } = self;
+        let Self { view, position, stream, event_type, table, key, what, difference } = self;
         writeln!(f, "view {view} is not a pure fold")?;
         writeln!(f, "  event: position {position}, {event_type} in stream {stream}")?;
-        if let Some(key) = key {
-            writeln!(f, "  row:   {key}")?;
+        match (key, table) {
+            (Some(key), Some(table)) => writeln!(f, "  row:   {key} of table {table}")?,
+            (Some(key), None) => writeln!(f, "  row:   {key}")?,
+            (None, _) => {}
         }
         writeln!(f, "  {what} (- first, + later):")?;
         f.write_str(difference)?;
@@ -175,7 +179,7 @@ struct Check<'a, V: View> {
     end: Kept,
 }
 
-type Checked = Result<(), Box<Impure>>;
+pub(super) type Checked = Result<(), Box<Impure>>;
 
 impl<V: View> Check<'_, V>
 where
@@ -425,6 +429,7 @@ where
             position: stored.position(),
             stream: stored.stream().clone(),
             event_type: stored.event_type().clone(),
+            table: None,
             key,
             what: what.to_owned(),
             difference: lines(first, later),

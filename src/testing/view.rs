@@ -148,7 +148,7 @@ where
             came.as_ref() == Some(&row),
             "view {}, row {}: another row than expected (- expected, + came):\n{}",
             V::NAME,
-            shown_key::<V, Q>(key),
+            shown_key::<V::Key, Q>(key),
             diff(&Some(&row), &came.as_ref())
         );
         self
@@ -162,7 +162,7 @@ where
     pub fn then_no_row<Q: EncodeKey<V::Key> + ?Sized>(self, key: &Q) -> Self {
         self.whole(key);
         if let Some(row) = self.get(key) {
-            let key = shown_key::<V, Q>(key);
+            let key = shown_key::<V::Key, Q>(key);
             panic!("view {}: no row {key} was expected, but there is {row:#?}", V::NAME);
         }
         self
@@ -176,7 +176,7 @@ where
     pub fn then_rows(self, expected: impl IntoIterator<Item = (V::Key, V::Row)>) -> Self {
         let this = self.then_nothing_parked();
         let expected: Vec<_> = expected.into_iter().collect();
-        same_rows::<V>("its rows", &expected, &this.rows());
+        same_rows(V::NAME, "its rows", &expected, &this.rows());
         this
     }
 
@@ -194,7 +194,7 @@ where
         self.not_stopped();
         let came = self.rows.by_index(index, key).unwrap_or_else(|error| panic!("{error}"));
         let expected: Vec<_> = expected.into_iter().collect();
-        same_rows::<V>(&format!("rows found by index {}", index.name()), &expected, &came);
+        same_rows(V::NAME, &format!("rows found by index {}", index.name()), &expected, &came);
         self
     }
 
@@ -212,7 +212,7 @@ where
             came.is_some_and(|came| came.contains(reason)),
             "view {}, row {}: expected to be parked because of {reason:?}, but {}",
             V::NAME,
-            shown_key::<V, Q>(key),
+            shown_key::<V::Key, Q>(key),
             came.map_or("nothing of it is parked".to_owned(), |came| format!(
                 "it is, because: {came}"
             )),
@@ -301,7 +301,7 @@ where
         self.all_routed();
         if let Some(parked) = self.rows.slot(key).and_then(|slot| slot.parked.as_ref()) {
             let ParkedSlot { first, events, reason, .. } = parked;
-            panic_parked::<V>(&shown_key::<V, Q>(key), (*first, *events, reason));
+            panic_parked::<V>(&shown_key::<V::Key, Q>(key), (*first, *events, reason));
         }
     }
 
@@ -335,36 +335,32 @@ fn panic_parked<V: View>(key: &str, (first, events, reason): (Position, u64, &st
 }
 
 #[track_caller]
-fn same_rows<V: View>(what: &str, expected: &[(V::Key, V::Row)], came: &[(V::Key, V::Row)])
-where
-    V::Key: Debug,
-    V::Row: PartialEq + Debug,
-{
+pub(super) fn same_rows<K: ViewKey + Debug, R: PartialEq + Debug>(
+    view: &str,
+    what: &str,
+    expected: &[(K, R)],
+    came: &[(K, R)],
+) {
     // Keys need not be comparable; their bytes are.
-    let bytes = |key: &V::Key| {
+    let bytes = |key: &K| {
         let mut out = Vec::new();
         key.encode_key(&mut out);
         out
     };
-    let same =
-        |a: &(V::Key, V::Row), b: &(V::Key, V::Row)| bytes(&a.0) == bytes(&b.0) && a.1 == b.1;
+    let same = |a: &(K, R), b: &(K, R)| bytes(&a.0) == bytes(&b.0) && a.1 == b.1;
     let all = expected.len() == came.len() && expected.iter().zip(came).all(|(a, b)| same(a, b));
     assert!(
         all,
-        "view {}: {what} are other ones than expected (- expected, + came):\n{}",
-        V::NAME,
+        "view {view}: {what} are other ones than expected (- expected, + came):\n{}",
         diff(&expected, &came)
     );
 }
 
 /// A key as people read it.
-fn shown_key<V: View, Q: EncodeKey<V::Key> + ?Sized>(key: &Q) -> String
-where
-    V::Key: Debug,
-{
+pub(super) fn shown_key<K: ViewKey + Debug, Q: EncodeKey<K> + ?Sized>(key: &Q) -> String {
     let mut bytes = Vec::new();
     key.encode_key_into(&mut bytes);
-    match V::Key::decode_key(&mut bytes.as_slice()) {
+    match K::decode_key(&mut bytes.as_slice()) {
         Ok(key) => format!("{key:?}"),
         Err(error) => format!("{bytes:02x?} ({error})"),
     }

@@ -54,6 +54,8 @@ mod intake;
 mod key;
 #[cfg(feature = "testing")]
 pub(crate) mod memory;
+#[cfg(feature = "testing")]
+pub(crate) mod memory_tables;
 mod moment;
 #[cfg(feature = "cli")]
 mod mount;

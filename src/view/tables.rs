@@ -45,6 +45,8 @@ use super::error::{EventFailure, StopError, ViewError, ViewReadError};
 use super::handle::checkpoints_of;
 use super::index::check_names;
 use super::key::{EncodeKey, KeyError, KeyPrefix, ViewKey};
+#[cfg(feature = "testing")]
+use super::memory_tables::Reading;
 #[cfg(feature = "cli")]
 use super::mount::RowSpelling;
 use super::poison::{OnPoison, Parking, Rules, reason_of};
@@ -210,6 +212,8 @@ struct Declared {
     types: (TypeId, TypeId),
     #[cfg(feature = "cli")]
     spelling: RowSpelling,
+    #[cfg(feature = "testing")]
+    reading: Reading,
 }
 
 impl Tables {
@@ -236,6 +240,8 @@ impl Tables {
             types,
             #[cfg(feature = "cli")]
             spelling: RowSpelling::of::<K, R>(),
+            #[cfg(feature = "testing")]
+            reading: Reading::of::<K, R>(),
         });
         self
     }
@@ -246,8 +252,16 @@ impl Tables {
         self.0.iter().map(|it| (it.name, it.spelling)).collect()
     }
 
+    /// The name of the table in which a row lies, and how the row is read back.
+    #[cfg(feature = "testing")]
+    pub(super) fn reading(&self, row_key: &[u8]) -> Option<(&'static str, Reading)> {
+        let mut numbered = (0_u8..).zip(&self.0);
+        let found = numbered.find(|(number, _)| Space::of_table("", *number).holds(row_key));
+        found.map(|(_, it)| (it.name, it.reading))
+    }
+
     /// In the order of their numbers, which is that of their names.
-    fn sorted(mut self) -> Self {
+    pub(super) fn sorted(mut self) -> Self {
         self.0.sort_by_key(|it| it.name);
         self
     }
@@ -261,7 +275,7 @@ impl Tables {
         checked.map_err(|(table, reason)| ViewError::InvalidTable { view, table, reason })
     }
 
-    fn number<K: 'static, R: 'static>(&self, table: Table<K, R>) -> Option<u8> {
+    pub(super) fn number<K: 'static, R: 'static>(&self, table: Table<K, R>) -> Option<u8> {
         let types = (TypeId::of::<K>(), TypeId::of::<R>());
         let mut numbered = (0_u8..).zip(&self.0);
         let found = numbered.find(|(_, it)| it.name == table.name && it.types == types);
@@ -312,12 +326,13 @@ pub enum TableError {
 }
 
 /// What was written: `None` deletes.
-type Written = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+pub(crate) type Written = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// The tables as one event finds them; what it writes is seen by its own reads at once. See [`TableView::apply`].
 pub struct ViewTxn<'a> {
     tables: &'a Tables,
-    db: &'a Arc<Db>,
+    /// None if all that was ever written is in `chunk`: in a test of the view's author.
+    db: Option<&'a Arc<Db>>,
     chunk: &'a Written,
     own: Written,
     failed: RefCell<Option<TableError>>,
@@ -345,7 +360,8 @@ impl ViewTxn<'_> {
         if let Some(row) = written {
             return row.as_deref().map(|row| self.decode_row(table.name, row)).transpose();
         }
-        let stored = self.db.rows([key.as_slice()].into_iter());
+        let Some(db) = self.db else { return Ok(None) };
+        let stored = db.rows([key.as_slice()].into_iter());
         let stored = stored.map_err(|error| self.failing(error.into()))?.pop().flatten();
         stored.map(|row| self.decode_row(table.name, &row)).transpose()
     }
@@ -437,7 +453,7 @@ impl ViewTxn<'_> {
             written.range(range).peekable()
         };
         let (own, chunk) = (within(&self.own), within(self.chunk));
-        let stored = self.db.latest().scan(range.clone()).peekable();
+        let stored = self.db.map(|db| db.latest().scan(range.clone()).peekable());
         TxnRows { tx: self, table, space, own, chunk, stored }
     }
 
@@ -475,7 +491,7 @@ pub struct TxnRows<'a, K, R> {
     space: Space,
     own: WrittenRange<'a>,
     chunk: WrittenRange<'a>,
-    stored: Peekable<Scan>,
+    stored: Option<Peekable<Scan>>,
 }
 
 impl<K, R> fmt::Debug for TxnRows<'_, K, R> {
@@ -487,9 +503,10 @@ impl<K, R> fmt::Debug for TxnRows<'_, K, R> {
 impl<K, R> TxnRows<'_, K, R> {
     /// The next key in any of the three, with what the newest of those that have it says.
     fn next_entry(&mut self) -> Option<Result<(Vec<u8>, Option<Vec<u8>>), StorageError>> {
-        let stored = match self.stored.peek() {
+        let stored = match self.stored.as_mut().and_then(Peekable::peek) {
             Some(Err(_)) => {
-                return self.stored.next().map(|error| error.map(|_| Default::default()));
+                let failed = self.stored.as_mut()?.next();
+                return failed.map(|error| error.map(|_| Default::default()));
             }
             Some(Ok((key, _))) => Some(&**key),
             None => None,
@@ -498,7 +515,10 @@ impl<K, R> TxnRows<'_, K, R> {
         let (own, chunk) = (written(&mut self.own), written(&mut self.chunk));
         let keys = [own.as_deref(), chunk.as_deref(), stored];
         let key = keys.into_iter().flatten().min()?.to_vec();
-        let stored = self.stored.next_if(|it| it.as_ref().is_ok_and(|(it, _)| **it == *key));
+        let stored = self
+            .stored
+            .as_mut()
+            .and_then(|stored| stored.next_if(|it| it.as_ref().is_ok_and(|(it, _)| **it == *key)));
         let chunk = self.chunk.next_if(|(it, _)| **it == key);
         let own = self.own.next_if(|(it, _)| **it == key);
         let row = match (own.or(chunk), stored) {
@@ -762,7 +782,7 @@ fn bytes_of((key, row): (&Vec<u8>, &Option<Vec<u8>>)) -> usize {
 }
 
 /// Why an event couldn't be applied.
-enum Failure {
+pub(super) enum Failure {
     Event(EventFailure),
     Storage(StorageError),
 }
@@ -775,26 +795,36 @@ impl<T: TableView> Tabled<T> {
         db: &Arc<Db>,
         written: &Written,
     ) -> Result<Written, (usize, Failure)> {
-        let failed = RefCell::new(None);
-        let mut tx =
-            ViewTxn { tables: &self.tables, db, chunk: written, own: Written::new(), failed };
-        for (nth, event) in events.iter().enumerate() {
-            let applied = guard(|| self.view.apply(event, &mut tx));
-            let failure = match tx.failed.take() {
-                Some(TableError::Storage(source)) => Some(Failure::Storage(source)),
-                Some(error) => Some(Failure::Event(EventFailure::Table(error))),
-                None => match applied {
-                    Ok(Ok(())) => None,
-                    Ok(Err(error)) => Some(Failure::Event(EventFailure::Fold(error.0))),
-                    Err(panic) => Some(Failure::Event(panic)),
-                },
-            };
-            if let Some(failure) = failure {
-                return Err((nth, failure));
-            }
-        }
-        Ok(tx.own)
+        apply(&self.view, &self.tables, events, Some(db), written)
     }
+}
+
+/// [`Tabled::apply`], also without a database: on top of nothing but what was written.
+pub(super) fn apply<T: TableView>(
+    view: &T,
+    tables: &Tables,
+    events: &[Recorded<T::Event>],
+    db: Option<&Arc<Db>>,
+    written: &Written,
+) -> Result<Written, (usize, Failure)> {
+    let failed = RefCell::new(None);
+    let mut tx = ViewTxn { tables, db, chunk: written, own: Written::new(), failed };
+    for (nth, event) in events.iter().enumerate() {
+        let applied = guard(|| view.apply(event, &mut tx));
+        let failure = match tx.failed.take() {
+            Some(TableError::Storage(source)) => Some(Failure::Storage(source)),
+            Some(error) => Some(Failure::Event(EventFailure::Table(error))),
+            None => match applied {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(Failure::Event(EventFailure::Fold(error.0))),
+                Err(panic) => Some(Failure::Event(panic)),
+            },
+        };
+        if let Some(failure) = failure {
+            return Err((nth, failure));
+        }
+    }
+    Ok(tx.own)
 }
 
 impl<T: TableView> Batches<Tabled<T>> for TableChunk<T> {

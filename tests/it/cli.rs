@@ -781,7 +781,7 @@ fn schema_check_names_the_kinds_of_events_without_a_sample() {
     assert_eq!((&value["complete"], &value["samples"]), (&json!(false), &json!(3)));
     let kind = json!({
         "type": "order.placed", "schema_version": 2, "codec": "json", "events": 1,
-        "first_position": 2, "recorded": false,
+        "first_position": 2, "recorded": false, "read_events": null,
     });
     assert_eq!(value["kinds"][1], kind);
     assert_eq!(

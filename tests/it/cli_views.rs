@@ -1378,7 +1378,8 @@ fn every_command_of_a_service_that_the_documentation_shows_works() {
     let shown: Vec<&str> =
         text.lines().filter_map(|line| line.strip_prefix("$ service ")).collect();
     assert!(shown.len() >= 5, "{shown:?}");
-    for command in shown {
+    // Those about events are run where this service has event types: `cli_events`.
+    for command in shown.into_iter().filter(|it| !it.starts_with("schema ")) {
         let command = command.split(" #").next().unwrap_or(command).trim();
         let command = command.replace("DIR", world.dir()).replace('\'', "");
         let args: Vec<&str> = command.split_whitespace().collect();

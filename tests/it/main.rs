@@ -22,6 +22,8 @@ mod benchmarks;
 mod bootstrap;
 #[cfg(feature = "cli")]
 mod cli;
+#[cfg(all(feature = "cli", feature = "derive"))]
+mod cli_events;
 #[cfg(all(feature = "cli", feature = "views"))]
 mod cli_views;
 #[cfg(feature = "test-kit")]

@@ -12,6 +12,8 @@ use headwater::reactor::{
     ReactorOptions, ReactorState, SkipError, Start,
 };
 use headwater::retention::{History, Holder, Options, Until};
+#[cfg(feature = "views")]
+use headwater::view::{Fold, FoldError, Keys, RebuildOptions, View};
 use headwater::{
     Append, AppendError, Durability, EventId, ExpectedRevision, NewEvent, OpenError, Position,
     ReadError, Recorded, Store, StreamId,
@@ -133,6 +135,85 @@ fn a_reactor_begins_where_it_was_told_and_goes_on_where_it_was() {
     store.close().unwrap();
     assert!(handle.wait_stopped(LONG));
     assert!(matches!(handle.status().state, ReactorState::Closed));
+}
+
+/// The sum of all that was added, and how many events there were.
+#[cfg(feature = "views")]
+struct Sums<const VERSION: u32>;
+
+#[cfg(feature = "views")]
+impl<const VERSION: u32> View for Sums<VERSION> {
+    const NAME: &'static str = "sums";
+    const VERSION: u32 = VERSION;
+    type Key = ();
+    type Row = (u64, u64);
+    type Event = SumEvent;
+
+    fn route(&self, _: &Recorded<SumEvent>, keys: &mut Keys<()>) {
+        keys.add(());
+    }
+
+    fn fold(
+        &self,
+        (): &(),
+        row: Option<(u64, u64)>,
+        event: &Recorded<SumEvent>,
+    ) -> Result<Fold<(u64, u64)>, FoldError> {
+        let (sum, events) = row.unwrap_or_default();
+        let SumEvent::Added(Added(more)) = event.data() else { return Ok(Fold::Keep) };
+        Ok(Fold::Put((sum + more, events + 1)))
+    }
+}
+
+/// Folding again must not act again: that is why effects belong into reactors and not into folds.
+#[cfg(feature = "views")]
+#[test]
+fn a_view_that_is_rebuilt_rolled_back_or_checked_runs_no_reaction_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let recorder = Recorder::default();
+    let mut end = Position::START;
+    {
+        let store = Store::create(dir.path().join("store")).unwrap();
+        (0..20).for_each(|n| end = put(&store, Added(n)));
+        let reactor = store.react(recorder.clone(), quick(Start::Beginning)).unwrap();
+        let view = store.view(Sums::<1>).unwrap();
+        assert!(reactor.wait_reacted(end, LONG));
+        view.wait_for_latest(LONG).unwrap();
+        let is_as_it_was = |after: &str| {
+            // Whatever a reactor was to do anew would come before what is new.
+            let end = put(&store, Added(0));
+            assert!(reactor.wait_reacted(end, LONG), "{after}");
+            view.wait_for_latest(LONG).unwrap();
+            let all: Vec<u64> = (0..end.get()).collect();
+            assert_eq!(recorder.positions(), all, "{after}");
+            assert_eq!(reactor.status().reacted_events, end.get(), "{after}");
+            assert_eq!(view.get(&()).unwrap(), Some((190, end.get())), "{after}");
+        };
+        is_as_it_was("following");
+        let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+        assert!(rebuilt.compared.is_some_and(|it| it.is_equal()), "it was built and compared");
+        is_as_it_was("a rebuild that took over");
+        view.rollback().unwrap().wait().unwrap();
+        is_as_it_was("a rollback");
+        assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
+        is_as_it_was("a check");
+        let newer = store.view(Sums::<2>).unwrap();
+        newer.wait_for_latest(LONG).unwrap();
+        is_as_it_was("a version that was built beside it");
+        newer.close().unwrap();
+        view.close().unwrap();
+        reactor.close().unwrap();
+        store.close().unwrap();
+    }
+    // And so it is when all is built anew because nothing is there.
+    std::fs::remove_dir_all(dir.path().join("store/views")).unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    let reactor = store.react(recorder.clone(), quick(Start::Beginning)).unwrap();
+    let view = store.view(Sums::<1>).unwrap();
+    view.wait_for_latest(LONG).unwrap();
+    let end = put(&store, Added(0));
+    assert!(reactor.wait_reacted(end, LONG));
+    assert_eq!(recorder.positions(), (0..end.get()).collect::<Vec<_>>());
 }
 
 /// Says that it has begun, and returns when it is told to.

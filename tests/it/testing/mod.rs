@@ -9,6 +9,8 @@ mod disks;
 mod purity;
 #[cfg(feature = "views")]
 mod rows;
+#[cfg(feature = "views")]
+mod tables;
 
 /// What the kit says when it fails the test.
 fn failure<T>(run: impl FnOnce() -> T) -> String {
