@@ -33,7 +33,7 @@ use super::row_cache::Bytes;
 use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::error::{Corruption, CorruptionKind, ReadError};
-use crate::event::{Event, EventKindRef, Names, Payload, Recorded};
+use crate::event::{Event, EventId, EventKindRef, Names, Payload, Recorded};
 use crate::format::FormatError;
 use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
@@ -216,7 +216,7 @@ impl<V: View> Chunk<V> {
         at: Place,
     ) -> Result<Tally, StopError> {
         let tally = Tally::default();
-        if self.rules.discarded.has_all_of(at.journal, at.position) {
+        if self.rules.discarded.has_all_of(at.locator(), record.id) {
             return Ok(Tally { discarded: 1, ..tally });
         }
         match self.routed(view, record, at) {
@@ -225,7 +225,7 @@ impl<V: View> Chunk<V> {
                 let routes = self.routes.len();
                 for (event, keys) in all {
                     for key in keys.0 {
-                        self.add_route(key, at);
+                        self.add_route(key, at, record.id);
                     }
                     self.events.push(event);
                 }
@@ -270,10 +270,10 @@ impl<V: View> Chunk<V> {
     }
 
     /// The next event concerns the row under `key`. A key named twice by one event is folded once.
-    fn add_route(&mut self, key: V::Key, at: Place) {
+    fn add_route(&mut self, key: V::Key, at: Place, id: EventId) {
         let event = self.events.len();
         set_row_key(&mut self.row_key, |out| key.encode_key(out));
-        if self.rules.discarded.has(at.journal, at.position, &self.row_key) {
+        if self.rules.discarded.has(at.locator(), id, &self.row_key) {
             return;
         }
         let Self { slots, slot_of_key, hasher, row_key, .. } = self;
@@ -799,6 +799,10 @@ pub(super) struct Place {
 }
 
 impl Place {
+    pub(super) const fn locator(self) -> Locator {
+        Locator { journal: self.journal, position: self.position }
+    }
+
     pub(super) const fn of(self, record: &RecordRef<'_>, stage: Stage) -> At {
         let Self { journal, position, .. } = self;
         At { journal, position, id: record.id, stage }

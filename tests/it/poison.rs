@@ -12,13 +12,15 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use headwater::retention::{History, Options, Until};
 use headwater::view::{
-    Degraded, Fold, FoldError, Index, Indexes, Keys, ParkedError, ParkedKey, RebuildOptions, View,
-    ViewHandle, ViewOptions, ViewReadError, ViewState,
+    Degraded, Fold, FoldError, Index, Indexes, Keys, LostTail, OnDifference, ParkedError,
+    ParkedKey, RebuildOptions, View, ViewHandle, ViewOptions, ViewReadError, ViewState,
 };
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, Recorded, Store, StreamId, Token,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::views::{copy_dir, replace_dir};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -489,6 +491,49 @@ fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
     catch_up(&view);
     assert_eq!(view.status().parked.keys, 0);
     assert_eq!(contents(&view).0, before);
+}
+
+/// Decisions named an event by its position alone. A journal that was restored from a backup keeps its id, and other events
+/// came to the positions of those that were lost: they were left out of every later generation, and nothing told.
+#[test]
+fn another_event_at_the_place_of_a_discarded_one_is_folded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, backup) = (dir.path().join("journal"), dir.path().join("backup"));
+    let (key, at) = ((0, 7), Position::new);
+    let store = open(dir.path());
+    append(&store, vec![added(7, 1, Poison::No)]);
+    store.close().unwrap();
+    copy_dir(&journal, &backup);
+    let store = open(dir.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    let lost = [undecodable(), added(7, 2, Poison::Error), added(7, 4, Poison::Error)];
+    append(&store, lost.to_vec());
+    catch_up(&view);
+    view.discard_unrouted(at(1)).unwrap();
+    view.discard(&key, at(2)).unwrap();
+    view.discard(&key, at(3)).unwrap();
+    assert_eq!((view.get(&key).unwrap().unwrap().count, view.status().parked.keys), (1, 0));
+    drop(view);
+    store.close().unwrap();
+    replace_dir(&backup, &journal);
+
+    let store = open(dir.path());
+    let accepted = ViewOptions { lost_tail: LostTail::SetAside, ..ViewOptions::default() };
+    let sums = Sums::<1>::default();
+    let view = store.view_with(sums.clone(), accepted).unwrap();
+    let others = [Poison::No, Poison::No, Poison::Error];
+    append(&store, others.map(|poison| added(7, 8, poison)).to_vec());
+    catch_up(&view);
+    let (found, end) = contents(&view);
+    assert_eq!(found, model(&store, end, NEVER), "folded as they come");
+    sums.is_mended.store(true, Ordering::SeqCst);
+    assert_eq!(view.retry(&key).unwrap().left, 0);
+    let all = model(&store, end, Position::START);
+    assert_eq!(contents(&view).0, all, "retried");
+    let on_difference = OnDifference::Replace;
+    let in_bulk = RebuildOptions { on_difference, ..RebuildOptions::default() };
+    view.rebuild(in_bulk).unwrap().wait().unwrap();
+    assert_eq!(contents(&view).0, all, "built in bulk");
 }
 
 /// What one version decides is taken over by those that haven't come to the event, and is no business of those that have
