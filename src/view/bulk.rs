@@ -349,9 +349,13 @@ impl<V: View> Pass<'_, V> {
                 }
                 for data in decoded {
                     let event = at.recorded(&record, &mut names, data);
-                    guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
-                    self.leave_out(at.locator(), record.id, &mut keys);
-                    piece.add(event, &mut keys, hasher, wanted);
+                    // Keys are encoded by the author's code, too.
+                    let routed = guard(|| {
+                        self.view.route(&event, &mut keys);
+                        self.leave_out(at.locator(), record.id, &mut keys);
+                        piece.add(event, &mut keys, hasher, wanted);
+                    });
+                    routed.map_err(wrong)?;
                 }
                 piece.stored_events += 1;
             }

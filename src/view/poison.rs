@@ -680,9 +680,10 @@ impl<V: View> InDatabase<'_, V> {
         for data in decode::<V::Event>(record)? {
             let event = at.recorded(record, &mut Names::default(), data);
             let mut keys = Keys::none();
-            guard(|| self.view.route(&event, &mut keys))?;
-            let is_named =
-                keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key);
+            let is_named = guard(|| {
+                self.view.route(&event, &mut keys);
+                keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key)
+            })?;
             events.extend(is_named.then_some(event));
         }
         Ok(events)
