@@ -575,6 +575,8 @@ impl<V: View> InDatabase<'_, V> {
             retried.left = head.events;
             retried.reason = failure;
             if retried.left == 0 || retried.reason.is_some() {
+                // The journal doesn't make up for it: behind a crash what was folded would be parked as before.
+                self.db.flush(true).map_err(Self::failed)?;
                 return Ok(retried);
             }
         }
@@ -699,11 +701,9 @@ impl<V: View> InDatabase<'_, V> {
             return self.parking.discard_unrouted(V::NAME, self.db, at, progress);
         };
         self.parking.decide(V::NAME, self.db, at, Some(row_key))?;
-        // What stood behind it may be folded now.
-        let retried = self.retry(row_key, progress)?;
-        // As durable as the decision: whoever compares what is on disk knows of both or of neither.
-        self.db.flush(true).map_err(Self::failed)?;
-        Ok(retried)
+        // What stood behind it may be folded now. That is as durable as the decision: whoever compares what is on disk
+        // knows of both or of neither.
+        self.retry(row_key, progress)
     }
 }
 
@@ -1001,7 +1001,8 @@ impl<V: View> ViewHandle<V> {
     }
 
     /// Folds what is parked with this row, in order, until an event fails again: after the fold was mended, or
-    /// what it calls. Blocks until the thread that follows the journal has done it.
+    /// what it calls. Blocks until the thread that follows the journal has done it, durably: a crash behind it takes
+    /// nothing of it back.
     ///
     /// # Errors
     /// [`ParkedError::NotParked`]; [`ParkedError::NotFollowing`]. That an event fails again is no error but the

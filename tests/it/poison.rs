@@ -494,6 +494,32 @@ fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
     assert_eq!(contents(&view).0, before);
 }
 
+/// It was only in memory that the events weren't parked any more: a process that was killed had them parked again, though
+/// whoever had asked was told that they are folded, and nothing in the journal made up for it.
+#[test]
+fn a_crash_behind_a_retry_takes_nothing_of_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let sums = Sums::<1>::default();
+    append(&store, vec![added(1, 1, Poison::Error), added(1, 2, Poison::No)]);
+    let view = store.view(sums.clone()).unwrap();
+    catch_up(&view);
+    drop(view); // parked, durably
+    let view = store.view(sums.clone()).unwrap();
+    catch_up(&view);
+    sums.is_mended.store(true, Ordering::SeqCst);
+    let retried = view.retry(&(0, 1)).unwrap();
+    assert_eq!((retried.applied, retried.left), (2, 0));
+    let (before, _) = contents(&view);
+    assert!(before.parked.is_empty());
+
+    let left = copy_at_a_moment(dir.path());
+    let store = open(left.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    catch_up(&view);
+    assert_eq!(contents(&view).0, before);
+}
+
 /// Decisions named an event by its position alone. A journal that was restored from a backup keeps its id, and other events
 /// came to the positions of those that were lost: they were left out of every later generation, and nothing told.
 #[test]
