@@ -47,7 +47,7 @@ use crate::error::ReadError;
 use crate::event::{EventId, Names, Recorded};
 use crate::journal::Cursor;
 use crate::planted::{self, Bug};
-use crate::position::{Checkpoint, JournalId, Locator, Position};
+use crate::position::{Checkpoint, Locator, Position};
 
 /// How the keys are divided, so that several threads can fold at once.
 const PARTS: usize = 64;
