@@ -44,10 +44,10 @@ use super::sources::{Checkpoints, Sources};
 use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::error::ReadError;
-use crate::event::{Names, Recorded};
+use crate::event::{EventId, Names, Recorded};
 use crate::journal::Cursor;
 use crate::planted::{self, Bug};
-use crate::position::{Checkpoint, JournalId, Position};
+use crate::position::{Checkpoint, Locator, Position};
 
 /// How the keys are divided, so that several threads can fold at once.
 const PARTS: usize = 64;
@@ -262,11 +262,11 @@ impl<V: View> Pass<'_, V> {
     }
 
     /// Forgets the rows for which the event is discarded.
-    fn leave_out(&self, journal: JournalId, position: Position, keys: &mut Keys<V::Key>) {
+    fn leave_out(&self, at: Locator, id: EventId, keys: &mut Keys<V::Key>) {
         let discarded = &*self.means.discarded;
         if !discarded.is_empty() {
             let stored = |key: &V::Key| row_key(|out| key.encode_key(out));
-            keys.0.retain(|key| !discarded.has(journal, position, &stored(key)));
+            keys.0.retain(|key| !discarded.has(at, id, &stored(key)));
         }
     }
 
@@ -332,7 +332,7 @@ impl<V: View> Pass<'_, V> {
                 let wrong = |cause| {
                     stop_at(V::NAME, &at.recorded(&record, &mut Names::default(), ()), cause)
                 };
-                if self.means.discarded.has_all_of(journal, position) {
+                if self.means.discarded.has_all_of(at.locator(), record.id) {
                     counts.discarded += 1;
                     continue;
                 }
@@ -349,9 +349,13 @@ impl<V: View> Pass<'_, V> {
                 }
                 for data in decoded {
                     let event = at.recorded(&record, &mut names, data);
-                    guard(|| self.view.route(&event, &mut keys)).map_err(wrong)?;
-                    self.leave_out(journal, position, &mut keys);
-                    piece.add(event, &mut keys, hasher, wanted);
+                    // Keys are encoded by the author's code, too.
+                    let routed = guard(|| {
+                        self.view.route(&event, &mut keys);
+                        self.leave_out(at.locator(), record.id, &mut keys);
+                        piece.add(event, &mut keys, hasher, wanted);
+                    });
+                    routed.map_err(wrong)?;
                 }
                 piece.stored_events += 1;
             }

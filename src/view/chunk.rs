@@ -23,7 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::audit::{Folds, Tallies, Tally};
 use super::db::{
-    Db, Progress, StorageError, Writes, parked_key, parked_row_key, set_row_key, unrouted_key,
+    Db, Progress, StorageError, Writes, parked_key, parked_row_key, push_row_key, unrouted_key,
 };
 use super::deadly::{At, Care, Stage};
 use super::error::{EventFailure, StopError, ViewError};
@@ -33,7 +33,7 @@ use super::row_cache::Bytes;
 use super::{Fold, Indexes, Keys, View};
 use crate::codec::{Bincode, Codec};
 use crate::error::{Corruption, CorruptionKind, ReadError};
-use crate::event::{Event, EventKindRef, Names, Payload, Recorded};
+use crate::event::{Event, EventId, EventKindRef, Names, Payload, Recorded};
 use crate::format::FormatError;
 use crate::format::record::RecordRef;
 use crate::format::segment::HEADER_PAGE_BYTES;
@@ -61,8 +61,8 @@ pub(super) struct Chunk<V: View> {
     /// Their places, by row key.
     slot_of_key: HashTable<usize>,
     hasher: RandomState,
-    /// Of the route that is added.
-    row_key: Vec<u8>,
+    /// Of the stored event that is added.
+    row_keys: RowKeys,
     bytes: u64,
     names: Names,
 }
@@ -99,6 +99,31 @@ struct Slot<K> {
     key: K,
     row_key: Bytes,
     last_event: usize,
+}
+
+/// Row keys one behind the other, in memory that is there.
+#[derive(Default)]
+struct RowKeys {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl RowKeys {
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.ends.clear();
+    }
+
+    fn push<K: ViewKey>(&mut self, key: &K) {
+        push_row_key(&mut self.bytes, |out| key.encode_key(out));
+        self.ends.push(self.bytes.len());
+    }
+
+    fn get(&self, nth: usize) -> &[u8] {
+        let end_of = |nth: usize| self.ends.get(nth).copied().unwrap_or(0);
+        let from = nth.checked_sub(1).map_or(0, end_of);
+        self.bytes.get(from..end_of(nth)).unwrap_or_default()
+    }
 }
 
 /// What has become of a slot's row.
@@ -165,7 +190,7 @@ impl<V: View> Chunk<V> {
             slots: Vec::new(),
             slot_of_key: HashTable::new(),
             hasher: RandomState::default(),
-            row_key: Vec::new(),
+            row_keys: RowKeys::default(),
             bytes: 0,
             names: Names::default(),
         }
@@ -216,16 +241,17 @@ impl<V: View> Chunk<V> {
         at: Place,
     ) -> Result<Tally, StopError> {
         let tally = Tally::default();
-        if self.rules.discarded.has_all_of(at.journal, at.position) {
+        if self.rules.discarded.has_all_of(at.locator(), record.id) {
             return Ok(Tally { discarded: 1, ..tally });
         }
         match self.routed(view, record, at) {
             Ok(None) => Ok(Tally { skipped: 1, ..tally }),
             Ok(Some(all)) => {
                 let routes = self.routes.len();
+                let mut nth = 0..;
                 for (event, keys) in all {
-                    for key in keys.0 {
-                        self.add_route(key, at);
+                    for (key, nth) in keys.0.into_iter().zip(&mut nth) {
+                        self.add_route(key, nth, at, record.id);
                     }
                     self.events.push(event);
                 }
@@ -244,7 +270,8 @@ impl<V: View> Chunk<V> {
         }
     }
 
-    /// The events that a stored one stands for, if the view knows its type, each with the rows that it concerns.
+    /// The events that a stored one stands for, if the view knows its type, each with the rows that it concerns, whose keys
+    /// are encoded: that is the author's code, too.
     #[allow(clippy::type_complexity, reason = "it is said in one place only")]
     fn routed(
         &mut self,
@@ -260,24 +287,28 @@ impl<V: View> Chunk<V> {
             return Ok(None);
         }
         let mut all = SmallVec::new();
+        self.row_keys.clear();
         for data in decoded {
             let event = at.recorded(record, &mut self.names, data);
             let mut keys = Keys::none();
-            guard(|| view.route(&event, &mut keys))?;
+            guard(|| {
+                view.route(&event, &mut keys);
+                keys.0.iter().for_each(|key| self.row_keys.push(key));
+            })?;
             all.push((event, keys));
         }
         Ok(Some(all))
     }
 
-    /// The next event concerns the row under `key`. A key named twice by one event is folded once.
-    fn add_route(&mut self, key: V::Key, at: Place) {
+    /// The next event concerns the row under `key`, the `nth` one of the stored event. A key named twice by one event is
+    /// folded once.
+    fn add_route(&mut self, key: V::Key, nth: usize, at: Place, id: EventId) {
         let event = self.events.len();
-        set_row_key(&mut self.row_key, |out| key.encode_key(out));
-        if self.rules.discarded.has(at.journal, at.position, &self.row_key) {
+        let Self { slots, slot_of_key, hasher, row_keys, .. } = self;
+        let row_key = row_keys.get(nth);
+        if self.rules.discarded.has(at.locator(), id, row_key) {
             return;
         }
-        let Self { slots, slot_of_key, hasher, row_key, .. } = self;
-        let row_key = row_key.as_slice();
         let hash_of = |row_key: &[u8]| hasher.hash_one(row_key);
         let hash = |slot: &usize| slots.get(*slot).map_or(0, |it| hash_of(&it.row_key));
         let is_it = |slot: &usize| slots.get(*slot).is_some_and(|it| *it.row_key == *row_key);
@@ -799,6 +830,10 @@ pub(super) struct Place {
 }
 
 impl Place {
+    pub(super) const fn locator(self) -> Locator {
+        Locator { journal: self.journal, position: self.position }
+    }
+
     pub(super) const fn of(self, record: &RecordRef<'_>, stage: Stage) -> At {
         let Self { journal, position, .. } = self;
         At { journal, position, id: record.id, stage }

@@ -301,15 +301,14 @@ impl Progress {
 /// The key under which a row lies in the database.
 pub(super) fn row_key(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut key = Vec::new();
-    set_row_key(&mut key, encode);
+    push_row_key(&mut key, encode);
     key
 }
 
-/// The same in memory that is there.
-pub(super) fn set_row_key(key: &mut Vec<u8>, encode: impl FnOnce(&mut Vec<u8>)) {
-    key.clear();
-    key.push(ROWS);
-    encode(key);
+/// The same behind what is there.
+pub(super) fn push_row_key(out: &mut Vec<u8>, encode: impl FnOnce(&mut Vec<u8>)) {
+    out.push(ROWS);
+    encode(out);
 }
 
 /// The keys of all rows and index entries.

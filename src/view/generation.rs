@@ -10,6 +10,7 @@
 //!   folding.1      what version 1 is at work on, and deadly.1, what the process has died of; see `deadly`
 //!   1.1/           RocksDB of version 1, first generation
 //!   1.2/           the second one, built anew because the first was of another history
+//!   1.3.gone/      what is left of one that is being deleted
 //!   2.1/           version 2
 //!
 //! live             headwater view 1        a text of lines: the layout of this file,
@@ -26,6 +27,8 @@
 //!   mark goes before the pointer comes, and that comes when there is something to be read: rows that were built in bulk,
 //!   or the checkpoint at the beginning of those that come in order. So a first build that is cancelled or dies leaves
 //!   its version without a live generation, as it was. The next opening deletes what is marked and not pointed to.
+//! - A generation is deleted under another name, that of none: what a kill leaves of it is never taken for a generation, and
+//!   the next opening of the view, of whichever version, deletes it.
 //! - A generation that is no longer pointed to is *set aside*: nothing reads or deletes it without being
 //!   asked to.
 
@@ -48,6 +51,8 @@ const LOCK_FILE: &str = "lock";
 const POINTER_FILE: &str = "live";
 /// In the folder of a generation that is being built, or is being deleted.
 const NOT_KEPT_FILE: &str = "not-kept";
+/// Behind the name of a generation that is being deleted.
+const GONE: &str = ".gone";
 const POINTER_NEW_FILE: &str = "live.new";
 const POINTER_HEAD: &str = "headwater view 1";
 const POINTER_BYTES_MAX: u64 = 1 << 20;
@@ -145,8 +150,7 @@ pub(crate) fn generations(dir: &Path) -> Result<Vec<Generation>, ViewError> {
 fn generations_in(fs: &dyn Fs, dir: &Path) -> Result<Vec<Generation>, ViewError> {
     let names = fs.list(dir).context("listing the view's directory", dir)?;
     let known = |name: &String| {
-        let (version, number) = name.split_once('.')?;
-        let (version, number) = (version.parse().ok()?, number.parse().ok()?);
+        let (version, number) = parse_name(name)?;
         let folder = dir.join(name);
         Some(Generation { version, number, live: false, is_kept: is_kept(&folder), folder })
     };
@@ -155,6 +159,12 @@ fn generations_in(fs: &dyn Fs, dir: &Path) -> Result<Vec<Generation>, ViewError>
     let live = read_pointer(fs, &dir.join(POINTER_FILE))?;
     let is_live = |it: &Generation| live.get(&it.version) == Some(&it.number);
     Ok(known.into_iter().map(|it| Generation { live: is_live(&it), ..it }).collect())
+}
+
+/// Version and number.
+fn parse_name(name: &str) -> Option<(u32, u32)> {
+    let (version, number) = name.split_once('.')?;
+    Some((version.parse().ok()?, number.parse().ok()?))
 }
 
 impl Generations {
@@ -170,6 +180,7 @@ impl Generations {
         let lock = lock(&*fs, &dir.join(format!("{LOCK_FILE}.{version}")))?.into();
         let live = read_pointer(&*fs, &dir.join(POINTER_FILE))?.get(&version).copied();
         let opened = Self { fs, dir, version, live, lock };
+        opened.remove_gone()?;
         opened.remove_not_kept()?;
         Ok(opened)
     }
@@ -296,7 +307,19 @@ impl Generations {
         Ok(marked.context("marking a generation that isn't kept", &mark)?)
     }
 
-    /// Deletes what a process that died was building or deleting.
+    /// Deletes what is left of generations that a process was deleting when it died, also of versions that nobody may ever
+    /// open again.
+    fn remove_gone(&self) -> Result<(), IoError> {
+        let names = self.fs.list(&self.dir).context("listing the view's directory", &self.dir)?;
+        let is_gone = |name: &&String| name.strip_suffix(GONE).and_then(parse_name).is_some();
+        for name in names.iter().filter(is_gone) {
+            // An effort: nobody reads it, and another process may be at it.
+            drop(remove_all(&self.dir.join(name)));
+        }
+        Ok(())
+    }
+
+    /// Deletes what a process that died was building, or was to delete.
     fn remove_not_kept(&self) -> Result<(), ViewError> {
         let all = generations(&self.dir)?.into_iter();
         let begun = |it: &Generation| it.version == self.version && it.is_not_kept() && !it.live;
@@ -357,11 +380,27 @@ pub(super) fn is_kept(folder: &Path) -> bool {
     !folder.join(NOT_KEPT_FILE).exists()
 }
 
-/// Deletes the folder of a generation; that there is none is fine.
+/// Deletes the folder of a generation; that there is none is fine. It loses its name at once.
 pub(super) fn remove_folder(folder: &Path) -> Result<(), ViewError> {
+    const ACTION: &str = "deleting a generation";
+    let fs = crate::fs::os::OsFs;
+    let mut gone = folder.as_os_str().to_owned();
+    gone.push(GONE);
+    let gone = PathBuf::from(gone);
+    remove_all(&gone).context(ACTION, &gone)?; // of a deletion that died
+    match fs.rename(folder, &gone) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed.context(ACTION, folder)?,
+    }
+    let dir = folder.parent().unwrap_or(folder);
+    fs.sync_dir(dir).context(ACTION, dir)?;
+    Ok(remove_all(&gone).context(ACTION, &gone)?)
+}
+
+fn remove_all(folder: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => Ok(removed.context("deleting a generation", folder)?),
+        removed => removed,
     }
 }
 

@@ -83,7 +83,7 @@ const ESCAPED_END: u8 = 0x01;
 /// | `Some(key)` | the key; in a list by itself if that is `null`, or `null` in lists | |
 /// | tuples | a list of the fields | |
 pub trait ViewKey: Sized {
-    /// Appends the key's bytes.
+    /// Appends the key's bytes. An event that concerns a row whose key panics here can't be applied.
     fn encode_key(&self, out: &mut Vec<u8>);
 
     /// Reads a key from the front of `input` and moves `input` behind it.

@@ -77,7 +77,7 @@ impl Drop for Closing {
     fn drop(&mut self) {
         let mut open = self.openings.open.lock();
         if open.remove(&self.path).is_some_and(|opening| opening.is_doomed) {
-            // An effort: the folder is marked, and the next opening of the view deletes it.
+            // An effort: the folder is marked or has lost its name, and the next opening of the view deletes it.
             drop(remove_folder(&self.path));
         }
         self.openings.closed.notify_all();

@@ -16,17 +16,19 @@
 //! - Only the thread that follows the journal changes what is parked.
 //! - A decision is durable before it takes effect. It is stored outside of the generations and holds for all of
 //!   them, also for those that are built later.
+//! - A decision is about one event, by its id: behind a restore or a quarantine another one may be at its position.
 //! - Each version goes by its own decisions. When it is opened, it takes over those of other versions about events that it
 //!   hasn't come to; a version that begins, all. So what its rows leave out is in its own file, and whoever builds them
 //!   again leaves out the same. A version without a file of its own, be it empty, begins, or was built when all versions
 //!   went by the decisions of all: that takes over all, too.
 //!
 //! ```text
-//! discarded.<version>     headwater discarded 1          a text of lines: the layout of this file,
-//!                         <journal> <position> <key>     one event for one row, its key in hexadecimal; '-' if
-//!                         …                              it is discarded altogether,
-//!                         crc32 5f3c9a01                 checksum of the lines above
+//! discarded.<version>     headwater discarded 2               a text of lines: the layout of this file,
+//!                         <journal> <position> <id> <key>     one event for one row, its key in hexadecimal; '-' if
+//!                         …                                   it is discarded altogether,
+//!                         crc32 5f3c9a01                      checksum of the lines above
 //! ```
+//! Layout 1 had no ids, and is still read. What was decided there, and is written again, has '-' in place of the id.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
@@ -56,14 +58,16 @@ use super::space::Space;
 use super::watch::Watchers;
 use super::{Indexes, Keys, View, ViewOptions};
 use crate::error::IoContext;
-use crate::event::{EventType, Names, Recorded, StreamId};
+use crate::event::{EventId, EventType, Names, Recorded, StreamId};
 use crate::format::record::RecordRef;
 use crate::format::{Decoder, crc32};
 use crate::fs::{Fs, OpenMode, read_exact_at, write_all_at};
 use crate::hex::{from_hex, hex};
 use crate::position::{JournalId, Locator, Position, Token};
 
-const HEAD: &str = "headwater discarded 1";
+const HEAD: &str = "headwater discarded 2";
+/// Without ids.
+const HEAD_1: &str = "headwater discarded 1";
 const NAME: &str = "discarded";
 const FILE_BYTES_MAX: u64 = 64 << 20;
 /// So many parked events are folded and written at once.
@@ -132,7 +136,21 @@ pub(super) struct Discarded(BTreeSet<Decision>);
 struct Decision {
     journal: JournalId,
     position: Position,
+    /// Without one, whichever event is there.
+    id: Option<EventId>,
     row_key: Option<Vec<u8>>,
+}
+
+impl Decision {
+    fn is_about(&self, id: EventId) -> bool {
+        self.id.is_none_or(|it| it == id)
+    }
+
+    /// Whether whoever goes by this one leaves out what the other one says, at the same place.
+    fn implies(&self, other: &Self) -> bool {
+        let is_same_event = other.id.is_none_or(|id| self.is_about(id));
+        is_same_event && (self.row_key.is_none() || self.row_key == other.row_key)
+    }
 }
 
 impl Discarded {
@@ -141,31 +159,40 @@ impl Discarded {
     }
 
     /// Whether this event is discarded for this row.
-    pub(super) fn has(&self, journal: JournalId, position: Position, row_key: &[u8]) -> bool {
-        !self.is_empty() && {
-            let row_key = Some(row_key.to_vec());
-            self.0.contains(&Decision { journal, position, row_key })
-        }
+    pub(super) fn has(&self, at: Locator, id: EventId, row_key: &[u8]) -> bool {
+        let is_it = |it: &Decision| it.is_about(id) && it.row_key.as_deref() == Some(row_key);
+        !self.is_empty() && self.at(at).any(is_it)
     }
 
     /// Whether this event is discarded altogether.
-    pub(super) fn has_all_of(&self, journal: JournalId, position: Position) -> bool {
-        !self.is_empty() && self.0.contains(&Decision { journal, position, row_key: None })
+    pub(super) fn has_all_of(&self, at: Locator, id: EventId) -> bool {
+        let is_it = |it: &Decision| it.is_about(id) && it.row_key.is_none();
+        !self.is_empty() && self.at(at).any(is_it)
     }
 
-    /// How many of these events are discarded altogether.
+    /// What is decided about whichever event is, or was, at this place.
+    fn at(&self, Locator { journal, position }: Locator) -> impl Iterator<Item = &Decision> {
+        let first = Decision { journal, position, id: None, row_key: None };
+        let is_there = move |it: &&Decision| (it.journal, it.position) == (journal, position);
+        self.0.range(first..).take_while(is_there)
+    }
+
+    /// At how many of these positions an event is discarded altogether.
     pub(super) fn count_all_of(&self, journal: JournalId, events: &Range<Position>) -> u64 {
         let is_one = |it: &&Decision| {
             it.journal == journal && it.row_key.is_none() && events.contains(&it.position)
         };
-        self.0.iter().filter(is_one).count() as u64
+        let positions = self.0.iter().filter(is_one).map(|it| it.position);
+        positions.collect::<BTreeSet<_>>().len() as u64
     }
 
     pub(super) fn text(&self) -> String {
         let mut text = format!("{HEAD}\n");
-        for Decision { journal, position, row_key } in &self.0 {
-            let key = row_key.as_ref().map_or_else(|| "-".to_owned(), |key| hex(key));
-            text += &format!("{journal} {position} {key}\n");
+        for Decision { journal, position, id, row_key } in &self.0 {
+            let none = || "-".to_owned();
+            let id = id.map_or_else(none, |id| id.to_string());
+            let key = row_key.as_ref().map_or_else(none, |key| hex(key));
+            text += &format!("{journal} {position} {id} {key}\n");
         }
         text += &format!("crc32 {:08x}\n", crc32(&[text.as_bytes()]));
         text
@@ -173,8 +200,8 @@ impl Discarded {
 
     /// Whether this, too, is decided here.
     fn implies(&self, decision: &Decision) -> bool {
-        let altogether = || Decision { row_key: None, ..decision.clone() };
-        self.0.contains(decision) || self.0.contains(&altogether())
+        let Decision { journal, position, .. } = *decision;
+        self.at(Locator { journal, position }).any(|it| it.implies(decision))
     }
 
     pub(super) fn parse(text: &str) -> Option<Self> {
@@ -183,18 +210,24 @@ impl Discarded {
             return None;
         }
         let mut lines = body.lines();
-        if lines.next() != Some(HEAD) {
-            return None;
-        }
+        let has_ids = match lines.next()? {
+            HEAD => true,
+            HEAD_1 => false,
+            _ => return None,
+        };
         let decision = |line: &str| {
             let mut fields = line.split(' ');
             let journal = fields.next()?.parse().ok()?;
             let position = Position::new(fields.next()?.parse().ok()?);
+            let id = match has_ids.then(|| fields.next()) {
+                None | Some(Some("-")) => None,
+                Some(id) => Some(id?.parse().ok()?),
+            };
             let row_key = match fields.next()? {
                 "-" => None,
                 hex => Some(from_hex(hex)?),
             };
-            fields.next().is_none().then_some(Decision { journal, position, row_key })
+            fields.next().is_none().then_some(Decision { journal, position, id, row_key })
         };
         lines.map(decision).collect::<Option<_>>().map(Self)
     }
@@ -467,6 +500,10 @@ impl<'a> ParkedRecord<'a> {
         let reason = str::from_utf8(reason).ok()?;
         Some(Self { journal, position, recorded_at_us, reason, record })
     }
+
+    const fn locator(&self) -> Locator {
+        Locator { journal: self.journal, position: self.position }
+    }
 }
 
 /// Why what was asked for wasn't done.
@@ -538,6 +575,8 @@ impl<V: View> InDatabase<'_, V> {
             retried.left = head.events;
             retried.reason = failure;
             if retried.left == 0 || retried.reason.is_some() {
+                // The journal doesn't make up for it: behind a crash what was folded would be parked as before.
+                self.db.flush(true).map_err(Self::failed)?;
                 return Ok(retried);
             }
         }
@@ -610,9 +649,10 @@ impl<V: View> InDatabase<'_, V> {
         for (_, value) in &some.entries {
             let damaged = || self.damaged("a parked event");
             let parked = ParkedRecord::from_bytes(value).ok_or_else(damaged)?;
-            let events = match discarded.has(parked.journal, parked.position, row_key) {
+            let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
+            let events = match discarded.has(parked.locator(), record.id, row_key) {
                 true => Ok(Vec::new()),
-                false => self.events(&parked, row_key)?,
+                false => self.events(&parked, &record, row_key),
             };
             match events {
                 Ok(events) => {
@@ -629,30 +669,26 @@ impl<V: View> InDatabase<'_, V> {
     }
 
     /// What a parked event stands for, as the code reads it now; nothing if it doesn't concern the key any more.
-    #[allow(clippy::type_complexity, reason = "two kinds of failure: the view's, and the event's")]
     fn events(
         &self,
         parked: &ParkedRecord<'_>,
+        record: &RecordRef<'_>,
         row_key: &[u8],
-    ) -> Result<Result<Vec<Recorded<V::Event>>, EventFailure>, StopError> {
-        let damaged = || self.damaged("a parked event");
-        let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
-        let concerned = || {
-            let ParkedRecord { journal, position, recorded_at_us, .. } = *parked;
-            let at = Place { journal, position, recorded_at_us };
-            let mut events = Vec::new();
-            self.care.enter(|| at.of(&record, Stage::Route))?;
-            for data in decode::<V::Event>(&record)? {
-                let event = at.recorded(&record, &mut Names::default(), data);
-                let mut keys = Keys::none();
-                guard(|| self.view.route(&event, &mut keys))?;
-                let is_named =
-                    keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key);
-                events.extend(is_named.then_some(event));
-            }
-            Ok(events)
-        };
-        Ok(concerned())
+    ) -> Result<Vec<Recorded<V::Event>>, EventFailure> {
+        let ParkedRecord { journal, position, recorded_at_us, .. } = *parked;
+        let at = Place { journal, position, recorded_at_us };
+        let mut events = Vec::new();
+        self.care.enter(|| at.of(record, Stage::Route))?;
+        for data in decode::<V::Event>(record)? {
+            let event = at.recorded(record, &mut Names::default(), data);
+            let mut keys = Keys::none();
+            let is_named = guard(|| {
+                self.view.route(&event, &mut keys);
+                keys.0.iter().any(|key| db::row_key(|out| key.encode_key(out)) == row_key)
+            })?;
+            events.extend(is_named.then_some(event));
+        }
+        Ok(events)
     }
 
     fn discard(
@@ -665,11 +701,9 @@ impl<V: View> InDatabase<'_, V> {
             return self.parking.discard_unrouted(V::NAME, self.db, at, progress);
         };
         self.parking.decide(V::NAME, self.db, at, Some(row_key))?;
-        // What stood behind it may be folded now.
-        let retried = self.retry(row_key, progress)?;
-        // As durable as the decision: whoever compares what is on disk knows of both or of neither.
-        self.db.flush(true).map_err(Self::failed)?;
-        Ok(retried)
+        // What stood behind it may be folded now. That is as durable as the decision: whoever compares what is on disk
+        // knows of both or of neither.
+        self.retry(row_key, progress)
     }
 }
 
@@ -688,15 +722,18 @@ impl Parking {
         for entry in db.latest().scan(range) {
             let (key, value) = entry.map_err(failed)?;
             let parked = ParkedRecord::from_bytes(&value);
-            let parked = parked.ok_or_else(|| failed(db.parked_damaged("a parked event")))?;
-            if (parked.journal, parked.position) == (at.journal, at.position) {
-                found = Some(key);
+            let damaged = || failed(db.parked_damaged("a parked event"));
+            let parked = parked.ok_or_else(damaged)?;
+            if parked.locator() == at {
+                let (record, _) = RecordRef::decode(parked.record).map_err(|_| damaged())?;
+                found = Some((key, record.id));
                 break;
             }
         }
-        let key = found.ok_or(Refused::Asker(ParkedError::NotParked))?;
+        let (key, id) = found.ok_or(Refused::Asker(ParkedError::NotParked))?;
         let Locator { journal, position } = at;
-        let decision = Decision { journal, position, row_key: row_key.map(<[u8]>::to_vec) };
+        let row_key = row_key.map(<[u8]>::to_vec);
+        let decision = Decision { journal, position, id: Some(id), row_key };
         self.discard(decision).map_err(|error| Refused::Asker(ParkedError::View(error)))?;
         Ok(key)
     }
@@ -964,7 +1001,8 @@ impl<V: View> ViewHandle<V> {
     }
 
     /// Folds what is parked with this row, in order, until an event fails again: after the fold was mended, or
-    /// what it calls. Blocks until the thread that follows the journal has done it.
+    /// what it calls. Blocks until the thread that follows the journal has done it, durably: a crash behind it takes
+    /// nothing of it back.
     ///
     /// # Errors
     /// [`ParkedError::NotParked`]; [`ParkedError::NotFollowing`]. That an event fails again is no error but the
@@ -1179,10 +1217,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn decision() -> impl Strategy<Value = Decision> {
-        (any::<[u8; 16]>(), any::<u64>(), any::<Option<Vec<u8>>>()).prop_map(
-            |(journal, position, row_key)| Decision {
+        let id = any::<Option<[u8; 16]>>();
+        (any::<[u8; 16]>(), any::<u64>(), id, any::<Option<Vec<u8>>>()).prop_map(
+            |(journal, position, id, row_key)| Decision {
                 journal: JournalId::from_bytes(journal),
                 position: Position::new(position),
+                id: id.map(EventId::from_bytes),
                 row_key: row_key.map(|key| row_key_of(&key)),
             },
         )
@@ -1225,6 +1265,36 @@ mod tests {
         }
     }
 
+    /// Layout 1 named an event by its place alone: a decision hit whichever event came to be there.
+    #[test]
+    fn a_decision_is_about_one_event_and_one_of_layout_1_about_its_place() {
+        let (journal, position) = (JournalId::from_bytes([7; 16]), Position::new(5));
+        let at = Locator { journal, position };
+        let (id, other) = (EventId::from_bytes([1; 16]), EventId::from_bytes([2; 16]));
+        let text_of = |head: &str, line: &str| {
+            let body = format!("{head}\n{line}\n");
+            format!("{body}crc32 {:08x}\n", crc32(&[body.as_bytes()]))
+        };
+        let old = Discarded::parse(&text_of(HEAD_1, &format!("{journal} 5 -"))).unwrap();
+        assert!(old.has_all_of(at, id) && old.has_all_of(at, other));
+        assert!(old.text().starts_with(HEAD));
+        assert_eq!(Discarded::parse(&old.text()), Some(old.clone()), "written anew");
+        let mut new = Discarded::parse(&text_of(HEAD, &format!("{journal} 5 {id} -"))).unwrap();
+        assert!(new.has_all_of(at, id) && !new.has_all_of(at, other));
+        for (head, line) in
+            [(HEAD, format!("{journal} 5 -")), (HEAD_1, format!("{journal} 5 {id} -"))]
+        {
+            assert_eq!(Discarded::parse(&text_of(head, &line)), None, "{head}: {line}");
+        }
+        // Nobody knows which event the old one is about: whoever goes by either is taken to go by the other.
+        let decision = |id| Decision { journal, position, id, row_key: Some(row_key_of(b"a")) };
+        assert!(new.implies(&decision(Some(id))) && new.implies(&decision(None)));
+        assert!(!new.implies(&decision(Some(other))) && old.implies(&decision(Some(other))));
+        new.0.extend(old.0);
+        let events = Position::new(5)..Position::new(6);
+        assert_eq!(new.count_all_of(journal, &events), 1, "said twice");
+    }
+
     #[test]
     fn a_version_takes_over_decisions_about_what_it_has_not_applied_and_a_damaged_file_is_refused()
     {
@@ -1235,24 +1305,26 @@ mod tests {
             let position = Position::new(position);
             Checkpoints::from(Checkpoint { position, ..beginning(journal) })
         };
-        let (at, key) = (Position::new(5), row_key_of(b"a"));
-        let decision = Decision { journal, position: at, row_key: Some(key.clone()) };
+        let (position, key) = (Position::new(5), row_key_of(b"a"));
+        let (at, id) = (Locator { journal, position }, EventId::from_bytes([1; 16]));
+        let decision = Decision { journal, position, id: Some(id), row_key: Some(key.clone()) };
         let second = open(2).unwrap();
         second.take_over(&applied(0)).unwrap();
         open(1).unwrap().discard(decision.clone()).unwrap();
         second.take_over(&applied(6)).unwrap();
-        assert!(!second.discarded().has(journal, at, &key), "it has applied the event");
+        assert!(!second.discarded().has(at, id, &key), "it has applied the event");
         second.take_over(&applied(5)).unwrap();
-        assert!(second.discarded().has(journal, at, &key));
+        assert!(second.discarded().has(at, id, &key));
         second.discard(Decision { row_key: None, ..decision }).unwrap();
         let second = open(2).unwrap().discarded();
-        assert!(second.has(journal, at, &key) && second.has_all_of(journal, at));
-        assert!(!second.has(journal, at.advance(1), &key) && !second.has(journal, at, b"b"));
-        assert!(!open(1).unwrap().discarded().has_all_of(journal, at));
+        assert!(second.has(at, id, &key) && second.has_all_of(at, id));
+        let behind = Locator { position: position.advance(1), ..at };
+        assert!(!second.has(behind, id, &key) && !second.has(at, id, b"b"));
+        assert!(!open(1).unwrap().discarded().has_all_of(at, id));
         let before_files = open(3).unwrap();
         before_files.take_over(&applied(6)).unwrap();
-        assert!(before_files.discarded().has(journal, at, &key), "it went by all of them");
-        std::fs::write(dir.path().join("discarded.2"), "headwater discarded 1\n").unwrap();
+        assert!(before_files.discarded().has(at, id, &key), "it went by all of them");
+        std::fs::write(dir.path().join("discarded.2"), "headwater discarded 2\n").unwrap();
         assert!(matches!(open(2), Err(ViewError::DamagedDecisions { .. })));
         let taken_over = open(1).unwrap().take_over(&applied(0));
         assert!(matches!(taken_over, Err(ViewError::DamagedDecisions { .. })));

@@ -630,7 +630,7 @@ impl<T: TableView> TableChunk<T> {
     /// Decodes an event: what it counts as if there is nothing to be applied.
     fn add_record(&mut self, record: &RecordRef<'_>, at: Place) -> Result<Tally, StopError> {
         let tally = Tally::default();
-        if self.rules.discarded.has_all_of(at.journal, at.position) {
+        if self.rules.discarded.has_all_of(at.locator(), record.id) {
             return Ok(Tally { discarded: 1, ..tally });
         }
         let entered = match is_known::<T::Event>(record) {

@@ -644,7 +644,7 @@ impl World {
         let text = text.unwrap_or_default();
         let decision = |line: &str| {
             let words: Vec<&str> = line.split(' ').collect();
-            let [_, position, key] = words.as_slice() else { return None };
+            let [_, position, _, key] = words.as_slice() else { return None };
             // The row's key in the database ends with the only byte of the view's key.
             let key = (*key != "-").then(|| u8::from_str_radix(&key[key.len() - 2..], 16).unwrap());
             Some((key, position.parse().ok()?))

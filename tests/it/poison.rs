@@ -6,19 +6,22 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use headwater::retention::{History, Options, Until};
 use headwater::view::{
-    Degraded, Fold, FoldError, Index, Indexes, Keys, ParkedError, ParkedKey, RebuildOptions, View,
-    ViewHandle, ViewOptions, ViewReadError, ViewState,
+    Degraded, Fold, FoldError, Index, Indexes, KeyError, Keys, LostTail, OnDifference, OnPoison,
+    ParkedError, ParkedKey, RebuildError, RebuildOptions, StopError, View, ViewHandle, ViewKey,
+    ViewOptions, ViewReadError, ViewState,
 };
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, Recorded, Store, StreamId, Token,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::views::{copy_dir, replace_dir};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -499,6 +502,75 @@ fn a_power_cut_behind_a_decision_loses_neither_the_decision_nor_an_event() {
     assert_eq!(contents(&view).0, before);
 }
 
+/// It was only in memory that the events weren't parked any more: a process that was killed had them parked again, though
+/// whoever had asked was told that they are folded, and nothing in the journal made up for it.
+#[test]
+fn a_crash_behind_a_retry_takes_nothing_of_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let sums = Sums::<1>::default();
+    append(&store, vec![added(1, 1, Poison::Error), added(1, 2, Poison::No)]);
+    let view = store.view(sums.clone()).unwrap();
+    catch_up(&view);
+    drop(view); // parked, durably
+    let view = store.view(sums.clone()).unwrap();
+    catch_up(&view);
+    sums.is_mended.store(true, Ordering::SeqCst);
+    let retried = view.retry(&(0, 1)).unwrap();
+    assert_eq!((retried.applied, retried.left), (2, 0));
+    let (before, _) = contents(&view);
+    assert!(before.parked.is_empty());
+
+    let left = copy_at_a_moment(dir.path());
+    let store = open(left.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    catch_up(&view);
+    assert_eq!(contents(&view).0, before);
+}
+
+/// Decisions named an event by its position alone. A journal that was restored from a backup keeps its id, and other events
+/// came to the positions of those that were lost: they were left out of every later generation, and nothing told.
+#[test]
+fn another_event_at_the_place_of_a_discarded_one_is_folded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, backup) = (dir.path().join("journal"), dir.path().join("backup"));
+    let (key, at) = ((0, 7), Position::new);
+    let store = open(dir.path());
+    append(&store, vec![added(7, 1, Poison::No)]);
+    store.close().unwrap();
+    copy_dir(&journal, &backup);
+    let store = open(dir.path());
+    let view = store.view(Sums::<1>::default()).unwrap();
+    let lost = [undecodable(), added(7, 2, Poison::Error), added(7, 4, Poison::Error)];
+    append(&store, lost.to_vec());
+    catch_up(&view);
+    view.discard_unrouted(at(1)).unwrap();
+    view.discard(&key, at(2)).unwrap();
+    view.discard(&key, at(3)).unwrap();
+    assert_eq!((view.get(&key).unwrap().unwrap().count, view.status().parked.keys), (1, 0));
+    drop(view);
+    store.close().unwrap();
+    replace_dir(&backup, &journal);
+
+    let store = open(dir.path());
+    let accepted = ViewOptions { lost_tail: LostTail::SetAside, ..ViewOptions::default() };
+    let sums = Sums::<1>::default();
+    let view = store.view_with(sums.clone(), accepted).unwrap();
+    let others = [Poison::No, Poison::No, Poison::Error];
+    append(&store, others.map(|poison| added(7, 8, poison)).to_vec());
+    catch_up(&view);
+    let (found, end) = contents(&view);
+    assert_eq!(found, model(&store, end, NEVER), "folded as they come");
+    sums.is_mended.store(true, Ordering::SeqCst);
+    assert_eq!(view.retry(&key).unwrap().left, 0);
+    let all = model(&store, end, Position::START);
+    assert_eq!(contents(&view).0, all, "retried");
+    let on_difference = OnDifference::Replace;
+    let in_bulk = RebuildOptions { on_difference, ..RebuildOptions::default() };
+    view.rebuild(in_bulk).unwrap().wait().unwrap();
+    assert_eq!(contents(&view).0, all, "built in bulk");
+}
+
 /// What one version decides is taken over by those that haven't come to the event, and is no business of those that have
 /// applied it.
 #[test]
@@ -615,4 +687,100 @@ fn a_row_that_is_too_large_to_be_read_back_parks_its_event_and_no_other() {
     assert!(matches!(view.status().state, ViewState::CaughtUp));
     let halted = view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap_err();
     assert!(halted.to_string().contains("too large"), "{halted}");
+}
+
+/// A key that can't be encoded if it is this one.
+static REFUSED: AtomicU8 = AtomicU8::new(3);
+
+#[derive(Clone, Debug, PartialEq)]
+struct Picky(u8);
+
+impl ViewKey for Picky {
+    fn encode_key(&self, out: &mut Vec<u8>) {
+        assert_ne!(self.0, REFUSED.load(Ordering::SeqCst), "what a key");
+        self.0.encode_key(out);
+    }
+
+    fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
+        u8::decode_key(input).map(Self)
+    }
+}
+
+/// Counts events by their first two bytes; 6 can't be counted.
+#[derive(Debug)]
+struct Pickies;
+
+impl View for Pickies {
+    const NAME: &'static str = "pickies";
+    const VERSION: u32 = 1;
+    type Key = Picky;
+    type Row = u64;
+    type Event = Vec<u8>;
+
+    fn route(&self, event: &Recorded<Vec<u8>>, keys: &mut Keys<Picky>) {
+        keys.extend(event.data().iter().take(2).map(|key| Picky(*key)));
+    }
+
+    fn fold(
+        &self,
+        key: &Picky,
+        row: Option<u64>,
+        _: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<u64>, FoldError> {
+        if key.0 == 6 { Err("no".into()) } else { Ok(Fold::Put(row.unwrap_or(0) + 1)) }
+    }
+}
+
+/// Only `route` was guarded, and not the encoding of the keys that it had named: such a panic stopped the whole view, at
+/// every opening, without a word of which event it was; a first build in bulk didn't even try the ordered way.
+#[test]
+fn a_key_that_cannot_be_encoded_parks_its_event_and_stops_nothing() {
+    let stream = StreamId::new("pickies").unwrap();
+    for event_bytes in [2, 600 << 10] {
+        // More than 1 MiB is built in bulk at first.
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path().join("store")).unwrap();
+        let append = |keys: [u8; 2]| {
+            let mut data = keys.to_vec();
+            data.resize(event_bytes, 0);
+            let event = NewEvent::raw("pickies.counted", data).unwrap();
+            store.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+        };
+        REFUSED.store(3, Ordering::SeqCst);
+        append([2, 2]);
+        append([2, 3]);
+        append([2, 4]);
+        let options = ViewOptions { on_undecodable: OnPoison::Stop, ..ViewOptions::default() };
+        let view = store.view_with(Pickies, options).unwrap();
+        let stopped = crate::views::stopped(&view);
+        let is_named = |error: &StopError| matches!(error, StopError::Event { position, .. } if position.get() == 1);
+        assert!(is_named(&stopped), "{stopped}");
+        assert!(stopped.to_string().contains("what a key"), "{stopped}");
+        drop(view);
+        std::fs::remove_dir_all(dir.path().join("store/views")).unwrap();
+
+        let view = store.view(Pickies).unwrap();
+        catch_up(&view);
+        append([3, 4]);
+        catch_up(&view);
+        let rows: Vec<_> = view.range(..).map(Result::unwrap).collect();
+        assert_eq!(rows, [(Picky(2), 2), (Picky(4), 1)]);
+        let unrouted: Vec<_> = view.unrouted_events().map(Result::unwrap).collect();
+        assert_eq!(unrouted.iter().map(|it| it.position.get()).collect::<Vec<_>>(), [1, 3]);
+        assert!(unrouted.iter().all(|it| it.reason.contains("what a key")), "{unrouted:?}");
+        let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait();
+        assert!(
+            matches!(&rebuilt, Err(RebuildError::Stopped(error)) if is_named(error)),
+            "{rebuilt:?}"
+        );
+
+        // The event of a row that is parked names a row whose key can't be encoded any more.
+        append([8, 6]);
+        catch_up(&view);
+        REFUSED.store(8, Ordering::SeqCst);
+        let retried = view.retry(&Picky(6)).unwrap();
+        assert!(retried.reason.as_ref().unwrap().contains("what a key"), "{retried:?}");
+        assert_eq!(retried.left, 1);
+        assert!(matches!(view.status().state, ViewState::CaughtUp));
+    }
 }

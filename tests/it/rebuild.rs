@@ -486,8 +486,75 @@ fn a_killed_rebuild_leaves_a_view_that_serves() {
         let begun = std::fs::read_dir(dir.path().join("views/traces")).unwrap();
         let begun = begun.filter(|it| it.as_ref().unwrap().path().join("not-kept").exists());
         assert_eq!(begun.count(), 0, "something half-built is left");
+        let kept = view.generations().unwrap();
+        assert!(kept.iter().all(|it| it.folder.join("CURRENT").exists()), "{kept:?}");
     }
     println!("{kills} kills, after {seen:?}");
+}
+
+/// Files in a generation, so that deleting it takes a while.
+const MANY: usize = 30_000;
+const DELETED: &str = "HEADWATER_DELETED_VERSION";
+
+/// Not a test of its own: what the next one starts and kills.
+#[test]
+fn deletes_a_generation_in_a_process_that_is_killed() {
+    let Some(version) = std::env::var(DELETED).ok() else { return };
+    let world = World::new(Path::new(&std::env::var_os(CHILD).unwrap()), 0);
+    let view = world.open(Traces::<1>::default());
+    println!("deleting");
+    view.remove_generation(version.parse().unwrap(), 1).unwrap();
+}
+
+/// A generation was deleted under its own name, and its mark was one of the files that went, if it had one at all: those of
+/// other versions had none. Killed meanwhile, the rest of it passed for one that is kept: it held back retention, and could be
+/// rolled back to.
+#[test]
+fn a_killed_deletion_leaves_nothing_that_passes_for_a_generation() {
+    for version in [1, 2] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut world = World::new(dir.path(), 84);
+        world.append(3);
+        let (first, second) =
+            (world.open(Traces::<1>::default()), world.open(Traces::<2>::default()));
+        world.assert_shows(&first);
+        world.assert_shows(&second);
+        first.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+        second.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+        drop((first, second, world));
+        let views = dir.path().join("views/traces");
+        let deleted = views.join(format!("{version}.1"));
+        for n in 0..MANY {
+            std::fs::write(deleted.join(n.to_string()), "").unwrap();
+        }
+        let files = || std::fs::read_dir(&deleted).map_or(0, Iterator::count);
+        let before = files();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "rebuild::deletes_a_generation_in_a_process_that_is_killed"])
+            .args(["--nocapture", "--test-threads=1"])
+            .env(CHILD, dir.path())
+            .env(DELETED, version.to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.any(|line| line.ends_with("deleting")), "the child has not begun");
+        until("the deletion is under way", || files() < before);
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        let world = World::new(dir.path(), 85);
+        let view = world.open(Traces::<1>::default());
+        let left = view.generations().unwrap();
+        let mut left: Vec<_> = left.iter().map(|it| (it.version, it.number)).collect();
+        left.sort_unstable();
+        let others = [(1, 1), (1, 2), (2, 1), (2, 2)].into_iter().filter(|it| *it != (version, 1));
+        assert_eq!(left, others.collect::<Vec<_>>());
+        let names = std::fs::read_dir(&views).unwrap().map(|it| it.unwrap().file_name());
+        let names: Vec<_> = names.map(|it| it.into_string().unwrap()).collect();
+        let of_it = format!("{version}.1");
+        assert!(!names.iter().any(|name| name.starts_with(&of_it)), "{names:?}");
+    }
 }
 
 /// Folds wait at the first event until nobody has `go_on` any more.
