@@ -970,7 +970,7 @@ fn what_is_parked_is_listed_retried_and_discarded() {
     assert_eq!(out(&got), "{\"orders\":1,\"cents\":100}\n");
     assert!(err(&got).starts_with("warning: the row is degraded: 1 events"), "{}", err(&got));
     let scanned = service(&["view", "scan", dir, "spent"]);
-    assert_eq!(out(&scanned).lines().count(), 6);
+    assert_eq!(out(&scanned).lines().count(), 5);
     assert!(err(&scanned).starts_with("warning: 2 rows lack events"), "{}", err(&scanned));
     let got = json_of(service(&["view", "get", "--json", dir, "spent", "basel", "1"]));
     assert!(got["degraded"].as_str().unwrap().contains("too little"));
