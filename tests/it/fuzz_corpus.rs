@@ -397,6 +397,12 @@ fn session_origin_seeds(seeds: &mut Seeds) {
     let away = [&hello, &subscribe, &away, &step, &back, &talk, &ack, &away, &step, &second];
     put("a-disk-that-may-not-be-asked", 0, &away.map(Vec::as_slice));
     put("acknowledged-over-and-over", 0, &[&hello, &subscribe, &talk, &ack, &idle, &talk]);
+    let ahead = [0, 5, 0, 3, 0, 0, 0, 0, 0];
+    put("acknowledged-ahead", SEAL, &[&hello, &subscribe, &step, &ahead, &talk]);
+    let nothing = act(10, &[0xA0, 0x0F, 0, 0, 0]);
+    put("nothing-without-end", 0, &[&[&hello[..]], &[&nothing[..]; 6][..]].concat());
+    let leave = act(15, &[1]);
+    put("told-twice-to-leave", 0, &[&hello, &subscribe, &talk, &leave, &talk, &leave, &talk]);
     put("before-hello", 0, &[&subscribe, &talk]);
     put("in-the-wrong-order", 0, &[&hello, &talk, &hello, &subscribe, &talk]);
     let leaves = act(8, &[0, 0]);
@@ -437,9 +443,11 @@ fn session_mirror_seeds(seeds: &mut Seeds) {
     put("it-goes-on", &[SEAL | RESUMES, 1, 20, 3, 0, 0], &[&begin[..], &rounds].concat());
     let parts: [&[u8]; 7] = [&speak, &whole, &diverged, &speak, &probed, &take, &speak];
     put("another-history", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &parts);
-    let twice: [&[u8]; 5] = [&speak, &whole, &diverged, &probed, &probed];
+    let twice: [&[u8]; 6] = [&speak, &whole, &diverged, &speak, &probed, &probed];
     put("another-history-answered-twice", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &twice);
     put("another-history-and-silence", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &twice[..3]);
+    let back = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0];
+    put("an-end-that-goes-back", &[SEAL, 1, 20, 0], &[&begin[..], &[&honest, &back]].concat());
     put("two-pages-for-a-segment", &[SEAL, 1, 20, 0], &[&begin[..], &[&pages]].concat());
     for (name, offset) in [("data-of-elsewhere", 4096), ("half-a-batch", 0)] {
         let mut bytes = [0; 128];
