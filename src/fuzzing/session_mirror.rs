@@ -191,7 +191,7 @@ impl<'a> Scene<'a> {
             22 | 23 => self.speak(),
             24 => self.command(),
             25 => self.flood(),
-            26 => self.run(),
+            26 => self.run(&end),
             _ => {
                 let skip = script.skip(self.heard.covered.position, &end, &end);
                 self.say(|_| Message::Skip(skip));
@@ -257,7 +257,8 @@ impl<'a> Scene<'a> {
     /// What an honest origin sends next, of the journal or of the feed.
     fn honest(&mut self) {
         if self.heard.request.is_some() {
-            return self.run();
+            let end = self.journal.end();
+            return self.run(&end);
         }
         let max_frame = self.heard.max_frame.max(1024);
         let room = u64::from(self.script.byte()) * 64 + 1;
@@ -341,10 +342,10 @@ impl<'a> Scene<'a> {
         self.arrive(usize::MAX);
     }
 
-    /// The next run of a feed, or what there is none of; its fields or its bytes may be others.
-    fn run(&mut self) {
+    /// The next run of a feed, or what there is none of; its fields or its bytes may be others, or it is from elsewhere.
+    fn run(&mut self, elsewhere: &Checkpoint) {
         let Some(request) = self.heard.request.clone() else { return };
-        let from = self.heard.covered;
+        let from = if self.script.one_in(16) { *elsewhere } else { self.heard.covered };
         let terms = FeedTerms { filter: self.heard.filter(&request), shape: None };
         let run_bytes = self.script.up_to(4000) + 1;
         let span = Span { at: from, run_bytes, end: None };

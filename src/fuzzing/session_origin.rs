@@ -39,6 +39,7 @@ const SAID_BYTES_MAX: usize = 64 << 10;
 const HELLO_BYTES_MAX: usize = FRAME_HEADER_BYTES + CONTROL_BYTES_MAX as usize;
 const HANDSHAKE_BYTES_MAX: usize = 16 << 10;
 const PROBES_MAX: usize = 16;
+const SKIPS_EVERY: Duration = Duration::from_millis(200);
 /// What a session sends at a time.
 const FRAME_MAX: u32 = 8192;
 
@@ -355,14 +356,28 @@ impl<'a> Scene<'a> {
         }
     }
 
+    /// It waits for more, and has room for it: so it has sent everything, and tells what a feed has nothing of.
+    fn has_told_all(&mut self) {
+        self.now = later(self.now, SKIPS_EVERY);
+        self.step();
+        self.drain(usize::MAX);
+        let has_all = self.told.sent == Some(self.disk.end());
+        assert!(has_all || self.session.end().is_some(), "kept back: {:?}", self.told.sent);
+    }
+
     /// Everything is taken, and then nothing is heard any more: it ends, and says nothing behind that.
     fn end(&mut self) {
         self.disk.may_wait = true;
         for round in 0.. {
             self.drain(usize::MAX);
             self.session.came_back(self.now);
-            if self.step() != Next::Write {
-                break;
+            match self.step() {
+                Next::Write => {}
+                Next::Wait { past: Some(_), .. } if self.told.sent.is_some() => {
+                    self.has_told_all();
+                    break;
+                }
+                _ => break,
             }
             assert!(round < 10_000, "it never has said all");
         }

@@ -367,11 +367,15 @@ fn session_origin_seeds(seeds: &mut Seeds) {
     let terms = FeedTerms { filter: FeedFilter::any_of([FeedPart::types(["a"])]), shape: None };
     let request = FeedRequest { terms, goes_on: false };
     let feed = act_raw(9, &Message::SubscribeFeed(from(None), request));
+    let terms = FeedTerms { filter: FeedFilter::everything(), shape: None };
+    let request = FeedRequest { terms, goes_on: false };
+    let all = act_raw(9, &Message::SubscribeFeed(from(None), request));
     let probe = act_raw(9, &Message::Probe(Probe { positions: vec![Position::new(1); 64] }));
     let (ack, idle) = (act(3, &[0; 5]), act(5, &[200, 0, 0, 0]));
     let (talk, step) = (act(19, &[7]), act(16, &[]));
     let (grow, sync) = (act(12, &[]), act(13, &[]));
-    let (second, heartbeat) = (act(11, &[5, 0]), act(11, &[2, 0]));
+    let second = act(11, &[5, 0]);
+    let probes = act(6, &[&[19][..], &[0; 100]].concat());
     let (away, back) = (act(14, &[5]), act(14, &[4]));
     let mut put = |name, switches: u8, acts: &[&[u8]]| {
         let front: [&[u8]; 1] = [&[switches, 1, 20]];
@@ -381,11 +385,24 @@ fn session_origin_seeds(seeds: &mut Seeds) {
         [&hello, &subscribe, &talk, &ack, &talk, &grow, &sync, &talk, &second, &talk];
     put("a-mirror-catches-up", SEAL, &catches_up);
     put("a-mirror-of-a-mirror-catches-up", SEAL | RELAY, &catches_up);
-    put("a-subscriber-is-fed", SEAL, &[&hello, &feed, &talk, &ack, &talk, &heartbeat, &talk, &ack]);
+    let more: [&[u8]; 6] = [&grow, &sync, &talk, &second, &talk, &ack];
+    put(
+        "a-subscriber-is-fed",
+        SEAL,
+        &[&[&hello[..], &feed, &talk, &ack], &more[..], &more].concat(),
+    );
+    put("a-subscriber-is-fed-everything", SEAL, &[&hello, &all, &talk, &talk, &ack, &talk]);
     put("another-history", SEAL, &[&hello, &fork, &step, &probe, &talk, &probe, &probe]);
+    put("asked-too-often-where-histories-part", SEAL, &[&hello, &fork, &step, &probes, &talk]);
     let away = [&hello, &subscribe, &away, &step, &back, &talk, &ack, &away, &step, &second];
     put("a-disk-that-may-not-be-asked", 0, &away.map(Vec::as_slice));
     put("acknowledged-over-and-over", 0, &[&hello, &subscribe, &talk, &ack, &idle, &talk]);
+    let ahead = [0, 5, 0, 3, 0, 0, 0, 0, 0];
+    put("acknowledged-ahead", SEAL, &[&hello, &subscribe, &step, &ahead, &talk]);
+    let nothing = act(10, &[0xA0, 0x0F, 0, 0, 0]);
+    put("nothing-without-end", 0, &[&[&hello[..]], &[&nothing[..]; 6][..]].concat());
+    let leave = act(15, &[1]);
+    put("told-twice-to-leave", 0, &[&hello, &subscribe, &talk, &leave, &talk, &leave, &talk]);
     put("before-hello", 0, &[&subscribe, &talk]);
     put("in-the-wrong-order", 0, &[&hello, &talk, &hello, &subscribe, &talk]);
     let leaves = act(8, &[0, 0]);
@@ -411,8 +428,11 @@ fn session_mirror_seeds(seeds: &mut Seeds) {
     let diverged = act_raw(13, &Message::Diverged(diverged));
     let probed = act(10, &[0, 0, 0]);
     let flood = |kind| act(25, &[kind, 200]);
-    let skip = act(27, &[0; 6]);
-    let run = act(26, &[0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    let (skip, skip_back) = (act(27, &[0; 6]), act(27, &[0, 7, 0, 0, 0, 252, 0, 0, 0, 0, 0, 0]));
+    let run_with = |from, filter| act(26, &[from, 0, 1, filter, 0, 0, 0, 0, 0, 0]);
+    let (run, run_of_all) = (run_with(0, 0), run_with(0, 15));
+    let run_from_elsewhere = [&[0, 6, 0], &run_with(15, 0)[1..]].concat();
+    let pages = act(6, &[0, 0, 1, 0, 0, 0, 0]);
     let mut put = |name, front: &[u8], acts: &[&[u8]]| {
         seeds.insert(("session_mirror", name), [&[front], acts].concat().concat());
     };
@@ -423,11 +443,32 @@ fn session_mirror_seeds(seeds: &mut Seeds) {
     put("it-goes-on", &[SEAL | RESUMES, 1, 20, 3, 0, 0], &[&begin[..], &rounds].concat());
     let parts: [&[u8]; 7] = [&speak, &whole, &diverged, &speak, &probed, &take, &speak];
     put("another-history", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &parts);
+    let twice: [&[u8]; 6] = [&speak, &whole, &diverged, &speak, &probed, &probed];
+    put("another-history-answered-twice", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &twice);
+    put("another-history-and-silence", &[SEAL | RESUMES, 1, 20, 9, 0, 3, 4, 0, 5], &twice[..3]);
+    let back = [0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0];
+    put("an-end-that-goes-back", &[SEAL, 1, 20, 0], &[&begin[..], &[&honest, &back]].concat());
+    put("two-pages-for-a-segment", &[SEAL, 1, 20, 0], &[&begin[..], &[&pages]].concat());
+    for (name, offset) in [("data-of-elsewhere", 4096), ("half-a-batch", 0)] {
+        let mut bytes = [0; 128];
+        bytes[60] = if offset == 0 { 192 } else { 128 };
+        let origin_end = OriginEnd { offset: 1 << 40, position: Position::new(1 << 40) };
+        let data = Message::Data(Data { offset, origin_end, continued: false, bytes: &bytes });
+        put(name, &[SEAL, 1, 20, 0], &[&begin[..], &[&act_raw(13, &data)]].concat());
+    }
     for (name, kind) in [("flood-of-parts", 0), ("flood-of-batches", 1), ("flood-of-segments", 2)] {
         put(name, &[0, 1, 20, 0], &[&begin[..], &[&flood(kind)]].concat());
     }
     let feed: [&[u8]; 9] = [&speak, &fed, &subscribed, &run, &run, &take, &sync, &speak, &skip];
     put("it-is-fed", &[SEAL | FEED, 1, 20, 0, 0], &feed);
+    let begin: [&[u8]; 4] = [&speak, &fed, &subscribed, &run];
+    for (name, last) in [
+        ("it-is-fed-and-goes-back", &skip_back),
+        ("it-is-fed-from-elsewhere", &run_from_elsewhere),
+        ("it-is-fed-what-it-did-not-want", &run_of_all),
+    ] {
+        put(name, &[SEAL | FEED, 1, 20, 0, 1], &[&begin[..], &[last]].concat());
+    }
     put("before-welcome", &[0, 1, 20, 0], &[&subscribed, &honest]);
 }
 
