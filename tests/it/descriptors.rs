@@ -6,10 +6,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// failure.
 pub(crate) fn may_open(files: u64) -> bool {
     let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     // Where that is refused, what there is counts.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let allowed = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let why = format!("{allowed} files may be open, {files} are needed");
+    let why = format!("{allowed} files may be open, {files} are needed (raised: {raised:?})");
     assert!(allowed >= files || std::env::var_os("CI").is_none(), "{why}");
     if allowed < files {
         println!("SKIPPED: {why}");
