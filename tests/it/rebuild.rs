@@ -493,7 +493,7 @@ fn a_killed_rebuild_leaves_a_view_that_serves() {
 }
 
 /// Files in a generation, so that deleting it takes a while.
-const MANY: usize = 30_000;
+const MANY: usize = 10_000;
 const DELETED: &str = "HEADWATER_DELETED_VERSION";
 
 /// Not a test of its own: what the next one starts and kills.
