@@ -9,16 +9,23 @@
 //! ```
 //! - What is made is what the ordered path makes: the events of a key are folded in their order, because the
 //!   pieces of a round are, and so are the rounds. Keys don't see each other, so their order doesn't matter.
-//! - **Memory is bounded.** When the rows need more than they may, the upper half of the keys is forgotten and left
-//!   to a further *pass* over the journal. A pass makes the rows of one range of keys, and the next one goes on
-//!   behind it; so the files of all passes are in the order of the keys and nothing has to be merged.
+//! - **Memory is bounded.** A part takes memory from what is allowed before it allocates. When there is none left, all parts
+//!   stop where they are, the upper half of the keys is forgotten and left to a further *pass* over the journal, and they
+//!   go on. A pass makes the rows of one range of keys, and the next one goes on behind it; so the files of all passes are
+//!   in the order of the keys and nothing has to be merged. Within a pass each part is sorted for itself, as copies of one
+//!   part at a time cost little, and the parts are merged while they are written.
+//! - A piece that names more keys than are good for it is folded as far as it is decoded, and then its rest.
 //! - Index entries are made from the finished rows. They come in another order than the rows, of all passes: they are
 //!   sorted in runs on disk, and merged when all rows are there.
 //! - The database is empty until everything is in it at once: one without a checkpoint was never finished.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::collections::binary_heap::PeekMut;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
@@ -55,12 +62,18 @@ const PARTS: usize = 64;
 const PIECE_BYTES: u64 = 2 << 20;
 /// So many pieces each thread decodes before all fold.
 const PIECES_PER_THREAD: usize = 2;
+/// A piece that names keys of more bytes, with what is noted beside them, is folded before the rest of it is decoded.
+const ROUTED_BYTES: usize = 4 << 20;
 /// A sorted file has about so many bytes of keys and rows.
 const FILE_BYTES: usize = 64 << 20;
 /// A part with fewer rows is in a cache of the processor.
 const FAR: usize = 1 << 10;
 /// Keys that are looked at to find the middle of all.
 const SAMPLE: usize = 1024;
+/// A part takes at most so much memory beyond what it needs.
+const GRANT_BYTES_MAX: usize = 64 << 10;
+/// If one row alone needs more than is allowed, others may have so much beside it at least.
+const BESIDE_BYTES: usize = 4 << 10;
 
 /// What a bulk build may use.
 #[derive(Clone, Debug)]
@@ -122,7 +135,7 @@ pub(super) fn build<V: View>(view: &V, what: Build<'_>) -> Result<Progress, Ende
             Some(others) => least(others, &folded.tallies),
             None => folded.tallies,
         });
-        pool.install(|| write(folded.rows, &indexes, &mut files, &runs))?;
+        pool.install(|| write(&folded.rows, &indexes, &mut files, &runs))?;
         match folded.left_from {
             Some(from) => pass.from = from,
             None => break,
@@ -154,8 +167,35 @@ struct Pass<'a, V: View> {
     from: Vec<u8>,
 }
 
+/// The rows that a pass has made so far.
+struct Rows {
+    parts: Vec<Part>,
+    allowed: Allowed,
+    /// The keys from here on are left to the next pass.
+    to: Option<Vec<u8>>,
+    /// Whether that was decided behind the decoding of pieces that aren't folded yet.
+    is_narrower: bool,
+}
+
+/// How far a pass has come.
+struct Seen {
+    tallies: Tallies,
+    end: Checkpoints,
+}
+
+impl Seen {
+    fn add<V: View>(&mut self, piece: &Piece<V>) {
+        for (segment, tally) in &piece.tallies {
+            self.tallies.entry(*segment).or_default().add(*tally);
+        }
+        for at in &piece.ends {
+            self.end = self.end.moved(*at);
+        }
+    }
+}
+
 struct Folded {
-    rows: Vec<Row>,
+    rows: Sorted,
     tallies: Tallies,
     progress: Progress,
     /// The keys from here on are still to be folded.
@@ -171,8 +211,78 @@ struct Row {
 impl Row {
     /// What it needs beside its place in a table.
     fn spilled_bytes(&self) -> usize {
-        let spilled = |bytes: &Bytes| if bytes.spilled() { bytes.capacity() } else { 0 };
-        spilled(&self.key) + self.row.as_ref().map_or(0, spilled)
+        spilled(Some(&self.key)) + spilled(self.row.as_ref())
+    }
+}
+
+fn spilled(bytes: Option<&Bytes>) -> usize {
+    bytes.filter(|it| it.spilled()).map_or(0, |it| it.capacity())
+}
+
+/// Memory for rows, which the parts share.
+struct Allowed {
+    /// As the caller has asked.
+    bytes_max: usize,
+    /// What the parts may have: a table that grows, shrinks or is drained is there twice, in as many parts as there are
+    /// threads; and tables of the same number of rows may differ by a factor of two.
+    room: usize,
+    taken: AtomicUsize,
+    grant: usize,
+}
+
+impl Allowed {
+    fn new(means: &Means) -> Self {
+        let bytes_max = means.memory_bytes_max;
+        let room = bytes_max / (PARTS + 2 * means.threads) * PARTS;
+        let grant = (room / (16 * PARTS)).min(GRANT_BYTES_MAX);
+        Self { bytes_max, room, taken: AtomicUsize::new(0), grant }
+    }
+
+    /// Whether there is so much left; it is taken, then.
+    fn take(&self, bytes: usize) -> bool {
+        let taken = self.taken.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let is_there = taken <= self.room;
+        if !is_there {
+            self.give_back(bytes);
+        }
+        is_there
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.taken.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Rows were forgotten, if there was more than one.
+    fn make_room(&mut self, parts: &mut [Part], were_forgotten: bool) {
+        let taken: usize = parts.iter_mut().map(Part::taken_bytes).sum();
+        self.taken = AtomicUsize::new(taken);
+        if !were_forgotten {
+            self.room = taken + self.bytes_max.max(BESIDE_BYTES);
+        }
+    }
+}
+
+/// Keys and rows that don't fit into their places in a table.
+#[derive(Default)]
+struct Spilled {
+    bytes: usize,
+    /// What was taken for them.
+    granted: usize,
+}
+
+impl Spilled {
+    /// So many bytes go, and so many come. False if there isn't enough memory; nothing is changed, then.
+    fn change(&mut self, less: usize, more: usize, allowed: &Allowed) -> bool {
+        let bytes = self.bytes - less + more;
+        if bytes > self.granted {
+            let granted = bytes + allowed.grant;
+            if !allowed.take(granted - self.granted) {
+                return false;
+            }
+            self.granted = granted;
+        }
+        self.bytes = bytes;
+        true
     }
 }
 
@@ -180,14 +290,50 @@ impl Row {
 #[derive(Default)]
 struct Part {
     rows: HashTable<Row>,
-    spilled_bytes: usize,
+    spilled: Spilled,
+    /// Where it goes on in the pieces of this round: which one, and which route of it.
+    at: (usize, usize),
 }
 
 impl Part {
-    fn bytes(&self) -> usize {
-        // One byte of control for each place.
-        self.rows.capacity() * (size_of::<Row>() + 1) + self.spilled_bytes
+    /// As much as it needs now, and no more.
+    fn taken_bytes(&mut self) -> usize {
+        self.spilled.granted = self.spilled.bytes;
+        self.rows.allocation_size() + self.spilled.bytes
     }
+
+    /// Makes place for another row. False if there isn't enough memory.
+    fn has_place(&mut self, allowed: &Allowed, hash_of: impl Fn(&Row) -> u64) -> bool {
+        if self.rows.len() < self.rows.capacity() {
+            return true;
+        }
+        let small = self.rows.allocation_size();
+        let about = (2 * small).max(8 * size_of::<Row>());
+        let is_there = allowed.take(about);
+        if is_there {
+            self.rows.reserve(1, hash_of);
+            let large = self.rows.allocation_size();
+            allowed.taken.fetch_add(large, Ordering::Relaxed);
+            allowed.give_back(about + small);
+        }
+        is_there
+    }
+
+    /// Its rows in order, at the price of a copy without those that were deleted.
+    fn into_sorted(self) -> Vec<Row> {
+        let mut rows = Vec::with_capacity(self.rows.len());
+        rows.extend(self.rows.into_iter().filter(|row| row.row.is_some()));
+        rows.sort_unstable_by(|a: &Row, b| a.key.cmp(&b.key));
+        rows
+    }
+}
+
+/// Why a part has not come to the end of a round.
+enum Stopped {
+    /// There is no memory for another row.
+    Full,
+    /// With the event's place: which piece, which event of it.
+    Failed((usize, u32), StopError),
 }
 
 /// A decoded piece of the journal.
@@ -195,11 +341,14 @@ struct Piece<V: View> {
     events: Vec<Recorded<V::Event>>,
     routes: Vec<Vec<Route<V::Key>>>,
     keys: Vec<u8>,
+    routed: usize,
     tallies: Tallies,
     bytes: u64,
     stored_events: u64,
     /// Of each journal in it.
     ends: SmallVec<[Checkpoint; 1]>,
+    /// Where the rest begins, if it isn't decoded as a whole: in which stretch, and where.
+    rest: Option<(usize, Position)>,
 }
 
 /// An event concerns the row under a key.
@@ -213,52 +362,109 @@ struct Route<K> {
 
 impl<V: View> Pass<'_, V> {
     fn fold(&self) -> Result<Folded, Ended> {
-        let mut parts: Vec<Part> = (0..PARTS).map(|_| Part::default()).collect();
         let hasher = RandomState::default();
-        let mut to: Option<Vec<u8>> = None;
-        let mut end = self.sources.beginning();
-        let mut tallies = Tallies::new();
+        let mut rows = Rows {
+            parts: (0..PARTS).map(|_| Part::default()).collect(),
+            allowed: Allowed::new(&self.means),
+            to: None,
+            is_narrower: false,
+        };
+        let mut seen = Seen { tallies: Tallies::new(), end: self.sources.beginning() };
         let mut all = Pieces::new(self.sources, self.intake, self.until);
         let at_once = self.means.threads * PIECES_PER_THREAD;
         let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
+        let mut piece_bytes = PIECE_BYTES;
         loop {
-            let round = (0..at_once).map(|_| all.next(PIECE_BYTES)).collect::<Result<Vec<_>, _>>();
+            let round = (0..at_once).map(|_| all.next(piece_bytes)).collect::<Result<Vec<_>, _>>();
             let round = round.map_err(|error| Failed::from(error).stop(V::NAME))?;
             if round.first().is_none_or(Vec::is_empty) {
                 break;
             }
-            let range = Range { from: &self.from, to: to.as_deref() };
+            rows.is_narrower = false;
+            let range = Range { from: &self.from, to: rows.to.as_deref() };
             self.pool.install(|| {
                 let pieces = pieces.par_iter_mut().zip(&round);
                 pieces
-                    .map(|(piece, at)| self.fill(piece, at, &hasher, range))
+                    .map(|(piece, at)| self.fill(piece, at, None, &hasher, range))
                     .collect::<Result<(), _>>()
             })?;
-            let failures: Vec<_> = self.pool.install(|| {
-                let folded = parts.par_iter_mut().enumerate();
-                folded
-                    .filter_map(|(n, part)| {
-                        part.fold(self.view, n, &pieces, &hasher, &self.deadly).err()
-                    })
-                    .collect()
-            });
-            if let Some((_, failure)) = failures.into_iter().min_by_key(|(place, _)| *place) {
-                return Err(Ended::Failed(failure));
-            }
-            for (segment, tally) in pieces.iter().flat_map(|piece| &piece.tallies) {
-                tallies.entry(*segment).or_default().add(*tally);
-            }
-            let ends = pieces.iter().flat_map(|piece| &piece.ends);
-            end = ends.fold(end, |end, at| end.moved(*at));
-            let bytes: usize = parts.iter().map(Part::bytes).sum();
-            if bytes > self.means.memory_bytes_max {
-                to = self.pool.install(|| halve(&mut parts, &hasher)).or(to);
+            let is_too_much = pieces.iter().any(|piece| piece.rest.is_some());
+            self.fold_round(&mut rows, &mut pieces, &round, &hasher, &mut seen)?;
+            // What all threads decode is better than what one of them decodes afterwards.
+            piece_bytes = if is_too_much { piece_bytes / 2 } else { piece_bytes * 2 };
+            piece_bytes = piece_bytes.clamp(1, PIECE_BYTES);
+        }
+        drop(pieces);
+        let Rows { parts, to, .. } = rows;
+        let rows = self.pool.install(|| parts.into_par_iter().map(Part::into_sorted).collect());
+        let skipped_events = seen.tallies.values().map(|tally| tally.skipped).sum();
+        let progress = progress_at(seen.end, skipped_events);
+        Ok(Folded { rows: Sorted(rows), tallies: seen.tallies, progress, left_from: to })
+    }
+
+    /// Folds pieces that are decoded; of those that are not whole, one after the other, what they have, and then the rest.
+    fn fold_round(
+        &self,
+        rows: &mut Rows,
+        pieces: &mut [Piece<V>],
+        round: &[Vec<Stretch>],
+        hasher: &RandomState,
+        seen: &mut Seen,
+    ) -> Result<(), Ended> {
+        let (mut pieces, mut round) = (pieces, round);
+        while !pieces.is_empty() {
+            let partly = pieces.iter().position(|piece| piece.rest.is_some());
+            let (now, _) = pieces.split_at(partly.map_or(pieces.len(), |nth| nth + 1));
+            self.fold_pieces(rows, now, hasher)?;
+            now.iter().for_each(|piece| seen.add(piece));
+            let folded = partly.unwrap_or(pieces.len());
+            pieces = pieces.split_at_mut(folded).1;
+            round = round.get(folded..).unwrap_or_default();
+            if let (Some(piece), Some(at)) = (pieces.first_mut(), round.first()) {
+                let range = Range { from: &self.from, to: rows.to.as_deref() };
+                let rest = piece.rest;
+                self.pool.install(|| self.fill(piece, at, rest, hasher, range))?;
             }
         }
-        let rows = parts.into_iter().flat_map(|part| part.rows).filter(|row| row.row.is_some());
-        let skipped_events = tallies.values().map(|tally| tally.skipped).sum();
-        let progress = progress_at(end, skipped_events);
-        Ok(Folded { rows: rows.collect(), tallies, progress, left_from: to })
+        Ok(())
+    }
+
+    /// Folds pieces into the parts, as often as there is no memory left for less keys than before.
+    fn fold_pieces(
+        &self,
+        rows: &mut Rows,
+        pieces: &[Piece<V>],
+        hasher: &RandomState,
+    ) -> Result<(), Ended> {
+        let Rows { parts, allowed, to, is_narrower } = rows;
+        parts.iter_mut().for_each(|part| part.at = (0, 0));
+        let mut failures = Vec::new();
+        loop {
+            let stopped: Vec<Stopped> = self.pool.install(|| {
+                let (allowed, below) = (&*allowed, to.as_deref().filter(|_| *is_narrower));
+                let fold = |(n, part): (usize, &mut Part)| {
+                    part.fold(self.view, n, pieces, hasher, &self.deadly, allowed, below).err()
+                };
+                parts.par_iter_mut().enumerate().filter_map(fold).collect()
+            });
+            let mut is_full = false;
+            for stopped in stopped {
+                match stopped {
+                    Stopped::Full => is_full = true,
+                    Stopped::Failed(place, failure) => failures.push((place, failure)),
+                }
+            }
+            if !is_full {
+                break;
+            }
+            let middle = self.pool.install(|| halve(parts, hasher));
+            allowed.make_room(parts, middle.is_some());
+            if middle.is_some() {
+                (*to, *is_narrower) = (middle, true);
+            }
+        }
+        let first = failures.into_iter().min_by_key(|(place, _)| *place);
+        first.map_or(Ok(()), |(_, failure)| Err(Ended::Failed(failure)))
     }
 
     /// Forgets the rows for which the event is discarded.
@@ -270,30 +476,39 @@ impl<V: View> Pass<'_, V> {
         }
     }
 
-    /// Decodes and routes the batches of some stretches.
+    /// Decodes and routes the batches of some stretches, or the rest of them.
     fn fill(
         &self,
         piece: &mut Piece<V>,
         stretches: &[Stretch],
+        rest: Option<(usize, Position)>,
         hasher: &RandomState,
         wanted: Range<'_>,
     ) -> Result<(), Ended> {
         piece.clear();
         // Where a journal's next stretch begins, its last one has ended.
         let mut cursors: SmallVec<[Cursor; 1]> = SmallVec::new();
-        for stretch in stretches {
+        let first = rest.map_or(0, |(nth, _)| nth);
+        for (nth, stretch) in stretches.iter().enumerate().skip(first) {
+            let begun = rest.filter(|_| nth == first).map(|(_, at)| at);
+            let from = begun.unwrap_or(stretch.from);
             let at = cursors.iter().position(|it| it.journal().id() == stretch.journal);
             let begin = || -> Result<usize, StopError> {
                 let missing = ViewError::Journals { view: V::NAME, reason: "one isn't there" };
                 let journal = self.sources.get(stretch.journal);
                 let journal =
                     journal.ok_or(Failed::from(missing)).map_err(|it| it.stop(V::NAME))?;
-                cursors.push(journal.cursor(stretch.from).map_err(journal_failed::<V>)?);
+                cursors.push(journal.cursor(from).map_err(journal_failed::<V>)?);
                 Ok(cursors.len() - 1)
             };
             let at = at.map_or_else(begin, Ok)?;
             let Some(cursor) = cursors.get_mut(at) else { continue };
-            self.fill_from(cursor, piece, stretch, hasher, wanted)?;
+            self.fill_from(cursor, piece, stretch, from, hasher, wanted)?;
+            let is_left = cursor.position() < stretch.to || nth + 1 < stretches.len();
+            if piece.is_full() && is_left {
+                piece.rest = Some((nth, cursor.position()));
+                break;
+            }
         }
         Ok(self.control.advance(piece.stored_events, piece.bytes)?)
     }
@@ -303,6 +518,7 @@ impl<V: View> Pass<'_, V> {
         cursor: &mut Cursor,
         piece: &mut Piece<V>,
         stretch: &Stretch,
+        from: Position,
         hasher: &RandomState,
         wanted: Range<'_>,
     ) -> Result<(), StopError> {
@@ -311,10 +527,10 @@ impl<V: View> Pass<'_, V> {
         let journal = source.id();
         let mut names = Names::default();
         let mut keys = Keys::none();
-        while cursor.position() < stretch.to {
+        while cursor.position() < stretch.to && !piece.is_full() {
             let Some(batch) = cursor.next_batch().map_err(failed)? else { break };
             let header = &batch.batch.header;
-            if header.base_position < stretch.from {
+            if header.base_position < from {
                 continue; // of the piece in front
             }
             if !stretch.allows(&batch.end()) {
@@ -386,21 +602,35 @@ impl<V: View> Piece<V> {
             events: Vec::new(),
             routes: (0..PARTS).map(|_| Vec::new()).collect(),
             keys: Vec::new(),
+            routed: 0,
             tallies: Tallies::new(),
             bytes: 0,
             stored_events: 0,
             ends: SmallVec::new(),
+            rest: None,
         }
     }
 
-    /// Empty again, with the memory that it has.
+    fn routed_bytes(&self) -> usize {
+        self.routed * size_of::<Route<V::Key>>() + self.keys.len()
+    }
+
+    fn is_full(&self) -> bool {
+        self.routed_bytes() >= ROUTED_BYTES
+    }
+
+    /// Empty again, with the memory that it has, unless a batch has needed an unusual amount.
     fn clear(&mut self) {
+        if self.routed_bytes() > 2 * ROUTED_BYTES {
+            *self = Self::empty();
+        }
         self.events.clear();
         self.routes.iter_mut().for_each(Vec::clear);
         self.keys.clear();
         self.tallies.clear();
-        (self.bytes, self.stored_events) = (0, 0);
+        (self.routed, self.bytes, self.stored_events) = (0, 0, 0);
         self.ends.clear();
+        self.rest = None;
     }
 
     fn ends_at(&mut self, end: Checkpoint) {
@@ -433,7 +663,9 @@ impl<V: View> Piece<V> {
             // A key named twice by one event is folded once.
             let again = routes.iter().rev().take_while(|route| route.event == index).any(|route| {
                 let at = route.key_at as usize;
-                at >= own && self.keys.get(at..at + route.key_len as usize) == Some(bytes)
+                route.hash == hash
+                    && at >= own
+                    && self.keys.get(at..at + route.key_len as usize) == Some(bytes)
             });
             if again {
                 self.keys.truncate(key_at);
@@ -441,6 +673,7 @@ impl<V: View> Piece<V> {
             }
             let key_len = bytes.len() as u32;
             routes.push(Route { hash, event: index, key_at: key_at as u32, key_len, key });
+            self.routed += 1;
         }
         self.events.push(event);
     }
@@ -452,7 +685,8 @@ impl<V: View> Piece<V> {
 }
 
 impl Part {
-    /// Folds what the pieces have for this part. A failure comes with its event's place: which piece, which event of it.
+    /// Folds what the pieces have for this part, from where it has stopped on.
+    #[allow(clippy::too_many_arguments, reason = "what one part is given by its pass")]
     fn fold<V: View>(
         &mut self,
         view: &V,
@@ -460,9 +694,13 @@ impl Part {
         pieces: &[Piece<V>],
         hasher: &RandomState,
         deadly: &Deadly,
-    ) -> Result<(), ((usize, u32), StopError)> {
-        for (nth, piece) in pieces.iter().enumerate() {
-            let mut routes = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
+        allowed: &Allowed,
+        below: Option<&[u8]>,
+    ) -> Result<(), Stopped> {
+        let (begun, mut skipped) = self.at;
+        for (nth, piece) in pieces.iter().enumerate().skip(begun) {
+            let all = piece.routes.get(part).map_or(&[][..], Vec::as_slice);
+            let mut routes = all.get(std::mem::take(&mut skipped)..).unwrap_or_default();
             let mut fetched_until = routes.len() + 1;
             while let Some(first) = routes.first() {
                 if routes.len() < fetched_until {
@@ -472,11 +710,24 @@ impl Part {
                 let key = piece.key(first);
                 let same = |it: &&Route<V::Key>| it.hash == first.hash && piece.key(it) == key;
                 let (run, rest) = routes.split_at(routes.iter().take_while(same).count());
-                self.fold_run(view, piece, key, run, hasher, deadly)
-                    .map_err(|(at, event, cause)| ((nth, at), stop_at(V::NAME, event, cause)))?;
+                if below.is_none_or(|below| key < below) {
+                    match self.fold_run(view, piece, key, run, hasher, deadly, allowed) {
+                        Ok(true) => {}
+                        Ok(false) => {
+                            self.at = (nth, all.len() - routes.len());
+                            return Err(Stopped::Full);
+                        }
+                        Err((at, event, cause)) => {
+                            self.at = (pieces.len(), 0);
+                            let failure = stop_at(V::NAME, event, cause);
+                            return Err(Stopped::Failed((nth, at), failure));
+                        }
+                    }
+                }
                 routes = rest;
             }
         }
+        self.at = (pieces.len(), 0);
         Ok(())
     }
 
@@ -492,7 +743,9 @@ impl Part {
         }
     }
 
-    /// Folds events of the same key that follow each other.
+    /// Folds events of the same key that follow each other. False if there is no memory for what becomes of them: nothing is
+    /// changed, then.
+    #[allow(clippy::too_many_arguments, reason = "what one part is given by its pass")]
     fn fold_run<'p, V: View>(
         &mut self,
         view: &V,
@@ -501,9 +754,13 @@ impl Part {
         run: &[Route<V::Key>],
         hasher: &RandomState,
         deadly: &Deadly,
-    ) -> Result<(), (u32, &'p Recorded<V::Event>, EventFailure)> {
+        allowed: &Allowed,
+    ) -> Result<bool, (u32, &'p Recorded<V::Event>, EventFailure)> {
         let hash = run.first().map_or(0, |route| route.hash);
         let hash_of = |row: &Row| hasher.hash_one(row.key.as_slice());
+        if !self.has_place(allowed, hash_of) {
+            return Ok(false);
+        }
         let entry = self.rows.entry(hash, |row| row.key.as_slice() == key, hash_of);
         let mut stored = match &entry {
             Entry::Occupied(entry) => entry.get().row.as_ref(),
@@ -530,23 +787,28 @@ impl Part {
                 Fold::Keep => {}
             }
         }
-        let Some((at, event)) = changed_by else { return Ok(()) };
+        let Some((at, event)) = changed_by else { return Ok(true) };
         let bytes = row.as_ref().map(encode_row).transpose().map_err(|cause| (at, event, cause))?;
-        match entry {
+        Ok(match entry {
             Entry::Occupied(mut entry) => {
-                let place = entry.get_mut();
-                self.spilled_bytes -= place.spilled_bytes();
-                place.row = bytes;
-                self.spilled_bytes += place.spilled_bytes();
+                let row = &mut entry.get_mut().row;
+                let (less, more) = (spilled(row.as_ref()), spilled(bytes.as_ref()));
+                let is_there = self.spilled.change(less, more, allowed);
+                if is_there {
+                    *row = bytes;
+                }
+                is_there
             }
-            Entry::Vacant(_) if bytes.is_none() => {}
+            Entry::Vacant(_) if bytes.is_none() => true,
             Entry::Vacant(entry) => {
                 let row = Row { key: Bytes::from_slice(key), row: bytes };
-                self.spilled_bytes += row.spilled_bytes();
-                entry.insert(row);
+                let is_there = self.spilled.change(0, row.spilled_bytes(), allowed);
+                if is_there {
+                    entry.insert(row);
+                }
+                is_there
             }
-        }
-        Ok(())
+        })
     }
 }
 
@@ -579,7 +841,7 @@ fn halve(parts: &mut [Part], hasher: &RandomState) -> Option<Vec<u8>> {
     parts.par_iter_mut().for_each(|part| {
         part.rows.retain(|row| row.key.as_slice() < middle.as_slice());
         part.rows.shrink_to_fit(|row| hasher.hash_one(row.key.as_slice()));
-        part.spilled_bytes = part.rows.iter().map(Row::spilled_bytes).sum();
+        part.spilled.bytes = part.rows.iter().map(Row::spilled_bytes).sum();
     });
     Some(middle)
 }
@@ -588,31 +850,76 @@ fn journal_failed<V: View>(source: ReadError) -> StopError {
     StopError::Journal { view: V::NAME, source }
 }
 
-/// Sorts rows and writes them into files, and their index entries into runs.
+/// Rows of a pass: each part in order.
+struct Sorted(Vec<Vec<Row>>);
+
+impl Sorted {
+    /// Parted by keys into so many ranges of about the same number of rows, or fewer: of each range what each part has.
+    fn ranges<'r>(&'r self, count: usize) -> Vec<Vec<&'r [Row]>> {
+        let each = (SAMPLE / PARTS).max(count);
+        let some =
+            |rows: &'r Vec<Row>| (0..each).filter_map(move |n| rows.get(n * rows.len() / each));
+        let mut sample: Vec<&[u8]> = self.0.iter().flat_map(some).map(|row| &row.key[..]).collect();
+        sample.sort_unstable();
+        sample.dedup();
+        let begins = (1..count).filter_map(|n| sample.get(n * sample.len() / count).copied());
+        let mut left: Vec<&[Row]> = self.0.iter().map(Vec::as_slice).collect();
+        let mut ranges = Vec::new();
+        for begin in begins {
+            let parts = left
+                .iter()
+                .map(|rows| rows.split_at(rows.partition_point(|row| row.key.as_slice() < begin)));
+            let (range, rest) = parts.unzip();
+            ranges.push(range);
+            left = rest;
+        }
+        ranges.push(left);
+        ranges.retain(|range| range.iter().any(|rows| !rows.is_empty()));
+        ranges
+    }
+}
+
+/// Rows of several parts, in order.
+fn merged<'r>(parts: &[&'r [Row]]) -> impl Iterator<Item = &'r Row> {
+    let mut left = parts.to_vec();
+    let head = |(n, rows): (usize, &&'r [Row])| Some(Reverse((rows.first()?.key.as_slice(), n)));
+    let mut heads: BinaryHeap<_> = left.iter().enumerate().filter_map(head).collect();
+    std::iter::from_fn(move || {
+        let mut least = heads.peek_mut()?;
+        let rows = left.get_mut(least.0.1)?;
+        let (row, rest) = rows.split_first()?;
+        *rows = rest;
+        match rest.first() {
+            Some(next) => least.0.0 = next.key.as_slice(),
+            None => drop(PeekMut::pop(least)),
+        }
+        Some(row)
+    })
+}
+
+/// Writes rows into sorted files, and their index entries into runs.
 fn write<V: View>(
-    mut rows: Vec<Row>,
+    sorted: &Sorted,
     indexes: &Indexes<V>,
     files: &mut Files<'_>,
     runs: &Runs,
 ) -> Result<(), StopError> {
-    rows.par_sort_unstable_by(|a, b| a.key.cmp(&b.key));
     let len = |row: &Row| row.key.len() + row.row.as_ref().map_or(0, SmallVec::len);
-    let total: usize = rows.par_iter().map(len).sum();
-    let count = total.div_ceil(FILE_BYTES).max(rayon::current_num_threads()).min(rows.len()).max(1);
-    let paths: Vec<PathBuf> = (0..count).map(|_| files.next()).collect();
-    let size = rows.len().div_ceil(count).max(1);
-    let written: Result<Vec<()>, StopError> = rows
-        .par_chunks(size)
+    let total: usize = sorted.0.par_iter().map(|rows| rows.iter().map(len).sum::<usize>()).sum();
+    let ranges = sorted.ranges(total.div_ceil(FILE_BYTES).max(rayon::current_num_threads()));
+    let paths: Vec<PathBuf> = ranges.iter().map(|_| files.next()).collect();
+    let written: Result<Vec<()>, StopError> = ranges
+        .par_iter()
         .zip(&paths)
-        .map(|(rows, path)| {
-            write_file(rows, files, path)
+        .map(|(range, path)| {
+            write_file(merged(range), files, path)
                 .map_err(|source| StopError::Storage { view: V::NAME, source })?;
             if indexes.is_empty() {
                 return Ok(());
             }
             let mut run = runs.begin();
             let failed = |error| StopError::Storage { view: V::NAME, source: files.failed(error) };
-            for row in rows {
+            for row in merged(range) {
                 add_entries(row, indexes, &mut run)
                     .map_err(|cause| StopError::Index { view: V::NAME, cause })?
                     .map_err(failed)?;
@@ -621,12 +928,16 @@ fn write<V: View>(
         })
         .collect();
     written?;
-    files.keep(paths.into_iter().take(rows.len().div_ceil(size)));
+    files.keep(paths);
     Ok(())
 }
 
-fn write_file(rows: &[Row], files: &Files<'_>, path: &Path) -> Result<(), StorageError> {
-    let entries = rows.iter().filter_map(|row| {
+fn write_file<'r>(
+    rows: impl Iterator<Item = &'r Row>,
+    files: &Files<'_>,
+    path: &Path,
+) -> Result<(), StorageError> {
+    let entries = rows.filter_map(|row| {
         let bytes = row.row.as_ref()?;
         Some((row_key(|out| out.extend_from_slice(&row.key)), bytes.as_slice()))
     });

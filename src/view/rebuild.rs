@@ -28,8 +28,17 @@ use crate::position::Position;
 /// How a view is rebuilt. The defaults suit nearly everybody.
 #[derive(Clone, Debug)]
 pub struct RebuildOptions {
-    /// Memory for rows that aren't on disk yet; more of them need further passes over the journal. What is being
-    /// decoded comes on top: some megabytes per thread, and 32 MiB per thread for index entries. Default 512 MiB.
+    /// Memory for rows that aren't on disk yet, at the most; more of them need further passes over the journal. If one row
+    /// alone needs more, it is held all the same. Default 512 MiB.
+    ///
+    /// On top comes, for each thread:
+    /// - what is decoded: two pieces of 2 MiB of the journal, or of a batch that is longer, as values of your type; and the
+    ///   keys of the rows that they concern, up to 8 MiB for each piece. Only one batch that concerns more takes more: about
+    ///   100 bytes beside each key;
+    /// - a row that is being folded, before and behind;
+    /// - index entries, if there are any, while rows are written: 32 MiB, and up to three times as much while that grows.
+    ///
+    /// What RocksDB needs for writing files is its own.
     pub memory_bytes_max: usize,
     /// How many threads read, decode and fold. Default: one per core.
     pub threads: usize,

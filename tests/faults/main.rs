@@ -18,8 +18,9 @@
 //! opening never vanishes; what was not acknowledged is there whole or not at all; nothing healthy is taken
 //! for damaged. Each part first catches a planted bug, where that is quick.
 //!
-//! `./run faults` runs all parts, in less than three minutes; `./run faults --soak` in less than an hour. Without
-//! either (as in `cargo test`) there is a smoke test of the first part. Arguments choose parts by name.
+//! `./run faults` runs all parts, in about five minutes; `./run faults --soak` in an hour and a half: the sum of what the
+//! parts may take ([`Plan::budget`]), and `chaos`. Without either (as in `cargo test`) there is a smoke test of the first
+//! part. Arguments choose parts by name.
 //!
 //! Mounts live in a mount namespace of this process, loop devices detach with their last mount, children
 //! end with their standard input: however this program ends, nothing is left behind but files.

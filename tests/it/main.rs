@@ -59,7 +59,11 @@ mod inline;
 #[cfg(all(feature = "views", feature = "test-kit"))]
 mod intake;
 mod journal;
-#[cfg(all(feature = "shipping", feature = "test-kit", target_os = "linux"))]
+#[cfg(all(
+    any(feature = "shipping", feature = "views"),
+    feature = "test-kit",
+    target_os = "linux"
+))]
 mod memory;
 #[cfg(all(feature = "shipping", feature = "testing"))]
 mod observe;
@@ -87,6 +91,8 @@ mod reactors;
 mod reads;
 #[cfg(feature = "views")]
 mod rebuild;
+#[cfg(all(feature = "views", feature = "test-kit", target_os = "linux"))]
+mod rebuild_memory;
 #[cfg(feature = "test-kit")]
 mod recovery;
 #[cfg(feature = "shipping")]

@@ -2,12 +2,17 @@
 
 use std::alloc::System;
 
-use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
+use cap::Cap;
 
 #[global_allocator]
-static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 pub(crate) fn held_bytes() -> usize {
-    let stats = ALLOCATOR.stats();
-    stats.bytes_allocated.saturating_sub(stats.bytes_deallocated)
+    ALLOCATOR.allocated()
+}
+
+/// The most that was ever held at a time.
+#[cfg(feature = "views")]
+pub(crate) fn held_bytes_max() -> usize {
+    ALLOCATOR.max_allocated()
 }
