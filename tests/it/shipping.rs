@@ -471,6 +471,11 @@ fn mirror_with_a_damaged_tail(mirror_dir: &Path, origin: &Origin) {
     let mirror = start_mirror(mirror_dir, origin);
     let journal = converged(&mirror, origin);
     mirror.stop().unwrap();
+    damage_tail(&journal);
+}
+
+/// Flips a bit in the last batch of a journal that is closed.
+pub(crate) fn damage_tail(journal: &Journal) {
     let last = journal.segments().into_iter().rfind(|s| s.end_offset > s.base_offset).unwrap();
     flip_bit(&last.path, 4096 + last.end_offset - last.base_offset - 70);
 }
