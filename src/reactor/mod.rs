@@ -184,7 +184,9 @@ pub struct ReactorOptions {
     /// What is done is recorded durably at the latest behind so many events: as many come again after a crash.
     /// Default 1000.
     pub checkpoint_events: u64,
-    /// And at the latest so long after it was done. Default 200 ms.
+    /// And at the latest so long after it was done, and before it waits to try an event again. Nothing is recorded while
+    /// [`react`](Reactor::react) is at an event: what was done in front of that, not longer ago than this, comes again if the
+    /// process ends meanwhile. Default 200 ms.
     pub checkpoint_interval: Duration,
 }
 

@@ -444,6 +444,7 @@ impl<R: Reactor> Runner<R> {
         event: &Recorded<R::Event>,
         key: &IdempotencyKey,
     ) -> Result<bool, HaltError> {
+        self.tend()?; // the part in front of it may have taken long
         let mut delays = ExponentialBuilder::new()
             .with_jitter()
             .with_min_delay(self.options.back_off_min)
@@ -474,6 +475,8 @@ impl<R: Reactor> Runner<R> {
             if is_permanent || attempts >= self.options.attempts_max.max(1) {
                 return Err(halted_at(event, R::NAME, attempts, EventFailure::Refused(cause)));
             }
+            // What is done in front of it doesn't wait for it: others may need long to mend what it fails of.
+            self.save()?;
             let delay = delays.next().unwrap_or(self.options.back_off_max);
             self.shared.change(|state| state.failing = Some((attempts, cause)));
             if !self.shared.sleep(delay) {

@@ -967,7 +967,8 @@ enum EntriesEnded {
 /// Merges the runs of index entries into sorted files.
 fn write_entries(runs: Runs, files: &mut Files<'_>, control: &Control) -> Result<(), EntriesEnded> {
     let mut failure = None;
-    let mut entries = runs.merge().map_err(|error| EntriesEnded::Failed(files.failed(error)))?;
+    let failed = |error| EntriesEnded::Failed(files.failed(error));
+    let mut entries = runs.merge(failed, || control.check().map_err(EntriesEnded::Cancelled))?;
     let mut entry = entries.next();
     while entry.is_some() {
         control.check().map_err(EntriesEnded::Cancelled)?;

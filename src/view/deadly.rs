@@ -205,6 +205,12 @@ impl Deadly {
             .any(|it| it.duty == duty && it.journal == journal && it.events.contains(&position))
     }
 
+    /// Where the next events begin that are to be folded one by one, behind `position`.
+    fn next_zone(&self, duty: Duty, journal: JournalId, position: Position) -> Option<Position> {
+        let zones = self.zones.iter().filter(|it| it.duty == duty && it.journal == journal);
+        zones.map(|it| it.events.start).filter(|start| *start > position).min()
+    }
+
     /// The process died at this.
     fn died(&mut self, duty: Duty, at_work: AtWork) {
         match at_work {
@@ -638,6 +644,12 @@ impl Care {
         if self.is_careful { 1 } else { usually }
     }
 
+    /// Where a chunk from `position` on is to end at the latest: one in which the process has died is begun anew, and not in
+    /// the midst of a larger one, in which it would only die once more.
+    pub(super) fn chunk_end(&self, journal: JournalId, position: Position) -> Option<Position> {
+        self.deadly.next_zone(self.note.duty, journal, position)
+    }
+
     /// These events are given to the view's code.
     pub(super) fn batch(&self, journal: JournalId, events: Range<Position>) {
         let mut now = self.note.now.lock();
@@ -1050,6 +1062,70 @@ mod tests {
             see("database");
             Indexes::none()
         }
+    }
+
+    /// Takes whatever comes.
+    struct Quiet;
+
+    impl View for Quiet {
+        const NAME: &'static str = "quiet";
+        const VERSION: u32 = 1;
+        type Key = u8;
+        type Row = u64;
+        type Event = Vec<u8>;
+
+        fn route(&self, _: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+            keys.add(1);
+        }
+
+        fn fold(
+            &self,
+            _: &u8,
+            row: Option<u64>,
+            _: &Recorded<Vec<u8>>,
+        ) -> Result<Fold<u64>, FoldError> {
+            Ok(Fold::Put(row.unwrap_or_default() + 1))
+        }
+    }
+
+    /// What the view had applied in front of the chunk in which the process died wasn't durable, so that the next opening began
+    /// further in front: its first chunk reached over that place, and the process died in it once more than need be.
+    #[test]
+    fn a_chunk_ends_in_front_of_one_in_which_the_process_died() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path().join("store")).unwrap();
+        let journal = store.journal().clone();
+        let put = |count: usize| {
+            let event = || NewEvent::raw("added", *b"").unwrap();
+            let events: Vec<NewEvent> = std::iter::repeat_with(event).take(count).collect();
+            let to = StreamId::new("s").unwrap();
+            store.append(&Append::to(&to, ExpectedRevision::Any, events)).unwrap();
+        };
+        [2, 2, 2, 1, 3, 1].into_iter().for_each(put);
+        let folder = dir.path().join("apart");
+        std::fs::create_dir(&folder).unwrap();
+        let died = |duty, journal, from: u64| {
+            let care = open(&folder).note(duty).care();
+            care.batch(journal, Position::new(from)..Position::new(from + 1));
+            std::mem::forget(care);
+        };
+        died(Duty::Follow, journal.id(), 7);
+        died(Duty::Follow, journal.id(), 6);
+        // Neither what others died of, nor elsewhere.
+        died(Duty::Build, journal.id(), 2);
+        died(Duty::Follow, JOURNAL, 4);
+        let note = open(&folder).note(Duty::Follow);
+        let mut cursor = journal.cursor(Position::START).unwrap();
+        let mut end_of_next = || {
+            let start = nothing(&Sources::from(journal.clone()));
+            let rules = Rules::strict(Arc::default(), note.care());
+            let limit = Limit::of(1 << 20);
+            let (_, failure) = collect(&Keyed(Quiet), &mut cursor, start, limit, rules);
+            assert!(failure.is_none(), "{failure:?}");
+            cursor.position().get()
+        };
+        // All up to there at once, and from there on batch by batch.
+        assert_eq!([end_of_next(), end_of_next(), end_of_next(), end_of_next()], [6, 7, 10, 11]);
     }
 
     /// Neither the journal nor the database is, nor a part of the view that has returned, nor an event that it doesn't know.

@@ -42,7 +42,9 @@ pub struct RebuildOptions {
     pub memory_bytes_max: usize,
     /// How many threads read, decode and fold. Default: one per core.
     pub threads: usize,
-    /// How much of the journal is read per second at the most. Can be changed while it runs. Default: no limit.
+    /// How much of the journal is read per second at the most, but for what is appended while it catches up: that is read as
+    /// fast as can be, or nothing would ever take over where more is appended per second than may be read. Can be
+    /// [changed](RebuildHandle::throttle) while it runs. Default: no limit.
     pub bytes_per_second_max: Option<u64>,
     /// What to do if the new rows are others than the old ones. Default: [`OnDifference::Refuse`].
     pub on_difference: OnDifference,
@@ -292,7 +294,8 @@ impl RebuildHandle {
         self.control.status()
     }
 
-    /// Stops it until [`resume`](Self::resume). Returns at once; what is being folded is folded first.
+    /// Stops it until [`resume`](Self::resume). Returns at once; what is being folded is folded first. What it didn't read
+    /// meanwhile isn't made up for: behind it, as much may be read per second as in front.
     pub fn pause(&self) {
         self.control.change(|state| state.paused = true);
     }
@@ -302,7 +305,8 @@ impl RebuildHandle {
         self.control.change(|state| state.paused = false);
     }
 
-    /// How much of the journal it may read per second from now on; `None` for no limit.
+    /// How much of the journal it may read per second from now on, as [`RebuildOptions::bytes_per_second_max`] says; `None`
+    /// for no limit.
     pub fn throttle(&self, bytes_per_second_max: Option<u64>) {
         self.control.change(|state| state.throttle(bytes_per_second_max));
     }
@@ -349,6 +353,9 @@ struct ControlState {
     outcome: Option<Result<Rebuilt, RebuildError>>,
 }
 
+/// So much time in which it could have read and didn't is made up for.
+const IDLE_MAX: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 struct Throttle {
     bytes_per_second_max: u64,
@@ -357,6 +364,18 @@ struct Throttle {
 }
 
 impl Throttle {
+    const fn new(bytes_per_second_max: u64, now: Instant) -> Self {
+        Self { bytes_per_second_max, since: now, bytes: 0 }
+    }
+
+    /// It reads from now on. If it hasn't for a while, because it was paused or had other things to do, it doesn't read the more
+    /// for it.
+    fn reads_on(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.due()) > IDLE_MAX {
+            *self = Self::new(self.bytes_per_second_max, now);
+        }
+    }
+
     /// When what was read may have been read.
     fn due(&self) -> Instant {
         let seconds = self.bytes as f64 / self.bytes_per_second_max.max(1) as f64;
@@ -367,12 +386,14 @@ impl Throttle {
 
 impl ControlState {
     fn throttle(&mut self, bytes_per_second_max: Option<u64>) {
-        let since = Instant::now();
-        self.throttled = bytes_per_second_max.map(|bytes_per_second_max| Throttle {
-            bytes_per_second_max,
-            since,
-            bytes: 0,
-        });
+        let now = Instant::now();
+        self.throttled = bytes_per_second_max.map(|bytes_max| Throttle::new(bytes_max, now));
+    }
+
+    fn reads_on(&mut self, now: Instant) {
+        if let Some(throttle) = &mut self.throttled {
+            throttle.reads_on(now);
+        }
     }
 }
 
@@ -409,6 +430,7 @@ impl Control {
             state.pass = if again { state.pass + 1 } else { 1 };
             (state.phase, state.events, state.events_total) = (phase, 0, events_total);
             state.pass_began = Instant::now();
+            state.reads_on(state.pass_began);
         });
     }
 
@@ -423,12 +445,14 @@ impl Control {
             if state.cancelled {
                 return Err(Cancelled);
             }
+            let now = Instant::now();
             let due = state.throttled.as_ref().map(Throttle::due);
             if state.paused {
                 self.changed.wait(&mut state);
-            } else if let Some(due) = due.filter(|due| *due > Instant::now()) {
+            } else if let Some(due) = due.filter(|due| *due > now) {
                 self.changed.wait_until(&mut state, due);
             } else {
+                state.reads_on(now);
                 return Ok(());
             }
         }
@@ -495,4 +519,52 @@ pub struct GenerationInfo {
     pub live: bool,
     /// Its folder.
     pub folder: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A_SECOND: Duration = Duration::from_secs(1);
+
+    fn due(control: &Control) -> Instant {
+        control.state.lock().throttled.as_ref().unwrap().due()
+    }
+
+    /// The throttle counted from its first byte on: behind a pause of an hour, what could have been read within it was read
+    /// at full speed, from the disk that the throttle was to spare.
+    #[test]
+    fn what_was_not_read_in_a_pause_is_not_made_up_for() {
+        let options =
+            RebuildOptions { bytes_per_second_max: Some(1000), ..RebuildOptions::default() };
+        for pass_begins in [false, true] {
+            let control = Control::new(&options);
+            // As if it had stood still for some time.
+            let long_ago = Instant::now().checked_sub(10 * A_SECOND).unwrap();
+            control.state.lock().throttled = Some(Throttle::new(1000, long_ago));
+            let now = Instant::now();
+            if pass_begins {
+                control.pass_begins(RebuildPhase::Building, 1);
+            } else {
+                control.check().unwrap();
+            }
+            assert!(due(&control) >= now, "a pass begins: {pass_begins}");
+        }
+    }
+
+    #[test]
+    fn who_reads_more_slowly_than_allowed_waits_for_nothing() {
+        let mut now = Instant::now();
+        let mut throttle = Throttle::new(1000, now);
+        for seconds in [1, 5, 1, 1, 60, 2] {
+            throttle.reads_on(now);
+            throttle.bytes += 1000;
+            now += seconds * A_SECOND;
+            assert!(throttle.due() <= now, "behind a piece that took {seconds} s");
+        }
+        // But behind all that not more than a second's bytes at once.
+        throttle.reads_on(now);
+        throttle.bytes += 3000;
+        assert!(throttle.due() >= now + 2 * A_SECOND);
+    }
 }

@@ -759,8 +759,10 @@ pub(super) fn collect<P: Program>(
     let care = rules.care.at(journal.id(), cursor.position());
     let rules = Rules { care: care.clone(), ..rules };
     let mut chunk = P::Chunk::new(applied, journal.clone(), rules);
-    while chunk.bytes() < care.chunk_bytes(limit.bytes.max(1)) && cursor.position() < limit.position
-    {
+    let bytes_max = care.chunk_bytes(limit.bytes.max(1));
+    let end = care.chunk_end(journal.id(), cursor.position());
+    let end = end.map_or(limit.position, |end| end.min(limit.position));
+    while chunk.bytes() < bytes_max && cursor.position() < end {
         let added = match cursor.next_batch() {
             Ok(Some(batch)) if !limit.allows(&batch.end()) => {
                 let position = batch.end().position;

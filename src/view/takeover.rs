@@ -308,13 +308,17 @@ impl<P: Program> Takeover<P> {
         let course = Course::new(&shared.sources, &shared.intake, &progress.checkpoints);
         let mut course = course.map_err(|it| it.stop(P::NAME))?;
         let flush = |db: &Db| db.flush(true).map_err(storage_failed::<P>);
+        // What is there is read as slowly as is asked for. What is appended meanwhile isn't: if it is more than may be read, there
+        // would never be an end.
+        let slowly_until = shared.sources.end().bytes();
         let near = shared.options.chunk_bytes.clamp(1, NEAR_BYTES_MAX);
         while shared.sources.end().bytes() > progress.checkpoints.bytes().saturating_add(near) {
             let more = self.fold_more(&mut course, &db, &mut progress)?;
             if more.events == 0 {
                 break; // a mirror has less than was taken in before: nobody gets further
             }
-            self.control.advance(more.events, more.bytes)?;
+            let is_slow = progress.checkpoints.bytes() <= slowly_until;
+            self.control.advance(more.events, if is_slow { more.bytes } else { 0 })?;
         }
         flush(&db)?; // so that little is left to be flushed while the old one stands still
         self.control.check()?;

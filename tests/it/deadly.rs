@@ -245,6 +245,12 @@ fn does_as_it_is_told_in_a_process_that_may_die() {
                 assert!(!view.acquit(deadly[0].locator).unwrap());
             }
             "abort" => std::process::abort(),
+            "live" => {
+                for kills in [Kills::No, Kills::No, Kills::Abort] {
+                    put(&store, vec![Added { key: 1, value: 1, kills, filling: Vec::new() }]);
+                    view.wait_for_latest(PATIENCE).unwrap();
+                }
+            }
             _ => {}
         }
     }
@@ -280,6 +286,12 @@ fn live_on(dir: &Path, orders: &str) -> (u32, String) {
 }
 
 // ---------------------------------------------------------------------------------------------- the looking
+
+fn put(store: &Store, events: Vec<Added>) {
+    let events = events.iter().map(|event| NewEvent::typed(event).unwrap());
+    let stream = StreamId::new("sums").unwrap();
+    store.append(&Append::to(&stream, ExpectedRevision::Any, events)).unwrap();
+}
 
 /// Batches of events, one of which kills: its position, and what the others and it make of each row.
 fn journal(dir: &Path, kills: Kills, filling: usize) -> Position {
@@ -369,6 +381,21 @@ fn an_event_that_kills_the_process_is_parked_with_its_rows_after_four_deaths() {
         assert_eq!(rows(&view), model(&store, killer, |_| false, false));
         assert!(view.check(RebuildOptions::default()).unwrap().is_equal());
     }
+}
+
+/// What was applied in front of it wasn't durable when it came: the next life begins in front of that, and died once more,
+/// in a chunk that reached over the one that was known to kill.
+#[test]
+fn an_event_that_kills_when_it_comes_live_is_parked_after_four_deaths_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("store");
+    drop(Store::create(&dir).unwrap());
+    assert!(live(&dir, "").is_some());
+    assert_eq!(live(&dir, "live"), None);
+    assert_eq!(1 + live_on(&dir, "").0, 4);
+    let store = Store::open(&dir).unwrap();
+    let view = open(&store);
+    assert_eq!(view.deadly_events()[0].locator.position, Position::new(2));
 }
 
 #[test]

@@ -328,6 +328,40 @@ fn an_effect_is_tried_again_under_its_key_and_then_the_reactor_halts_until_it_is
     assert!(behind >= Position::new(7), "{behind}");
 }
 
+/// Thousands of events were done in a moment, and the next one failed for a minute: all of them would have come again
+/// after a crash, as the time to record them was looked for behind an event only.
+#[test]
+fn what_is_done_is_recorded_before_a_failed_event_is_tried_again() {
+    let fs = SimFs::new(1);
+    let store = open(&fs);
+    let recorder = Recorder::default();
+    for n in 0..5 {
+        put(&store, Added(n));
+    }
+    let failing = put(&store, Taken(1));
+    let in_front = Position::new(failing.get() - 1);
+    let options = ReactorOptions {
+        back_off_min: LONG,
+        back_off_max: LONG,
+        ..quick(Start::Beginning) // records nothing for a long time
+    };
+    let handle = store.react(recorder, options).unwrap();
+    while handle.status().failing.is_none() {
+        assert!(!handle.wait_stopped(Duration::from_millis(1)));
+    }
+    let status = handle.status();
+    assert_eq!((status.next, status.durable), (in_front, in_front), "{status:?}");
+    // And so does the next process find it.
+    let killed = fs.fork(1);
+    killed.power_cut();
+    handle.close().unwrap();
+    let store = open(&killed);
+    let again = Recorder::default();
+    let handle = store.react(again.clone(), quick(Start::Beginning)).unwrap();
+    assert!(handle.wait_reacted(failing, LONG));
+    assert_eq!(again.positions(), [in_front.get(), in_front.get()]);
+}
+
 #[test]
 fn a_paused_reactor_does_nothing_until_it_is_resumed() {
     let fs = SimFs::new(1);

@@ -162,6 +162,10 @@ impl World {
     }
 }
 
+fn traced() -> NewEvent {
+    NewEvent::raw("traced", vec![0; 100]).unwrap()
+}
+
 fn stream() -> StreamId {
     StreamId::new("traces").unwrap()
 }
@@ -269,6 +273,80 @@ fn readers_and_writers_notice_nothing_of_a_flip() {
     println!("{flips} flips, {moments} moments read");
     assert!(flips > 0 && moments > 0);
     world.assert_shows(&view);
+}
+
+/// Counts, and asks in front of each event that a rebuild folds.
+struct Asking {
+    is_rebuilt: Arc<AtomicBool>,
+    asks: Mutex<mpsc::Sender<u64>>,
+    go_on: Mutex<mpsc::Receiver<()>>,
+}
+
+impl View for Asking {
+    const NAME: &'static str = "asking";
+    const VERSION: u32 = 1;
+    type Key = u8;
+    type Row = u64;
+    type Event = Vec<u8>;
+
+    fn route(&self, _: &Recorded<Vec<u8>>, keys: &mut Keys<u8>) {
+        keys.add(0);
+    }
+
+    fn fold(
+        &self,
+        _: &u8,
+        row: Option<u64>,
+        event: &Recorded<Vec<u8>>,
+    ) -> Result<Fold<u64>, FoldError> {
+        let follows = std::thread::current().name() == Some("view-asking");
+        if self.is_rebuilt.load(Ordering::SeqCst) && !follows {
+            self.asks.lock().unwrap().send(event.position().get())?;
+            self.go_on.lock().unwrap().recv()?;
+        }
+        Ok(Fold::Put(row.unwrap_or_default() + 1))
+    }
+}
+
+/// What was appended while a rebuild caught up was counted against what it may read. Where that is less, it never came near
+/// the end, and `remaining` said that there were 0 s left.
+#[test]
+fn a_rebuild_that_may_read_less_than_is_appended_takes_over_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create(dir.path()).unwrap();
+    let put = || {
+        let append = Append::to(&stream(), ExpectedRevision::Any, [traced()]);
+        store.append(&append).unwrap().token()
+    };
+    let (asks_tx, asks) = mpsc::channel();
+    let (go_on, go_on_rx) = mpsc::channel();
+    let is_rebuilt = Arc::<AtomicBool>::default();
+    let asking = Asking {
+        is_rebuilt: Arc::clone(&is_rebuilt),
+        asks: Mutex::new(asks_tx),
+        go_on: Mutex::new(go_on_rx),
+    };
+    // It follows up to the last event, one after the other.
+    let options = ViewOptions { chunk_bytes: 1, ..ViewOptions::default() };
+    let view = store.view_with(asking, options).unwrap();
+    assert_eq!(view.get_at_least(&0, &put(), PATIENCE).unwrap(), Some(1));
+    is_rebuilt.store(true, Ordering::SeqCst);
+    let rebuild = view.rebuild(RebuildOptions::default()).unwrap();
+    let mut last = None;
+    for position in 0..6 {
+        assert_eq!(asks.recv_timeout(PATIENCE), Ok(position));
+        // It builds up to 0, and catches up with 1 from the beginning.
+        if position == 2 {
+            assert_eq!(rebuild.status().phase, RebuildPhase::CatchingUp);
+            rebuild.throttle(Some(1));
+        }
+        if position < 5 {
+            last = Some(put());
+        }
+        go_on.send(()).unwrap();
+    }
+    assert_eq!(rebuild.wait().unwrap().generation, 2);
+    assert_eq!(view.get_at_least(&0, &last.unwrap(), PATIENCE).unwrap(), Some(6));
 }
 
 #[test]
