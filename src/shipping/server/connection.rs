@@ -118,6 +118,7 @@ impl Connection {
                 self.session.on_encrypted(certificates);
             }
             match received {
+                Received::Bytes(0) => {} // TLS, which is no sign of life of the session
                 Received::Bytes(len) => {
                     self.session.on_bytes(buffer.get(..len).unwrap_or_default(), now);
                 }
