@@ -3,14 +3,19 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use headwater::fs::os::OsFs;
 use headwater::retention::{Options, Until};
 use headwater::shipping::message::{
     Ack, Authentication, ErrorCode, FEATURE_PROBE, FrameReader, Hello, Message, PROTOCOL_VERSIONS,
     Subscribe,
 };
-use headwater::shipping::{Deadlines, PeerState, PeerStatus, ServeOptions, Server, serve};
+use headwater::shipping::{
+    Deadlines, FollowOptions, MirrorStatus, PeerState, PeerStatus, ServeOptions, Server, follow,
+    serve,
+};
 use headwater::{Chain, Checkpoint, JournalOptions, NodeId, Position};
 
 use crate::shipping::{Origin, SOON, small};
@@ -295,4 +300,36 @@ fn the_last_word_of_a_server_is_goodbye() {
         }
     }
     assert_eq!(ended, Some(Ended::GoAway));
+}
+
+/// What is set is added to the clock's time, and the sum has to be one. `Duration::MAX` for "never" is the first idea, and
+/// the first peer that took nothing ended the thread that sent to it, or the loop itself: nobody was served any more.
+#[test]
+fn times_that_are_set_to_never_are_within_what_a_clock_can_tell() {
+    let options = ServeOptions {
+        write_stall: Duration::MAX,
+        flush_intervals: vec![(0, Duration::MAX)],
+        catch_up_threads: 1,
+        ..patient()
+    };
+    let served = Served::start(0, JournalOptions::default(), options);
+    // More than sockets take.
+    (0..40).for_each(|_| served.origin.append_text(&"x".repeat(512 << 10)));
+    let mut stuck = served.connect();
+    let subscribe = Subscribe { from: None, witness: None, window_bytes: u32::MAX };
+    stuck.write_all(&encoded(&[hello(0), Message::Subscribe(subscribe)])).unwrap();
+    served.peers_until(|peers| peers.iter().any(|peer| peer.state == PeerState::Stalled));
+    let dir = tempfile::tempdir().unwrap();
+    let follows = |name: &str| {
+        let (dir, to) = (dir.path().join(name), served.server.local_addr().to_string());
+        let mirror = follow(Arc::new(OsFs), &dir, to, FollowOptions::default()).unwrap();
+        assert!(mirror.wait_until(SOON, MirrorStatus::is_live).is_ok(), "{:?}", mirror.status());
+        mirror
+    };
+    let live = follows("live");
+    // It is to be sent to it, in a day.
+    served.origin.append_text("more");
+    let next = follows("next");
+    assert_eq!(next.journal().unwrap().end(), served.end());
+    drop((live, next));
 }

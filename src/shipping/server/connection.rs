@@ -105,6 +105,11 @@ impl Connection {
         self.session.came_back(now);
     }
 
+    /// In the middle of its turn: it is told that something is wrong here, and is to come again.
+    pub(super) fn has_panicked(&mut self) {
+        self.session.has_panicked();
+    }
+
     pub(super) fn shut_down(&mut self) {
         self.session.shut_down();
     }

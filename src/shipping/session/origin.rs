@@ -33,6 +33,8 @@ const CLOSED_RECONNECT_MS: u32 = 1000;
 const NOT_YET_RETRY_MS: u32 = 1000;
 /// Somebody has to mend the service first.
 const SHAPE_RETRY_MS: u32 = 5000;
+/// Here, too.
+const PANIC_RETRY_MS: u32 = 5000;
 /// A search for the last common batch end takes 11 questions at the most.
 const PROBES_MAX: u32 = 16;
 
@@ -348,6 +350,15 @@ impl OriginSession {
     /// This side wants to end the session in good order.
     pub(crate) fn shut_down(&mut self) {
         self.go_away(0);
+    }
+
+    /// In the middle of a step. What that would have said isn't said.
+    pub(crate) fn has_panicked(&mut self) {
+        self.control.clear();
+        if self.end.is_none() {
+            let failure = Failure::new(ErrorCode::STORAGE, "this side has failed");
+            self.end_with(Failure { retry_after_ms: PANIC_RETRY_MS, ..failure });
+        }
     }
 
     fn go_away(&mut self, reconnect_after_ms: u32) {

@@ -9,6 +9,7 @@ mod floods;
 mod hangs;
 mod lag;
 mod limits;
+mod panics;
 mod versions;
 mod wire;
 
