@@ -333,3 +333,41 @@ fn times_that_are_set_to_never_are_within_what_a_clock_can_tell() {
     assert_eq!(next.journal().unwrap().end(), served.end());
     drop((live, next));
 }
+
+/// It had to say something within five seconds, and any byte was something: one every four seconds of a frame that was
+/// never whole kept it among the strangers for 18 hours, and with 64 of them nobody else was let in.
+#[test]
+fn who_was_told_that_histories_differ_has_to_ask_in_time_and_a_byte_is_no_question() {
+    let deadlines = Deadlines { silence: Duration::from_secs(1), ..patient().deadlines };
+    let served = Served::start(20, small(), ServeOptions { deadlines, ..patient() });
+    let other_history = Checkpoint { chain: Chain::from_bytes([7; 16]), ..served.end() };
+    let subscribe = Subscribe { from: Some(other_history), witness: None, window_bytes: 1 };
+    let mut stream = served.connect();
+    stream.write_all(&encoded(&[hello(FEATURE_PROBE), Message::Subscribe(subscribe)])).unwrap();
+    stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    let (mut buffer, mut reader) = ([0; 4096], FrameReader::new());
+    let (mut told_at, mut ended) = (None, None);
+    // The beginning of a frame of 4,096 bytes that needn't be understood; then a byte at a time.
+    let mut said = [0, 0x10, 0, 0, 0x9A, 1, 0, 0, 0, 0, 0, 0].into_iter();
+    while ended.is_none() {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(len) => reader.push(&buffer[..len]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => panic!("{error}"),
+        }
+        while let Some(message) = reader.next_message().unwrap() {
+            match message {
+                Message::Diverged(_) => told_at = Some(Instant::now()),
+                Message::Error(failure) => ended = Some(failure.code),
+                _ => {}
+            }
+        }
+        if let Some(told_at) = told_at {
+            assert!(told_at.elapsed() < SOON, "it may stay as long as it likes");
+            drop(stream.write_all(&[said.next().unwrap_or(0)]));
+        }
+    }
+    assert_eq!(ended, Some(ErrorCode::TIMEOUT));
+    assert!(told_at.unwrap().elapsed() >= Duration::from_millis(900), "it may ask for a while");
+}

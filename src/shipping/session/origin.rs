@@ -324,9 +324,18 @@ impl OriginSession {
         }
     }
 
-    /// Until when something is to be heard of the peer.
+    fn has_answered(&mut self, now: Now) {
+        (self.has_answered, self.answered_at) = (true, now.at);
+    }
+
+    /// Until when something is to be heard of the peer; once it was told that the histories differ, all of its next question:
+    /// until it has a subscription it is one of the strangers, of whom there may be a few only.
     fn silence_until(&self) -> Instant {
-        self.heard_at.max(self.answered_at) + self.config.deadlines.silence
+        let since = match self.state {
+            State::Diverged(_) => self.answered_at,
+            _ => self.heard_at.max(self.answered_at),
+        };
+        since + self.config.deadlines.silence
     }
 
     /// Why the session ended, in a word.
@@ -561,7 +570,7 @@ impl OriginSession {
             match source.may_wait() {
                 true => {
                     self.judge(&subscribe, source, now);
-                    self.has_answered = true;
+                    self.has_answered(now);
                 }
                 false => on_disk = true,
             }
@@ -570,7 +579,7 @@ impl OriginSession {
             match source.may_wait() {
                 true => {
                     self.answer_probe(source);
-                    self.has_answered = true;
+                    self.has_answered(now);
                 }
                 false => on_disk = true,
             }
