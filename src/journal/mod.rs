@@ -142,6 +142,9 @@ struct Shared {
     acks: acks::Acks,
     /// What is known of an origin that has another history.
     fork: Mutex<Option<Fork>>,
+    /// Where tails that were set aside end, of those that were asked for.
+    #[cfg(any(feature = "views", feature = "shipping"))]
+    tails: Mutex<std::collections::HashMap<PathBuf, Position>>,
     /// Last revisions of streams in sealed segments.
     heads: quick_cache::sync::Cache<StreamId, Revision>,
 }
@@ -255,6 +258,8 @@ impl Journal {
             #[cfg(feature = "shipping")]
             acks: acks::Acks::default(),
             fork: Mutex::default(),
+            #[cfg(any(feature = "views", feature = "shipping"))]
+            tails: Mutex::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
             access,
