@@ -561,7 +561,7 @@ impl OriginSession {
     pub(crate) fn step(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Next {
         self.check_deadlines(now);
         self.check_rights();
-        if matches!(self.state, State::Judging(_)) {
+        if matches!(self.state, State::Judging(_)) && source.may_wait() {
             // Nothing is looked at before: whether it is the journal that was asked for shows in nothing.
             self.grant(&source.end().journal);
         }
