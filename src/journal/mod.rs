@@ -148,6 +148,9 @@ struct Shared {
     appliers: applied::Appliers,
     /// What is known of an origin that has another history.
     fork: Mutex<Option<Fork>>,
+    /// Where tails that were set aside end, of those that were asked for.
+    #[cfg(any(feature = "views", feature = "shipping"))]
+    tails: Mutex<std::collections::HashMap<PathBuf, Position>>,
     /// Last revisions of streams in sealed segments.
     heads: quick_cache::sync::Cache<StreamId, Revision>,
 }
@@ -263,6 +266,8 @@ impl Journal {
             #[cfg(all(feature = "shipping", feature = "views"))]
             appliers: applied::Appliers::default(),
             fork: Mutex::default(),
+            #[cfg(any(feature = "views", feature = "shipping"))]
+            tails: Mutex::default(),
             segments: RwLock::new(segments),
             maps: Maps::named(&names),
             access,

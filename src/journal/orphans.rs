@@ -113,11 +113,27 @@ impl Journal {
 
     /// Whether the checkpoint is a place in a tail that was set aside, and no place in this journal: nothing will
     /// ever be there again.
+    ///
+    /// Whoever serves a mirror asks this for each subscriber that is ahead of it. So a tail is opened to learn where it ends
+    /// once, and then only if the place can be in it.
     #[cfg(any(feature = "views", feature = "shipping"))]
     pub(crate) fn has_set_aside(&self, checkpoint: &Checkpoint) -> bool {
-        orphans_in(self.fs(), self.dir())
-            .iter()
-            .any(|it| it.from < checkpoint.position && holds(self.fs(), &it.dir, checkpoint))
+        let (fs, position) = (self.fs(), checkpoint.position);
+        let can_be_in = |dir: &Path| self.end_of_tail(dir).is_some_and(|end| position <= end);
+        tails_in(fs, self.dir())
+            .any(|(from, dir)| from < position && can_be_in(&dir) && holds(fs, &dir, checkpoint))
+    }
+
+    /// Where a tail ends, if it can be read. One changes only while it is being set aside, and the mirror is opened anew
+    /// after that.
+    #[cfg(any(feature = "views", feature = "shipping"))]
+    fn end_of_tail(&self, dir: &Path) -> Option<Position> {
+        if let Some(end) = self.0.tails.lock().get(dir) {
+            return Some(*end);
+        }
+        let end = end_of_copy(self.fs(), dir)?.position;
+        self.0.tails.lock().insert(dir.to_owned(), end);
+        Some(end)
     }
 
     /// The tails that were set aside, as far as they can be read: from which position, and what.
@@ -131,14 +147,24 @@ impl Journal {
 
 /// The tails that were set aside from the mirror in `dir`, by name.
 pub(crate) fn orphans_in(fs: &Arc<dyn Fs>, dir: &Path) -> Vec<Orphans> {
-    let dir = Layout::new(dir).orphaned();
-    let names = fs.list(&dir).unwrap_or_default();
-    let orphans = names.iter().filter_map(|name| {
-        let (from, dir) = (layout::orphaned_from(name)?, dir.join(name));
-        let end = Journal::open_read_only(fs, &dir).ok().map(|(journal, _)| journal.end());
-        Some(Orphans { dir, from: Position::new(from), end })
+    let orphans = tails_in(fs, dir).map(|(from, dir)| {
+        let end = end_of_copy(fs, &dir);
+        Orphans { dir, from, end }
     });
     orphans.collect()
+}
+
+/// Behind which positions there are tails, and where, by name.
+fn tails_in(fs: &Arc<dyn Fs>, dir: &Path) -> impl Iterator<Item = (Position, PathBuf)> {
+    let dir = Layout::new(dir).orphaned();
+    let names = fs.list(&dir).unwrap_or_default().into_iter();
+    names.filter_map(move |name| {
+        Some((Position::new(layout::orphaned_from(&name)?), dir.join(&name)))
+    })
+}
+
+fn end_of_copy(fs: &Arc<dyn Fs>, dir: &Path) -> Option<Checkpoint> {
+    Journal::open_read_only(fs, dir).ok().map(|(journal, _)| journal.end())
 }
 
 /// Whether the copy in `dir` goes up to this place at least, by its chain.

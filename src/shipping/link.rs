@@ -8,6 +8,7 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use parking_lot::Mutex;
 use rustls::pki_types::ServerName;
@@ -111,6 +112,17 @@ impl Link {
     fn failed(&self, failure: TlsFailure) -> Arrived<'static> {
         *self.failure.lock() = Some(failure);
         Arrived::Closed
+    }
+}
+
+/// A thread that panics takes the connection with it: another one alone would listen and never write.
+pub(crate) struct CutOff<'a>(pub(crate) &'a Link);
+
+impl Drop for CutOff<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.cut_off();
+        }
     }
 }
 

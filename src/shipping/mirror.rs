@@ -196,11 +196,25 @@ pub fn follow(
     let following = thread::Builder::new()
         .name("headwater-mirror".into())
         .spawn(move || {
+            let _ended = EndedByPanic(Arc::clone(&for_thread));
             for_thread.begin();
             for_thread.run(ingest)
         })
         .map_err(setup_error)?;
     Ok(Mirror { shared, following: Some(following), status })
+}
+
+/// Whoever waits for something of a mirror, or follows it, learns that nothing comes any more.
+struct EndedByPanic(Arc<Shared>);
+
+impl Drop for EndedByPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.relay.publish(None);
+            self.0.state.lock().phase = MirrorState::Stopped;
+            self.0.changed.notify_all();
+        }
+    }
 }
 
 impl Mirror {
@@ -312,6 +326,9 @@ impl Mirror {
     ///
     /// # Errors
     /// [`IngestError`] if the mirror can't be closed cleanly; what was published as durable is.
+    ///
+    /// # Panics
+    /// If one of the threads has panicked: with that. The mirror was [stopped](MirrorState::Stopped) by it.
     pub fn stop(mut self) -> Result<(), IngestError> {
         self.stop_following()
     }

@@ -75,24 +75,28 @@ pub(crate) enum Afterwards {
 }
 
 impl StatusFile {
-    /// What `status` says is written at once and every `interval`. What can't be written isn't: shipping goes on.
+    /// What `status` says is written at once and every `interval`, until there is nothing to say any more. What can't be
+    /// written isn't: shipping goes on.
     pub(crate) fn start<S: Serialize>(
         fs: &Arc<dyn Fs>,
         path: PathBuf,
         interval: Duration,
         afterwards: Afterwards,
-        status: impl Fn() -> S + Send + 'static,
+        status: impl Fn() -> Option<S> + Send + 'static,
     ) -> std::io::Result<Self> {
         let (fs, interval) = (Arc::clone(fs), interval.clamp(INTERVAL_MIN, INTERVAL_MAX));
         let (stop, stopped) = bounded::<()>(0);
         let write = move || {
-            let put = |ended| drop(write(&*fs, &path, &stamped(status(), interval, ended)));
-            put(false);
-            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-                put(false);
+            let put = |ended| {
+                let put = |status| drop(write(&*fs, &path, &stamped(status, interval, ended)));
+                status().map(put).is_some()
+            };
+            let mut goes_on = put(false);
+            while goes_on && stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+                goes_on = put(false);
             }
             match afterwards {
-                Afterwards::Kept => put(true),
+                Afterwards::Kept => drop(put(true)),
                 Afterwards::Removed => drop(fs.remove(&path)),
             }
         };
@@ -122,6 +126,7 @@ pub(super) fn follow(
         // Also while there is no mirror: nothing else says why not.
         drop(fs.create_dir_all(&place));
     }
+    let status = move || Some(status());
     Some(StatusFile::start(fs, place.join(FOLLOWING), interval, Afterwards::Kept, status))
 }
 
@@ -465,7 +470,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (fs, path): (Arc<dyn Fs>, _) = (Arc::new(OsFs), dir.path().join(FOLLOWING));
         let day = Duration::from_secs(24 * 3600);
-        let status = || json!({});
+        let status = || Some(json!({}));
         drop(StatusFile::start(&fs, path.clone(), day, Afterwards::Kept, status).unwrap());
         assert_eq!(read(&OsFs, &path).unwrap().status["interval_ms"], millis(INTERVAL_MAX));
     }

@@ -8,6 +8,8 @@
 //! - `read` and `write` speak of the session's bytes. What a wire needs for itself (a handshake, records that
 //!   the socket hasn't taken) it reads and writes on the way, and holds: `flush` gets on with it.
 //! - What it holds is bounded by one record and one handshake message; then `write` takes nothing.
+//! - One call of `read` reads the socket once, whatever comes of it: how often is up to whoever calls. A peer that says more
+//!   and more of which nothing is for the session is cut off.
 //! - Nothing is closed behind the session's back: `finish` says that this side has said all, and `cut_off`
 //!   ends it.
 
@@ -24,6 +26,12 @@ use super::transport::Received;
 
 /// No more than this is encrypted ahead of what the socket takes: one record.
 pub(crate) const ENCRYPTED_BYTES_MAX: usize = 16 << 10;
+
+/// The longest record that TLS allows (16 KiB and what it is wrapped in), which is for nobody before it is whole, and a few
+/// records in front of it that are for TLS itself.
+const QUIET_BYTES_MAX: usize = 20 << 10;
+/// A handshake takes a few KiB, and more with a long chain of certificates.
+const HANDSHAKE_BYTES_MAX: usize = 64 << 10;
 
 /// A connection of a [`Server`](super::Server). It goes from thread to thread with its session.
 #[derive(Debug)]
@@ -53,7 +61,13 @@ impl Wire {
         stream.set_nodelay(true)?;
         let mut connection = ServerConnection::new(config).map_err(io::Error::other)?;
         connection.set_buffer_limit(Some(ENCRYPTED_BYTES_MAX));
-        Ok(Self::Tls(Box::new(TlsWire { stream, connection, told: false, broken: false })))
+        Ok(Self::Tls(Box::new(TlsWire {
+            stream,
+            connection,
+            quiet_bytes: 0,
+            told: false,
+            broken: false,
+        })))
     }
 
     /// Once: what the peer has shown, when it has come through the handshake of TLS.
@@ -80,7 +94,7 @@ impl Wire {
         }
     }
 
-    /// What has arrived; [`Received::Nothing`] until the next edge.
+    /// What has arrived, which may be no byte for the session yet; [`Received::Nothing`] until the next edge.
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Received {
         match self {
             Self::Plain(plain) => plain.read(buffer),
@@ -139,6 +153,8 @@ impl PlainWire {
 pub(crate) struct TlsWire {
     stream: TcpStream,
     connection: ServerConnection,
+    /// How many bytes have come since the last one for the session, or since the handshake.
+    quiet_bytes: usize,
     /// That the handshake is over was told.
     told: bool,
     /// What came isn't TLS as it was agreed upon.
@@ -160,31 +176,40 @@ impl TlsWire {
         Some(self.connection.peer_certificates().unwrap_or_default().to_vec())
     }
 
-    /// How often a peer can say something without a byte for the session is limited by TLS itself.
+    /// TLS itself doesn't limit what a peer says without a byte for the session: what has told one kind of record from too
+    /// many is forgotten with the next one of another kind.
     fn read(&mut self, buffer: &mut [u8]) -> Received {
-        while !self.broken {
-            match self.connection.reader().read(buffer) {
-                Ok(0) => return Received::Closed,
-                Ok(len) => return Received::Bytes(len),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(_) => return Received::Closed,
-            }
-            match self.connection.read_tls(&mut self.stream) {
-                // The reader above tells whether that was in good order.
-                Ok(0) if self.connection.is_handshaking() => return Received::Closed,
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Received::Nothing,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return Received::Closed,
-            }
-            let understood = self.connection.process_new_packets().is_ok();
-            let agreed =
-                self.connection.is_handshaking() || self.connection.alpn_protocol() == Some(ALPN);
-            // Also when it is broken: the last record says why.
-            let written = self.flush().is_ok();
-            self.broken = !(understood && agreed && written);
+        if self.broken {
+            return Received::Closed;
         }
-        Received::Closed
+        match self.connection.reader().read(buffer) {
+            Ok(0) => return Received::Closed,
+            Ok(len) => return Received::Bytes(len),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => return Received::Closed,
+        }
+        let was_handshaking = self.connection.is_handshaking();
+        match self.connection.read_tls(&mut self.stream) {
+            // The reader above tells whether that was in good order.
+            Ok(0) if was_handshaking => return Received::Closed,
+            Ok(len) => self.quiet_bytes += len,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Received::Nothing,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return Received::Closed,
+        }
+        let understood = self.connection.process_new_packets();
+        let is_handshaking = self.connection.is_handshaking();
+        let agreed = is_handshaking || self.connection.alpn_protocol() == Some(ALPN);
+        // Also when it is broken: the last record says why.
+        let written = self.flush().is_ok();
+        let is_quiet = understood.as_ref().is_ok_and(|it| it.plaintext_bytes_to_read() == 0);
+        if !is_quiet || (was_handshaking && !is_handshaking) {
+            self.quiet_bytes = 0;
+        }
+        let limit = if is_handshaking { HANDSHAKE_BYTES_MAX } else { QUIET_BYTES_MAX };
+        let is_endless = self.quiet_bytes > limit;
+        self.broken = understood.is_err() || !agreed || !written || is_endless;
+        Received::Bytes(0)
     }
 
     /// During the handshake a few bytes are taken and kept: they are sent when it is over.

@@ -3,14 +3,19 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use headwater::fs::os::OsFs;
 use headwater::retention::{Options, Until};
 use headwater::shipping::message::{
     Ack, Authentication, ErrorCode, FEATURE_PROBE, FrameReader, Hello, Message, PROTOCOL_VERSIONS,
     Subscribe,
 };
-use headwater::shipping::{Deadlines, PeerState, PeerStatus, ServeOptions, Server, serve};
+use headwater::shipping::{
+    Deadlines, FollowOptions, MirrorStatus, PeerState, PeerStatus, ServeOptions, Server, follow,
+    serve,
+};
 use headwater::{Chain, Checkpoint, JournalOptions, NodeId, Position};
 
 use crate::shipping::{Origin, SOON, small};
@@ -295,4 +300,74 @@ fn the_last_word_of_a_server_is_goodbye() {
         }
     }
     assert_eq!(ended, Some(Ended::GoAway));
+}
+
+/// What is set is added to the clock's time, and the sum has to be one. `Duration::MAX` for "never" is the first idea, and
+/// the first peer that took nothing ended the thread that sent to it, or the loop itself: nobody was served any more.
+#[test]
+fn times_that_are_set_to_never_are_within_what_a_clock_can_tell() {
+    let options = ServeOptions {
+        write_stall: Duration::MAX,
+        flush_intervals: vec![(0, Duration::MAX)],
+        catch_up_threads: 1,
+        ..patient()
+    };
+    let served = Served::start(0, JournalOptions::default(), options);
+    // More than sockets take.
+    (0..40).for_each(|_| served.origin.append_text(&"x".repeat(512 << 10)));
+    let mut stuck = served.connect();
+    let subscribe = Subscribe { from: None, witness: None, window_bytes: u32::MAX };
+    stuck.write_all(&encoded(&[hello(0), Message::Subscribe(subscribe)])).unwrap();
+    served.peers_until(|peers| peers.iter().any(|peer| peer.state == PeerState::Stalled));
+    let dir = tempfile::tempdir().unwrap();
+    let follows = |name: &str| {
+        let (dir, to) = (dir.path().join(name), served.server.local_addr().to_string());
+        let mirror = follow(Arc::new(OsFs), &dir, to, FollowOptions::default()).unwrap();
+        assert!(mirror.wait_until(SOON, MirrorStatus::is_live).is_ok(), "{:?}", mirror.status());
+        mirror
+    };
+    let live = follows("live");
+    // It is to be sent to it, in a day.
+    served.origin.append_text("more");
+    let next = follows("next");
+    assert_eq!(next.journal().unwrap().end(), served.end());
+    drop((live, next));
+}
+
+/// It had to say something within five seconds, and any byte was something: one every four seconds of a frame that was
+/// never whole kept it among the strangers for 18 hours, and with 64 of them nobody else was let in.
+#[test]
+fn who_was_told_that_histories_differ_has_to_ask_in_time_and_a_byte_is_no_question() {
+    let deadlines = Deadlines { silence: Duration::from_secs(1), ..patient().deadlines };
+    let served = Served::start(20, small(), ServeOptions { deadlines, ..patient() });
+    let other_history = Checkpoint { chain: Chain::from_bytes([7; 16]), ..served.end() };
+    let subscribe = Subscribe { from: Some(other_history), witness: None, window_bytes: 1 };
+    let mut stream = served.connect();
+    stream.write_all(&encoded(&[hello(FEATURE_PROBE), Message::Subscribe(subscribe)])).unwrap();
+    stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    let (mut buffer, mut reader) = ([0; 4096], FrameReader::new());
+    let (mut told_at, mut ended) = (None, None);
+    // The beginning of a frame of 4,096 bytes that needn't be understood; then a byte at a time.
+    let mut said = [0, 0x10, 0, 0, 0x9A, 1, 0, 0, 0, 0, 0, 0].into_iter();
+    while ended.is_none() {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(len) => reader.push(&buffer[..len]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => panic!("{error}"),
+        }
+        while let Some(message) = reader.next_message().unwrap() {
+            match message {
+                Message::Diverged(_) => told_at = Some(Instant::now()),
+                Message::Error(failure) => ended = Some(failure.code),
+                _ => {}
+            }
+        }
+        if let Some(told_at) = told_at {
+            assert!(told_at.elapsed() < SOON, "it may stay as long as it likes");
+            drop(stream.write_all(&[said.next().unwrap_or(0)]));
+        }
+    }
+    assert_eq!(ended, Some(ErrorCode::TIMEOUT));
+    assert!(told_at.unwrap().elapsed() >= Duration::from_millis(900), "it may ask for a while");
 }

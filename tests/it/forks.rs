@@ -635,3 +635,86 @@ mod recovery {
         assert!(end.position >= lost.ours.position && end.position <= lost.theirs.position);
     }
 }
+
+/// What a mirror that is served answers to a subscriber that ends here.
+#[cfg(feature = "shipping")]
+fn answer_to(address: std::net::SocketAddr, end: Checkpoint) -> String {
+    use std::io::{Read, Write};
+
+    use headwater::shipping::message::{
+        Authentication, FrameReader, Hello, Message, PROTOCOL_VERSIONS, Subscribe,
+    };
+
+    let mut said = Vec::new();
+    Message::Hello(Hello {
+        versions: PROTOCOL_VERSIONS,
+        features: 0,
+        max_frame: 1 << 20,
+        node: None,
+        nonce: [1; 16],
+        authentication: Authentication::None,
+        agent: "test".into(),
+    })
+    .encode(&mut said);
+    let subscribe = Subscribe { from: Some(end), witness: None, window_bytes: 1 };
+    Message::Subscribe(subscribe).encode(&mut said);
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(crate::shipping::SOON)).unwrap();
+    stream.write_all(&said).unwrap();
+    let (mut heard, mut reader, mut last) = (Vec::new(), FrameReader::new(), String::new());
+    stream.read_to_end(&mut heard).unwrap();
+    reader.push(&heard);
+    while let Some(message) = reader.next_message().unwrap() {
+        last = match message {
+            Message::Error(failure) => failure.code.to_string(),
+            message => message.name().to_owned(),
+        };
+    }
+    last
+}
+
+/// A mirror that is served looks whether a subscriber that is ahead of it is in a tail that was set aside. It opened each
+/// tail to see where it ends, which reads its last segment whole, and opened it again to look for the place, for every
+/// subscriber that said it was ahead.
+#[cfg(feature = "shipping")]
+#[test]
+fn a_subscriber_that_is_ahead_has_no_tail_opened_that_it_can_not_be_in() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use crate::races::Hooked;
+    use headwater::fs::sim::Op;
+
+    let forked = forked(3);
+    let mirror = forked.set_aside(&forked.mirror_fs).unwrap();
+    assert_eq!(mirror.journal().orphans().len(), 1);
+    mirror.close().unwrap();
+    let opened = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&opened);
+    let disk = Hooked::new(&forked.mirror_fs, move |op, path| {
+        let is_of_tail = path.components().any(|it| it.as_os_str() == "orphaned");
+        count.fetch_add(usize::from(op == Op::Open && is_of_tail), Ordering::SeqCst);
+        Ok(())
+    });
+    let disk: Arc<dyn Fs> = Arc::new(disk);
+    let mirror = Ingest::open(&disk, Path::new(MIRROR), &options()).unwrap().unwrap();
+    let server = headwater::shipping::serve(
+        mirror.journal().clone(),
+        "127.0.0.1:0",
+        headwater::shipping::ServeOptions::default(),
+    )
+    .unwrap();
+    let opened_for = |end: Checkpoint, answer: &str| {
+        opened.store(0, Ordering::SeqCst);
+        assert_eq!(answer_to(server.local_addr(), end), answer);
+        opened.load(Ordering::SeqCst)
+    };
+    let (position, offset) = (forked.old_end.position, forked.old_end.offset);
+    let position = Position::new(position.get() + 1000);
+    let ahead = Checkpoint { position, offset: offset + (1 << 20), ..forked.old_end };
+    let first = opened_for(ahead, "NOT_YET (20)");
+    let next = opened_for(ahead, "NOT_YET (20)");
+    assert!(first > 0 && next == 0, "{first}, then {next}");
+    // Who may be in it is looked for.
+    assert!(opened_for(forked.old_end, "DIVERGED") > 0);
+    assert_eq!(opened_for(ahead, "NOT_YET (20)"), 0);
+}

@@ -16,13 +16,17 @@ use headwater::shipping::security::{
     Right, Security, SecurityError, SecurityOptions, ServerTls, TlsReason, TokenSource, Trust,
 };
 use headwater::shipping::{
-    Deadlines, FollowOptions, Mirror, MirrorState, MirrorStatus, ServeError, ServeOptions, Server,
-    ShippingError,
+    Deadlines, EndReason, FollowOptions, Mirror, MirrorState, MirrorStatus, ServeError,
+    ServeOptions, Server, ShippingError,
 };
 use headwater::{
     Append, Checkpoint, ExpectedRevision, JournalId, NewEvent, Position, Store, StreamId,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
+use rustls::crypto::cipher::{
+    AeadKey, Iv, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundOpaqueMessage,
+    OutboundPlainMessage, Tls13AeadAlgorithm, UnsupportedOperationError,
+};
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -1005,4 +1009,182 @@ fn secrets_show_in_no_debug_output() {
         let bytes = format!("{:?}", &secret.as_bytes()[..8]);
         assert!(!shown.contains(bytes.trim_matches(['[', ']'])), "{shown}");
     }
+}
+
+/// What tells application data of which nothing is to be left from that which is to be said.
+const NOTHING: &[u8] = b"nothing";
+
+/// Encrypts as the cipher suite does, but for [`NOTHING`], of which it makes a record without a byte: rustls itself makes
+/// none.
+struct Hollow(&'static dyn Tls13AeadAlgorithm);
+
+struct HollowEncrypter(Box<dyn MessageEncrypter>);
+
+impl Tls13AeadAlgorithm for Hollow {
+    fn encrypter(&self, key: AeadKey, iv: Iv) -> Box<dyn MessageEncrypter> {
+        Box::new(HollowEncrypter(self.0.encrypter(key, iv)))
+    }
+
+    fn decrypter(&self, key: AeadKey, iv: Iv) -> Box<dyn MessageDecrypter> {
+        self.0.decrypter(key, iv)
+    }
+
+    fn key_len(&self) -> usize {
+        self.0.key_len()
+    }
+
+    fn extract_keys(
+        &self,
+        key: AeadKey,
+        iv: Iv,
+    ) -> Result<rustls::ConnectionTrafficSecrets, UnsupportedOperationError> {
+        self.0.extract_keys(key, iv)
+    }
+}
+
+impl MessageEncrypter for HollowEncrypter {
+    fn encrypt(
+        &mut self,
+        message: OutboundPlainMessage<'_>,
+        sequence: u64,
+    ) -> Result<OutboundOpaqueMessage, rustls::Error> {
+        let payload = message.payload.to_vec();
+        let payload = if payload == NOTHING { &[] } else { payload.as_slice() };
+        let payload = OutboundChunks::Single(payload);
+        self.0.encrypt(OutboundPlainMessage { payload, ..message }, sequence)
+    }
+
+    fn encrypted_payload_len(&self, payload_len: usize) -> usize {
+        self.0.encrypted_payload_len(payload_len)
+    }
+}
+
+/// A client of which every record can be seen, and that can say nothing.
+struct HollowClient {
+    tls: rustls::ClientConnection,
+    stream: TcpStream,
+}
+
+impl HollowClient {
+    /// Comes through the handshake, saying so many bytes at once.
+    fn connect(address: SocketAddr, piece: usize) -> Self {
+        let rustls::SupportedCipherSuite::Tls13(suite) =
+            ring::cipher_suite::TLS13_AES_128_GCM_SHA256
+        else {
+            unreachable!()
+        };
+        let (suite_id, hash_provider) = (suite.common.suite, suite.common.hash_provider);
+        // For as long as the test runs: rustls wants it for ever.
+        let hollow = Box::leak(Box::new(rustls::Tls13CipherSuite {
+            common: rustls::crypto::CipherSuiteCommon {
+                suite: suite_id,
+                hash_provider,
+                confidentiality_limit: suite.common.confidentiality_limit,
+            },
+            hkdf_provider: suite.hkdf_provider,
+            aead_alg: Box::leak(Box::new(Hollow(suite.aead_alg))),
+            quic: None,
+        }));
+        let provider = rustls::crypto::CryptoProvider {
+            cipher_suites: vec![rustls::SupportedCipherSuite::Tls13(hollow)],
+            ..ring::default_provider()
+        };
+        let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(TLS13)
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Gullible))
+            .with_no_client_auth();
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        let name = ServerName::try_from("origin.internal").unwrap();
+        let tls = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut client = Self { tls, stream };
+        while client.tls.is_handshaking() {
+            let said = client.records();
+            client.say(&said, piece);
+            if client.tls.is_handshaking() {
+                client.tls.read_tls(&mut client.stream).unwrap();
+                client.tls.process_new_packets().unwrap();
+            }
+        }
+        let said = client.records();
+        client.say(&said, piece);
+        client
+    }
+
+    /// What it has to say, encrypted.
+    fn records(&mut self) -> Vec<u8> {
+        let mut out = Vec::new();
+        while self.tls.wants_write() {
+            self.tls.write_tls(&mut out).unwrap();
+        }
+        out
+    }
+
+    fn say(&mut self, records: &[u8], piece: usize) {
+        records.chunks(piece).for_each(|piece| self.stream.write_all(piece).unwrap());
+    }
+}
+
+/// A peer without any certificate came through the handshake of TLS, and
+/// said a KeyUpdate and a record without a byte, over and over. What rustls counts against the one is forgotten with the
+/// other, so the event loop read on for as long as it was talked to: no commit left, no heartbeat, and no deadline was
+/// looked at.
+#[test]
+fn a_peer_that_says_nothing_at_length_is_cut_off_and_others_are_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = Held::self_signed(dir.path(), "server");
+    let tls_server = ServerTls::with(held.certificate());
+    let options = ServeOptions {
+        security: Some(secured(Some(tls_server), list([anybody()]))),
+        // It isn't this that ends it.
+        deadlines: Deadlines { handshake: 10 * SOON, ..brisk() },
+        ..ServeOptions::default()
+    };
+    let origin = Origin::with(options, SocketAddr::from(([127, 0, 0, 1], 0)));
+    let following = origin.follow(tls(pins(&[&held])));
+    following.converges_with(&origin);
+    let mut hostile = HollowClient::connect(origin.server.local_addr(), usize::MAX);
+    let mut nothing = Vec::new();
+    while nothing.len() < 1 << 20 {
+        hostile.tls.refresh_traffic_keys().unwrap();
+        hostile.tls.writer().write_all(NOTHING).unwrap();
+        nothing.extend(hostile.records());
+    }
+    let mut answers = hostile.stream.try_clone().unwrap();
+    let saying = std::thread::spawn(move || drop(hostile.stream.write_all(&nothing)));
+    // Closed or reset, and not still there.
+    if let Err(error) = std::io::copy(&mut answers, &mut std::io::sink()) {
+        let kind = error.kind();
+        let waits = [std::io::ErrorKind::WouldBlock, std::io::ErrorKind::TimedOut];
+        assert!(!waits.contains(&kind), "it is heard for ever: {error}");
+    }
+    saying.join().unwrap();
+    origin.append(3);
+    following.converges_with(&origin);
+    assert_eq!(following.mirror.status().reconnects, 0);
+    assert_eq!(origin.server.refused().of(EndReason::Tls), 1, "{:?}", origin.server.refused());
+}
+
+/// What is for TLS itself is counted, but an honest peer may come in single bytes, and has new keys now and then.
+#[test]
+fn a_peer_that_comes_in_single_bytes_and_with_new_keys_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = open_tls_server(&Held::self_signed(dir.path(), "server"), [anybody()]);
+    let mut honest = HollowClient::connect(origin.server.local_addr(), 1);
+    let mut out = Vec::new();
+    Message::Hello(hello(Authentication::None)).encode(&mut out);
+    for byte in out {
+        honest.tls.refresh_traffic_keys().unwrap();
+        honest.tls.writer().write_all(&[byte]).unwrap();
+        let said = honest.records();
+        honest.say(&said, 7);
+    }
+    let mut answer = [0; 5];
+    let HollowClient { mut tls, mut stream } = honest;
+    rustls::Stream::new(&mut tls, &mut stream).read_exact(&mut answer).unwrap();
+    assert_eq!(answer[4], 2, "WELCOME");
 }

@@ -29,7 +29,7 @@ use self::error::of_a_feed;
 use self::received::Received;
 use super::error::{ShippingError, WaitError};
 use super::filter::FeedFilter;
-use super::link::{Arrived, Link};
+use super::link::{Arrived, CutOff, Link};
 use super::message::{Authentication, ErrorCode, FRAME_BYTES_MAX, Failure, FeedTerms, OriginEnd};
 use super::mirror::{
     Awaited, BACK_OFF_MAX, Credentials, FollowOptions, ForkPolicy, HEALTHY_AFTER, MirrorState,
@@ -218,7 +218,10 @@ pub fn follow_feed(
     let for_thread = Arc::clone(&shared);
     let following = thread::Builder::new()
         .name("headwater-feed".into())
-        .spawn(move || for_thread.run(received))
+        .spawn(move || {
+            let _ended = EndedByPanic(Arc::clone(&for_thread));
+            for_thread.run(received)
+        })
         .map_err(setup_error)?;
     Ok(Feed { shared, following: Some(following), status })
 }
@@ -346,6 +349,9 @@ impl Feed {
     ///
     /// # Errors
     /// [`CloseError`] if the journal can't be closed cleanly; what was shown as received is durable.
+    ///
+    /// # Panics
+    /// If one of the threads has panicked: with that. The feed was [stopped](MirrorState::Stopped) by it.
     pub fn stop(mut self) -> Result<(), CloseError> {
         self.shared.stop();
         let ended = self.following.take().map(JoinHandle::join);
@@ -363,6 +369,18 @@ impl Drop for Feed {
         self.shared.stop();
         if let Some(following) = self.following.take() {
             drop(following.join());
+        }
+    }
+}
+
+/// Whoever waits for something of a feed learns that nothing comes any more.
+struct EndedByPanic(Arc<Shared>);
+
+impl Drop for EndedByPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.state.lock().phase = MirrorState::Stopped;
+            self.0.changed.notify_all();
         }
     }
 }
@@ -500,6 +518,7 @@ impl Shared {
         let connection = Connection { shared: self, session, link, asked };
         let (sender, deliveries) = unbounded();
         let written = thread::scope(|scope| {
+            let _cut_off = CutOff(link);
             let listener = thread::Builder::new().name("headwater-listen".into());
             let connection = &connection;
             listener

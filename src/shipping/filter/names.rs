@@ -29,6 +29,12 @@ impl Names {
         self.iter().any(|it| it == name)
     }
 
+    /// Whether all of them are among the others; both are in order.
+    pub(super) fn is_subset(&self, of: &Self) -> bool {
+        let mut others = of.iter();
+        self.iter().all(|name| others.any(|other| other == name))
+    }
+
     pub(super) fn push(&mut self, name: &str) {
         self.text.push_str(name);
         self.ends.push(u32::try_from(self.text.len()).unwrap_or(u32::MAX));

@@ -27,7 +27,7 @@ use crate::format::files::Mark;
 use crate::journal::{Comparison, Ingest, Journal};
 use crate::position::{Checkpoint, NodeId, Position};
 use crate::shipping::error::{Divergent, ShippingError};
-use crate::shipping::link::{Arrived, Link};
+use crate::shipping::link::{Arrived, CutOff, Link};
 use crate::shipping::message::{
     Authentication, Common, ErrorCode, FRAME_BYTES_MAX, Failure, Speaker,
 };
@@ -209,17 +209,6 @@ struct Listener {
     plain: Vec<u8>,
     told: Told,
     apart_since: Option<Instant>,
-}
-
-/// A thread that panics takes the connection with it: the other one alone would listen and never write.
-struct CutOff<'a>(&'a Link);
-
-impl Drop for CutOff<'_> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            self.0.cut_off();
-        }
-    }
 }
 
 /// What became of a place.

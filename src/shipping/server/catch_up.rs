@@ -3,7 +3,11 @@
 //!
 //! Nothing is heard of a peer in the meantime, so its deadlines aren't either: the time stands still for it. What it is
 //! told of a comparison it answers in its own time, from when the connection is back.
+//!
+//! A panic in the middle of a turn costs that connection alone: one that wasn't given back would have no deadline, and a
+//! thread that ended would be missing for good.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -52,7 +56,10 @@ impl CatchUp {
     pub(super) fn run(&self) {
         for mut connection in &self.turns {
             if !self.shared.is_stopping() {
-                self.advance(&mut connection);
+                let turn = AssertUnwindSafe(|| self.advance(&mut connection));
+                if catch_unwind(turn).is_err() {
+                    connection.has_panicked();
+                }
             }
             drop(self.back.send(connection));
             self.shared.wake();

@@ -105,6 +105,11 @@ impl Connection {
         self.session.came_back(now);
     }
 
+    /// In the middle of its turn: it is told that something is wrong here, and is to come again.
+    pub(super) fn has_panicked(&mut self) {
+        self.session.has_panicked();
+    }
+
     pub(super) fn shut_down(&mut self) {
         self.session.shut_down();
     }
@@ -118,6 +123,7 @@ impl Connection {
                 self.session.on_encrypted(certificates);
             }
             match received {
+                Received::Bytes(0) => {} // TLS, which is no sign of life of the session
                 Received::Bytes(len) => {
                     self.session.on_bytes(buffer.get(..len).unwrap_or_default(), now);
                 }

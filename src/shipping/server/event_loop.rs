@@ -19,7 +19,7 @@ use super::connection::{Connection, LINGER, Step, TURN};
 use super::fans::Fan;
 use super::feeds::{Feed, Nothing};
 use super::leases::{LeaseKeeper, Note};
-use super::{FIRST_CONNECTION, LISTENER, Peer, Shared};
+use super::{Ended, FIRST_CONNECTION, LISTENER, Peer, Shared};
 use crate::shipping::error::ServeError;
 use crate::shipping::message::{ErrorCode, Failure, Message};
 use crate::shipping::observe::EndReason;
@@ -183,7 +183,11 @@ impl EventLoop {
     }
 
     pub(super) fn start(self) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new().name("headwater-serve".into()).spawn(move || self.run())
+        let ended = Ended(Arc::clone(&self.shared));
+        thread::Builder::new().name("headwater-serve".into()).spawn(move || {
+            let _ended = ended;
+            self.run();
+        })
     }
 
     fn run(mut self) {
@@ -517,7 +521,6 @@ impl EventLoop {
         catching_up.into_iter().for_each(|thread| drop(thread.join()));
         drop(notes);
         drop(keeping.join());
-        self.shared.peers.lock().clear();
     }
 }
 

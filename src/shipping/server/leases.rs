@@ -2,6 +2,7 @@
 //! is sent; again every few seconds; and at the end. What waits is noted with one write.
 
 use std::collections::{BTreeMap, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -72,7 +73,8 @@ impl LeaseKeeper {
                     }
                 }
             }
-            self.note(&due);
+            // A failure is made good next time, and a panic is one: without this thread nobody would be sent anything.
+            drop(catch_unwind(AssertUnwindSafe(|| self.note(&due))));
             ended.iter().filter_map(|token| self.kept.remove(token)).for_each(|kept| kept.end());
             begun.into_iter().for_each(|connection| drop(back.send(connection)));
             shared.wake();

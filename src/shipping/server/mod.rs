@@ -54,7 +54,7 @@ use super::message::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, FeedTerms};
 use super::observe::Ends;
 use super::relay::Served;
 use super::security::{Gate, Security};
-use super::session::{Deadlines, OriginConfig, OriginStatus};
+use super::session::{Deadlines, OriginConfig, OriginStatus, TIME_MAX, bounded};
 use super::shape::Shape;
 use super::status_file::{self, Afterwards, ServerStatus, StatusFile};
 use super::transport;
@@ -75,7 +75,8 @@ use crate::position::{Checkpoint, JournalId, NodeId, Position};
 pub struct ServeOptions {
     /// How long peers may take, and how often they are told that this side is alive.
     pub deadlines: Deadlines,
-    /// A peer that takes nothing for so long is cut off. Default 30 s.
+    /// A peer that takes nothing for so long is cut off: from 1 ms to a day, what is less or more counts as that. Default
+    /// 30 s.
     pub write_stall: Duration,
     /// At most so many connections; the next ones are turned away. Default 1,024.
     pub connections_max: usize,
@@ -100,7 +101,7 @@ pub struct ServeOptions {
     /// How long commits are collected before they are sent: with more than so many live subscribers, they are sent
     /// to at most once in so long. What is committed later than that after the last time is sent at once. By
     /// default 5 ms with more than 64 of them, 50 ms with more than 1,000; with fewer, every commit is sent at
-    /// once. The last entry that fits counts.
+    /// once. The last entry that fits counts. More than a day counts as that.
     pub flush_intervals: Vec<(usize, Duration)>,
     /// TLS, and who may have the journal. Default: plain TCP, at addresses of the loopback only, for everybody on
     /// this machine.
@@ -142,6 +143,16 @@ impl Default for ServeOptions {
 }
 
 impl ServeOptions {
+    /// The same, with every time within bounds: it is added to the clock's, and the sum has to be one.
+    fn bounded(mut self) -> Self {
+        self.deadlines = self.deadlines.bounded();
+        self.write_stall = bounded(self.write_stall);
+        for (_, interval) in &mut self.flush_intervals {
+            *interval = TIME_MAX.min(*interval);
+        }
+        self
+    }
+
     fn session(&self, node: NodeId, address: &SocketAddr) -> OriginConfig {
         let encrypted = self.security.as_ref().is_some_and(Security::is_encrypted);
         let frame_bytes =
@@ -303,6 +314,8 @@ pub(super) struct Shared {
     feeds: Feeds,
     options: ServeOptions,
     stopping: AtomicBool,
+    /// The loop is gone.
+    ended: AtomicBool,
     waker: Waker,
     /// The loop has been woken and hasn't looked yet.
     woken: AtomicBool,
@@ -350,6 +363,21 @@ impl Shared {
 
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+}
+
+/// However the loop ends, also by a panic: nobody is served any more, and that shows.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.stopping.store(true, Ordering::Release);
+        self.0.ended.store(true, Ordering::Release);
+        self.0.peers.lock().clear();
     }
 }
 
@@ -441,9 +469,16 @@ impl Peer {
 pub fn serve(
     served: impl Into<Served>,
     address: impl ToSocketAddrs,
-    mut options: ServeOptions,
+    options: ServeOptions,
 ) -> Result<Server, ServeError> {
-    options.deadlines = options.deadlines.bounded();
+    start(served.into(), address, options.bounded())
+}
+
+fn start(
+    served: Served,
+    address: impl ToSocketAddrs,
+    options: ServeOptions,
+) -> Result<Server, ServeError> {
     let listen = |error| ServeError::Listen(Arc::new(error));
     let addresses: Vec<SocketAddr> = address.to_socket_addrs().map_err(listen)?.collect();
     let encrypted = options.security.as_ref().is_some_and(Security::is_encrypted);
@@ -460,6 +495,7 @@ pub fn serve(
         feeds: Feeds::default(),
         options,
         stopping: AtomicBool::new(false),
+        ended: AtomicBool::new(false),
         waker: Waker::new(poll.registry(), WAKER).map_err(listen)?,
         woken: AtomicBool::new(false),
         changed: AtomicBool::new(false),
@@ -468,7 +504,7 @@ pub fn serve(
         live_first: Mutex::default(),
         runs: runs::Runs::default(),
     });
-    shared.feeds.add(served.into(), &shared);
+    shared.feeds.add(served, &shared);
     let event_loop = EventLoop::new(&shared, poll, listener)?;
     let thread = |error| ServeError::Thread(Arc::new(error));
     let serving = Some(event_loop.start().map_err(thread)?);
@@ -502,6 +538,20 @@ impl Server {
         self.shared.feeds.add(served.into(), &self.shared);
     }
 
+    /// Whether it still serves: false if its thread has ended by a panic, which is a defect of this library. Nobody can
+    /// connect then; [`shutdown`](Self::shutdown) tells of the panic, and the journals can be served again.
+    ///
+    /// ```no_run
+    /// let store = headwater::Store::open("shop")?;
+    /// let server = store.serve("127.0.0.1:7000")?;
+    /// assert!(server.is_serving());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        !self.shared.has_ended()
+    }
+
     /// Everybody who is connected.
     #[must_use]
     pub fn peers(&self) -> Vec<PeerStatus> {
@@ -527,36 +577,84 @@ impl Server {
         status_file::remove_stale(&*fs, &dir);
         let path = dir.join(format!("{}{}", status_file::SERVING, self.address));
         let shared = Arc::clone(&self.shared);
-        let status =
-            move || ServerStatus::new(shared.own().as_ref(), shared.peers(), &shared.refused());
+        let status = move || {
+            let says =
+                || ServerStatus::new(shared.own().as_ref(), shared.peers(), &shared.refused());
+            (!shared.has_ended()).then(says)
+        };
         Some(StatusFile::start(&fs, path, interval, Afterwards::Removed, status))
     }
 
     /// Says goodbye to everybody, closes all connections and waits for all threads to end: a second at
     /// most, unless the disk or a [`shape`](ServeOptions::shape) doesn't answer.
+    ///
+    /// # Panics
+    /// If the thread that served has [ended by a panic](Self::is_serving): with that.
     pub fn shutdown(mut self) {
-        self.stop();
+        if let Err(panic) = self.stop() {
+            std::panic::resume_unwind(panic);
+        }
     }
 
-    fn stop(&mut self) {
+    fn stop(&mut self) -> std::thread::Result<()> {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.wake();
-        if let Some(serving) = self.serving.take() {
-            drop(serving.join());
-        }
+        let ended = self.serving.take().map_or(Ok(()), JoinHandle::join);
         self.status = None;
+        ended
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop();
+        drop(self.stop());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// It looked as if it served on: peers were shown for ever, and the status file was written anew each second.
+    #[cfg(feature = "test-kit")]
+    #[test]
+    fn that_the_loop_has_ended_by_a_panic_shows() {
+        use std::net::TcpStream;
+        use std::path::Path;
+
+        use crate::fs::Fs;
+        use crate::fs::sim::SimFs;
+        use crate::journal::Appender;
+        use crate::options::JournalOptions;
+
+        let fs: Arc<dyn Fs> = Arc::new(SimFs::new(1));
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        let appender = Appender::create(&fs, Path::new("/store/journal"), &options).unwrap();
+        let status_interval = Some(Duration::from_millis(10));
+        let options = ServeOptions { status_interval, ..ServeOptions::default() }.bounded();
+        // As no option can be set: the sum isn't a time, and the loop panics when somebody connects.
+        let deadlines = Deadlines { handshake: Duration::MAX, ..Deadlines::default() };
+        let options = ServeOptions { deadlines, ..options };
+        let server = start(appender.journal().clone().into(), "127.0.0.1:0", options).unwrap();
+        let is_written = || {
+            let names = fs.list(Path::new("/store")).unwrap();
+            names.iter().any(|name| name.starts_with(status_file::SERVING))
+        };
+        let until = |holds: &dyn Fn() -> bool| {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !holds() {
+                assert!(Instant::now() < deadline, "it looks as if it served");
+                std::thread::yield_now();
+            }
+        };
+        until(&is_written);
+        assert!(server.is_serving());
+        let _stranger = TcpStream::connect(server.local_addr()).unwrap();
+        until(&|| !server.is_serving() && !is_written());
+        assert!(server.peers().is_empty());
+        let shutdown = std::panic::AssertUnwindSafe(|| server.shutdown());
+        assert!(std::panic::catch_unwind(shutdown).is_err(), "nobody is told of the panic");
+    }
 
     #[test]
     fn few_subscribers_are_sent_to_at_once_and_many_in_intervals() {

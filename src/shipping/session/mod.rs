@@ -62,17 +62,22 @@ pub struct Deadlines {
 }
 
 impl Deadlines {
-    /// The same, each from 1 ms to a day: nothing overflows, nothing floods.
+    /// The same, each from 1 ms to a day: nothing floods.
     pub(crate) fn bounded(self) -> Self {
-        let bounded = |time: Duration| {
-            time.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60))
-        };
         Self {
             handshake: bounded(self.handshake),
             silence: bounded(self.silence),
             heartbeat: bounded(self.heartbeat),
         }
     }
+}
+
+/// No time that is set is longer than a day: no clock overflows.
+pub(crate) const TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// From 1 ms to a day.
+pub(crate) fn bounded(time: Duration) -> Duration {
+    time.clamp(Duration::from_millis(1), TIME_MAX)
 }
 
 impl Default for Deadlines {

@@ -33,6 +33,8 @@ const CLOSED_RECONNECT_MS: u32 = 1000;
 const NOT_YET_RETRY_MS: u32 = 1000;
 /// Somebody has to mend the service first.
 const SHAPE_RETRY_MS: u32 = 5000;
+/// Here, too.
+const PANIC_RETRY_MS: u32 = 5000;
 /// A search for the last common batch end takes 11 questions at the most.
 const PROBES_MAX: u32 = 16;
 
@@ -328,9 +330,18 @@ impl OriginSession {
         }
     }
 
-    /// Until when something is to be heard of the peer.
+    fn has_answered(&mut self, now: Now) {
+        (self.has_answered, self.answered_at) = (true, now.at);
+    }
+
+    /// Until when something is to be heard of the peer; once it was told that the histories differ, all of its next question:
+    /// until it has a subscription it is one of the strangers, of whom there may be a few only.
     fn silence_until(&self) -> Instant {
-        self.heard_at.max(self.answered_at) + self.config.deadlines.silence
+        let since = match self.state {
+            State::Diverged(_) => self.answered_at,
+            _ => self.heard_at.max(self.answered_at),
+        };
+        since + self.config.deadlines.silence
     }
 
     /// Why the session ended, in a word.
@@ -354,6 +365,15 @@ impl OriginSession {
     /// This side wants to end the session in good order.
     pub(crate) fn shut_down(&mut self) {
         self.go_away(0);
+    }
+
+    /// In the middle of a step. What that would have said isn't said.
+    pub(crate) fn has_panicked(&mut self) {
+        self.control.clear();
+        if self.end.is_none() {
+            let failure = Failure::new(ErrorCode::STORAGE, "this side has failed");
+            self.end_with(Failure { retry_after_ms: PANIC_RETRY_MS, ..failure });
+        }
     }
 
     fn go_away(&mut self, reconnect_after_ms: u32) {
@@ -547,7 +567,7 @@ impl OriginSession {
     pub(crate) fn step(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Next {
         self.check_deadlines(now);
         self.check_rights();
-        if matches!(self.state, State::Judging(_)) {
+        if matches!(self.state, State::Judging(_)) && source.may_wait() {
             // Nothing is looked at before: whether it is the journal that was asked for shows in nothing.
             self.grant(&source.end().journal);
         }
@@ -556,7 +576,7 @@ impl OriginSession {
             match source.may_wait() {
                 true => {
                     self.judge(&subscribe, source, now);
-                    self.has_answered = true;
+                    self.has_answered(now);
                 }
                 false => on_disk = true,
             }
@@ -565,7 +585,7 @@ impl OriginSession {
             match source.may_wait() {
                 true => {
                     self.answer_probe(source);
-                    self.has_answered = true;
+                    self.has_answered(now);
                 }
                 false => on_disk = true,
             }

@@ -10,6 +10,7 @@ mod floods;
 mod hangs;
 mod lag;
 mod limits;
+mod panics;
 mod restores;
 mod versions;
 mod wire;

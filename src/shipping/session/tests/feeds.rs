@@ -301,7 +301,8 @@ impl Source for Seen<'_> {
     }
 }
 
-/// The rights are taken away after the loop has granted the feed, and before the catch-up threads send the first event.
+/// The rights are taken away after the loop has seen that they allow something of it, and before the catch-up threads send
+/// the first event. What exactly they allow, nobody finds out before: comparing long filters held up the loop.
 #[test]
 fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
     let dir = tempfile::tempdir().unwrap();
@@ -335,7 +336,8 @@ fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
         };
         let mut deliveries = Vec::new();
         granted(&mut origin, false, &mut deliveries);
-        assert!(origin.status().feed.is_some() && deliveries.is_empty(), "granted, not compared");
+        assert!(origin.may_have(&JOURNAL) && origin.status().feed.is_none(), "not granted yet");
+        assert!(deliveries.is_empty());
         if is_taken {
             allow("b");
             security.reload().unwrap();
