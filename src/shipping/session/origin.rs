@@ -733,12 +733,17 @@ impl OriginSession {
         }
     }
 
-    /// Only the origin itself knows that there is nothing more than it has.
+    /// Only the origin itself knows that there is nothing more than it has. `None`: what is to be served has no journal at
+    /// present.
     pub(crate) fn not_yet(&mut self, end: Option<Position>) {
+        let detail = match end {
+            Some(_) => "this mirror is behind you",
+            None => "a mirror is served here that has no journal at present",
+        };
         let failure = Failure {
             position: end,
             retry_after_ms: NOT_YET_RETRY_MS,
-            ..Failure::new(ErrorCode::NOT_YET, "this mirror is behind you")
+            ..Failure::new(ErrorCode::NOT_YET, detail)
         };
         self.end_with(failure);
     }
