@@ -18,8 +18,8 @@ use headwater::shipping::{
     ServeError, ServeOptions, Server, ShippingError, WaitError, follow, serve,
 };
 use headwater::{
-    Append, Checkpoint, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, Position,
-    Store, StreamId,
+    Append, Checkpoint, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, NodeId,
+    Position, Store, StreamId,
 };
 
 use crate::fault_proxy::{Fault, Proxy, What};
@@ -874,12 +874,21 @@ pub(crate) fn false_origin_at(
     end: Checkpoint,
     then: impl Fn(&mut Vec<u8>) + Clone + Send + 'static,
 ) -> SocketAddr {
+    false_origin_of(end, Vec::new(), then)
+}
+
+/// The same, or a relay, if the journal comes through several nodes.
+pub(crate) fn false_origin_of(
+    end: Checkpoint,
+    path: Vec<NodeId>,
+    then: impl Fn(&mut Vec<u8>) + Clone + Send + 'static,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
-            let then = then.clone();
-            std::thread::spawn(move || answer_falsely(&stream, end, then));
+            let (then, path) = (then.clone(), path.clone());
+            std::thread::spawn(move || answer_falsely(&stream, end, &path, then));
         }
     });
     address
@@ -888,6 +897,7 @@ pub(crate) fn false_origin_at(
 fn answer_falsely(
     mut stream: &TcpStream,
     end: Checkpoint,
+    path: &[NodeId],
     then: impl Fn(&mut Vec<u8>),
 ) -> Option<()> {
     let (mut reader, mut buffer) = (FrameReader::new(), [0; 4096]);
@@ -902,7 +912,7 @@ fn answer_falsely(
                     heartbeat_ms: 1000,
                     max_frame: 8192,
                     features: 0,
-                    node: headwater::NodeId::from_bytes([9; 16]),
+                    node: NodeId::from_bytes([9; 16]),
                     session: [1; 16],
                     nonce: hello.nonce,
                     now_us: 0,
@@ -910,8 +920,8 @@ fn answer_falsely(
                 .encode(&mut out),
                 Message::Subscribe(_) => {
                     let first_position = Position::START;
-                    Message::Subscribed(Subscribed { end, first_position, path: vec![] })
-                        .encode(&mut out);
+                    let path = path.to_vec();
+                    Message::Subscribed(Subscribed { end, first_position, path }).encode(&mut out);
                     then(&mut out);
                 }
                 _ => {}
