@@ -361,6 +361,59 @@ fn s4_a_mirror_that_follows_with_quarantine_becomes_its_origin_and_keeps_what_wa
     }
 }
 
+/// An origin was restored, and a mirror that was to set its tail aside asked it where their histories part. The connection
+/// was lost before it had answered: a divergence with an end that isn't known, for which the mirror halted until somebody
+/// resumed it, though the next attempt would have found the end. One that halts anyway halts at once.
+#[test]
+fn s4_a_mirror_with_quarantine_goes_on_when_the_search_for_the_common_end_is_cut_off() {
+    /// WELCOME and DIVERGED, with their headers: what the origin says before PROBED.
+    const BEFORE_PROBED: usize = 12 + 72 + 12 + 96;
+    for what in [What::Cut, What::Vanish] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut origin = Origin::start(dir.path().join("origin"), small());
+        origin.append(0..40);
+        origin.close();
+        copy_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(40..60);
+        let mirrors = ["sets aside", "halts"].map(|name| dir.path().join(name));
+        for mirror_dir in &mirrors {
+            let mirror = start_mirror(mirror_dir, &origin);
+            converged(&mirror, &origin);
+            mirror.stop().unwrap();
+        }
+        origin.close();
+        replace_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(70..75);
+        let once = move |number| match number {
+            0 => vec![Fault { of_origin: true, at: BEFORE_PROBED, what }],
+            _ => Vec::new(),
+        };
+        let silence = Duration::from_millis(400);
+        let deadlines = Deadlines { silence, ..Deadlines::default() };
+        let start = |mirror_dir: &Path, forks| {
+            let proxy = Proxy::start(origin.address, once);
+            let options = FollowOptions { forks, deadlines, ..options() };
+            let address = proxy.address.to_string();
+            (follow(Arc::new(OsFs), mirror_dir, address, options).unwrap(), proxy)
+        };
+        let (mirror, proxy) = start(&mirrors[0], ForkPolicy::Quarantine);
+        let told = mirror.wait_until(SOON, |status| !status.orphans.is_empty());
+        let told = told.unwrap_or_else(|error| panic!("{what:?}: {error}"));
+        assert_eq!((told.orphans.len(), told.orphans[0].from.get()), (1, 40));
+        assert_eq!(proxy.struck(), 1, "the search is meant to be cut off");
+        origin.append(80..85);
+        assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+        let (mirror, proxy) = start(&mirrors[1], ForkPolicy::Halt);
+        match halted(&mirror) {
+            ShippingError::Ahead(at) | ShippingError::Fork(at) => assert_eq!(at.common, None),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!((proxy.struck(), mirror.status().reconnects), (1, 0));
+    }
+}
+
 #[test]
 fn a_halted_mirror_says_that_what_it_shows_is_stale() {
     let (error, mirror, _, _dir) = restored(|origin| origin.append(40..45));

@@ -701,6 +701,7 @@ impl OriginSession {
                     common,
                     speaker: source.speaker(),
                     origin: end,
+                    is_cut_off: false,
                 });
             }
             None => {}
@@ -750,7 +751,7 @@ impl OriginSession {
 
     /// Stays for a while if the mirror may want to know where the histories part.
     fn diverged(&mut self, at: DivergedAt) {
-        let DivergedAt { divergence, at_witness, common, speaker, origin: end } = at;
+        let DivergedAt { divergence, at_witness, common, speaker, origin: end, .. } = at;
         self.say(&Message::Diverged(Diverged { divergence, at_witness, speaker, common, end }));
         let may_ask = self.features & FEATURE_PROBE != 0
             && divergence != Divergence::Foreign
