@@ -832,8 +832,8 @@ impl StoreBuilder {
     /// [served](crate::shipping::serve)) whether they hold events that it has lost, because it was restored from an older
     /// copy: then they are taken back, verified like a mirror verifies, and synced. The longest counts.
     ///
-    /// All of them must answer, unless [`require_peers_check`](Self::require_peers_check) says otherwise. A journal that
-    /// doesn't exist isn't taken back.
+    /// All of them must answer, unless [`require_peers_check`](Self::require_peers_check) says otherwise; one that has no
+    /// journal at present, because it has halted or was stopped, doesn't. A journal that doesn't exist isn't taken back.
     ///
     /// ```no_run
     /// let mirrors = ["10.0.0.2:7000", "10.0.0.3:7000"];

@@ -147,10 +147,7 @@ impl Peer<'_> {
             Standing::Holds(end) => {
                 ("behind", Some(end.position.get()), Some(end.position.since(ours)))
             }
-            Standing::Behind(end) => {
-                let lacks = end.map(|end| ours.since(end));
-                ("ahead", end.map(Position::get), lacks)
-            }
+            Standing::Behind(end) => ("ahead", Some(end.get()), Some(ours.since(*end))),
             Standing::Parted(ShippingError::Ahead(at)) => {
                 ("lost", Some(at.origin.position.get()), None)
             }

@@ -388,6 +388,9 @@ impl ShippingError {
                 ErrorCode::DENIED => {
                     "put this mirror's key or token, with a right to this journal, into the origin's access list, reload that, then resume; is it the right origin?"
                 }
+                ErrorCode::NOT_YET if failure.position.is_none() => {
+                    "a mirror is served there that has yet to get its journal, was stopped, or has halted: see its status, and resume it; attempts go on"
+                }
                 ErrorCode::TERMS => {
                     "the service publishes its events in another shape now: follow the feed anew under another name"
                 }

@@ -462,7 +462,7 @@ impl ErrorCode {
     pub const UNSUPPORTED: Self = Self(18);
     /// Too many requests.
     pub const RATE: Self = Self(19);
-    /// A relay that is itself behind the mirror.
+    /// A relay that is itself behind the mirror: it ends at the position given. Without one, it has no journal at present.
     pub const NOT_YET: Self = Self(20);
     /// The bytes received are not a continuation of the mirror.
     pub const REFUSED: Self = Self(21);

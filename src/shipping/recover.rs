@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use super::error::{Divergent, ShippingError};
 use super::link::{Arrived, Link};
-use super::message::{ErrorCode, FRAME_BYTES_MAX, Speaker};
+use super::message::{ErrorCode, FRAME_BYTES_MAX, Failure, Speaker};
 use super::mirror::{FollowOptions, compare_ends, connect};
 use super::session::{Delivery, MirrorConfig, MirrorSession, Resume, SessionEnd, batches};
 use super::transport;
@@ -118,6 +118,18 @@ pub enum PeersError {
         /// This journal's end.
         ours: Position,
     },
+    /// A mirror has lost what it said it held. What it still has was taken back.
+    #[error(
+        "the mirror at {address} said that it goes on to position {told}, and has nothing more behind {reached}"
+    )]
+    Receded {
+        /// The mirror's address.
+        address: String,
+        /// Where it ended when it was asked.
+        told: Position,
+        /// Where this journal ends now.
+        reached: Position,
+    },
     /// What a mirror holds couldn't be taken back, or not all of it.
     #[error("taking back events from the mirror at {address}: {error}")]
     Pull {
@@ -150,6 +162,7 @@ impl PeersError {
             Self::Longer { .. } => "peers.longer",
             Self::Parted { .. } => "peers.parted",
             Self::Conflict { .. } => "peers.conflict",
+            Self::Receded { .. } => "peers.receded",
             Self::Pull { .. } => "peers.pull",
         }
     }
@@ -159,7 +172,7 @@ impl PeersError {
     pub const fn hint(&self) -> &'static str {
         match self {
             Self::Unreached { .. } => {
-                "bring the mirrors up and try again: one of them may hold the only copy of acknowledged events. Meanwhile the journal can be read (Journal::open_read_only). One that is gone for good is left out by name: give_up_on_mirror (`--give-up HOST:PORT`)"
+                "bring the mirrors up, resume those that have halted, and try again: one of them may hold the only copy of acknowledged events. Meanwhile the journal can be read (Journal::open_read_only). One that is gone for good, or has never had the journal, is left out by name: give_up_on_mirror (`--give-up HOST:PORT`)"
             }
             Self::Longer { .. } => {
                 "this journal has lost events: open it with recover_from_mirrors (`headwater recover`) to take them back"
@@ -169,6 +182,9 @@ impl PeersError {
             }
             Self::Conflict { .. } => {
                 "decide which of them is the right history, and leave the other out by name: give_up_on_mirror (`--give-up HOST:PORT`). See docs/operate/forks.md"
+            }
+            Self::Receded { .. } => {
+                "see what became of the mirror's tail: it was restarted on a damaged disk, or has set events aside (`headwater peer`, its folder `orphaned`). Is there another mirror, or a backup? The next attempt takes for the end what the mirrors hold then"
             }
             Self::Pull { .. } => {
                 "see the cause, then try again: it goes on where it was interrupted. Nothing is appended before it is complete"
@@ -188,12 +204,12 @@ impl PeersCheck {
 pub(crate) enum Standing {
     /// It has this journal's end, and itself ends here.
     Holds(Checkpoint),
-    /// It is a mirror that isn't as far yet.
+    /// It is a mirror that isn't as far yet: it ends here.
     #[cfg_attr(
         not(feature = "cli"),
         allow(dead_code, reason = "only the command line says how far")
     )]
-    Behind(Option<Position>),
+    Behind(Position),
     /// It is an origin that has lost what lies behind the common end, or has something else there.
     Parted(ShippingError),
 }
@@ -221,9 +237,12 @@ pub(crate) fn ask(
                     }
                 }
             }
-            Err(SessionEnd::Peer(failure)) if failure.code == ErrorCode::NOT_YET => {
-                return Ok(Standing::Behind(failure.position));
-            }
+            // Without a position it has no journal at present, and whatever it holds isn't known.
+            Err(SessionEnd::Peer(Failure {
+                code: ErrorCode::NOT_YET,
+                position: Some(end),
+                ..
+            })) => return Ok(Standing::Behind(end)),
             Err(ended @ SessionEnd::Diverged(_)) => {
                 return Ok(Standing::Parted(ShippingError::from_end(ended, Some(end), None)));
             }
@@ -337,6 +356,10 @@ pub fn recover(
         let address = address.clone();
         OpenError::Peers(Box::new(PeersError::Pull { address, error }))
     })?;
+    if to.offset < theirs.offset {
+        let (told, reached) = (theirs.position, to.position);
+        return Err(OpenError::Peers(Box::new(PeersError::Receded { address, told, reached })));
+    }
     end(fs, dir, is_short)?;
     Ok(Some(TakenBack { address, from: ours, to }))
 }
@@ -426,8 +449,8 @@ fn agree(
     }
 }
 
-/// Takes in what the mirror at `address` sends, up to `until` at least, as a mirror would; durable when this
-/// returns.
+/// Takes in what the mirror at `address` sends, as a mirror would: up to `until` at least, or to where it ends when that is
+/// in front by now. Durable when this returns.
 fn pull(
     address: &str,
     ingest: &mut Ingest,
@@ -438,13 +461,19 @@ fn pull(
     let node = ingest.journal().node();
     let mut conversation = Conversation::begin(address, node, resume, options)?;
     let group_bytes = u64::from(options.window_bytes) / 2;
-    while ingest.journal().end().offset < until.offset {
+    let mut until = until.offset;
+    while ingest.journal().end().offset < until {
         let next = conversation.next();
         let deliveries =
             next.map_err(|end| conversation.failed(end, Some(resume.end), resume.witness))?;
-        deliveries.into_iter().try_for_each(|delivery| take(ingest, delivery))?;
+        for delivery in deliveries {
+            if let Delivery::Subscribed(end) = &delivery {
+                until = until.min(end.offset);
+            }
+            take(ingest, delivery)?;
+        }
         let unsynced_bytes = ingest.end().offset - ingest.journal().end().offset;
-        if unsynced_bytes > group_bytes || ingest.end().offset >= until.offset {
+        if unsynced_bytes > group_bytes || ingest.end().offset >= until {
             let end = ingest.sync().map_err(|error| refused(ingest, error))?;
             conversation.session.on_durable(end);
         }

@@ -130,10 +130,17 @@ impl Upstreams {
         rests_until.is_some_and(|until| now < until)
     }
 
-    /// An attempt with it has ended; whether trying again wouldn't help.
-    pub(super) fn note(&mut self, number: usize, error: &ShippingError, now: Instant) -> bool {
+    /// An attempt with it has ended; whether trying again wouldn't help. It would, whatever the error, if that is known to
+    /// heal.
+    pub(super) fn note(
+        &mut self,
+        number: usize,
+        error: &ShippingError,
+        heals: bool,
+        now: Instant,
+    ) -> bool {
         let Some(upstream) = self.0.get_mut(number) else { return false };
-        let is_refused = upstream.refusals.count(error) || error.is_halting();
+        let is_refused = upstream.refusals.count(error) || (error.is_halting() && !heals);
         let asked_for = retry_after(error);
         upstream.rests_until = (!asked_for.is_zero()).then(|| now + asked_for);
         upstream.last = Some((error.clone(), is_refused));
@@ -212,18 +219,20 @@ mod tests {
     fn only_what_all_refuse_is_refused_and_only_what_all_want_is_waited_for() {
         let now = Instant::now();
         let mut both = Upstreams::new(2);
-        assert!(both.note(0, &version(), now));
+        assert!(both.note(0, &version(), false, now));
         assert!(both.refused_by_all(2).is_none());
         assert!(both.refused_by_all(1).is_some(), "the other isn't tried yet");
-        assert!(!both.note(1, &ShippingError::GoingAway { reconnect_after_ms: 1000 }, now));
+        assert!(!both.note(1, &ShippingError::GoingAway { reconnect_after_ms: 1000 }, false, now));
         assert!(both.refused_by_all(2).is_none() && both.rests(1, now) && !both.rests(0, now));
         assert_eq!(both.rest(2, now), Duration::ZERO, "the first doesn't rest");
-        both.note(0, &ShippingError::GoingAway { reconnect_after_ms: 300 }, now);
+        both.note(0, &ShippingError::GoingAway { reconnect_after_ms: 300 }, false, now);
         assert_eq!(both.rest(2, now), Duration::from_millis(300));
         assert!(!both.rests(0, now + Duration::from_millis(300)));
-        both.note(0, &version(), now);
-        both.note(1, &version(), now);
+        both.note(0, &version(), false, now);
+        both.note(1, &version(), false, now);
         assert!(matches!(both.refused_by_all(2), Some(ShippingError::Version { .. })));
+        assert!(!both.note(1, &version(), true, now));
+        assert!(both.refused_by_all(2).is_none(), "the second heals");
         both.forget();
         assert!(both.refused_by_all(2).is_none());
         assert!(Upstreams::new(0).refused_by_all(0).is_none());

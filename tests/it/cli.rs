@@ -387,6 +387,29 @@ fn peer_says_how_two_histories_relate_and_recover_takes_back_what_one_has_lost()
     assert!(err(&refused).contains("error[peers.parted]"), "{}", err(&refused));
 }
 
+/// A mirror that has no journal at present was shown as one that "ends at position 0", with everything still to get.
+#[test]
+#[cfg(feature = "shipping")]
+fn peer_and_recover_say_that_a_mirror_has_no_journal_at_present() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    fill(&store, small(), 3).close().unwrap();
+    let (nobody, mirror) = ("127.0.0.1:1", dir.path().join("mirror"));
+    let options = headwater::shipping::FollowOptions::default();
+    let fs = std::sync::Arc::new(headwater::fs::os::OsFs);
+    let mirror = headwater::shipping::follow(fs, &mirror, nobody, options).unwrap();
+    let served = headwater::shipping::serve(&mirror, "127.0.0.1:0", Default::default()).unwrap();
+    let (at, address) = (store.to_str().unwrap(), served.local_addr().to_string());
+    let told = run(&["peer", at, &address]);
+    assert_eq!(told.status.code(), Some(1), "{}", out(&told));
+    let text = err(&told);
+    assert!(text.contains("NOT_YET") && text.contains("no journal at present"), "{text}");
+    let refused = run(&["recover", at, "--from", &address]);
+    assert_eq!(refused.status.code(), Some(1));
+    let text = err(&refused);
+    assert!(text.contains("error[peers.unreached]") && text.contains("no journal at"), "{text}");
+}
+
 /// The documented commands, as they stand in docs/cli.md: `DIR` is a store here, other names in capitals are
 /// directories that the commands make.
 #[test]

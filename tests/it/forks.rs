@@ -307,15 +307,19 @@ mod recovery {
     use std::io::{Read, Write};
     use std::net::{SocketAddr, TcpListener, TcpStream};
 
+    use headwater::fs::sim::Op;
     use headwater::shipping::message::{
-        Data, FRAME_BYTES_MIN, FrameReader, Message, OriginEnd, Subscribed, Welcome,
+        Data, ErrorCode, FRAME_BYTES_MIN, FrameReader, Heartbeat, Hello, Message, OriginEnd,
+        Speaker, Subscribed, Welcome,
     };
     use headwater::shipping::{
-        PeersCheck, PeersError, ServeOptions, Server, ShippingError, TakenBack, recover, serve,
+        FollowOptions, MirrorStatus, PeersCheck, PeersError, ServeOptions, Server, ShippingError,
+        TakenBack, follow, recover, serve,
     };
     use headwater::{Incarnation, NodeId, OpenError, Refusal};
 
     use super::*;
+    use crate::shipping::SOON;
 
     /// A mirror that is served, as of some moment in an origin's life.
     struct Mirror {
@@ -513,6 +517,56 @@ mod recovery {
         assert!(given_up.open().unwrap().taken_back().is_some());
     }
 
+    /// A mirror held all that the origin was about to lose, and its disk failed one sync: it halted, and until somebody
+    /// resumed it its server said NOT_YET, without a position, because a closed journal isn't served. The origin took that
+    /// for "I am behind you", counted the mirror as asked, and opened at what the backup had: the events behind it, which
+    /// had been acknowledged and were on the mirror's disk, became a fork. The same of a mirror that was stopped while its
+    /// server went on.
+    #[test]
+    fn a_mirror_that_has_no_journal_at_present_has_not_been_asked() {
+        let (mut rng, fs, disk) = (Rng::with_seed(23), SimFs::new(23), SimFs::new(24));
+        let store = open(&fs);
+        append(&store, 10, &mut rng, "common");
+        store.close().unwrap();
+        let backup = fs.snapshot_dir(Path::new(DIR));
+        let store = open(&fs);
+        append(&store, 10, &mut rng, "old");
+        let theirs = store.journal().end();
+        let origin = serve(store.journal(), "127.0.0.1:0", ServeOptions::default()).unwrap();
+        let options = FollowOptions { journal: options(), ..FollowOptions::default() };
+        let upstream = origin.local_addr().to_string();
+        let mirror = follow(dynamic(&disk), Path::new(MIRROR), upstream, options).unwrap();
+        let server = serve(&mirror, "127.0.0.1:0", ServeOptions::default()).unwrap();
+        mirror.wait_until(SOON, |status| status.mirrored == Some(theirs)).unwrap();
+        disk.fail_next(Op::SyncData, Fault::Eio);
+        append(&store, 1, &mut rng, "not synced by the mirror");
+        mirror.wait_until(SOON, MirrorStatus::is_halted).unwrap();
+        origin.shutdown();
+        drop(store);
+        fs.restore_dir(Path::new(DIR), &backup);
+        let address = server.local_addr().to_string();
+        let is_not_asked = || match refused(&fs, &check(&[&address])) {
+            PeersError::Unreached { asked: 0, required: 1, missing } => matches!(
+                &missing[0].1,
+                ShippingError::Reported { failure }
+                    if failure.code == ErrorCode::NOT_YET && failure.position.is_none()
+            ),
+            error => panic!("{error}"),
+        };
+        assert!(is_not_asked());
+        // It opens its journal before it looks for its origin, which isn't there.
+        mirror.resume();
+        let looks = |status: &MirrorStatus| {
+            matches!(status.last_error, Some(ShippingError::Connect { .. }))
+        };
+        mirror.wait_until(SOON, looks).unwrap();
+        let back = take_back(&fs, &check(&[&address])).unwrap().unwrap();
+        assert!(back.to.position >= theirs.position, "{back:?}");
+        assert_eq!(open(&fs).journal().compare(&theirs).unwrap(), Comparison::Equal);
+        mirror.stop().unwrap();
+        assert!(is_not_asked());
+    }
+
     #[test]
     fn an_origin_that_was_appended_to_since_is_told_where_it_parts_from_its_mirror() {
         let lost = lost(13);
@@ -532,6 +586,26 @@ mod recovery {
         assert_eq!(open(&lost.fs).journal().end(), end);
     }
 
+    const OTHER: NodeId = NodeId::from_bytes([9; 16]);
+
+    fn welcome(hello: &Hello) -> Message<'static> {
+        Message::Welcome(Welcome {
+            version: 1,
+            heartbeat_ms: 1000,
+            max_frame: FRAME_BYTES_MIN,
+            features: 0,
+            node: OTHER,
+            session: [1; 16],
+            nonce: hello.nonce,
+            now_us: 0,
+        })
+    }
+
+    fn subscribed(end: Checkpoint) -> Message<'static> {
+        let (first_position, path) = (Position::START, vec![OTHER]);
+        Message::Subscribed(Subscribed { end, first_position, path })
+    }
+
     /// Says that it holds the journal's end, and sends batches that don't continue it.
     fn liar(end: Checkpoint, at: u64, bytes: Vec<u8>) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -546,26 +620,13 @@ mod recovery {
 
     fn lie(mut stream: &TcpStream, end: Checkpoint, at: u64, bytes: &[u8]) {
         let (mut reader, mut buffer, mut out) = (FrameReader::new(), [0; 4096], Vec::new());
-        let node = NodeId::from_bytes([9; 16]);
         while let Ok(len @ 1..) = stream.read(&mut buffer) {
             reader.push(&buffer[..len]);
             while let Ok(Some(message)) = reader.next_message() {
                 match message {
-                    Message::Hello(hello) => Message::Welcome(Welcome {
-                        version: 1,
-                        heartbeat_ms: 1000,
-                        max_frame: FRAME_BYTES_MIN,
-                        features: 0,
-                        node,
-                        session: [1; 16],
-                        nonce: hello.nonce,
-                        now_us: 0,
-                    })
-                    .encode(&mut out),
+                    Message::Hello(hello) => welcome(&hello).encode(&mut out),
                     Message::Subscribe(_) => {
-                        let first_position = Position::START;
-                        Message::Subscribed(Subscribed { end, first_position, path: vec![node] })
-                            .encode(&mut out);
+                        subscribed(end).encode(&mut out);
                         let origin_end = OriginEnd { offset: end.offset, position: end.position };
                         let data = Data { offset: at, origin_end, continued: false, bytes };
                         Message::Data(data).encode(&mut out);
@@ -612,6 +673,65 @@ mod recovery {
         let taken = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| refusal(&fs)));
         planted::plant(None);
         assert!(!matches!(taken, Ok(Some(Refusal::BatchLink))), "the planted bug was not found");
+    }
+
+    /// Holds everything when it is asked first; when it is asked again it ends at `now`, and has nothing to send. It is there
+    /// all the while, and says so.
+    fn shrinking(told: Checkpoint, now: Checkpoint) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for (number, stream) in listener.incoming().enumerate() {
+                let end = if number == 0 { told } else { now };
+                std::thread::spawn(move || stand_by(&stream.unwrap(), end));
+            }
+        });
+        address
+    }
+
+    fn stand_by(mut stream: &TcpStream, end: Checkpoint) {
+        let (mut reader, mut buffer, mut out) = (FrameReader::new(), [0; 4096], Vec::new());
+        while let Ok(len @ 1..) = stream.read(&mut buffer) {
+            reader.push(&buffer[..len]);
+            while let Ok(Some(message)) = reader.next_message() {
+                match message {
+                    Message::Hello(hello) => welcome(&hello).encode(&mut out),
+                    Message::Subscribe(_) => subscribed(end).encode(&mut out),
+                    Message::Ack(ack) => {
+                        let (speaker, echo) = (Speaker::Origin, ack.echo);
+                        Message::Heartbeat(Heartbeat { end, now_us: 0, speaker, echo })
+                            .encode(&mut out);
+                    }
+                    _ => {}
+                }
+            }
+            drop(stream.write_all(&out));
+            out.clear();
+        }
+    }
+
+    /// Between the question how far it reaches and the taking back, a mirror was restarted and set a damaged tail aside. What
+    /// it had left was taken; then the origin waited for the rest, from heartbeat to heartbeat, and `open` never returned.
+    #[test]
+    fn a_mirror_that_no_longer_reaches_what_it_told_is_not_waited_for() {
+        let lost = lost(29);
+        let address = shrinking(lost.theirs, lost.ours).to_string();
+        let (fs, shrinking) = (lost.fs.fork(1), check(&[&address]));
+        let (tell, told) = std::sync::mpsc::channel();
+        let other = fs.clone();
+        std::thread::spawn(move || tell.send(refused(&other, &shrinking)));
+        match told.recv_timeout(SOON).expect("it waits for what nobody has") {
+            PeersError::Receded { address: named, told, reached } => {
+                assert_eq!(named, address);
+                assert_eq!((told, reached), (lost.theirs.position, lost.ours.position));
+            }
+            error => panic!("{error}"),
+        }
+        // It isn't opened for writing by chance, and goes on from a mirror that has all of it.
+        let builder = Store::builder(DIR).journal_options(options()).fs(dynamic(&fs));
+        assert!(matches!(builder.open(), Err(OpenError::Recovering { .. })));
+        take_back(&fs, &check(&[&lost.mirror.address])).unwrap();
+        lost.check_whole(&fs).unwrap();
     }
 
     #[test]

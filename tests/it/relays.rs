@@ -16,7 +16,9 @@ use headwater::shipping::{
 };
 use headwater::{Checkpoint, JournalId, NodeId, Position};
 
-use crate::shipping::{Origin, SOON, assert_same_bytes, converged, copy_dir, replace_dir, small};
+use crate::shipping::{
+    Origin, SOON, assert_same_bytes, converged, copy_dir, false_origin_of, replace_dir, small,
+};
 
 fn options() -> FollowOptions {
     FollowOptions { journal: small(), ..FollowOptions::default() }
@@ -604,6 +606,51 @@ fn a_relay_apart_from_its_origin_judges_nobody_and_others_are_asked() {
         assert!(leaf.status().orphans.is_empty(), "nothing is set aside at its word");
     }
     assert_eq!(stale.mirror().journal().unwrap().end().position, Position::new(60));
+}
+
+/// A relay of a relay had the out-of-date history. It was asked between its own subscription and the first HEARTBEAT, which
+/// would have told it that the one in front is apart from the origin: meanwhile it said that it is one that hears from the
+/// origin, and what it said of the newer history was final. Its subscriber halted, and one with quarantine would have set
+/// the right events aside.
+#[test]
+fn a_relay_that_does_not_know_yet_how_its_relay_stands_judges_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = dir.path().join("backup");
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..40);
+    origin.close();
+    copy_dir(&origin.dir, &backup);
+    origin.open();
+    origin.append(40..60);
+    let mut stale = Relay::start(dir.path().join("stale"), origin.address.to_string());
+    let old = converged(stale.mirror(), &origin).end();
+    stale.close();
+    origin.close();
+    restore(&mut origin, &backup, 5);
+    let leaves = [options(), quarantine()].map(|options| {
+        let leaf_dir = dir.path().join(format!("{:?}", options.forks));
+        let leaf = start_leaf(&leaf_dir, origin.address.to_string(), options.clone());
+        converged(&leaf, &origin);
+        leaf.stop().unwrap();
+        (leaf_dir, options)
+    });
+    for (leaf_dir, options) in leaves {
+        // Grants the subscription, and says nothing more.
+        let silent = false_origin_of(old, vec![NodeId::random(), NodeId::random()], |_| {});
+        stale.upstreams = silent.to_string().into();
+        stale.open();
+        until("subscribed", stale.mirror(), |status| {
+            matches!(status.state, MirrorState::CatchingUp | MirrorState::Live)
+        });
+        let leaf = start_leaf(&leaf_dir, stale.address(), options);
+        let told = until("told", &leaf, |status| status.last_error.is_some());
+        match told.last_error {
+            Some(ShippingError::Fork(at)) => assert_eq!(at.told_by, Speaker::RelayApart),
+            other => panic!("{other:?}"),
+        }
+        assert!(!leaf.status().is_halted() && leaf.status().orphans.is_empty());
+        stale.close();
+    }
 }
 
 /// The origin's own word counts at once, whatever others would still serve.

@@ -18,8 +18,8 @@ use headwater::shipping::{
     ServeError, ServeOptions, Server, ShippingError, WaitError, follow, serve,
 };
 use headwater::{
-    Append, Checkpoint, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, Position,
-    Store, StreamId,
+    Append, Checkpoint, ExpectedRevision, Journal, JournalId, JournalOptions, NewEvent, NodeId,
+    Position, Store, StreamId,
 };
 
 use crate::descriptors::may_open;
@@ -371,6 +371,59 @@ fn s4_a_mirror_that_follows_with_quarantine_becomes_its_origin_and_keeps_what_wa
         assert_eq!((copy.end(), damage), (old_end, None));
         assert_eq!(copy.read_all(orphans.from).unwrap().count(), lost);
         mirror.stop().unwrap();
+    }
+}
+
+/// An origin was restored, and a mirror that was to set its tail aside asked it where their histories part. The connection
+/// was lost before it had answered: a divergence with an end that isn't known, for which the mirror halted until somebody
+/// resumed it, though the next attempt would have found the end. One that halts anyway halts at once.
+#[test]
+fn s4_a_mirror_with_quarantine_goes_on_when_the_search_for_the_common_end_is_cut_off() {
+    /// WELCOME and DIVERGED, with their headers: what the origin says before PROBED.
+    const BEFORE_PROBED: usize = 12 + 72 + 12 + 96;
+    for what in [What::Cut, What::Vanish] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut origin = Origin::start(dir.path().join("origin"), small());
+        origin.append(0..40);
+        origin.close();
+        copy_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(40..60);
+        let mirrors = ["sets aside", "halts"].map(|name| dir.path().join(name));
+        for mirror_dir in &mirrors {
+            let mirror = start_mirror(mirror_dir, &origin);
+            converged(&mirror, &origin);
+            mirror.stop().unwrap();
+        }
+        origin.close();
+        replace_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(70..75);
+        let once = move |number| match number {
+            0 => vec![Fault { of_origin: true, at: BEFORE_PROBED, what }],
+            _ => Vec::new(),
+        };
+        let silence = Duration::from_millis(400);
+        let deadlines = Deadlines { silence, ..Deadlines::default() };
+        let start = |mirror_dir: &Path, forks| {
+            let proxy = Proxy::start(origin.address, once);
+            let options = FollowOptions { forks, deadlines, ..options() };
+            let address = proxy.address.to_string();
+            (follow(Arc::new(OsFs), mirror_dir, address, options).unwrap(), proxy)
+        };
+        let (mirror, proxy) = start(&mirrors[0], ForkPolicy::Quarantine);
+        let told = mirror.wait_until(SOON, |status| !status.orphans.is_empty());
+        let told = told.unwrap_or_else(|error| panic!("{what:?}: {error}"));
+        assert_eq!((told.orphans.len(), told.orphans[0].from.get()), (1, 40));
+        assert_eq!(proxy.struck(), 1, "the search is meant to be cut off");
+        origin.append(80..85);
+        assert_same_bytes(origin.store().journal(), &converged(&mirror, &origin));
+        let (mirror, proxy) = start(&mirrors[1], ForkPolicy::Halt);
+        match halted(&mirror) {
+            ShippingError::Ahead(at) | ShippingError::Fork(at) => assert_eq!(at.common, None),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!((proxy.struck(), mirror.status().reconnects), (1, 0));
     }
 }
 
@@ -920,12 +973,21 @@ pub(crate) fn false_origin_at(
     end: Checkpoint,
     then: impl Fn(&mut Vec<u8>) + Clone + Send + 'static,
 ) -> SocketAddr {
+    false_origin_of(end, Vec::new(), then)
+}
+
+/// The same, or a relay, if the journal comes through several nodes.
+pub(crate) fn false_origin_of(
+    end: Checkpoint,
+    path: Vec<NodeId>,
+    then: impl Fn(&mut Vec<u8>) + Clone + Send + 'static,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
-            let then = then.clone();
-            std::thread::spawn(move || answer_falsely(&stream, end, then));
+            let (then, path) = (then.clone(), path.clone());
+            std::thread::spawn(move || answer_falsely(&stream, end, &path, then));
         }
     });
     address
@@ -934,6 +996,7 @@ pub(crate) fn false_origin_at(
 fn answer_falsely(
     mut stream: &TcpStream,
     end: Checkpoint,
+    path: &[NodeId],
     then: impl Fn(&mut Vec<u8>),
 ) -> Option<()> {
     let (mut reader, mut buffer) = (FrameReader::new(), [0; 4096]);
@@ -948,7 +1011,7 @@ fn answer_falsely(
                     heartbeat_ms: 1000,
                     max_frame: 8192,
                     features: 0,
-                    node: headwater::NodeId::from_bytes([9; 16]),
+                    node: NodeId::from_bytes([9; 16]),
                     session: [1; 16],
                     nonce: hello.nonce,
                     now_us: 0,
@@ -956,8 +1019,8 @@ fn answer_falsely(
                 .encode(&mut out),
                 Message::Subscribe(_) => {
                     let first_position = Position::START;
-                    Message::Subscribed(Subscribed { end, first_position, path: vec![] })
-                        .encode(&mut out);
+                    let path = path.to_vec();
+                    Message::Subscribed(Subscribed { end, first_position, path }).encode(&mut out);
                     then(&mut out);
                 }
                 _ => {}

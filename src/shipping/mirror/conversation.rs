@@ -90,6 +90,8 @@ impl Shared {
         let progressed = state.mirrored().is_some_and(|mirrored| mirrored.position > had);
         let healthy = was_live || progressed || started.elapsed() >= HEALTHY_AFTER;
         let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
+        let is_cut_off =
+            written.is_ok() && matches!(&end, Some(SessionEnd::Diverged(at)) if at.is_cut_off);
         let error = match (written, end) {
             (Err(error), _) => error,
             (Ok(()), Some(SessionEnd::Disconnected) | None) => {
@@ -97,7 +99,7 @@ impl Shared {
             }
             (Ok(()), Some(end)) => ShippingError::from_end(end, mirror, witness),
         };
-        Attempt { error, healthy }
+        Attempt { error, healthy, is_cut_off }
     }
 
     fn config(

@@ -29,11 +29,13 @@ pub(super) struct Attempt {
     pub(super) error: ShippingError,
     /// It came to a session that went well for a while.
     pub(super) healthy: bool,
+    /// The histories differ, and the session was cut off before it was known from where on.
+    pub(super) is_cut_off: bool,
 }
 
 impl From<ShippingError> for Attempt {
     fn from(error: ShippingError) -> Self {
-        Self { error, healthy: false }
+        Self { error, healthy: false, is_cut_off: false }
     }
 }
 
@@ -122,9 +124,11 @@ impl Shared {
             if upstreams.rests(number, Instant::now()) || self.state.lock().stopping {
                 continue;
             }
-            let Attempt { error, healthy } = self.attempt(ingest, number);
+            let Attempt { error, healthy, is_cut_off } = self.attempt(ingest, number);
             was_healthy |= healthy;
-            let is_refused = upstreams.note(number, &error, Instant::now());
+            // Who is to set something aside asks again from where on: a mirror that halts anyway need not know.
+            let heals = is_cut_off && self.quarantines();
+            let is_refused = upstreams.note(number, &error, heals, Instant::now());
             self.count(&error);
             self.note(error.clone());
             if matches!(error, ShippingError::Cycle { .. }) {

@@ -84,7 +84,9 @@ impl State {
     fn stands(&self, own: &Deadlines) -> Standing {
         let holds_for = STANDS_FOR_HEARTBEATS * self.heartbeat(own);
         let is_connected = matches!(self.phase, MirrorState::CatchingUp | MirrorState::Live);
-        let hears = is_connected && self.told.speaker != Some(Speaker::RelayApart);
+        // Behind a relay nothing is known of that before it has said so itself.
+        let is_apart = self.told.speaker.is_none_or(|it| it == Speaker::RelayApart);
+        let hears = is_connected && !is_apart;
         let told_as_of = self.told.end.map(|(_, as_of)| as_of).filter(|_| hears);
         let is_current = matches!(self.phase, MirrorState::Live) && self.upstream_is_current();
         let had_all_at = self.caught_up_at.filter(|_| is_current);
@@ -292,6 +294,27 @@ mod tests {
         // Who looks more seldom itself is in no hurry.
         let own = Deadlines { heartbeat: ms(4000), ..own };
         assert_eq!(connected(start).heartbeat(&own), ms(4000));
+    }
+
+    /// A relay followed another one that was apart from its origin. Between its subscription and the first HEARTBEAT, which
+    /// tells of that, it said that it hears from the origin: what it had of an out-of-date history was final for those who
+    /// asked it then. An origin is known by its path, which comes with the subscription.
+    #[test]
+    fn who_was_not_told_yet_who_speaks_does_not_hear_from_the_origin() {
+        let (start, own) = (Instant::now(), Deadlines::default());
+        let mut state = connected(start);
+        let subscribed = |speaker| Told { speaker, ..told(Speaker::Origin, 6400, start) };
+        let hears = [
+            (None, false),
+            (Some(Speaker::RelayApart), false),
+            (Some(Speaker::RelayBehind), true),
+            (Some(Speaker::Relay), true),
+            (Some(Speaker::Origin), true),
+        ];
+        for (speaker, hears) in hears {
+            state.is_told(subscribed(speaker));
+            assert_eq!(state.stands(&own).hears_until.is_some(), hears, "{speaker:?}");
+        }
     }
 
     #[test]

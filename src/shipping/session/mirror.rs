@@ -458,7 +458,8 @@ impl MirrorSession {
     fn diverged(&mut self, diverged: &Diverged, now: Now) -> Result<(), Violation> {
         let (divergence, at_witness) = (diverged.divergence, diverged.at_witness);
         let (common, speaker, origin) = (diverged.common, diverged.speaker, diverged.end);
-        let at = DivergedAt { divergence, at_witness, common, speaker, origin };
+        let is_cut_off = false;
+        let at = DivergedAt { divergence, at_witness, common, speaker, origin, is_cut_off };
         let Some(mirror) = self.durable.filter(|_| divergence != Divergence::Foreign) else {
             self.finish(SessionEnd::Diverged(at));
             return Ok(());
@@ -650,11 +651,14 @@ impl MirrorSession {
         message.encode(&mut self.control);
     }
 
-    /// A session that ends while it is being found out where the histories part ends because they differ.
+    /// A session that ends while it is being found out where the histories part ends because they differ; whether it may be
+    /// found out the next time is told.
     fn finish(&mut self, end: SessionEnd) {
         let end = match (self.state, end) {
             (_, end @ (SessionEnd::Diverged(_) | SessionEnd::Violation(_))) => end,
-            (State::Probing(at) | State::Comparing(at), _) => SessionEnd::Diverged(at),
+            (State::Probing(at) | State::Comparing(at), end) => {
+                SessionEnd::Diverged(DivergedAt { is_cut_off: end.passes(), ..at })
+            }
             (_, end) => end,
         };
         self.state = State::Ended;

@@ -248,6 +248,8 @@ pub(crate) struct DivergedAt {
     pub(crate) speaker: Speaker,
     /// The origin's durable end.
     pub(crate) origin: Checkpoint,
+    /// The search for the common end was cut off, by something that passes: another attempt may find it.
+    pub(crate) is_cut_off: bool,
 }
 
 /// The origin has removed what the mirror needs; what is known of it.
@@ -307,6 +309,22 @@ pub(crate) enum SessionEnd {
     /// This side is shutting down.
     #[error("this side is shutting down")]
     ShuttingDown,
+}
+
+impl SessionEnd {
+    /// Whether the next session may go better without anybody's doing.
+    fn passes(&self) -> bool {
+        match self {
+            Self::Disconnected
+            | Self::Violation(_)
+            | Self::Timeout(_)
+            | Self::GoAway(_)
+            | Self::Apart
+            | Self::ShuttingDown => true,
+            Self::Peer(failure) | Self::Own(failure) => failure.code.is_transient(),
+            Self::Version(_) | Self::Diverged(_) | Self::Truncated(_) | Self::Cycle(_) => false,
+        }
+    }
 }
 
 /// What time it is, as the caller says.

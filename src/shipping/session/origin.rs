@@ -727,6 +727,7 @@ impl OriginSession {
                     common,
                     speaker: source.speaker(),
                     origin: end,
+                    is_cut_off: false,
                 });
             }
             None => {}
@@ -759,19 +760,24 @@ impl OriginSession {
         }
     }
 
-    /// Only the origin itself knows that there is nothing more than it has.
+    /// Only the origin itself knows that there is nothing more than it has. `None`: what is to be served has no journal at
+    /// present.
     pub(crate) fn not_yet(&mut self, end: Option<Position>) {
+        let detail = match end {
+            Some(_) => "this mirror is behind you",
+            None => "a mirror is served here that has no journal at present",
+        };
         let failure = Failure {
             position: end,
             retry_after_ms: NOT_YET_RETRY_MS,
-            ..Failure::new(ErrorCode::NOT_YET, "this mirror is behind you")
+            ..Failure::new(ErrorCode::NOT_YET, detail)
         };
         self.end_with(failure);
     }
 
     /// Stays for a while if the mirror may want to know where the histories part.
     fn diverged(&mut self, at: DivergedAt) {
-        let DivergedAt { divergence, at_witness, common, speaker, origin: end } = at;
+        let DivergedAt { divergence, at_witness, common, speaker, origin: end, .. } = at;
         self.say(&Message::Diverged(Diverged { divergence, at_witness, speaker, common, end }));
         let may_ask = self.features & FEATURE_PROBE != 0
             && divergence != Divergence::Foreign
