@@ -260,6 +260,11 @@ impl Life {
 
 /// Lives until it is killed.
 pub(crate) fn child(args: &[String]) -> ! {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        tell(info);
+        std::process::exit(1); // whatever the other thread is doing
+    }));
     let life = Life::from_args(args);
     MENDED.store(life.mended, Ordering::Relaxed);
     if life.plant {

@@ -105,8 +105,8 @@ const CASES: [Case; 4] = [
     },
     Case {
         name: "a row that is longer than it may be",
-        rows: 10,
-        row_bytes: 5 * MIB as u32,
+        rows: 6,
+        row_bytes: 3 * MIB as u32,
         keys_per_event: 1,
         limit: MIB,
         is_indexed: true,
