@@ -364,12 +364,12 @@ fn session_origin_seeds(seeds: &mut Seeds) {
     let from = |from| Subscribe { from, witness: None, window_bytes: 4096 };
     let subscribe = act_raw(9, &Message::Subscribe(from(None)));
     let fork = act_raw(9, &Message::Subscribe(from(Some(session_end(3)))));
-    let terms = FeedTerms { filter: FeedFilter::any_of([FeedPart::types(["a"])]), shape: None };
-    let request = FeedRequest { terms, goes_on: false };
-    let feed = act_raw(9, &Message::SubscribeFeed(from(None), request));
-    let terms = FeedTerms { filter: FeedFilter::everything(), shape: None };
-    let request = FeedRequest { terms, goes_on: false };
-    let all = act_raw(9, &Message::SubscribeFeed(from(None), request));
+    let feed = |filter| {
+        let request = FeedRequest { terms: FeedTerms { filter, shape: None }, goes_on: false };
+        act_raw(9, &Message::SubscribeFeed(from(None), request))
+    };
+    let types = |name| feed(FeedFilter::any_of([FeedPart::types([name])]));
+    let (some, none, all) = (types("a"), types("none"), feed(FeedFilter::everything()));
     let probe = act_raw(9, &Message::Probe(Probe { positions: vec![Position::new(1); 64] }));
     let (ack, idle) = (act(3, &[0; 5]), act(5, &[200, 0, 0, 0]));
     let (talk, step) = (act(19, &[7]), act(16, &[]));
@@ -389,8 +389,9 @@ fn session_origin_seeds(seeds: &mut Seeds) {
     put(
         "a-subscriber-is-fed",
         SEAL,
-        &[&[&hello[..], &feed, &talk, &ack], &more[..], &more].concat(),
+        &[&[&hello[..], &some, &talk, &ack], &more[..], &more].concat(),
     );
+    put("a-subscriber-is-fed-nothing", SEAL, &[&hello, &none, &talk, &second, &talk]);
     put("a-subscriber-is-fed-everything", SEAL, &[&hello, &all, &talk, &talk, &ack, &talk]);
     put("another-history", SEAL, &[&hello, &fork, &step, &probe, &talk, &probe, &probe]);
     put("asked-too-often-where-histories-part", SEAL, &[&hello, &fork, &step, &probes, &talk]);
