@@ -616,7 +616,7 @@ mod tests {
     use super::*;
 
     /// It looked as if it served on: peers were shown for ever, and the status file was written anew each second.
-    #[cfg(feature = "test-kit")]
+    #[cfg(all(feature = "test-kit", not(shuttle)))]
     #[test]
     fn that_the_loop_has_ended_by_a_panic_shows() {
         use std::net::TcpStream;
