@@ -753,8 +753,7 @@ fn a_key_that_cannot_be_encoded_parks_its_event_and_stops_nothing() {
         let options = ViewOptions { on_undecodable: OnPoison::Stop, ..ViewOptions::default() };
         let view = store.view_with(Pickies, options).unwrap();
         let stopped = crate::views::stopped(&view);
-        let is_named = |error: &StopError| matches!(error, StopError::Event { position, .. } if position.get() == 1);
-        assert!(is_named(&stopped), "{stopped}");
+        assert!(matches!(&*stopped, StopError::Event { position, .. } if position.get() == 1));
         assert!(stopped.to_string().contains("what a key"), "{stopped}");
         drop(view);
         std::fs::remove_dir_all(dir.path().join("store/views")).unwrap();
@@ -768,11 +767,11 @@ fn a_key_that_cannot_be_encoded_parks_its_event_and_stops_nothing() {
         let unrouted: Vec<_> = view.unrouted_events().map(Result::unwrap).collect();
         assert_eq!(unrouted.iter().map(|it| it.position.get()).collect::<Vec<_>>(), [1, 3]);
         assert!(unrouted.iter().all(|it| it.reason.contains("what a key")), "{unrouted:?}");
+        // Large events are routed side by side: it may be either that a rebuild comes to first.
         let rebuilt = view.rebuild(RebuildOptions::default()).unwrap().wait();
-        assert!(
-            matches!(&rebuilt, Err(RebuildError::Stopped(error)) if is_named(error)),
-            "{rebuilt:?}"
-        );
+        let Err(RebuildError::Stopped(failed)) = rebuilt else { panic!("{rebuilt:?}") };
+        let at = failed.position().map(Position::get);
+        assert!(matches!(&*failed, StopError::Event { .. }) && [Some(1), Some(3)].contains(&at));
 
         // The event of a row that is parked names a row whose key can't be encoded any more.
         append([8, 6]);
