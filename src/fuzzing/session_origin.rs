@@ -160,7 +160,7 @@ impl<'a> Scene<'a> {
         let end = self.some_end();
         let script = &mut self.script;
         match script.byte() % 24 {
-            0 => self.say(|script| script.hello()),
+            0 => self.say(Script::hello),
             1 => self.say(|script| Message::Subscribe(script.subscribe(&end))),
             2 => self.say(|script| {
                 let subscribe = script.subscribe(&end);
@@ -326,7 +326,7 @@ impl<'a> Scene<'a> {
         let end = self.session.end();
         match next {
             Next::Write => {
-                assert!(!left.is_empty() || self.told.feed.is_some(), "nothing to write")
+                assert!(!left.is_empty() || self.told.feed.is_some(), "nothing to write");
             }
             Next::OnDisk => assert!(!self.disk.may_wait, "the disk was there"),
             Next::Close => {
