@@ -179,7 +179,8 @@ pub fn follow(
     }
     let orphans = journal.as_ref().map(Journal::orphans).unwrap_or_default();
     let new_node = NodeId::random();
-    let relay = Arc::new(Relay::new(new_node, &fs, dir));
+    let is_new = journal.is_none() && options.begin_with.is_none();
+    let relay = Arc::new(Relay::new(new_node, &fs, dir, is_new));
     relay.publish(journal.as_ref());
     let shared = Arc::new(Shared {
         new_node,

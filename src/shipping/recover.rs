@@ -172,7 +172,7 @@ impl PeersError {
     pub const fn hint(&self) -> &'static str {
         match self {
             Self::Unreached { .. } => {
-                "bring the mirrors up, resume those that have halted, and try again: one of them may hold the only copy of acknowledged events. Meanwhile the journal can be read (Journal::open_read_only). One that is gone for good, or has never had the journal, is left out by name: give_up_on_mirror (`--give-up HOST:PORT`)"
+                "bring the mirrors up, resume those that have halted, and try again: one of them may hold the only copy of acknowledged events. Meanwhile the journal can be read (Journal::open_read_only). One that is gone for good is left out by name: give_up_on_mirror (`--give-up HOST:PORT`)"
             }
             Self::Longer { .. } => {
                 "this journal has lost events: open it with recover_from_mirrors (`headwater recover`) to take them back"

@@ -70,6 +70,8 @@ pub(super) struct Offer {
     pub(super) node: NodeId,
     /// `None`: nothing yet, or nothing at present.
     pub(super) journal: Option<Journal>,
+    /// There has never been one: nobody's events are here.
+    pub(super) is_new: bool,
     /// The nodes that it comes through, the mirror's last.
     pub(super) path: Vec<NodeId>,
     pub(super) generation: u64,
@@ -85,9 +87,10 @@ impl std::fmt::Debug for Bells {
 }
 
 impl Relay {
-    /// Of a mirror that will be this node.
-    pub(super) fn new(node: NodeId, fs: &Arc<dyn Fs>, dir: &Path) -> Self {
-        let offer = Offer { node, journal: None, path: path_of(node), generation: 0 };
+    /// Of a mirror that will be this node, if there is none yet; whether it is certain that there is none, not even the
+    /// beginning of a copy.
+    pub(super) fn new(node: NodeId, fs: &Arc<dyn Fs>, dir: &Path, is_new: bool) -> Self {
+        let offer = Offer { node, journal: None, is_new, path: path_of(node), generation: 0 };
         let (offer, bells) = (Mutex::new(offer), Mutex::default());
         let (fs, dir, generation) = (Arc::clone(fs), dir.to_owned(), AtomicU64::new(0));
         Self { fs, dir, generation, offer, standing: Mutex::default(), bells }
@@ -132,6 +135,7 @@ impl Relay {
                 offer.path = path_of(offer.node);
             }
             offer.journal = journal.cloned();
+            offer.is_new &= journal.is_none();
             !is_known
         });
     }

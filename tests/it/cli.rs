@@ -393,13 +393,28 @@ fn peer_says_how_two_histories_relate_and_recover_takes_back_what_one_has_lost()
 fn peer_and_recover_say_that_a_mirror_has_no_journal_at_present() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
-    fill(&store, small(), 3).close().unwrap();
-    let (nobody, mirror) = ("127.0.0.1:1", dir.path().join("mirror"));
-    let options = headwater::shipping::FollowOptions::default();
-    let fs = std::sync::Arc::new(headwater::fs::os::OsFs);
-    let mirror = headwater::shipping::follow(fs, &mirror, nobody, options).unwrap();
+    let origin = fill(&store, small(), 3);
+    let upstream = origin.serve("127.0.0.1:0").unwrap();
+    let address = upstream.local_addr().to_string();
+    let follow = |name: &str| {
+        let fs = std::sync::Arc::new(headwater::fs::os::OsFs);
+        let address = address.clone();
+        let options = headwater::shipping::FollowOptions::default();
+        headwater::shipping::follow(fs, &dir.path().join(name), address, options).unwrap()
+    };
+    let mirror = follow("mirror");
+    mirror.wait_caught_up(std::time::Duration::from_secs(20)).unwrap();
     let served = headwater::shipping::serve(&mirror, "127.0.0.1:0", Default::default()).unwrap();
+    mirror.stop().unwrap();
+    upstream.shutdown();
+    let new = follow("new");
+    let none = headwater::shipping::serve(&new, "127.0.0.1:0", Default::default()).unwrap();
+    origin.close().unwrap();
+    drop(origin);
     let (at, address) = (store.to_str().unwrap(), served.local_addr().to_string());
+    // One that has never had it holds nothing of it, which is known.
+    let text = ok(&["peer", at, &none.local_addr().to_string()]);
+    assert!(text.contains("ends at position 0"), "{text}");
     let told = run(&["peer", at, &address]);
     assert_eq!(told.status.code(), Some(1), "{}", out(&told));
     let text = err(&told);

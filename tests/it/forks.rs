@@ -567,6 +567,23 @@ mod recovery {
         assert!(is_not_asked());
     }
 
+    /// It holds nothing that the origin might have lost, and can't get anything while the origin waits for it: an origin that
+    /// was restarted while a new mirror was being set up would have stayed closed.
+    #[test]
+    fn a_mirror_that_has_never_had_the_journal_keeps_its_origin_from_nothing() {
+        let fs = SimFs::new(25);
+        let store = open(&fs);
+        append(&store, 10, &mut Rng::with_seed(25), "all");
+        store.close().unwrap();
+        let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let new = SimFs::new(26);
+        let options = FollowOptions { journal: options(), ..FollowOptions::default() };
+        let mirror = follow(dynamic(&new), Path::new(MIRROR), nobody.to_string(), options).unwrap();
+        let server = serve(&mirror, "127.0.0.1:0", ServeOptions::default()).unwrap();
+        let taken_back = take_back(&fs, &check(&[&server.local_addr().to_string()]));
+        assert!(matches!(taken_back, Ok(None)), "{taken_back:?}");
+    }
+
     #[test]
     fn an_origin_that_was_appended_to_since_is_told_where_it_parts_from_its_mirror() {
         let lost = lost(13);

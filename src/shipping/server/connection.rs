@@ -9,7 +9,7 @@ use super::feeds::{Choice, Feed};
 use super::{Peer, PeerState, Shared};
 use crate::format::leases::Lease;
 use crate::journal::AckKeeper;
-use crate::position::NodeId;
+use crate::position::{NodeId, Position};
 use crate::shipping::observe::EndReason;
 use crate::shipping::session::{Next, Now, Offer, OriginSession, OriginStatus, Output, Source};
 use crate::shipping::transport::Received;
@@ -148,7 +148,9 @@ impl Connection {
                 self.acks = Some(feed.journal.ack_keeper());
                 self.feed = Some(feed);
             }
-            Choice::NotYet => self.session.not_yet(None),
+            Choice::NotYet { has_none } => {
+                self.session.not_yet(has_none.then_some(Position::START));
+            }
             Choice::Denied => self.session.deny(),
         }
     }

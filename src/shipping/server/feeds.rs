@@ -75,8 +75,10 @@ impl Bell for Feed {
 #[derive(Debug)]
 pub(super) enum Choice {
     Feed(Arc<Feed>),
-    /// What is to be served may turn out to be that journal.
-    NotYet,
+    /// What is to be served may turn out to be that journal. With `has_none` it is certain that nothing of it is here yet.
+    NotYet {
+        has_none: bool,
+    },
     /// Nothing, for whatever reason.
     Denied,
 }
@@ -143,15 +145,27 @@ impl Feeds {
         }
         let is_complete = current.iter().all(Option::is_some);
         match current.into_iter().next().flatten() {
-            _ if !is_complete => Choice::NotYet,
+            _ if !is_complete => Choice::NotYet { has_none: self.0.lock().lack_new_ones_only() },
             Some(own) if may(&own.journal.id()) => Choice::Feed(own),
             Some(_) => Choice::Denied,
-            None => Choice::NotYet,
+            None => Choice::NotYet { has_none: false },
         }
     }
 }
 
 impl Known {
+    /// Whether every journal that isn't here has never been here: whoever asks what a mirror holds of it is told nothing, and
+    /// not that it isn't known.
+    fn lack_new_ones_only(&self) -> bool {
+        self.all.iter().all(|(origin, _)| match origin {
+            Origin::Journal(_) => true,
+            Origin::Relay(relay) => {
+                let offer = relay.offer();
+                offer.journal.is_some() || offer.is_new
+            }
+        })
+    }
+
     /// Every journal's feed as it is now; `None` where there is none at present.
     fn current(&mut self, server: &Arc<Shared>) -> Vec<Option<Arc<Feed>>> {
         let Self { all, next } = self;

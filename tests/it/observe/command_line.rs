@@ -98,7 +98,10 @@ fn lag_shows_both_ends_while_they_run_and_nothing_that_only_they_knew_afterwards
     assert_eq!(documented("lag"), keys(&json_of(&["lag", "--json", &path])));
     assert_eq!(documented("peer ls"), keys(&json_of(&["peer", "ls", "--json", &path])));
     let text = ok(&["lag", &path]);
-    assert!(text.contains("live") && text.contains("holds back") && text.contains("applied"), "{text}");
+    assert!(
+        text.contains("live") && text.contains("holds back") && text.contains("applied"),
+        "{text}"
+    );
     let text = ok(&["peer", "ls", &services.path("customers")]);
     assert!(text.contains(&services.address()) && text.contains("live"), "{text}");
 
