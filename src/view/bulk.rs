@@ -72,7 +72,7 @@ const FAR: usize = 1 << 10;
 const SAMPLE: usize = 1024;
 /// A part takes at most so much memory beyond what it needs.
 const GRANT_BYTES_MAX: usize = 64 << 10;
-/// If one row alone needs more than is allowed, others may have so much beside it at least.
+/// If one row alone needs more than is allowed, it is allowed so much more at least, again and again.
 const BESIDE_BYTES: usize = 4 << 10;
 
 /// What a bulk build may use.
@@ -216,7 +216,7 @@ impl Row {
 }
 
 fn spilled(bytes: Option<&Bytes>) -> usize {
-    bytes.filter(|it| it.spilled()).map_or(0, |it| it.capacity())
+    bytes.filter(|it| it.spilled()).map_or(0, SmallVec::capacity)
 }
 
 /// Memory for rows, which the parts share.
@@ -252,12 +252,13 @@ impl Allowed {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Rows were forgotten, if there was more than one.
+    /// Rows were forgotten; or there was at most one, and what it needs must be allowed, step by step.
     fn make_room(&mut self, parts: &mut [Part], were_forgotten: bool) {
         let taken: usize = parts.iter_mut().map(Part::taken_bytes).sum();
         self.taken = AtomicUsize::new(taken);
         if !were_forgotten {
-            self.room = taken + self.bytes_max.max(BESIDE_BYTES);
+            let room = self.room.max(taken);
+            self.room = room + room / 4 + self.bytes_max.max(BESIDE_BYTES);
         }
     }
 }
@@ -333,7 +334,7 @@ enum Stopped {
     /// There is no memory for another row.
     Full,
     /// With the event's place: which piece, which event of it.
-    Failed((usize, u32), StopError),
+    Failed((usize, u32), Box<StopError>),
 }
 
 /// A decoded piece of the journal.
@@ -464,7 +465,7 @@ impl<V: View> Pass<'_, V> {
             }
         }
         let first = failures.into_iter().min_by_key(|(place, _)| *place);
-        first.map_or(Ok(()), |(_, failure)| Err(Ended::Failed(failure)))
+        first.map_or(Ok(()), |(_, failure)| Err(Ended::Failed(*failure)))
     }
 
     /// Forgets the rows for which the event is discarded.
@@ -719,7 +720,7 @@ impl Part {
                         }
                         Err((at, event, cause)) => {
                             self.at = (pieces.len(), 0);
-                            let failure = stop_at(V::NAME, event, cause);
+                            let failure = Box::new(stop_at(V::NAME, event, cause));
                             return Err(Stopped::Failed((nth, at), failure));
                         }
                     }

@@ -29,7 +29,7 @@ use crate::position::Position;
 #[derive(Clone, Debug)]
 pub struct RebuildOptions {
     /// Memory for rows that aren't on disk yet, at the most; more of them need further passes over the journal. If one row
-    /// alone needs more, it is held all the same. Default 512 MiB.
+    /// alone needs more, it is held all the same, and a quarter of it is allowed beside it. Default 512 MiB.
     ///
     /// On top comes, for each thread:
     /// - what is decoded: two pieces of 2 MiB of the journal, or of a batch that is longer, as values of your type; and the

@@ -127,7 +127,7 @@ impl Case {
             let new = some.iter().map(|said| NewEvent::raw("said", write(*said)).unwrap());
             store.append(&Append::to(&stream, ExpectedRevision::Any, new)).unwrap().token()
         };
-        events.chunks(500).map(append).last().unwrap()
+        events.chunks(500).map(append).fold(None, |_, token| Some(token)).unwrap()
     }
 
     /// What the documentation of `memory_bytes_max` says.
@@ -141,8 +141,8 @@ impl Case {
         let of_an_event = 100 * self.keys_per_event as usize;
         let keys = pieces * (8 * MIB).min(events_per_piece * of_an_event).max(of_an_event);
         let folded = THREADS * 4 * self.row_bytes as usize;
-        let long_row =
-            if self.row_bytes as usize > self.limit { self.row_bytes as usize } else { 0 };
+        let is_long = self.row_bytes as usize > self.limit;
+        let long_row = if is_long { self.row_bytes as usize * 5 / 4 } else { 0 };
         self.limit + long_row + decoded + keys + folded
     }
 }
