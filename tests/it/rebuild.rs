@@ -177,7 +177,7 @@ fn live<const VERSION: u32>(view: &ViewHandle<Traces<VERSION>>) -> Vec<u32> {
 }
 
 fn little_memory() -> RebuildOptions {
-    RebuildOptions { memory_bytes_max: 100 << 10, threads: 3, ..RebuildOptions::default() }
+    RebuildOptions { memory_bytes_max: 128 << 10, threads: 3, ..RebuildOptions::default() }
 }
 
 /// The ordered path, the bulk path and the bulk path in many passes come to the same, on any history.
@@ -512,10 +512,11 @@ fn rebuilds_for_ever_in_a_process_that_is_killed() {
     }));
     let mut world = World::new(Path::new(&dir), 0);
     let view = world.open(Traces::<1>::default());
-    let done = AtomicBool::new(false);
+    // So much beside each rebuild: a journal that grows as fast as it can is rebuilt ever more slowly.
+    let (more, wanted) = mpsc::channel();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
+            while more.send(()).is_ok() {
                 let rebuilt = view.rebuild(little_memory()).unwrap().wait().unwrap();
                 println!("rebuilt {}", rebuilt.generation);
                 let back = view.rollback().unwrap().wait().unwrap();
@@ -524,8 +525,8 @@ fn rebuilds_for_ever_in_a_process_that_is_killed() {
                 std::io::stdout().flush().unwrap();
             }
         });
-        loop {
-            world.append(1);
+        for () in wanted {
+            world.append(100);
         }
     });
 }
