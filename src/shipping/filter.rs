@@ -289,16 +289,22 @@ impl FeedFilter {
 
     /// What both let through; it may have no part, or too many.
     pub(crate) fn and(&self, other: &Self) -> Self {
-        let pairs = self.parts.iter().flat_map(|a| other.parts.iter().filter_map(|b| a.and(b)));
-        let all = Self::any_of(pairs).parts;
-        if all.len() > PAIRS_MAX {
-            return Self { parts: all };
+        let (own, others) = (self.reduced(), other.reduced());
+        let pairs = own.parts.iter().flat_map(|a| others.parts.iter().filter_map(|b| a.and(b)));
+        let all = Self::any_of(pairs);
+        if all.parts.len() > PAIRS_MAX {
+            return all;
         }
+        all.reduced()
+    }
+
+    /// The same without the parts that lie in others.
+    fn reduced(&self) -> Self {
         let is_in_another = |part: &FeedPart| {
-            let mut others = all.iter().filter(|other| *other != part);
+            let mut others = self.parts.iter().filter(|other| *other != part);
             others.any(|other| part.is_within(other))
         };
-        Self { parts: all.iter().filter(|part| !is_in_another(part)).cloned().collect() }
+        Self { parts: self.parts.iter().filter(|part| !is_in_another(part)).cloned().collect() }
     }
 
     /// As in frames.

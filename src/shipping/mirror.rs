@@ -180,8 +180,10 @@ pub fn follow(
     let orphans = journal.as_ref().map(Journal::orphans).unwrap_or_default();
     let new_node = NodeId::random();
     let is_new = journal.is_none() && options.begin_with.is_none();
-    let relay = Arc::new(Relay::new(new_node, &fs, dir, is_new));
-    relay.publish(journal.as_ref());
+    let relay = Arc::new(Relay::new(new_node, &fs, dir, is_new, options.journal_id));
+    if journal.is_some() {
+        relay.publish(journal.as_ref());
+    }
     let shared = Arc::new(Shared {
         new_node,
         relay,

@@ -21,7 +21,7 @@ use super::message::Speaker;
 use super::mirror::Mirror;
 use crate::fs::Fs;
 use crate::journal::{Bell, Journal};
-use crate::position::NodeId;
+use crate::position::{JournalId, NodeId};
 
 /// Stands for the origin, and whoever lies between, in the path of a mirror that hasn't heard of them yet.
 const UNKNOWN: NodeId = NodeId::from_bytes([0; 16]);
@@ -70,8 +70,10 @@ pub(super) struct Offer {
     pub(super) node: NodeId,
     /// `None`: nothing yet, or nothing at present.
     pub(super) journal: Option<Journal>,
-    /// There has never been one: nobody's events are here.
+    /// There has never been one, and the mirror is being followed: nobody's events are here.
     pub(super) is_new: bool,
+    /// Of which journal it is to be a mirror, if that was said.
+    pub(super) meant: Option<JournalId>,
     /// The nodes that it comes through, the mirror's last.
     pub(super) path: Vec<NodeId>,
     pub(super) generation: u64,
@@ -88,9 +90,16 @@ impl std::fmt::Debug for Bells {
 
 impl Relay {
     /// Of a mirror that will be this node, if there is none yet; whether it is certain that there is none, not even the
-    /// beginning of a copy.
-    pub(super) fn new(node: NodeId, fs: &Arc<dyn Fs>, dir: &Path, is_new: bool) -> Self {
-        let offer = Offer { node, journal: None, is_new, path: path_of(node), generation: 0 };
+    /// beginning of a copy; and of which journal it is to be, if that was said.
+    pub(super) fn new(
+        node: NodeId,
+        fs: &Arc<dyn Fs>,
+        dir: &Path,
+        is_new: bool,
+        meant: Option<JournalId>,
+    ) -> Self {
+        let path = path_of(node);
+        let offer = Offer { node, journal: None, is_new, meant, path, generation: 0 };
         let (offer, bells) = (Mutex::new(offer), Mutex::default());
         let (fs, dir, generation) = (Arc::clone(fs), dir.to_owned(), AtomicU64::new(0));
         Self { fs, dir, generation, offer, standing: Mutex::default(), bells }
@@ -135,7 +144,7 @@ impl Relay {
                 offer.path = path_of(offer.node);
             }
             offer.journal = journal.cloned();
-            offer.is_new &= journal.is_none();
+            offer.is_new = false; // in a moment others may fill its directory
             !is_known
         });
     }

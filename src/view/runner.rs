@@ -167,10 +167,7 @@ pub(super) fn start<P: Program>(
         flush_failure: None,
     };
     #[cfg(feature = "shipping")]
-    let appliers = {
-        let places = sources.iter().zip(state.applied.checkpoints.iter());
-        places.map(|(journal, at)| journal.applier(at.position)).collect()
-    };
+    let appliers = sources.iter().map(|journal| journal.applier(Position::START)).collect();
     let shared = Arc::new(Shared {
         openings,
         served: ArcSwap::new(opened.db),
@@ -195,6 +192,8 @@ pub(super) fn start<P: Program>(
     if opened.is_begun_in_order {
         shared.begin_first_build(&shared.sources.end());
     }
+    #[cfg(feature = "shipping")]
+    shared.note_applied(&shared.state());
     let runner = Runner::new(view, shared.clone(), shared.db(), 0, durable.bytes());
     let (threads, closing, inline) = (Mutex::default(), Mutex::default(), OnceLock::new());
     let running = Running { shared, threads, closing, inline };
@@ -863,10 +862,13 @@ impl Shared {
     /// A mirror tells its origin how far its views have got.
     #[cfg(feature = "shipping")]
     fn note_applied(&self, state: &State) {
-        for (applier, at) in self.appliers.iter().zip(state.applied.checkpoints.iter()) {
-            match state.phase {
-                Phase::Closed => applier.leave(),
-                _ => applier.note(at.position),
+        let is_closed = state.stop_requested || matches!(state.phase, Phase::Closed);
+        for (applier, journal) in self.appliers.iter().zip(self.sources.ids()) {
+            match is_closed {
+                true => applier.leave(),
+                // Rows may be of another history, or of another journal.
+                false if !state.judged => applier.note(Position::START),
+                false => applier.note(state.applied.checkpoints.position(*journal)),
             }
         }
     }
@@ -985,7 +987,9 @@ impl Shared {
             return Ok(());
         };
         if applied.events() >= until_events {
+            // Nothing is left to be held up; and who closes the view finds nobody to wake any more.
             *self.first_build.lock() = None;
+            return Ok(());
         }
         let events = applied.events().saturating_sub(before.events());
         control.advance(events, applied.bytes().saturating_sub(before.bytes()))

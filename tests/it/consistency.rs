@@ -373,8 +373,11 @@ mod views {
         assert!(stopped.is_err() && matches!(stops.status().state, ViewState::Stopped(_)));
         hears(Some(Position::new(3)));
         assert_eq!(mirror.status().applied, Some(Position::new(3)), "the last one counts");
-        drop(stops);
+        // One that is closed isn't waited for, also if somebody keeps a handle.
+        let kept = stops.clone();
+        stops.close().unwrap();
         hears(Some(Position::new(7)));
+        drop(kept);
 
         // What the service says itself counts in its place.
         mirror.report_applied(Position::new(1));

@@ -313,8 +313,8 @@ mod recovery {
         Speaker, Subscribed, Welcome,
     };
     use headwater::shipping::{
-        FollowOptions, MirrorStatus, PeersCheck, PeersError, ServeOptions, Server, ShippingError,
-        TakenBack, follow, recover, serve,
+        FollowOptions, MirrorStatus, PeersCheck, PeersError, ServeOptions, Served, Server,
+        ShippingError, TakenBack, follow, recover, serve,
     };
     use headwater::{Incarnation, NodeId, OpenError, Refusal};
 
@@ -575,13 +575,36 @@ mod recovery {
         let store = open(&fs);
         append(&store, 10, &mut Rng::with_seed(25), "all");
         store.close().unwrap();
+        let id = store.journal().id();
         let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let new = SimFs::new(26);
-        let options = FollowOptions { journal: options(), ..FollowOptions::default() };
-        let mirror = follow(dynamic(&new), Path::new(MIRROR), nobody.to_string(), options).unwrap();
-        let server = serve(&mirror, "127.0.0.1:0", ServeOptions::default()).unwrap();
-        let taken_back = take_back(&fs, &check(&[&server.local_addr().to_string()]));
+        let new = |journal_id| {
+            let options =
+                FollowOptions { journal: options(), journal_id, ..FollowOptions::default() };
+            let disk = dynamic(&SimFs::new(26));
+            follow(disk, Path::new(MIRROR), nobody.to_string(), options).unwrap()
+        };
+        let asked = |served: Served| {
+            let server = serve(served, "127.0.0.1:0", ServeOptions::default()).unwrap();
+            take_back(&fs, &check(&[&server.local_addr().to_string()]))
+        };
+        let (mirror, named) = (new(None), new(Some(id)));
+        let taken_back = asked((&mirror).into());
         assert!(matches!(taken_back, Ok(None)), "{taken_back:?}");
+        // Beside other journals it may be meant for another one, and a mirror of this one be there that isn't served.
+        let other = open(&SimFs::new(27));
+        let beside = |mirror| Served::from(other.journal().clone()).and(mirror);
+        match asked(beside(&mirror)) {
+            Err(OpenError::Peers(error)) => {
+                assert!(matches!(*error, PeersError::Unreached { asked: 0, .. }), "{error}");
+            }
+            answer => panic!("{answer:?}"),
+        }
+        let taken_back = asked(beside(&named));
+        assert!(matches!(taken_back, Ok(None)), "{taken_back:?}");
+        // From now on its directory is anybody's.
+        let served = Served::from(&named);
+        named.stop().unwrap();
+        assert!(matches!(asked(served), Err(OpenError::Peers(_))));
     }
 
     #[test]

@@ -748,6 +748,25 @@ fn a_first_build_reads_no_faster_than_it_may() {
     world.assert_shows(&view);
 }
 
+/// A journal of less than 1 MiB is folded in order. When all of it was there the build was over, and the thread held up for
+/// what it had read, for as long as that took: nobody who closed the view could wake it.
+#[test]
+fn a_first_build_in_order_holds_nobody_up_when_it_is_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 14);
+    world.append(5);
+    let building = RebuildOptions { bytes_per_second_max: Some(1), ..RebuildOptions::default() };
+    let slow = ViewOptions { building, ..ViewOptions::default() };
+    let view = world.store.view_with(Traces::<1>::default(), slow).unwrap();
+    view.wait_for_latest(PATIENCE).unwrap();
+    world.append(1);
+    view.wait_for_latest(PATIENCE).unwrap();
+    world.assert_shows(&view);
+    let (closed_tx, closed) = mpsc::channel();
+    std::thread::spawn(move || closed_tx.send(view.close().is_ok()));
+    assert_eq!(closed.recv_timeout(PATIENCE), Ok(true));
+}
+
 /// Whoever restarts while the new rows are built isn't asked again.
 #[test]
 fn a_lost_tail_that_was_accepted_stays_accepted_before_the_new_rows_are_built() {

@@ -88,10 +88,12 @@ impl Shared {
         let was_live = matches!(state.phase, MirrorState::Live);
         let had = resume.map_or(Position::START, |resume| resume.end.position);
         let progressed = state.mirrored().is_some_and(|mirrored| mirrored.position > had);
-        let healthy = was_live || progressed || started.elapsed() >= HEALTHY_AFTER;
         let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
         let is_cut_off =
             written.is_ok() && matches!(&end, Some(SessionEnd::Diverged(at)) if at.is_cut_off);
+        // A search that takes long serves nobody: the next attempt waits as long as behind any other failure.
+        let lasted = started.elapsed() >= HEALTHY_AFTER && !is_cut_off;
+        let healthy = was_live || progressed || lasted;
         let error = match (written, end) {
             (Err(error), _) => error,
             (Ok(()), Some(SessionEnd::Disconnected) | None) => {

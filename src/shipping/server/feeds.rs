@@ -106,7 +106,7 @@ impl Feeds {
 
     /// The first of them: the server's own.
     pub(super) fn own(&self, server: &Arc<Shared>) -> Option<Arc<Feed>> {
-        self.0.lock().current(server).into_iter().next().flatten()
+        self.0.lock().current(server).first().and_then(Now::feed).cloned()
     }
 
     /// Where the files of the first of them are.
@@ -135,39 +135,59 @@ impl Feeds {
         server: &Arc<Shared>,
     ) -> Choice {
         let current = self.0.lock().current(server);
-        let is_wanted = |feed: &&Arc<Feed>| wanted.is_none_or(|id| feed.journal.id() == id);
+        let feeds = || current.iter().filter_map(Now::feed);
         let found = match wanted {
-            Some(_) => current.iter().flatten().find(is_wanted),
-            None => current.first().and_then(Option::as_ref),
+            Some(id) => feeds().find(|feed| feed.journal.id() == id),
+            None => current.first().and_then(Now::feed),
         };
         if let Some(feed) = found.filter(|feed| may(&feed.journal.id())) {
             return Choice::Feed(Arc::clone(feed));
         }
-        let is_complete = current.iter().all(Option::is_some);
-        match current.into_iter().next().flatten() {
-            _ if !is_complete => Choice::NotYet { has_none: self.0.lock().lack_new_ones_only() },
-            Some(own) if may(&own.journal.id()) => Choice::Feed(own),
+        // What a mirror that has never had a journal lacks is known, if it is certain that this one was to be there.
+        let is_to_be = |wanted: JournalId| {
+            let alone = current.len() == 1;
+            let mut new = current.iter().filter_map(Now::new);
+            new.any(|meant| meant.map_or(alone, |meant| meant == wanted))
+                && !current.iter().any(|now| matches!(now, Now::Absent))
+        };
+        let has_none = found.is_none() && wanted.is_some_and(|id| may(&id) && is_to_be(id));
+        match current.first() {
+            _ if feeds().count() < current.len() => Choice::NotYet { has_none },
+            Some(Now::Feed(own)) if may(&own.journal.id()) => Choice::Feed(Arc::clone(own)),
             Some(_) => Choice::Denied,
             None => Choice::NotYet { has_none: false },
         }
     }
 }
 
-impl Known {
-    /// Whether every journal that isn't here has never been here: whoever asks what a mirror holds of it is told nothing, and
-    /// not that it isn't known.
-    fn lack_new_ones_only(&self) -> bool {
-        self.all.iter().all(|(origin, _)| match origin {
-            Origin::Journal(_) => true,
-            Origin::Relay(relay) => {
-                let offer = relay.offer();
-                offer.journal.is_some() || offer.is_new
-            }
-        })
+/// A journal as it is served at one moment.
+enum Now {
+    Feed(Arc<Feed>),
+    /// There has never been one; which it is to be, if that was said.
+    New(Option<JournalId>),
+    /// It isn't here at present, and what it holds isn't known.
+    Absent,
+}
+
+impl Now {
+    const fn feed(&self) -> Option<&Arc<Feed>> {
+        match self {
+            Self::Feed(feed) => Some(feed),
+            _ => None,
+        }
     }
 
-    /// Every journal's feed as it is now; `None` where there is none at present.
-    fn current(&mut self, server: &Arc<Shared>) -> Vec<Option<Arc<Feed>>> {
+    const fn new(&self) -> Option<Option<JournalId>> {
+        match self {
+            Self::New(meant) => Some(*meant),
+            _ => None,
+        }
+    }
+}
+
+impl Known {
+    /// Every journal as it is now.
+    fn current(&mut self, server: &Arc<Shared>) -> Vec<Now> {
         let Self { all, next } = self;
         let renew = |(origin, feed): &mut (Origin, Option<Arc<Feed>>)| {
             let (journal, path, relay) = match origin {
@@ -178,23 +198,24 @@ impl Known {
                     };
                     (journal.clone(), path, None)
                 }
-                Origin::Journal(_) => return feed.clone(),
+                Origin::Journal(_) => return feed.clone().map_or(Now::Absent, Now::Feed),
                 Origin::Relay(relay) => {
                     let offer = relay.offer();
                     let Some(journal) = offer.journal else {
                         *feed = None;
-                        return None;
+                        return if offer.is_new { Now::New(offer.meant) } else { Now::Absent };
                     };
-                    if feed.as_ref().is_some_and(|feed| !feed.is_over()) {
-                        return feed.clone();
+                    if let Some(feed) = feed.as_ref().filter(|feed| !feed.is_over()) {
+                        return Now::Feed(Arc::clone(feed));
                     }
                     (journal, offer.path, Some((Arc::clone(relay), offer.generation)))
                 }
             };
             *next += 1;
             let (rung, server) = (AtomicBool::new(false), Arc::downgrade(server));
-            *feed = Some(Arc::new(Feed { number: *next, journal, path, relay, rung, server }));
-            feed.clone()
+            let new = Arc::new(Feed { number: *next, journal, path, relay, rung, server });
+            *feed = Some(Arc::clone(&new));
+            Now::Feed(new)
         };
         all.iter_mut().map(renew).collect()
     }

@@ -336,8 +336,10 @@ impl OriginSession {
 
     /// Until when something is to be heard of the peer; once it was told that the histories differ, all of its next question:
     /// until it has a subscription it is one of the strangers, of whom there may be a few only.
-    fn silence_until(&self) -> Instant {
+    fn silence_until(&self, now: Now) -> Instant {
         let since = match self.state {
+            // It has asked, and waits for us.
+            State::Diverged(_) if !self.asked.is_empty() => now.at,
             State::Diverged(_) => self.answered_at,
             _ => self.heard_at.max(self.answered_at),
         };
@@ -613,7 +615,7 @@ impl OriginSession {
         }
         Next::Wait {
             past: self.window_is_open().then(|| self.sent_position()),
-            until: self.next_deadline(),
+            until: self.next_deadline(now),
         }
     }
 
@@ -644,7 +646,7 @@ impl OriginSession {
             State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
             // Rights are looked at as often.
             State::Diverged(_) | State::Streaming => {
-                self.silence_until().min(now.at + self.config.deadlines.heartbeat)
+                self.silence_until(now).min(now.at + self.config.deadlines.heartbeat)
             }
             State::Judging(_) | State::Ended => now.at + self.config.deadlines.silence,
         }
@@ -669,8 +671,8 @@ impl OriginSession {
         sifted.or(self.status.sent).map_or(Position::START, |sent| sent.position)
     }
 
-    fn next_deadline(&self) -> Instant {
-        let silence_until = self.silence_until();
+    fn next_deadline(&self, now: Now) -> Instant {
+        let silence_until = self.silence_until(now);
         match self.state {
             State::Diverged(_) => silence_until,
             State::Streaming => {
@@ -687,7 +689,7 @@ impl OriginSession {
             State::AwaitHello | State::AwaitSubscribe if now.at >= self.handshake_until => {
                 Deadline::Handshake
             }
-            State::Diverged(_) | State::Streaming if now.at >= self.silence_until() => {
+            State::Diverged(_) | State::Streaming if now.at >= self.silence_until(now) => {
                 Deadline::Silence
             }
             _ => return,
