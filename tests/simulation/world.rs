@@ -210,6 +210,12 @@ impl World {
             match self.open() {
                 Ok(store) => {
                     self.fs.clear_faults();
+                    // What goes on beside the opening may have met what that came past.
+                    if self.fs.down().is_some() {
+                        drop(store);
+                        self.crash();
+                        continue;
+                    }
                     self.note_recovery(&store);
                     return Ok(store);
                 }
