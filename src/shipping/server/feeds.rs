@@ -145,10 +145,13 @@ impl Feeds {
         }
         // What a mirror that has never had a journal lacks is known, if it is certain that this one was to be there.
         let is_to_be = |wanted: JournalId| {
-            let alone = current.len() == 1;
-            let mut new = current.iter().filter_map(Now::new);
-            new.any(|meant| meant.map_or(alone, |meant| meant == wanted))
-                && !current.iter().any(|now| matches!(now, Now::Absent))
+            let is_it = |now: &Now| match now {
+                Now::New(None) => current.len() == 1,
+                Now::New(Some(meant)) => *meant == wanted,
+                Now::Feed(_) | Now::Absent => false,
+            };
+            let is_known = |now: &Now| !matches!(now, Now::Absent);
+            current.iter().any(is_it) && current.iter().all(is_known)
         };
         let has_none = found.is_none() && wanted.is_some_and(|id| may(&id) && is_to_be(id));
         match current.first() {
@@ -173,13 +176,6 @@ impl Now {
     const fn feed(&self) -> Option<&Arc<Feed>> {
         match self {
             Self::Feed(feed) => Some(feed),
-            _ => None,
-        }
-    }
-
-    const fn new(&self) -> Option<Option<JournalId>> {
-        match self {
-            Self::New(meant) => Some(*meant),
             _ => None,
         }
     }
