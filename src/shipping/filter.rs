@@ -482,6 +482,17 @@ mod tests {
         assert_eq!(wanted.and(&allowed).check(), Err(InvalidFilter::TooLarge));
     }
 
+    /// Rights that lie in others were multiplied with all that was wanted before they were left out, and there were more
+    /// pairs than are looked at: a feed that needs no more than 16 parts was refused.
+    #[test]
+    fn rights_that_lie_in_others_count_for_nothing() {
+        let more = (0..16).map(|n| FeedPart::tags(["vip".to_owned(), format!("t{n}")]));
+        let allowed = FeedFilter::any_of(more.chain([FeedPart::tags(["vip"])]));
+        let wanted = FeedFilter::any_of((0..16).map(|n| FeedPart::tags([format!("w{n}")])));
+        let both = wanted.and(&allowed);
+        assert_eq!((both.parts.len(), both.check()), (16, Ok(())));
+    }
+
     /// As they are kept for each subscriber: 64 KiB are promised, and a frame takes 40 of them.
     #[test]
     fn the_largest_filter_takes_a_few_kib() {

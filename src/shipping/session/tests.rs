@@ -154,6 +154,38 @@ fn whatever_happens_the_mirror_is_a_prefix_and_converges() {
     }
 }
 
+/// The question came in time, and waited for a thread that may wait for the disk; when that took it up, the five seconds for the
+/// question were over, and the mirror was cut off for having asked nothing.
+#[test]
+fn a_question_that_came_in_time_is_answered_whenever_there_is_time_for_it() {
+    let (start, mut journal, mut mirror) = (now(), filled(8, 3), ModelMirror::default());
+    Connection::new(&mirror, start).settle(&mut journal, &mut mirror, start);
+    journal.reopened_with(2);
+    (0..8).for_each(|_| journal.append(&[7; 100]));
+    journal.sync();
+    let mut connection = Connection::new(&mirror, start);
+    let has_asked = |bytes: &[u8]| {
+        let mut reader = FrameReader::new();
+        reader.push(bytes);
+        std::iter::from_fn(|| reader.next_message().unwrap().map(|it| it.name() == "PROBE"))
+            .any(|is_probe| is_probe)
+    };
+    loop {
+        connection.speak(&mut journal, start);
+        connection.hear_origin(usize::MAX, &mut mirror, start);
+        connection.mirror.take_output(start, &mut connection.to_origin);
+        if has_asked(&connection.to_origin) {
+            break;
+        }
+        connection.hear_mirror(usize::MAX, start);
+    }
+    let silence = origin_config().deadlines.silence;
+    connection.hear_mirror(usize::MAX, later(start, silence - Duration::from_millis(1)));
+    let late = later(start, 2 * silence);
+    connection.origin.poll(&mut journal, late, &mut connection.to_mirror);
+    assert_eq!((connection.origin.end(), journal.probed > 0), (None, true));
+}
+
 /// An origin loses a tail of any length and grows again by any number of batches, with the same payloads or
 /// others: a mirror whose end is still there goes on, any other is told, and gets nothing.
 #[test]
