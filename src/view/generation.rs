@@ -219,9 +219,16 @@ impl Generations {
     /// The folder of a new generation, beside the live one if there is one: [`set_live`](Self::set_live) makes it the
     /// live one. Until then it isn't kept: it goes away at the next opening if its process dies.
     pub(super) fn begin(&self) -> Result<(u32, PathBuf), ViewError> {
+        const ACTION: &str = "creating the generation's directory";
         let number = self.last_used()?.saturating_add(1);
-        let folder = self.folder(number)?;
-        self.keep_no_longer(&folder)?;
+        let name = format!("{}.{number}", self.version);
+        let (folder, unmarked) = (self.dir.join(&name), self.dir.join(name + GONE));
+        // Killed before it is marked, it has a name that is no generation's.
+        remove_all(&unmarked).context(ACTION, &unmarked)?;
+        self.fs.create_dir_all(&unmarked).context(ACTION, &unmarked)?;
+        self.keep_no_longer(&unmarked)?;
+        self.fs.rename(&unmarked, &folder).context(ACTION, &folder)?;
+        self.fs.sync_dir(&self.dir).context(ACTION, &self.dir)?;
         Ok((number, folder))
     }
 
