@@ -103,6 +103,22 @@ impl<'a> Script<'a> {
         OriginEnd { offset: self.near(end.offset), position: self.position(end.position) }
     }
 
+    /// A frame, perhaps damaged.
+    pub(super) fn frame<'m>(&mut self, message: impl FnOnce(&mut Self) -> Message<'m>) -> Vec<u8> {
+        let mut frame = Vec::new();
+        message(self).encode(&mut frame);
+        self.damage(frame)
+    }
+
+    /// Of so many bytes that are under way all arrive at once, or a part of them, or all of them together with what follows.
+    pub(super) fn arriving(&mut self, under_way: usize) -> Option<usize> {
+        match self.byte() % 8 {
+            6 => None,
+            7 => Some(self.up_to(under_way)),
+            _ => Some(under_way),
+        }
+    }
+
     /// Damages frames, cuts them or leaves them as they are; what is damaged may get right checksums.
     pub(super) fn damage(&mut self, mut frames: Vec<u8>) -> Vec<u8> {
         match self.byte() % 16 {

@@ -209,22 +209,14 @@ impl<'a> Scene<'a> {
     }
 
     fn say<'m>(&mut self, message: impl FnOnce(&mut Script<'a>) -> Message<'m>) {
-        let mut frame = Vec::new();
-        message(&mut self.script).encode(&mut frame);
-        let frame = self.script.damage(frame);
+        let frame = self.script.frame(message);
         self.send(&frame);
     }
 
-    /// All of it arrives at once, or a part of it later, or all of it together with what follows.
     fn send(&mut self, frame: &[u8]) {
         self.wire.extend_from_slice(frame);
-        match self.script.byte() % 8 {
-            6 => {}
-            7 => {
-                let some = self.script.up_to(self.wire.len());
-                self.arrive(some);
-            }
-            _ => self.arrive(usize::MAX),
+        if let Some(some) = self.script.arriving(self.wire.len()) {
+            self.arrive(some);
         }
     }
 

@@ -106,7 +106,7 @@ impl Feeds {
 
     /// The first of them: the server's own.
     pub(super) fn own(&self, server: &Arc<Shared>) -> Option<Arc<Feed>> {
-        self.0.lock().current(server).first().and_then(Now::feed).cloned()
+        self.0.lock().current(server).first().and_then(Presence::feed).cloned()
     }
 
     /// Where the files of the first of them are.
@@ -135,28 +135,28 @@ impl Feeds {
         server: &Arc<Shared>,
     ) -> Choice {
         let current = self.0.lock().current(server);
-        let feeds = || current.iter().filter_map(Now::feed);
+        let feeds = || current.iter().filter_map(Presence::feed);
         let found = match wanted {
             Some(id) => feeds().find(|feed| feed.journal.id() == id),
-            None => current.first().and_then(Now::feed),
+            None => current.first().and_then(Presence::feed),
         };
         if let Some(feed) = found.filter(|feed| may(&feed.journal.id())) {
             return Choice::Feed(Arc::clone(feed));
         }
         // What a mirror that has never had a journal lacks is known, if it is certain that this one was to be there.
         let is_to_be = |wanted: JournalId| {
-            let is_it = |now: &Now| match now {
-                Now::New(None) => current.len() == 1,
-                Now::New(Some(meant)) => *meant == wanted,
-                Now::Feed(_) | Now::Absent => false,
+            let is_it = |now: &Presence| match now {
+                Presence::New(None) => current.len() == 1,
+                Presence::New(Some(meant)) => *meant == wanted,
+                Presence::Feed(_) | Presence::Absent => false,
             };
-            let is_known = |now: &Now| !matches!(now, Now::Absent);
+            let is_known = |now: &Presence| !matches!(now, Presence::Absent);
             current.iter().any(is_it) && current.iter().all(is_known)
         };
         let has_none = found.is_none() && wanted.is_some_and(|id| may(&id) && is_to_be(id));
         match current.first() {
             _ if feeds().count() < current.len() => Choice::NotYet { has_none },
-            Some(Now::Feed(own)) if may(&own.journal.id()) => Choice::Feed(Arc::clone(own)),
+            Some(Presence::Feed(own)) if may(&own.journal.id()) => Choice::Feed(Arc::clone(own)),
             Some(_) => Choice::Denied,
             None => Choice::NotYet { has_none: false },
         }
@@ -164,7 +164,7 @@ impl Feeds {
 }
 
 /// A journal as it is served at one moment.
-enum Now {
+enum Presence {
     Feed(Arc<Feed>),
     /// There has never been one; which it is to be, if that was said.
     New(Option<JournalId>),
@@ -172,7 +172,7 @@ enum Now {
     Absent,
 }
 
-impl Now {
+impl Presence {
     const fn feed(&self) -> Option<&Arc<Feed>> {
         match self {
             Self::Feed(feed) => Some(feed),
@@ -183,7 +183,7 @@ impl Now {
 
 impl Known {
     /// Every journal as it is now.
-    fn current(&mut self, server: &Arc<Shared>) -> Vec<Now> {
+    fn current(&mut self, server: &Arc<Shared>) -> Vec<Presence> {
         let Self { all, next } = self;
         let renew = |(origin, feed): &mut (Origin, Option<Arc<Feed>>)| {
             let (journal, path, relay) = match origin {
@@ -194,15 +194,19 @@ impl Known {
                     };
                     (journal.clone(), path, None)
                 }
-                Origin::Journal(_) => return feed.clone().map_or(Now::Absent, Now::Feed),
+                Origin::Journal(_) => return feed.clone().map_or(Presence::Absent, Presence::Feed),
                 Origin::Relay(relay) => {
                     let offer = relay.offer();
                     let Some(journal) = offer.journal else {
                         *feed = None;
-                        return if offer.is_new { Now::New(offer.meant) } else { Now::Absent };
+                        return if offer.is_new {
+                            Presence::New(offer.meant)
+                        } else {
+                            Presence::Absent
+                        };
                     };
                     if let Some(feed) = feed.as_ref().filter(|feed| !feed.is_over()) {
-                        return Now::Feed(Arc::clone(feed));
+                        return Presence::Feed(Arc::clone(feed));
                     }
                     (journal, offer.path, Some((Arc::clone(relay), offer.generation)))
                 }
@@ -211,7 +215,7 @@ impl Known {
             let (rung, server) = (AtomicBool::new(false), Arc::downgrade(server));
             let new = Arc::new(Feed { number: *next, journal, path, relay, rung, server });
             *feed = Some(Arc::clone(&new));
-            Now::Feed(new)
+            Presence::Feed(new)
         };
         all.iter_mut().map(renew).collect()
     }
