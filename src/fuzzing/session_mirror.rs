@@ -310,8 +310,9 @@ impl<'a> Scene<'a> {
         if self.floods > 2 || self.heard.phase != Phase::Streaming {
             return;
         }
-        let max_frame = self.heard.max_frame as usize;
-        let page = self.journal.batches[0].page.bytes();
+        // An origin that was restored may have nothing, and no page.
+        let Some(batch) = self.journal.batches.first() else { return };
+        let (page, max_frame) = (batch.page.bytes(), self.heard.max_frame as usize);
         let mut payload = vec![0; if kind == 2 { 128 } else { max_frame - 32 }];
         let whole = if kind == 0 { PADDED_BYTES_LIMIT } else { payload.len() as u32 };
         payload[60..64].copy_from_slice(&whole.to_le_bytes());
