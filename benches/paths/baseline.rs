@@ -26,6 +26,13 @@ impl Device {
         Ok(Self { file, size, at: 0 })
     }
 
+    /// One that is there, from its beginning on.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().write(true).open(path)?;
+        let size = file.metadata()?.len();
+        Ok(Self { file, size, at: 0 })
+    }
+
     /// Writes behind what was written last, at the beginning again when the file is full.
     pub(crate) fn write_synced(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.at + bytes.len() as u64 > self.size {

@@ -53,7 +53,13 @@ enum Cli {
     #[command(hide = true)]
     Relays { dir: PathBuf, origin: String, count: usize },
     #[command(hide = true)]
+    Bare(shipping::bare::Task),
+    #[command(hide = true)]
+    BareRelays { dir: PathBuf, origin: String, count: usize, message_bytes: usize },
+    #[command(hide = true)]
     Coordinator(two_phase::coordinator::Task),
+    #[command(hide = true)]
+    Placing { dir: PathBuf, address: String, orders_per_second: u32 },
     #[command(hide = true)]
     Customers { dir: PathBuf, orders: String },
 }
@@ -98,7 +104,14 @@ fn main() -> ExitCode {
             shipping::origin::serve(&dir, &address, tls.as_deref())
         }
         Cli::Relays { dir, origin, count } => shipping::relays::serve(&dir, &origin, count),
+        Cli::Bare(task) => shipping::bare::serve(&task),
+        Cli::BareRelays { dir, origin, count, message_bytes } => {
+            shipping::bare::relay(&dir, &origin, count, message_bytes)
+        }
         Cli::Coordinator(task) => two_phase::coordinator::run(&task),
+        Cli::Placing { dir, address, orders_per_second } => {
+            two_phase::away::placing(&dir, &address, orders_per_second)
+        }
         Cli::Customers { dir, orders } => two_phase::customers::run(&dir, &orders),
     };
     match outcome {

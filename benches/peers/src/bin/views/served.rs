@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use headwater::view::{RebuildOptions, ViewHandle, ViewOptions};
 use headwater::{Append, ExpectedRevision, NewEvent, Store, StreamId};
-use rocksdb::{BlockBasedOptions, Cache, DB, Options, WriteBatch, WriteOptions};
+use rocksdb::{
+    BlockBasedIndexType, BlockBasedOptions, Cache, DB, Options, WriteBatch, WriteOptions,
+};
 use serde::Serialize;
 
 use crate::shared::spread::Spread;
@@ -45,7 +47,9 @@ pub(crate) struct Served {
     pub(crate) append_inline_p50_us: f64,
     /// By round: the difference of the medians.
     pub(crate) inline_added_us: Spread,
-    /// Bytes written per event when rows are written without a write-ahead log, and with one.
+    /// Bytes written per event: by a view, and by RocksDB alone when the same rows are written without a write-ahead log, and
+    /// with one.
+    pub(crate) bytes_of_view: f64,
     pub(crate) bytes_without_wal: f64,
     pub(crate) bytes_with_wal: f64,
     pub(crate) bytes_keys: u64,
@@ -56,7 +60,7 @@ pub(crate) fn measure(dir: &Path) -> Outcome<Served> {
     let (flip_pause_p50_us, flip_pause_p99_us, no_flip_pause_p99_us) = flips(&dir.join("flips"))?;
     let (visible_p50_us, visible_p99_us) = visible(&dir.join("visible"))?;
     let (append_p50_us, append_inline_p50_us, inline_added_us) = inline(&dir.join("inline"))?;
-    let (bytes_without_wal, bytes_with_wal) = bytes(&dir.join("bytes"))?;
+    let [bytes_of_view, bytes_without_wal, bytes_with_wal] = bytes(&dir.join("bytes"))?;
     Ok(Served {
         get_ns,
         bare_get_ns,
@@ -70,6 +74,7 @@ pub(crate) fn measure(dir: &Path) -> Outcome<Served> {
         append_p50_us,
         append_inline_p50_us,
         inline_added_us,
+        bytes_of_view,
         bytes_without_wal,
         bytes_with_wal,
         bytes_keys: ROWS,
@@ -122,14 +127,24 @@ fn spread(values: Vec<f64>) -> Outcome<Spread> {
     Ok(Spread::of(values).ok_or("no rounds")?)
 }
 
-/// As the view's database is read.
-fn read_options() -> Options {
+impl Served {
+    /// What a view with a write-ahead log would have written.
+    pub(crate) fn bytes_of_view_with_wal(&self) -> f64 {
+        self.bytes_of_view + self.bytes_with_wal - self.bytes_without_wal
+    }
+}
+
+/// Those of the view's database.
+fn database_options() -> Options {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(&Cache::new_lru_cache(256 << 20));
     blocks.set_block_size(16 << 10);
     blocks.set_bloom_filter(10.0, false);
     blocks.set_cache_index_and_filter_blocks(true);
     blocks.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    blocks.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    blocks.set_partition_filters(true);
+    blocks.set_pin_top_level_index_and_filter(true);
     let mut options = Options::default();
     options.set_block_based_table_factory(&blocks);
     options.set_max_open_files(256);
@@ -139,7 +154,7 @@ fn read_options() -> Options {
 /// A random row through the view, decoded, and its bytes by a bare get from the same files.
 fn reads(dir: &Path) -> Outcome<(f64, f64, Spread)> {
     let (store, view) = filled(dir, ROWS, ROWS, options())?;
-    let bare = DB::open_for_read_only(&read_options(), view.status().generation, false)?;
+    let bare = DB::open_for_read_only(&database_options(), view.status().generation, false)?;
     let keys: Vec<u64> = (0..ROWS).collect();
     let stored = |key: u64| {
         let mut stored = [1; 9];
@@ -276,21 +291,27 @@ fn inline(dir: &Path) -> Outcome<(f64, f64, Spread)> {
     Ok((spread(without)?.median, spread(with)?.median, spread(added)?))
 }
 
-/// The rows of a view as it writes them, once without and once with a write-ahead log: what reaches the disk.
-fn bytes(dir: &Path) -> Outcome<(f64, f64)> {
+/// What reaches the disk: of a view that follows, and of its rows as it writes them, once without and once with a write-ahead log.
+fn bytes(dir: &Path) -> Outcome<[f64; 3]> {
     let store = Store::create(dir.join("store"))?;
+    store.view_with(Totals, options())?.close()?; // it has begun: from here on it follows
     let mut random = fastrand::Rng::with_seed(6);
     for _ in 0..ROWS / 1000 {
         store.append(&sales(&mut random, ROWS, 1000)?)?;
     }
+    let before = written_bytes()?;
+    let view = store.view_with(Totals, options())?;
+    wait(&view, store.journal().end().position)?;
+    view.close()?;
+    let of_view = written_bytes()? - before;
     let without = write_rows(&store, &dir.join("without"), true)?;
     let with = write_rows(&store, &dir.join("with"), false)?;
     store.close()?;
-    Ok((without as f64 / ROWS as f64, with as f64 / ROWS as f64))
+    Ok([of_view, without, with].map(|bytes| bytes as f64 / ROWS as f64))
 }
 
 fn write_rows(store: &Store, dir: &Path, disable_wal: bool) -> Outcome<u64> {
-    let mut options = read_options();
+    let mut options = database_options();
     options.create_if_missing(true);
     options.set_compression_type(rocksdb::DBCompressionType::Lz4);
     options.set_write_buffer_size(32 << 20);
@@ -307,10 +328,9 @@ fn write_rows(store: &Store, dir: &Path, disable_wal: bool) -> Outcome<u64> {
                 .map(|sale| (sale.key, sale))
                 .collect::<std::collections::BTreeMap<_, _>>();
             for (key, sale) in keys {
-                batch.put(
-                    [&[1], &key.to_be_bytes()[..]].concat(),
-                    [sale.cents.to_le_bytes(); 1].concat(),
-                );
+                // A small number and one of up to three bytes, as the view's rows.
+                let row = [&[1], &sale.cents.to_le_bytes()[..3]].concat();
+                batch.put([&[1], &key.to_be_bytes()[..]].concat(), row);
             }
             batch.put([0, b'p'], [0; 96]);
             db.write_opt(batch, &write_options)?;

@@ -13,6 +13,7 @@ use crate::shared::machine::Machine;
 use crate::shared::page::{self, Part};
 use crate::{Outcome, Settings, cluster};
 
+pub(crate) mod bare;
 mod catch_up;
 mod crowd;
 mod logical;

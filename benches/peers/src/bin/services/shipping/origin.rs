@@ -32,13 +32,29 @@ pub(crate) fn serve(dir: &Path, address: &str, tls: Option<&Path>) -> Outcome<()
     let options = ServeOptions { connections_max, security, ..ServeOptions::default() };
     let server = store.serve_with(address, options)?;
     say(&format!("serving {} {}", server.local_addr(), hex(&store.journal().end())))?;
+    let append = |number| {
+        let append = sale::append(number, 1)?;
+        let called_ns = now_ns();
+        store.append(&append)?;
+        let answered_ns = now_ns();
+        Ok(Moment { end: store.journal().end(), called_ns, answered_ns })
+    };
+    obey(append, || streaming(&server))
+}
+
+/// Takes the lines that stand above.
+pub(super) fn obey(
+    mut commit: impl FnMut(u64) -> Outcome<Moment>,
+    peers: impl Fn() -> usize,
+) -> Outcome<()> {
     for line in io::stdin().lock().lines() {
         match line?.split(' ').collect::<Vec<_>>()[..] {
             ["commit", count, interval_us] => {
-                commit(&store, count.parse()?, Duration::from_micros(interval_us.parse()?))?;
+                let interval = Duration::from_micros(interval_us.parse()?);
+                commits(&mut commit, count.parse()?, interval)?;
             }
             ["memory"] => say(&format!("memory {}", resident_kib()?))?,
-            ["peers"] => say(&format!("peers {}", streaming(&server)))?,
+            ["peers"] => say(&format!("peers {}", peers()))?,
             ref other => return Err(format!("what is {other:?}?").into()),
         }
     }
@@ -51,21 +67,30 @@ pub(super) fn say(lines: &str) -> Outcome<()> {
     Ok(out.flush()?)
 }
 
-/// One event after the other. Nothing is said while they are measured.
-fn commit(store: &Store, count: u32, interval: Duration) -> Outcome<()> {
+/// A commit, and where everything ends behind it.
+pub(super) struct Moment {
+    pub(super) end: Checkpoint,
+    pub(super) called_ns: u64,
+    pub(super) answered_ns: u64,
+}
+
+/// One after the other. Nothing is said while they are measured.
+fn commits(
+    commit: &mut impl FnMut(u64) -> Outcome<Moment>,
+    count: u64,
+    interval: Duration,
+) -> Outcome<()> {
     let mut lines = String::new();
     let mut next = Instant::now();
+    let mut last = None;
     for number in 0..count {
-        let append = sale::append(u64::from(number), 1)?;
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
         next += interval;
-        let called = now_ns();
-        store.append(&append)?;
-        let answered = now_ns();
-        let end = store.journal().end();
-        writeln!(lines, "acked {} {} {called} {answered}", end.offset, end.position)?;
+        let Moment { end, called_ns, answered_ns } = commit(number)?;
+        writeln!(lines, "acked {} {} {called_ns} {answered_ns}", end.offset, end.position)?;
+        last = Some(end);
     }
-    write!(lines, "done {}", hex(&store.journal().end()))?;
+    write!(lines, "done {}", hex(&last.ok_or("no commit was asked for")?))?;
     say(&lines)
 }
 
@@ -80,7 +105,7 @@ fn resident_kib() -> Outcome<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
 
-fn hex(checkpoint: &Checkpoint) -> String {
+pub(super) fn hex(checkpoint: &Checkpoint) -> String {
     let mut text = String::new();
     for byte in checkpoint.to_bytes() {
         write!(text, "{byte:02x}").unwrap_or_default();
@@ -112,6 +137,8 @@ pub(super) struct Acked {
 pub(super) struct Door {
     pub(super) address: SocketAddr,
     pub(super) tls: Option<Arc<ClientConfig>>,
+    /// Nothing is said there, and bytes come without frames.
+    pub(super) is_bare: bool,
 }
 
 /// The other end of it.
@@ -119,6 +146,7 @@ pub(super) struct Origin {
     service: Service,
     pub(super) address: SocketAddr,
     identity: Option<Identity>,
+    is_bare: bool,
     pub(super) end: Checkpoint,
 }
 
@@ -128,17 +156,34 @@ impl Origin {
     }
 
     pub(super) fn start_as(dir: &Path, address: &str, identity: Option<Identity>) -> Outcome<Self> {
-        let mut args = vec![OsStr::new("origin"), dir.as_os_str(), OsStr::new(address)];
-        args.extend(identity.as_ref().map(|identity| identity.dir().as_os_str()));
+        Self::run(&[OsStr::new("origin"), dir.as_os_str(), OsStr::new(address)], identity)
+    }
+
+    /// The machine alone in its place, with messages of so many bytes.
+    pub(super) fn start_bare(
+        dir: &Path,
+        address: &str,
+        message_bytes: u64,
+        identity: Option<Identity>,
+    ) -> Outcome<Self> {
+        let bytes = message_bytes.to_string();
+        let args = [OsStr::new("bare"), dir.as_os_str(), OsStr::new(address), OsStr::new(&bytes)];
+        Ok(Self { is_bare: true, ..Self::run(&args, identity)? })
+    }
+
+    fn run(args: &[&OsStr], identity: Option<Identity>) -> Outcome<Self> {
+        let tls = identity.as_ref().map(|identity| identity.dir().as_os_str());
+        let args: Vec<_> = args.iter().copied().chain(tls).collect();
         let mut service = Service::start(&args)?;
         let line = service.hear()?;
         let [_, address, end] = &line[..] else { return Err("what does it say?".into()) };
-        Ok(Self { address: address.parse()?, end: checkpoint(end)?, service, identity })
+        let (address, end) = (address.parse()?, checkpoint(end)?);
+        Ok(Self { address, end, service, identity, is_bare: false })
     }
 
     pub(super) fn door(&self) -> Outcome<Door> {
         let tls = self.identity.as_ref().map(Identity::bare_client).transpose()?;
-        Ok(Door { address: self.address, tls })
+        Ok(Door { address: self.address, tls, is_bare: self.is_bare })
     }
 
     pub(super) fn begin(&self) -> Checkpoint {
@@ -178,6 +223,10 @@ impl Origin {
 
     pub(super) fn memory_kib(&mut self) -> Outcome<u64> {
         ask(&mut self.service, "memory")
+    }
+
+    pub(super) fn peers(&mut self) -> Outcome<u64> {
+        ask(&mut self.service, "peers")
     }
 
     pub(super) fn wait_streaming(&mut self, peers: usize) -> Outcome<()> {

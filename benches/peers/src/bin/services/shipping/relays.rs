@@ -59,10 +59,28 @@ impl Relays {
     pub(super) fn start(dir: &Path, origin: SocketAddr, count: usize) -> Outcome<Self> {
         let (origin, count) = (origin.to_string(), count.to_string());
         let args = [OsStr::new("relays"), dir.as_os_str(), OsStr::new(&origin), OsStr::new(&count)];
-        let mut service = Service::start(&args)?;
+        Self::run(&args, false)
+    }
+
+    /// The machine alone in their place.
+    pub(super) fn start_bare(
+        dir: &Path,
+        origin: SocketAddr,
+        count: usize,
+        message_bytes: u64,
+    ) -> Outcome<Self> {
+        let [origin, count, bytes] =
+            [origin.to_string(), count.to_string(), message_bytes.to_string()];
+        let args = ["bare-relays", &origin, &count, &bytes].map(OsStr::new);
+        let [verb, origin, count, bytes] = args;
+        Self::run(&[verb, dir.as_os_str(), origin, count, bytes], true)
+    }
+
+    fn run(args: &[&OsStr], is_bare: bool) -> Outcome<Self> {
+        let mut service = Service::start(args)?;
         let said = service.hear()?;
-        let doors = said.iter().skip(1).map(|it| Ok(Door { address: it.parse()?, tls: None }));
-        Ok(Self { doors: doors.collect::<Outcome<_>>()?, service })
+        let door = |it: &String| Ok(Door { address: it.parse()?, tls: None, is_bare });
+        Ok(Self { doors: said.iter().skip(1).map(door).collect::<Outcome<_>>()?, service })
     }
 
     pub(super) fn wait_streaming(&mut self, peers: usize) -> Outcome<()> {

@@ -25,12 +25,12 @@ use serde::Serialize;
 use super::origin::{Acked, Door, Origin};
 use super::relays::Relays;
 use super::tls::{self, Identity};
-use super::{PATIENCE, Scale, sale};
+use super::{PATIENCE, Scale, bare, sale};
 use crate::Outcome;
 use crate::figure::{Figure, Wanted};
 use crate::shared::page::grouped;
 use crate::shared::spread::Spread;
-use crate::timing::{Latencies, Rounds, ms, now_ns};
+use crate::timing::{Latencies, Rounds, ms, now_ns, ratios};
 
 const READ_BYTES: usize = 64 << 10;
 const WINDOW_BYTES: u32 = 64 << 20;
@@ -107,62 +107,118 @@ fn fan_out(dir: &Path, it: &FanOut, time: Duration) -> Outcome<Vec<Figure>> {
             format!("left out: at most {} open files are allowed (ulimit -n)", limit.unwrap_or(0));
         return Ok(vec![Figure::new(what, "ms", None).note(note)]);
     }
-    let journal = dir.join("origin");
-    sale::filled(&journal, 1)?.close()?;
-    let is_tls = it.how == How::Tls;
-    let identity = is_tls.then(|| Identity::create(&dir.join("tls"))).transpose()?;
-    let mut origin = Origin::start_as(&journal, "127.0.0.1:0", identity)?;
-    origin.commit(COMMITS_PER_SECOND, Duration::ZERO)?;
-    let before = origin.memory_kib()?;
-    let (swarm, relays) = gather(dir, it, &mut origin)?;
-    let interval = Duration::from_secs(1) / COMMITS_PER_SECOND;
-    origin.commit(COMMITS_PER_SECOND, interval)?; // not counted
-    let commits = u32::try_from(time.as_millis() / interval.as_millis())?;
-    let acked = origin.commit(commits, interval)?;
-    let after = origin.memory_kib()?;
-    let last = acked.last().ok_or("no commit")?.offset;
-    let deliveries = swarm.stop_at(last)?;
-    origin.kill()?;
+    let ours = Ran::of(&dir.join("ours"), it, time, None)?;
+    let bare = Ran::of(&dir.join("bare"), it, time, Some(ours.message_bytes))?;
 
-    let (mut rounds, mut whole, mut seen) = (Rounds::default(), Latencies::default(), 0);
-    for round in acked.chunks(acked.len().div_ceil(ROUNDS)) {
-        let mut each = Latencies::default();
-        for commit in round {
-            let slowest = arrivals(&deliveries, commit, &mut each);
-            whole.add_between_ns(commit.answered_ns, slowest);
-        }
-        seen += each.len();
-        rounds.add(&each);
-    }
-    if seen != acked.len() * subscribers {
-        return Err("a subscriber has not got everything".into());
-    }
-    let p50 = ms(&rounds.p50).map_or(f64::NAN, |it| it.median);
-    let slowest = whole.percentile(0.5) * 1e3;
-    let kib = after.saturating_sub(before) as f64 / subscribers as f64;
+    let p50 = |ran: &Ran| ms(&ran.rounds.p50).map_or(f64::NAN, |it| it.median);
+    let is_at_relays = matches!(it.how, How::Relays(_));
     let note = format!(
-        "{} deliveries, p50 {p50:.2} ms; the last subscriber of a commit has it after {slowest:.2} ms (median); subscribers{} and origin share the processors",
-        grouped(seen as f64),
-        if relays.is_some() { ", relays, each of which writes and syncs," } else { "" }
+        "{} deliveries, p50 {:.2} ms beside {:.2} ms; the last subscriber of a commit has it after {:.2} ms beside {:.2} ms (median); one ran after the other; subscribers{} and origin share the processors",
+        grouped(ours.seen as f64),
+        p50(&ours),
+        p50(&bare),
+        ours.slowest_ms,
+        bare.slowest_ms,
+        if is_at_relays { ", relays, each of which writes and syncs," } else { "" }
     );
-    let arrived = Figure::new(what, "ms", ms(&rounds.p99)).wanted(wanted(it)).note(note);
-    if relays.is_some() {
+    let arrived = Figure::new(what, "ms", ms(&ours.rounds.p99))
+        .beside(bare::WHAT, ms(&bare.rounds.p99), ratios(&ours.rounds.p99, &bare.rounds.p99))
+        .wanted(wanted(it))
+        .note(note);
+    if is_at_relays {
         return Ok(vec![arrived]);
     }
+    let is_tls = it.how == How::Tls;
     let memory = Figure::new(
         format!("{}: resident memory at the origin for each", title(it)),
         "KiB",
-        Spread::of([kib]),
+        Spread::of([ours.kib_each]),
+    )
+    .beside(
+        if is_tls { "a list of bare TLS streams" } else { "a list of sockets" },
+        Spread::of([bare.kib_each]),
+        None,
     )
     .wanted(Wanted::AtMost(if is_tls { 64.0 } else { 16.0 }))
-    .note(format!("{before} KiB without them; the kernel's buffers aren't in it"));
+    .note(format!("{} KiB without them; the kernel's buffers aren't in it", ours.kib_without));
     Ok(vec![arrived, memory])
 }
 
+/// What came of one run.
+struct Ran {
+    rounds: Rounds,
+    /// When the last subscriber had a commit, median.
+    slowest_ms: f64,
+    seen: usize,
+    kib_without: u64,
+    kib_each: f64,
+    message_bytes: u64,
+}
+
+impl Ran {
+    /// Headwater, or the machine alone with messages of so many bytes.
+    fn of(dir: &Path, it: &FanOut, time: Duration, bare: Option<u64>) -> Outcome<Self> {
+        let journal = dir.join("origin");
+        let identity =
+            (it.how == How::Tls).then(|| Identity::create(&dir.join("tls"))).transpose()?;
+        let mut origin = match bare {
+            Some(bytes) => Origin::start_bare(&journal, "127.0.0.1:0", bytes, identity)?,
+            None => {
+                sale::filled(&journal, 1)?.close()?;
+                Origin::start_as(&journal, "127.0.0.1:0", identity)?
+            }
+        };
+        origin.commit(COMMITS_PER_SECOND, Duration::ZERO)?;
+        let kib_without = origin.memory_kib()?;
+        let (swarm, relays) = gather(dir, it, &mut origin, bare)?;
+        let interval = Duration::from_secs(1) / COMMITS_PER_SECOND;
+        origin.commit(COMMITS_PER_SECOND, interval)?; // not counted
+        let commits = u32::try_from(time.as_millis() / interval.as_millis())?;
+        let before = origin.end.offset;
+        let acked = origin.commit(commits, interval)?;
+        let kib_with = origin.memory_kib()?;
+        let last = acked.last().ok_or("no commit")?.offset;
+        let deliveries = swarm.stop_at(last)?;
+        drop(relays);
+        origin.kill()?;
+
+        let (mut rounds, mut whole, mut seen) = (Rounds::default(), Latencies::default(), 0);
+        for round in acked.chunks(acked.len().div_ceil(ROUNDS)) {
+            let mut each = Latencies::default();
+            for commit in round {
+                let slowest = arrivals(&deliveries, commit, &mut each);
+                whole.add_between_ns(commit.answered_ns, slowest);
+            }
+            seen += each.len();
+            rounds.add(&each);
+        }
+        if seen != acked.len() * it.subscribers {
+            return Err("a subscriber has not got everything".into());
+        }
+        Ok(Self {
+            rounds,
+            slowest_ms: whole.percentile(0.5) * 1e3,
+            seen,
+            kib_without,
+            kib_each: kib_with.saturating_sub(kib_without) as f64 / it.subscribers as f64,
+            message_bytes: (last - before) / u64::from(commits),
+        })
+    }
+}
+
 /// They subscribe where they are to; gives the relays back, so that these stay.
-fn gather(dir: &Path, it: &FanOut, origin: &mut Origin) -> Outcome<(Swarm, Option<Relays>)> {
+fn gather(
+    dir: &Path,
+    it: &FanOut,
+    origin: &mut Origin,
+    bare: Option<u64>,
+) -> Outcome<(Swarm, Option<Relays>)> {
     if let How::Relays(count) = it.how {
-        let mut relays = Relays::start(&dir.join("relays"), origin.address, count)?;
+        let dir = dir.join("relays");
+        let mut relays = match bare {
+            Some(bytes) => Relays::start_bare(&dir, origin.address, count, bytes)?,
+            None => Relays::start(&dir, origin.address, count)?,
+        };
         let swarm = Swarm::connect(relays.doors.clone(), origin.end, it.subscribers)?;
         relays.wait_streaming(it.subscribers)?;
         return Ok((swarm, Some(relays)));
@@ -332,7 +388,13 @@ impl Stream {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(match &door.tls {
-            Some(config) => Self::Tls(Box::new(tls::connect(Arc::clone(config), stream)?)),
+            Some(config) => {
+                let mut stream = tls::connect(Arc::clone(config), stream)?;
+                while stream.conn.is_handshaking() {
+                    stream.conn.complete_io(&mut stream.sock)?;
+                }
+                Self::Tls(Box::new(stream))
+            }
             None => Self::Plain(stream),
         })
     }
@@ -363,6 +425,8 @@ impl Stream {
 pub(super) struct Member {
     stream: Stream,
     reader: FrameReader,
+    /// Whatever comes is the journal's: there are no frames.
+    is_bare: bool,
     /// Up to where it has the journal.
     at: u64,
     acked: Checkpoint,
@@ -376,7 +440,11 @@ impl Member {
         acked: Checkpoint,
     ) -> Outcome<Self> {
         let stream = Stream::connect(door)?;
-        let mut member = Self { stream, reader: FrameReader::new(), at: acked.offset, acked };
+        let (is_bare, at) = (door.is_bare, acked.offset);
+        let mut member = Self { stream, reader: FrameReader::new(), is_bare, at, acked };
+        if is_bare {
+            return Ok(member);
+        }
         member.say(&Message::Hello(Hello {
             versions: PROTOCOL_VERSIONS,
             features: 0,
@@ -433,9 +501,15 @@ impl Member {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        self.reader.push(buffer.get(..read).unwrap_or_default());
-        self.push_deciphered(buffer)?;
-        let (at_ns, from) = (now_ns(), self.at);
+        let from = self.at;
+        self.heard(buffer, read);
+        while let Stream::Tls(stream) = &mut self.stream
+            && stream.conn.process_new_packets()?.plaintext_bytes_to_read() > 0
+        {
+            let read = stream.conn.reader().read(buffer)?; // what TLS holds already the socket won't tell of again
+            self.heard(buffer, read);
+        }
+        let at_ns = now_ns();
         let mut is_alive = false;
         while let Some(message) = self.reader.next_message()? {
             match message {
@@ -455,15 +529,11 @@ impl Member {
         Ok((to > from).then_some(Delivery { from, to, at_ns }))
     }
 
-    /// What TLS holds already the socket won't tell of again.
-    fn push_deciphered(&mut self, buffer: &mut [u8]) -> Outcome<()> {
-        if let Stream::Tls(stream) = &mut self.stream {
-            while stream.conn.process_new_packets()?.plaintext_bytes_to_read() > 0 {
-                let read = stream.conn.reader().read(buffer)?;
-                self.reader.push(buffer.get(..read).unwrap_or_default());
-            }
+    fn heard(&mut self, buffer: &[u8], read: usize) {
+        match self.is_bare {
+            true => self.at += read as u64,
+            false => self.reader.push(buffer.get(..read).unwrap_or_default()),
         }
-        Ok(())
     }
 }
 

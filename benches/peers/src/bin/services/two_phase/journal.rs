@@ -18,8 +18,12 @@ pub(super) struct Shop {
 
 impl Shop {
     pub(super) fn open(dir: &Path) -> Outcome<Self> {
+        Self::open_at(dir, "127.0.0.1:0")
+    }
+
+    pub(super) fn open_at(dir: &Path, address: &str) -> Outcome<Self> {
         let store = Store::builder(dir).create_if_missing().open()?;
-        let server = store.serve("127.0.0.1:0")?;
+        let server = store.serve(address)?;
         Ok(Self { store, server, orders: Orders::read()? })
     }
 

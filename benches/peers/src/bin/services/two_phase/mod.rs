@@ -18,6 +18,7 @@ use crate::shared::machine::Machine;
 use crate::shared::page::{self, Part};
 use crate::{Outcome, Settings};
 
+pub(crate) mod away;
 pub(crate) mod coordinator;
 pub(crate) mod customers;
 mod death;
@@ -79,6 +80,7 @@ struct Data {
     scale: Scale,
     rates: Vec<rates::Way>,
     outage: outage::TimeLine,
+    away: away::Away,
     death: death::Death,
 }
 
@@ -100,9 +102,11 @@ pub(crate) fn run(settings: &Settings) -> Outcome<()> {
     eprint!("{}", text::rates(&rates));
     let outage = outage::measure(&folder("outage")?, &scale)?;
     eprint!("{}", text::outage(&outage));
+    let away = away::measure(&folder("away")?, &scale)?;
+    eprint!("{}", text::away(&away, &scale));
     let death = death::measure(&folder("death")?, &scale)?;
     eprint!("{}", text::death(&death));
-    let data = Data { quick: settings.quick, machine, postgres, scale, rates, outage, death };
+    let data = Data { quick: settings.quick, machine, postgres, scale, rates, outage, away, death };
 
     let benchmarks = settings.out("benchmarks")?;
     let json = serde_json::to_string_pretty(&data)? + "\n";

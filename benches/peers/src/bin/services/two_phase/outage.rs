@@ -16,7 +16,7 @@ use crate::child::Service;
 use crate::cluster::{Cluster, argument};
 use crate::timing::now_ns;
 
-const CLIENTS: u64 = 8;
+pub(super) const CLIENTS: u64 = 8;
 pub(super) const BUCKET: Duration = Duration::from_millis(100);
 
 /// Orders in each tenth of a second.
@@ -62,11 +62,12 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<TimeLine> {
     Ok(TimeLine { orders_per_second: scale.orders_per_second, two_phase, headwater })
 }
 
-/// An order that was tried.
-struct Tried {
-    began_ns: u64,
-    ended_ns: u64,
-    is_placed: bool,
+/// What was tried: an order, or a read.
+pub(super) struct Tried {
+    pub(super) began_ns: u64,
+    pub(super) ended_ns: u64,
+    /// The order is placed, the read was answered.
+    pub(super) is_placed: bool,
 }
 
 fn two_phase(dir: &Path, scale: &Scale) -> Outcome<TwoPhase> {
@@ -83,8 +84,8 @@ fn two_phase(dir: &Path, scale: &Scale) -> Outcome<TwoPhase> {
         let next = &next;
         let threads: Vec<_> = clients
             .into_iter()
-            .enumerate()
-            .map(|(place, mut client)| {
+            .zip(0..)
+            .map(|(mut client, place)| {
                 scope.spawn(move || {
                     let tried = steadily(scale, place, |number| client.place(number), next);
                     client.settle();
@@ -124,7 +125,7 @@ fn headwater(dir: &Path, scale: &Scale) -> Outcome<Headwater> {
     let (tried, down) = std::thread::scope(|scope| {
         let (shop, next) = (&shop, &next);
         let place = move |number| shop.place(number).map(drop);
-        let threads: Vec<_> = (0..usize::try_from(CLIENTS).unwrap_or(1))
+        let threads: Vec<_> = (0..CLIENTS)
             .map(|client| scope.spawn(move || steadily(scale, client, place, next)))
             .collect();
         let down = outage(
@@ -172,17 +173,27 @@ fn headwater(dir: &Path, scale: &Scale) -> Outcome<Headwater> {
 }
 
 /// A client's orders, one at a time, at its part of the rate. One that takes too long delays the next.
-fn steadily(
+pub(super) fn steadily(
     scale: &Scale,
-    client: usize,
+    client: u64,
+    place: impl FnMut(u64) -> Outcome<()>,
+    next: &AtomicU64,
+) -> Vec<Tried> {
+    steadily_for(scale.whole, scale.orders_per_second, client, place, next)
+}
+
+pub(super) fn steadily_for(
+    whole: Duration,
+    orders_per_second: u32,
+    client: u64,
     mut place: impl FnMut(u64) -> Outcome<()>,
     next: &AtomicU64,
 ) -> Vec<Tried> {
-    let interval = Duration::from_secs(CLIENTS) / scale.orders_per_second;
+    let interval = Duration::from_secs(CLIENTS) / orders_per_second;
     let began = Instant::now();
     let mut due = interval.mul_f64(client as f64 / CLIENTS as f64);
     let mut tried = Vec::new();
-    while due < scale.whole {
+    while due < whole {
         std::thread::sleep(due.saturating_sub(began.elapsed()));
         let began_ns = now_ns();
         let is_placed = place(next.fetch_add(1, Ordering::Relaxed)).is_ok();
@@ -192,7 +203,7 @@ fn steadily(
     tried
 }
 
-fn outage<T>(
+pub(super) fn outage<T>(
     scale: &Scale,
     began_ns: u64,
     side: &mut T,
@@ -226,8 +237,8 @@ fn buckets(scale: &Scale, began_ns: u64, these: impl Iterator<Item = (u64, u64)>
     buckets
 }
 
-fn longest_ms(tried: &[Tried]) -> f64 {
-    let longest = tried.iter().map(|it| it.ended_ns - it.began_ns).max();
+pub(super) fn longest_ms<'t>(tried: impl IntoIterator<Item = &'t Tried>) -> f64 {
+    let longest = tried.into_iter().map(|it| it.ended_ns - it.began_ns).max();
     longest.unwrap_or_default() as f64 / 1e6
 }
 

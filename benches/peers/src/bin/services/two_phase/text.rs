@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
-use super::Data;
+use super::away::{Away, Side};
 use super::death::Death;
 use super::outage::TimeLine;
 use super::plot;
 use super::rates::{Kind, Way};
+use super::{Data, Scale};
 use crate::shared::page::grouped;
 use crate::shared::spread::Spread;
 
@@ -25,12 +26,13 @@ impl Kind {
 pub(super) fn all(data: &Data) -> String {
     let warning = if data.quick { "A quick run: not to be quoted.\n\n" } else { "" };
     format!(
-        "{warning}| | |\n|---|---|\n{}| PostgreSQL | {}, its defaults for durability; Unix sockets |\n\n{}\n{}\n![Orders in each tenth of a second](benchmarks/{})\n\n{}",
+        "{warning}| | |\n|---|---|\n{}| PostgreSQL | {}, its defaults for durability; Unix sockets |\n\n{}\n{}\n![Orders in each tenth of a second](benchmarks/{})\n\n{}\n{}",
         data.machine.rows(),
         data.postgres,
         rates(&data.rates),
         outage(&data.outage),
         plot::FILE,
+        away(&data.away, &data.scale),
         death(&data.death),
     )
 }
@@ -86,6 +88,23 @@ pub(super) fn outage(line: &TimeLine) -> String {
         headwater.longest_ms,
         headwater.caught_up_ms,
     )
+}
+
+pub(super) fn away(it: &Away, scale: &Scale) -> String {
+    let row = |what: &str, of: &dyn Fn(&Side) -> String| {
+        format!("| {what} | {} | {} |\n", of(&it.two_phase), of(&it.headwater))
+    };
+    let rate = scale.orders_per_second;
+    format!(
+        "| orders gone, {rate} orders/s, {rate} reads/s at customers | two-phase commit | Headwater |\n|---|---:|---:|\n"
+    ) + &row("gone for", &|it| format!("{:.1} s", (it.down.to_ms - it.down.from_ms) / 1e3))
+        + &row("orders placed meanwhile", &|it| it.placed.to_string())
+        + &row("reads at customers meanwhile", &|it| it.read.to_string())
+        + &row("of which failed", &|it| it.failed.to_string())
+        + &row("longest that a read took", &|it| format!("{:.2} ms", it.longest_read_ms))
+        + &row("customers know of an order again, after the start of orders", &|it| {
+            format!("{:.0} ms", it.again_ms)
+        })
 }
 
 pub(super) fn death(it: &Death) -> String {
