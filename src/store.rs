@@ -693,7 +693,8 @@ impl Store {
         crate::shipping::follow(Arc::clone(&self.inner.fs), &dir, addresses, options)
     }
 
-    /// Follows a filtered feed of the journal that another service serves at `address`: only the events that `filter`
+    /// Follows a filtered feed of the journal that another service serves at `addresses`, one or more of it and of its relays
+    /// in order of preference: only the events that `filter`
     /// means, in the shape in which the service publishes them. They are kept in a journal of their own, under `name`
     /// beside the mirrors; views of it are opened with [`view_of`](Self::view_of).
     ///
@@ -704,12 +705,12 @@ impl Store {
     pub fn feed(
         &self,
         name: &str,
-        address: impl Into<String>,
+        addresses: impl Into<Addresses>,
         filter: impl Into<FeedFilter>,
     ) -> Result<Feed, ShippingError> {
         let journal = self.inner.options.clone();
         let options = FollowOptions { journal, ..FollowOptions::default() };
-        self.feed_with(name, address, filter, options)
+        self.feed_with(name, addresses, filter, options)
     }
 
     /// The same with options.
@@ -720,12 +721,12 @@ impl Store {
     pub fn feed_with(
         &self,
         name: &str,
-        address: impl Into<String>,
+        addresses: impl Into<Addresses>,
         filter: impl Into<FeedFilter>,
         options: FollowOptions,
     ) -> Result<Feed, ShippingError> {
         let (fs, dir) = (Arc::clone(&self.inner.fs), self.mirror_dir(name)?);
-        crate::shipping::follow_feed(fs, &dir, address, filter.into(), options)
+        crate::shipping::follow_feed(fs, &dir, addresses, filter.into(), options)
     }
 
     #[cfg(feature = "shipping")]

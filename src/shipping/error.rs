@@ -242,11 +242,16 @@ impl std::fmt::Display for Divergent {
             }
             None => f.write_str("up to where they agree is not known"),
         }?;
-        f.write_str(match self.told_by {
-            Speaker::Origin => "",
-            Speaker::Relay | Speaker::RelayBehind => "; a relay says so",
-            Speaker::RelayApart => "; a relay says so that doesn't hear from the origin",
-        })
+        f.write_str(says_so(self.told_by))
+    }
+}
+
+/// Who says that histories differ, if that isn't the origin itself.
+pub(super) const fn says_so(told_by: Speaker) -> &'static str {
+    match told_by {
+        Speaker::Origin => "",
+        Speaker::Relay | Speaker::RelayBehind => "; a relay says so",
+        Speaker::RelayApart => "; a relay says so that doesn't hear from the origin",
     }
 }
 
@@ -304,16 +309,31 @@ impl ShippingError {
     }
 
     /// Whether it says something of this mirror or machine, so that other upstreams are no help.
-    pub(crate) const fn is_own(&self) -> bool {
-        matches!(
-            self,
+    const fn is_own(&self) -> bool {
+        match self {
             Self::Storage(_)
-                | Self::SetAside(_)
-                | Self::Begin(_)
-                | Self::Open(_)
-                | Self::Setup(_)
-                | Self::Security(_)
-        )
+            | Self::SetAside(_)
+            | Self::Begin(_)
+            | Self::Open(_)
+            | Self::Setup(_)
+            | Self::Security(_) => true,
+            Self::Feed(error) => error.is_own(),
+            _ => false,
+        }
+    }
+
+    /// Who says that the histories differ, if that is what it says.
+    pub(crate) const fn told_by(&self) -> Option<Speaker> {
+        match self {
+            Self::Ahead(at) | Self::Fork(at) => Some(at.told_by),
+            Self::Feed(FeedError::Replaced { told_by, .. }) => Some(*told_by),
+            _ => None,
+        }
+    }
+
+    /// Whether other upstreams can't do better: it is the trouble of this side, or the origin's own word.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.is_own() || self.told_by() == Some(Speaker::Origin)
     }
 
     /// Whether the histories differ, and it is known up to where they agree: what lies behind could be set aside.

@@ -45,16 +45,16 @@ use super::observe::Ends;
 use super::relay::Relay;
 use super::session::Told;
 use super::status_file::{self, StatusFile};
-use super::upstreams::Addresses;
-use crate::error::{IngestError, OpenError};
+use super::upstreams::{Addresses, Tried};
+use crate::error::IngestError;
 use crate::fs::Fs;
 use crate::journal::{self, Ingest, Journal, Orphans, Watched};
 use crate::position::{self, Checkpoint, NodeId, Position};
 
-pub(super) use self::connect::{Credentials, check_literal, connect, setup_error};
+pub(super) use self::connect::{check_addresses, connect, setup_error};
 pub(super) use self::conversation::compare_ends;
 pub use self::options::{FollowOptions, ForkPolicy};
-pub(super) use self::rounds::{BACK_OFF_MAX, HEALTHY_AFTER, back_off};
+pub(super) use self::rounds::{BACK_OFF_MAX, back_off};
 pub use self::status::{MirrorState, MirrorStatus};
 
 /// A mirror of another service's journal, and the threads that keep it following.
@@ -95,9 +95,7 @@ struct State {
     /// As was reported.
     applied: Option<Position>,
     last_error: Option<ShippingError>,
-    /// The upstream in use or tried last, and why the last session with each ended.
-    upstream: usize,
-    upstream_errors: Vec<Option<ShippingError>>,
+    upstreams: Tried,
     sessions: u64,
     session_since: Option<Instant>,
     ends: Ends,
@@ -123,8 +121,7 @@ impl State {
             awaited: Awaited::default(),
             applied: None,
             last_error: None,
-            upstream: 0,
-            upstream_errors: vec![None; upstreams],
+            upstreams: Tried::new(upstreams),
             sessions: 0,
             session_since: None,
             ends: Ends::default(),
@@ -158,14 +155,7 @@ pub fn follow(
 ) -> Result<Mirror, ShippingError> {
     options.deadlines = options.deadlines.bounded();
     let addresses = addresses.into();
-    if addresses.as_slice().is_empty() {
-        let (option, reason) = ("addresses", "name at least one");
-        return Err(open_error(OpenError::InvalidOption { option, reason }));
-    }
-    for address in addresses.as_slice() {
-        check_literal(address, &options)?;
-        Credentials::read(&options, address)?;
-    }
+    check_addresses(&addresses, &options)?;
     // One that has yet to begin with a backup is opened when it has.
     let ingest = match &options.begin_with {
         Some(_) if !journal::is_begun(&*fs, dir) => None,

@@ -324,13 +324,9 @@ impl<'a> PeerFields<'a> {
 /// What a follower knows.
 pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
     let path: Vec<_> = status.path.iter().map(ToString::to_string).collect();
-    let upstream = |upstream: &UpstreamStatus| {
-        let error = upstream.last_error.as_ref().map(error);
-        json!({ "address": upstream.address, "in_use": upstream.is_in_use, "error": error })
-    };
     json!({
         "address": status.address,
-        "upstreams": status.upstreams.iter().map(upstream).collect::<Vec<_>>(),
+        "upstreams": upstreams(&status.upstreams),
         "path": path,
         "state": state(&status.state),
         "durable_position": position(status.mirrored),
@@ -350,6 +346,7 @@ pub(super) fn of_mirror(status: &MirrorStatus) -> Value {
 pub(super) fn of_feed(status: &FeedStatus) -> Value {
     json!({
         "address": status.address,
+        "upstreams": upstreams(&status.upstreams),
         "feed": status.terms,
         "state": state(&status.state),
         "durable_position": position(status.received),
@@ -361,6 +358,14 @@ pub(super) fn of_feed(status: &FeedStatus) -> Value {
         "ends": ends(&status.ends),
         "error": status.last_error.as_ref().map(error),
     })
+}
+
+fn upstreams(upstreams: &[UpstreamStatus]) -> Value {
+    let upstream = |upstream: &UpstreamStatus| {
+        let error = upstream.last_error.as_ref().map(error);
+        json!({ "address": upstream.address, "in_use": upstream.is_in_use, "error": error })
+    };
+    upstreams.iter().map(upstream).collect()
 }
 
 const fn state(state: &MirrorState) -> &'static str {

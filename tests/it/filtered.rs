@@ -34,6 +34,8 @@ use headwater::{
 use crate::shipping::{SOON, copy_dir, faulty_proxy, replace_dir, small};
 use crate::stalls;
 
+mod upstreams;
+
 /// An origin's store on disk, open and served or not.
 struct Origin {
     dir: std::path::PathBuf,

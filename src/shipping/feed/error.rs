@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::error::{AppendError, ReadError};
 use crate::position::{Checkpoint, Position};
-use crate::shipping::error::ShippingError;
+use crate::shipping::error::{ShippingError, says_so};
 use crate::shipping::filter::{FeedFilter, InvalidFilter};
+use crate::shipping::message::Speaker;
 
 /// Why a feed doesn't go on.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -24,8 +25,9 @@ pub enum FeedError {
     },
     /// The origin doesn't have the history any more that was received: it was restored from an older copy.
     #[error(
-        "the feed has received events up to position {}, the origin {}", received.position,
-        if *is_ahead { format!("ends at position {}", origin.position) } else { "has something else there".to_owned() }
+        "the feed has received events up to position {}, the origin {}{}", received.position,
+        if *is_ahead { format!("ends at position {}", origin.position) } else { "has something else there".to_owned() },
+        says_so(*told_by)
     )]
     Replaced {
         /// Up to where it was received, in the origin's journal.
@@ -34,6 +36,8 @@ pub enum FeedError {
         origin: Box<Checkpoint>,
         /// The origin ends in front of it, as far as is known.
         is_ahead: bool,
+        /// Who says so, as [of a mirror](crate::shipping::Divergent::told_by).
+        told_by: Speaker,
     },
     /// The origin has removed events that weren't received yet.
     #[error(
@@ -60,7 +64,24 @@ impl FeedError {
     /// Whether trying again makes no sense until somebody has acted.
     #[must_use]
     pub fn is_halting(&self) -> bool {
-        !matches!(self, Self::Append(error) if matches!(**error, AppendError::DiskFull(_)))
+        match self {
+            Self::Append(error) => !matches!(**error, AppendError::DiskFull(_)),
+            Self::Replaced { told_by, .. } => *told_by != Speaker::RelayApart,
+            _ => true,
+        }
+    }
+
+    /// Whether it says something of this feed or machine, so that other upstreams are no help.
+    pub(in crate::shipping) const fn is_own(&self) -> bool {
+        !matches!(self, Self::Replaced { .. } | Self::Removed { .. })
+    }
+
+    /// The same, said by this one.
+    pub(super) fn said_by(mut self, speaker: Speaker) -> Self {
+        if let Self::Replaced { told_by, .. } = &mut self {
+            *told_by = speaker;
+        }
+        self
     }
 
     /// The writer of what was received has failed: it is to be opened anew.
@@ -125,7 +146,7 @@ pub(super) fn of_a_feed(error: ShippingError) -> ShippingError {
         error if !error.is_halting() => error,
         ShippingError::Ahead(at) | ShippingError::Fork(at) => {
             let (received, origin) = (Box::new(at.mirror), Box::new(at.origin));
-            FeedError::Replaced { received, origin, is_ahead }.into()
+            FeedError::Replaced { received, origin, is_ahead, told_by: at.told_by }.into()
         }
         ShippingError::Truncated { mirror, first, .. } => {
             FeedError::Removed { received: mirror, first }.into()
@@ -140,7 +161,6 @@ mod tests {
     use crate::format::files::Mark;
     use crate::position::JournalId;
     use crate::shipping::error::Divergent;
-    use crate::shipping::message::Speaker;
 
     #[test]
     fn a_fork_that_a_relay_tells_which_is_apart_is_not_final_for_a_feed_either() {
@@ -153,6 +173,11 @@ mod tests {
             assert_eq!(error.is_halting(), is_final, "{told_by:?}: {error}");
             let code = if is_final { "feed.replaced" } else { "shipping.fork" };
             assert_eq!(error.code(), code);
+            // The same if it is found in what was sent.
+            let (received, origin, is_ahead) = (Box::new(end), Box::new(end), false);
+            let by_origin = Speaker::Origin;
+            let found = FeedError::Replaced { received, origin, is_ahead, told_by: by_origin };
+            assert_eq!(found.said_by(told_by).is_halting(), is_final, "{told_by:?}");
         }
     }
 }

@@ -30,16 +30,18 @@ use self::received::Received;
 use super::error::{ShippingError, WaitError};
 use super::filter::FeedFilter;
 use super::link::{Arrived, CutOff, Link};
-use super::message::{Authentication, ErrorCode, FRAME_BYTES_MAX, Failure, FeedTerms, OriginEnd};
+use super::message::{
+    Authentication, ErrorCode, FRAME_BYTES_MAX, Failure, FeedTerms, OriginEnd, Speaker,
+};
 use super::mirror::{
-    Awaited, BACK_OFF_MAX, Credentials, FollowOptions, ForkPolicy, HEALTHY_AFTER, MirrorState,
-    back_off, check_literal, connect, setup_error,
+    Awaited, BACK_OFF_MAX, FollowOptions, ForkPolicy, MirrorState, back_off, check_addresses,
+    connect, setup_error,
 };
 use super::observe::{EndReason, Ends};
 use super::session::{Delivery, MirrorConfig, MirrorSession, Now, Resume, SessionEnd};
 use super::status_file::{self, StatusFile};
 use super::transport;
-use super::upstreams::retry_after;
+use super::upstreams::{Addresses, Apart, Attempt, Round, Tried, UpstreamStatus, Upstreams};
 use crate::env;
 use crate::error::{OpenError, ReadError};
 use crate::format::files::Mark;
@@ -57,8 +59,10 @@ pub use error::FeedError;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct FeedStatus {
-    /// The origin's address, as it was given.
+    /// The address, as it was given, of the upstream that is in use or was tried last.
     pub address: String,
+    /// All upstreams, in order of preference.
+    pub upstreams: Vec<UpstreamStatus>,
     /// What it is doing.
     pub state: MirrorState,
     /// What it holds, as the origin has granted it: perhaps less than was wanted. `None` before that.
@@ -142,7 +146,7 @@ struct Shared {
     new_node: NodeId,
     fs: Arc<dyn Fs>,
     dir: PathBuf,
-    address: String,
+    addresses: Addresses,
     filter: FeedFilter,
     options: FollowOptions,
     state: Mutex<State>,
@@ -163,7 +167,10 @@ struct State {
     /// In front of this position of the origin lie events that are here already, and aren't accounted for.
     ahead_until: Option<Position>,
     last_error: Option<ShippingError>,
+    upstreams: Tried,
     sessions: u64,
+    /// Since when there is a session.
+    granted_at: Option<Instant>,
     ends: Ends,
     caught_up_at: Option<Instant>,
     stopping: bool,
@@ -174,28 +181,28 @@ struct State {
     asks: Option<Sender<()>>,
 }
 
-/// Follows a filtered feed of the journal that is served at `address` into a journal of its own in `dir`.
+/// Follows a filtered feed of the journal that is served at one or more addresses into a journal of its own in `dir`.
 ///
 /// What was received before is opened, with recovery, before this returns; if there is nothing yet, it is created once
-/// the origin has granted the feed.
+/// the feed was granted. Of several addresses, of the origin and of its relays, the first one that serves is used, and the
+/// next ones when it doesn't any more, as of [a mirror](super::follow): the feed goes on there from where it is.
 ///
 /// # Errors
 /// [`ShippingError::Open`] if there is something in `dir` that isn't a feed's (a mirror, a store), or can't be opened,
-/// or the options name what only mirrors have; [`ShippingError::Feed`] if the filter isn't valid, or not the one that
+/// or the options name what only mirrors have, or no address is given; [`ShippingError::Feed`] if the filter isn't valid, or not the one that
 /// the feed was begun with; others as [`follow`](super::follow).
 pub fn follow_feed(
     fs: Arc<dyn Fs>,
     dir: &Path,
-    address: impl Into<String>,
+    addresses: impl Into<Addresses>,
     filter: FeedFilter,
     mut options: FollowOptions,
 ) -> Result<Feed, ShippingError> {
     options.deadlines = options.deadlines.bounded();
-    let address = address.into();
+    let addresses = addresses.into();
     filter.check().map_err(FeedError::from)?;
     refuse_options_of_mirrors(&options)?;
-    check_literal(&address, &options)?;
-    Credentials::read(&options, &address)?;
+    check_addresses(&addresses, &options)?;
     let received = Received::open(&fs, dir, &options.journal, &filter)?;
     if let (Some(known), Some(origin)) =
         (received.as_ref().and_then(Received::known), options.journal_id)
@@ -207,11 +214,11 @@ pub fn follow_feed(
         new_node: NodeId::random(),
         fs,
         dir: dir.to_owned(),
-        address,
         filter,
         options,
-        state: Mutex::new(State::new()),
+        state: Mutex::new(State::new(addresses.as_slice().len())),
         changed: Condvar::new(),
+        addresses,
     });
     shared.publish(received.as_ref());
     let status = shared.write_status().transpose().map_err(setup_error)?;
@@ -386,7 +393,7 @@ impl Drop for EndedByPanic {
 }
 
 impl State {
-    fn new() -> Self {
+    fn new(upstreams: usize) -> Self {
         Self {
             phase: MirrorState::Connecting,
             journal: None,
@@ -398,7 +405,9 @@ impl State {
             awaited: Awaited::default(),
             ahead_until: None,
             last_error: None,
+            upstreams: Tried::new(upstreams),
             sessions: 0,
+            granted_at: None,
             ends: Ends::default(),
             caught_up_at: None,
             stopping: false,
@@ -429,32 +438,28 @@ impl State {
 impl Shared {
     fn run(&self, mut received: Option<Received>) -> Result<(), CloseError> {
         let mut pauses = back_off();
+        let mut upstreams = Upstreams::new(self.addresses.as_slice().len());
         while !self.state.lock().stopping {
-            let (started, had) = (Instant::now(), self.state.lock().received);
-            let error = match self.connect(&mut received) {
-                Ok((link, authentication)) => self.converse(&mut received, &link, authentication),
-                Err(error) => error,
-            };
-            let was_healthy = {
-                let mut state = self.state.lock();
-                if !state.stopping {
-                    state.ends.count(EndReason::from(&error));
-                }
-                matches!(state.phase, MirrorState::Live) || state.received != had
-            };
-            if was_healthy || started.elapsed() >= HEALTHY_AFTER {
+            let (round, was_healthy) =
+                upstreams.round(|| self.usable(), |number| self.attempt(&mut received, number));
+            if was_healthy {
                 pauses = back_off();
             }
-            if error.is_halting() {
-                if matches!(&error, ShippingError::Feed(error) if error.is_poisoned()) {
-                    received = None;
+            match round {
+                Round::Settled(error, true) | Round::Failed(Some(error)) => {
+                    if matches!(&error, ShippingError::Feed(error) if error.is_poisoned()) {
+                        received = None;
+                    }
+                    self.halt(error);
+                    pauses = back_off();
+                    upstreams.forget();
                 }
-                self.halt(error);
-                pauses = back_off();
-            } else {
-                let asked_for = retry_after(&error);
-                self.note(error);
-                self.pause(pauses.next().unwrap_or(BACK_OFF_MAX).max(asked_for));
+                _ => {
+                    let rest = upstreams.rest(self.usable(), Instant::now());
+                    if self.pause(pauses.next().unwrap_or(BACK_OFF_MAX).max(rest)) {
+                        upstreams.forget();
+                    }
+                }
             }
         }
         let closed = received.map_or(Ok(()), Received::close);
@@ -463,10 +468,37 @@ impl Shared {
         closed
     }
 
-    /// Opens what was received if it isn't open, and connects to the origin, wherever it is now.
+    /// Who doesn't know yet which journal it follows follows the first one's.
+    fn usable(&self) -> usize {
+        let knows = self.knows_journal(&self.state.lock());
+        if knows { self.addresses.as_slice().len() } else { 1 }
+    }
+
+    const fn knows_journal(&self, state: &State) -> bool {
+        self.options.journal_id.is_some() || state.received.is_some()
+    }
+
+    /// Tries one of the upstreams; `None` if nobody wants it any more.
+    fn attempt(&self, received: &mut Option<Received>, upstream: usize) -> Option<Attempt> {
+        let mut state = self.state.lock();
+        if state.stopping {
+            return None;
+        }
+        state.upstreams.begins_with(upstream);
+        drop(state);
+        let attempt = match self.connect(received, upstream) {
+            Ok((link, authentication)) => self.converse(received, &link, authentication),
+            Err(error) => error.into(),
+        };
+        self.note(attempt.error.clone());
+        Some(attempt)
+    }
+
+    /// Opens what was received if it isn't open, and connects to an upstream, wherever it is now.
     fn connect(
         &self,
         received: &mut Option<Received>,
+        upstream: usize,
     ) -> Result<(Link, Authentication), ShippingError> {
         match received {
             Some(received) => received.begin_again()?,
@@ -478,7 +510,7 @@ impl Shared {
         self.state.lock().begins();
         self.publish(received.as_ref());
         let give_up = || self.state.lock().stopping;
-        connect(&self.address, &self.options, give_up, |stream| {
+        connect(self.addresses.get(upstream), &self.options, give_up, |stream| {
             let mut state = self.state.lock();
             if state.stopping {
                 return Err(ShippingError::Disconnected);
@@ -494,7 +526,8 @@ impl Shared {
         received: &mut Option<Received>,
         link: &Link,
         authentication: Authentication,
-    ) -> ShippingError {
+    ) -> Attempt {
+        let had = self.state.lock().received;
         let known = received.as_ref().and_then(Received::known).cloned();
         let begins = self.options.journal_id.map(|journal| Mark::start(journal).end);
         let from = known.as_ref().map(|known| known.durable).or(begins);
@@ -533,8 +566,10 @@ impl Shared {
         let end = connection.session.into_inner().end().cloned();
         let mut state = self.state.lock();
         (state.socket, state.asks) = (None, None);
+        let granted = state.granted_at.take();
+        let went_well = matches!(state.phase, MirrorState::Live) || state.received != had;
         drop(state);
-        match (written, end) {
+        let error = match (written, end) {
             (Err(error), _) => error,
             (Ok(()), Some(SessionEnd::Disconnected) | None) => {
                 link.failure().map_or(ShippingError::Disconnected, ShippingError::Tls)
@@ -542,7 +577,8 @@ impl Shared {
             (Ok(()), Some(end)) => {
                 of_a_feed(ShippingError::from_end(end, resume.map(|resume| resume.end), None))
             }
-        }
+        };
+        Attempt::of_session(error, granted, went_well)
     }
 
     fn write_status(self: &Arc<Self>) -> Option<std::io::Result<StatusFile>> {
@@ -581,14 +617,20 @@ impl Shared {
         state.phase = MirrorState::Connecting;
     }
 
+    /// Why an attempt ended; that it was stopped is no reason.
     fn note(&self, error: ShippingError) {
         let mut state = self.state.lock();
+        if !state.stopping {
+            state.ends.count(EndReason::from(&error));
+        }
+        state.upstreams.note(&error);
         state.last_error = Some(error);
         state.phase = MirrorState::Connecting;
         self.changed.notify_all();
     }
 
-    fn pause(&self, pause: Duration) {
+    /// Whether it was told to try again.
+    fn pause(&self, pause: Duration) -> bool {
         let deadline = Instant::now() + pause;
         let mut state = self.state.lock();
         while !state.resuming && !state.stopping {
@@ -596,7 +638,7 @@ impl Shared {
                 break;
             }
         }
-        state.resuming = false;
+        std::mem::take(&mut state.resuming)
     }
 
     /// Shows how far it is.
@@ -628,8 +670,10 @@ impl Shared {
         let heard = state.origin.map(|(_, told)| told.elapsed());
         let connected = matches!(state.phase, MirrorState::CatchingUp | MirrorState::Live);
         let fresh = |age: Duration| age <= 3 * self.options.deadlines.heartbeat;
+        let knows_journal = self.knows_journal(state);
         FeedStatus {
-            address: self.address.clone(),
+            address: state.upstreams.address(&self.addresses),
+            upstreams: state.upstreams.status(&self.addresses, connected, knows_journal),
             state: state.phase.clone(),
             terms: state.terms.clone(),
             received: state.received,
@@ -692,7 +736,8 @@ impl Connection<'_> {
     fn listen(&self, sender: &Sender<Delivery>) {
         let (mut raw, mut plain) = (vec![0; 128 << 10], Vec::new());
         let mut deliveries = Vec::new();
-        let mut told = None;
+        let (mut told, mut apart) = (None, Apart::default());
+        let (addresses, silence) = (&self.shared.addresses, self.shared.options.deadlines.silence);
         while self.flush() {
             let arrived = self.link.receive(&mut raw, &mut plain);
             let now = transport::now();
@@ -703,6 +748,9 @@ impl Connection<'_> {
                 Arrived::Closed => session.on_closed(),
             }
             session.on_time(now);
+            if apart.is_to_be_left(session.told().speaker, addresses, silence, now.at) {
+                session.leave();
+            }
             let (ended, origin_end) = (session.end().is_some(), session.current_end());
             drop(session);
             if told != origin_end {
@@ -765,12 +813,17 @@ impl Connection<'_> {
         received: &mut Option<Received>,
         delivery: Delivery,
     ) -> Result<(), ShippingError> {
-        match (delivery, received.as_mut()) {
-            (Delivery::Granted(end, terms), _) => self.granted(received, end, terms),
-            (Delivery::Run(run), Some(received)) => Ok(received.run(&run)?),
-            (Delivery::Skipped(behind), Some(received)) => Ok(received.skipped(behind)?),
+        let taken = match (delivery, received.as_mut()) {
+            (Delivery::Granted(end, terms), _) => return self.granted(received, end, terms),
+            (Delivery::Run(run), Some(received)) => received.run(&run),
+            (Delivery::Skipped(behind), Some(received)) => received.skipped(behind),
             _ => Ok(()),
-        }
+        };
+        Ok(taken.map_err(|error| error.said_by(self.speaker()))?)
+    }
+
+    fn speaker(&self) -> Speaker {
+        self.session.lock().told().speaker.unwrap_or(Speaker::RelayApart)
     }
 
     fn granted(
@@ -792,6 +845,7 @@ impl Connection<'_> {
         let mut state = shared.state.lock();
         state.phase = MirrorState::CatchingUp;
         state.sessions += 1;
+        state.granted_at = Some(Instant::now());
         drop(state);
         shared.publish(received.as_ref());
         Ok(())

@@ -33,7 +33,7 @@ use crate::options::JournalOptions;
 use crate::position::{Checkpoint, Incarnation, NodeId, Position};
 use crate::shipping::error::ShippingError;
 use crate::shipping::filter::FeedFilter;
-use crate::shipping::message::{Entry, FeedRequest, FeedTerms, Run};
+use crate::shipping::message::{Entry, FeedRequest, FeedTerms, Run, Speaker};
 
 /// The type and the stream of what says how far a feed is.
 const PROGRESS: &str = "$feed";
@@ -282,7 +282,8 @@ impl Received {
     fn replaced(&self, behind: &Checkpoint) -> FeedError {
         let durable = self.known.as_ref().map_or(self.covered, |known| known.durable);
         let (received, origin) = (Box::new(durable), Box::new(*behind));
-        FeedError::Replaced { received, origin, is_ahead: false }
+        let told_by = Speaker::Origin; // unless a relay has sent it: who listens to it knows
+        FeedError::Replaced { received, origin, is_ahead: false, told_by }
     }
 
     /// Nothing comes up to here.

@@ -79,7 +79,7 @@ mod tests {
     }
 
     fn connected() -> State {
-        State { phase: MirrorState::CatchingUp, ..State::new() }
+        State { phase: MirrorState::CatchingUp, ..State::new(1) }
     }
 
     /// The origin commits every 5 ms, and what was told 30 ms ago is durable here: the latest end never is.

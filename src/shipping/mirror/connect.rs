@@ -13,6 +13,7 @@ use crate::shipping::link::Link;
 use crate::shipping::message::{Authentication, Presented};
 use crate::shipping::security::{AccessToken, TokenSource};
 use crate::shipping::transport;
+use crate::shipping::upstreams::Addresses;
 
 pub(super) fn open_error(error: OpenError) -> ShippingError {
     ShippingError::Open(Arc::new(error))
@@ -23,16 +24,13 @@ pub(in crate::shipping) fn setup_error(error: std::io::Error) -> ShippingError {
 }
 
 /// What a connection is made with, as it is at present.
-pub(in crate::shipping) struct Credentials {
+struct Credentials {
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     authentication: Authentication,
 }
 
 impl Credentials {
-    pub(in crate::shipping) fn read(
-        options: &FollowOptions,
-        address: &str,
-    ) -> Result<Self, ShippingError> {
+    fn read(options: &FollowOptions, address: &str) -> Result<Self, ShippingError> {
         let tls = options.tls.as_ref();
         let tls = tls.map(|tls| Ok((tls.config()?, tls.server_name(address)?)));
         let token = options.token.as_ref().map(TokenSource::token).transpose()?;
@@ -65,11 +63,23 @@ pub(in crate::shipping) fn connect(
     Ok((link, credentials.authentication))
 }
 
-/// Whether an address that needs no name service may be connected to.
-pub(in crate::shipping) fn check_literal(
-    address: &str,
+/// Whether there is an address, and what is needed to connect to each of them.
+pub(in crate::shipping) fn check_addresses(
+    addresses: &Addresses,
     options: &FollowOptions,
 ) -> Result<(), ShippingError> {
+    if addresses.as_slice().is_empty() {
+        let (option, reason) = ("addresses", "name at least one");
+        return Err(open_error(OpenError::InvalidOption { option, reason }));
+    }
+    addresses.as_slice().iter().try_for_each(|address| {
+        check_literal(address, options)?;
+        Credentials::read(options, address).map(drop)
+    })
+}
+
+/// Whether an address that needs no name service may be connected to.
+fn check_literal(address: &str, options: &FollowOptions) -> Result<(), ShippingError> {
     match address.parse::<SocketAddr>() {
         Ok(literal) => check_plaintext(&[literal], options).map(drop),
         Err(_) => Ok(()),

@@ -18,7 +18,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, at, bounded, never, sele
 use parking_lot::{Mutex, MutexGuard};
 
 use super::connect::{open_error, setup_error};
-use super::rounds::{Attempt, HEALTHY_AFTER, is_poisoned};
+use super::rounds::is_poisoned;
 use super::{MirrorState, Shared};
 use crate::env;
 use crate::error::IngestError;
@@ -35,6 +35,7 @@ use crate::shipping::session::{
     Delivery, Held, MirrorConfig, MirrorSession, Now, Resume, SessionEnd, Told, batches,
 };
 use crate::shipping::transport::{self, TICK};
+use crate::shipping::upstreams::{Apart, Attempt};
 
 /// A mirror that lags by less syncs whenever nothing more has arrived.
 const LIVE_LAG_BYTES: u64 = 1 << 20;
@@ -59,7 +60,6 @@ impl Shared {
         link: &Link,
         authentication: Authentication,
     ) -> Attempt {
-        let started = Instant::now();
         let resume = ingest.as_ref().map(|i| Resume { end: i.end(), witness: i.witness() });
         let beginning = |id| Resume { end: Mark::start(id).end, witness: None };
         let resume = resume.or_else(|| self.options.journal_id.map(beginning));
@@ -84,16 +84,14 @@ impl Shared {
         let end = connection.session.into_inner().end().cloned();
         let mut state = self.state.lock();
         (state.socket, state.asks) = (None, None);
-        state.session_since = None;
+        let granted = state.session_since.take();
         let was_live = matches!(state.phase, MirrorState::Live);
         let had = resume.map_or(Position::START, |resume| resume.end.position);
         let progressed = state.mirrored().is_some_and(|mirrored| mirrored.position > had);
+        drop(state);
         let (mirror, witness) = (resume.map(|r| r.end), resume.and_then(|r| r.witness));
         let is_cut_off =
             written.is_ok() && matches!(&end, Some(SessionEnd::Diverged(at)) if at.is_cut_off);
-        // A search that takes long serves nobody: the next attempt waits as long as behind any other failure.
-        let lasted = started.elapsed() >= HEALTHY_AFTER && !is_cut_off;
-        let healthy = was_live || progressed || lasted;
         let error = match (written, end) {
             (Err(error), _) => error,
             (Ok(()), Some(SessionEnd::Disconnected) | None) => {
@@ -101,7 +99,9 @@ impl Shared {
             }
             (Ok(()), Some(end)) => ShippingError::from_end(end, mirror, witness),
         };
-        Attempt { error, healthy, is_cut_off }
+        // Who is to set something aside asks again from where on: a mirror that halts anyway need not know.
+        let heals = is_cut_off && self.quarantines();
+        Attempt { heals, ..Attempt::of_session(error, granted, was_live || progressed) }
     }
 
     fn config(
@@ -212,7 +212,7 @@ struct Listener {
     raw: Vec<u8>,
     plain: Vec<u8>,
     told: Told,
-    apart_since: Option<Instant>,
+    apart: Apart,
 }
 
 /// What became of a place.
@@ -232,7 +232,7 @@ impl<'a> Desk<'a> {
             raw: vec![0; 128 << 10],
             plain: Vec::new(),
             told: Told::default(),
-            apart_since: None,
+            apart: Apart::default(),
         };
         Self {
             connection,
@@ -341,7 +341,9 @@ impl Listener {
             Arrived::Closed => session.on_closed(),
         }
         session.on_time(now);
-        if connection.shared.leaves(session.told().speaker, &mut self.apart_since, now.at) {
+        let (addresses, options) = (&connection.shared.addresses, &connection.shared.options);
+        let (speaker, silence) = (session.told().speaker, options.deadlines.silence);
+        if self.apart.is_to_be_left(speaker, addresses, silence, now.at) {
             session.leave();
         }
         let (ended, told) = (session.end().is_some(), session.told());

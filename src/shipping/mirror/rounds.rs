@@ -13,35 +13,17 @@ use crate::journal::{Fork, Ingest};
 use crate::position::Position;
 use crate::shipping::error::ShippingError;
 use crate::shipping::link::Link;
-use crate::shipping::message::{Authentication, Speaker};
+use crate::shipping::message::Authentication;
 use crate::shipping::observe::EndReason;
-use crate::shipping::upstreams::Upstreams;
+use crate::shipping::upstreams::{Attempt, Round, Upstreams};
 
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 /// Jitter comes on top, up to as much again.
 pub(in crate::shipping) const BACK_OFF_MAX: Duration = Duration::from_secs(5);
-/// A session that lasted this long was healthy, as is one that was live or brought something: the next
-/// attempt after it comes soon.
-pub(in crate::shipping) const HEALTHY_AFTER: Duration = Duration::from_secs(5);
 
-/// How an attempt went.
-pub(super) struct Attempt {
-    pub(super) error: ShippingError,
-    /// It came to a session that went well for a while.
-    pub(super) healthy: bool,
-    /// The histories differ, and the session was cut off before it was known from where on.
-    pub(super) is_cut_off: bool,
-}
-
-impl From<ShippingError> for Attempt {
-    fn from(error: ShippingError) -> Self {
-        Self { error, healthy: false, is_cut_off: false }
-    }
-}
-
-/// What comes of trying all upstreams.
-enum Round {
-    /// Another one.
+/// What comes behind trying all upstreams.
+enum Next {
+    /// The next round.
     Again,
     /// Nothing more before somebody acts.
     Halt(ShippingError),
@@ -63,26 +45,26 @@ impl Shared {
         let mut pauses = back_off();
         let mut upstreams = Upstreams::new(self.addresses.as_slice().len());
         while !self.state.lock().stopping {
-            let (round, healthy) = self.round(&mut ingest, &mut upstreams);
-            if healthy {
+            let (next, was_healthy) = self.round(&mut ingest, &mut upstreams);
+            if was_healthy {
                 pauses = back_off();
             }
-            let round = match round {
-                Round::SetAside(common) => match self.set_aside(&mut ingest, common) {
+            let next = match next {
+                Next::SetAside(common) => match self.set_aside(&mut ingest, common) {
                     Ok(()) => {
                         upstreams.forget();
-                        Round::Again
+                        Next::Again
                     }
-                    Err(error) if error.is_halting() => Round::Halt(error),
+                    Err(error) if error.is_halting() => Next::Halt(error),
                     Err(error) => {
                         self.note(error);
-                        Round::Again
+                        Next::Again
                     }
                 },
-                round => round,
+                next => next,
             };
-            match round {
-                Round::Halt(error) => {
+            match next {
+                Next::Halt(error) => {
                     let poisoned = is_poisoned(&error);
                     self.halt(error);
                     pauses = back_off();
@@ -116,53 +98,31 @@ impl Shared {
         self.options.journal_id.is_some() || state.journal.is_some()
     }
 
-    /// Tries one upstream after the other, until one has served for a while, or has said what nobody else can say
-    /// otherwise. Whether one has served.
-    fn round(&self, ingest: &mut Option<Ingest>, upstreams: &mut Upstreams) -> (Round, bool) {
-        let mut was_healthy = false;
-        for number in 0..self.usable() {
-            if upstreams.rests(number, Instant::now()) || self.state.lock().stopping {
-                continue;
-            }
-            let Attempt { error, healthy, is_cut_off } = self.attempt(ingest, number);
-            was_healthy |= healthy;
-            // Who is to set something aside asks again from where on: a mirror that halts anyway need not know.
-            let heals = is_cut_off && self.quarantines();
-            let is_refused = upstreams.note(number, &error, heals, Instant::now());
-            self.count(&error);
-            self.note(error.clone());
-            if matches!(error, ShippingError::Cycle { .. }) {
-                self.relay.comes_from_nowhere();
-            }
-            if self.is_settled(&error) {
-                return (self.settle(error, is_refused), was_healthy);
-            }
-            if healthy && !is_refused && !matches!(error, ShippingError::Apart) {
-                return (Round::Again, was_healthy);
-            }
-        }
-        if let Some(error) = upstreams.parted().filter(|_| self.quarantines()) {
-            return (self.settle(error, true), was_healthy);
-        }
-        let halted = upstreams.refused_by_all(self.usable());
-        (halted.map_or(Round::Again, Round::Halt), was_healthy)
+    /// Tries one upstream after the other. Whether one has served.
+    fn round(&self, ingest: &mut Option<Ingest>, upstreams: &mut Upstreams) -> (Next, bool) {
+        let (round, was_healthy) =
+            upstreams.round(|| self.usable(), |number| self.attempt(ingest, number));
+        let parted = || upstreams.parted().filter(|_| self.quarantines());
+        let next = match round {
+            Round::Served => Next::Again,
+            Round::Settled(error, is_refused) => self.settle(error, is_refused),
+            Round::Failed(refused) => match parted() {
+                Some(error) => self.settle(error, true),
+                None => refused.map_or(Next::Again, Next::Halt),
+            },
+        };
+        (next, was_healthy)
     }
 
-    fn quarantines(&self) -> bool {
+    pub(super) fn quarantines(&self) -> bool {
         self.options.forks == ForkPolicy::Quarantine
     }
 
-    /// Whether other upstreams can't do better: it is the trouble of this side, or the origin's own word.
-    fn is_settled(&self, error: &ShippingError) -> bool {
-        error.is_own()
-            || matches!(error, ShippingError::Ahead(at) | ShippingError::Fork(at) if at.told_by == Speaker::Origin)
-    }
-
-    fn settle(&self, error: ShippingError, is_refused: bool) -> Round {
+    fn settle(&self, error: ShippingError, is_refused: bool) -> Next {
         match error.fork() {
-            Some(Fork { common: Some(common) }) if self.quarantines() => Round::SetAside(common),
-            _ if is_refused => Round::Halt(error),
-            _ => Round::Again,
+            Some(Fork { common: Some(common) }) if self.quarantines() => Next::SetAside(common),
+            _ if is_refused => Next::Halt(error),
+            _ => Next::Again,
         }
     }
 
@@ -214,10 +174,7 @@ impl Shared {
     /// Of the upstream that was tried last.
     pub(super) fn note(&self, error: ShippingError) {
         let mut state = self.state.lock();
-        let upstream = state.upstream;
-        state.upstream_errors.get_mut(upstream).into_iter().for_each(|known| {
-            *known = Some(error.clone());
-        });
+        state.upstreams.note(&error);
         state.last_error = Some(error);
         state.phase = MirrorState::Connecting;
         self.speak(&state);
@@ -236,12 +193,24 @@ impl Shared {
         std::mem::take(&mut state.resuming)
     }
 
-    fn attempt(&self, ingest: &mut Option<Ingest>, upstream: usize) -> Attempt {
-        self.state.lock().upstream = upstream;
-        match self.connect(ingest, upstream) {
+    /// Tries one of the upstreams; `None` if nobody wants it any more.
+    fn attempt(&self, ingest: &mut Option<Ingest>, upstream: usize) -> Option<Attempt> {
+        let mut state = self.state.lock();
+        if state.stopping {
+            return None;
+        }
+        state.upstreams.begins_with(upstream);
+        drop(state);
+        let attempt = match self.connect(ingest, upstream) {
             Ok((link, authentication)) => self.converse(ingest, &link, authentication),
             Err(error) => error.into(),
+        };
+        self.count(&attempt.error);
+        self.note(attempt.error.clone());
+        if matches!(attempt.error, ShippingError::Cycle { .. }) {
+            self.relay.comes_from_nowhere();
         }
+        Some(attempt)
     }
 
     /// Opens the mirror if it isn't open, and connects to an upstream, wherever it is now.
@@ -256,8 +225,7 @@ impl Shared {
             self.publish_journal(ingest.as_ref());
         }
         let give_up = || self.state.lock().stopping;
-        let address = self.addresses.as_slice().get(upstream).map_or("", String::as_str);
-        connect(address, &self.options, give_up, |stream| {
+        connect(self.addresses.get(upstream), &self.options, give_up, |stream| {
             let mut state = self.state.lock();
             if state.stopping {
                 return Err(ShippingError::Disconnected);

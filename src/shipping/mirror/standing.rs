@@ -127,21 +127,6 @@ impl Shared {
         self.judge_phase(&mut state);
     }
 
-    /// Whether to ask others than a relay that hasn't heard from its origin for as long as a peer may be silent.
-    pub(super) fn leaves(
-        &self,
-        speaker: Option<Speaker>,
-        since: &mut Option<Instant>,
-        now: Instant,
-    ) -> bool {
-        if speaker != Some(Speaker::RelayApart) || self.addresses.as_slice().len() < 2 {
-            *since = None;
-            return false;
-        }
-        let since = *since.get_or_insert(now);
-        now >= since + self.options.deadlines.silence
-    }
-
     /// The mirror's durable end has moved to here. The journal isn't asked for it: those who were just woken are asking.
     pub(super) fn mirror_moved(&self, end: Checkpoint) {
         self.judge_phase_at(&mut self.state.lock(), Some(end));

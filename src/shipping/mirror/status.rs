@@ -158,18 +158,10 @@ impl Shared {
             us.saturating_add(i64::try_from(at.elapsed().as_micros()).unwrap_or(i64::MAX))
         };
         let since = state.session_since;
-        let address =
-            |number: usize| self.addresses.as_slice().get(number).cloned().unwrap_or_default();
-        let not_asked = (!self.knows_journal(state)).then_some(ShippingError::NotAsked);
-        let upstream = |(number, last_error): (usize, &Option<ShippingError>)| UpstreamStatus {
-            address: address(number),
-            is_in_use: connected && number == state.upstream,
-            last_error: last_error.clone().or_else(|| not_asked.clone().filter(|_| number > 0)),
-        };
-        let upstreams = state.upstream_errors.iter().enumerate().map(upstream).collect();
+        let knows_journal = self.knows_journal(state);
         MirrorStatus {
-            address: address(state.upstream),
-            upstreams,
+            address: state.upstreams.address(&self.addresses),
+            upstreams: state.upstreams.status(&self.addresses, connected, knows_journal),
             state: state.phase(),
             path: state.told.path.to_vec(),
             connected_for: since.map(|since| since.elapsed()),

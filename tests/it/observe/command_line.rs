@@ -306,6 +306,7 @@ fn a_filtered_feed_is_listed_with_what_it_holds_and_by_the_origins_positions() {
     let link = services.link("feeding", |link| link["state"] == "live" && link["lag_ms"] == 0);
     assert_eq!(documented("A link"), keys(&link));
     assert!(link["feed"].to_string().contains("test.other"), "{link}");
+    assert_eq!(link["upstreams"][0]["in_use"], true, "{link}");
     // None of the four is stored.
     assert_eq!(link["durable_position"], 4);
     let orders = services.path("orders");
