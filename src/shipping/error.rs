@@ -200,7 +200,8 @@ pub struct Divergent {
     pub mirror: Checkpoint,
     /// The origin's durable end.
     pub origin: Checkpoint,
-    /// The old end of a tail that the mirror has set aside, if that is where they differ.
+    /// The old end of a tail that the mirror has set aside: those events are the mirror's alone, too, wherever in front of
+    /// that end they differ.
     pub witness: Option<Witness>,
     /// Up to where both have the same events, exactly; `None` if it isn't known: the origin can't be asked, or
     /// one of both has removed what was there.
@@ -488,7 +489,6 @@ impl ShippingError {
         // serves another journal than the one asked for.
         let mirror =
             mirror.unwrap_or_else(|| crate::format::files::Mark::start(origin.journal).end);
-        let witness = witness.filter(|_| at.at_witness);
         let common = at.common.map(|common| common.position);
         let told_by = at.speaker;
         let divergent = Box::new(Divergent { mirror, origin, witness, common, told_by });

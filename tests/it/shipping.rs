@@ -579,6 +579,36 @@ fn a_replaced_origin_is_detected_by_what_the_mirror_had_set_aside() {
     }
 }
 
+/// What a mirror has set aside goes on from what it still holds: if that is lost at its origin, it is lost, too.
+#[test]
+fn what_a_mirror_has_set_aside_is_counted_as_orphaned_also_if_the_histories_part_in_front_of_it() {
+    for (grown, ahead) in [(0, true), (60, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut origin = Origin::start(dir.path().join("origin"), small());
+        origin.append(0..10);
+        origin.close();
+        copy_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(10..21);
+        let mirror_dir = dir.path().join("mirror");
+        mirror_with_a_damaged_tail(&mirror_dir, &origin);
+        origin.close();
+        replace_dir(&origin.dir, &dir.path().join("backup"));
+        origin.open();
+        origin.append(100..100 + grown);
+        let mirror = start_mirror(&mirror_dir, &origin);
+        let at = match halted(&mirror) {
+            ShippingError::Ahead(at) if ahead => at,
+            ShippingError::Fork(at) if !ahead => at,
+            other => panic!("{other:?}"),
+        };
+        let held = mirror.journal().unwrap().end().position;
+        assert_eq!((at.mirror.position, at.common), (held, Some(Position::new(10))));
+        assert!(held < Position::new(21), "nothing was set aside");
+        assert_eq!(at.orphaned(), Some(Position::new(10)..Position::new(21)), "{at}");
+    }
+}
+
 #[test]
 fn s6_bit_rot_at_the_origin_is_reported_with_its_position_and_nothing_behind_it_is_shipped() {
     let dir = tempfile::tempdir().unwrap();
