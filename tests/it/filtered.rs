@@ -1027,6 +1027,32 @@ fn a_feed_that_is_never_read_delays_nobody() {
     stalls::wait_cut_off(&impatient, stalled.stream.local_addr().unwrap());
 }
 
+/// Whether it may still have what it doesn't take is found out all the same.
+#[test]
+fn a_feed_that_takes_nothing_ends_once_it_may_not_have_it_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = dir.path().join("access.json");
+    let security = confined(&list, &[FeedFilter::everything()]);
+    let serving = ServeOptions { security: Some(security.clone()), ..stalls::patient() };
+    let origin = Origin::start(dir.path(), stalls::large(), serving);
+    let to = StreamId::new("stock-1").unwrap();
+    for _ in 0..stalls::EVENTS {
+        let event = NewEvent::raw("noted", vec![b'x'; stalls::EVENT_BYTES]).unwrap();
+        origin.store().append(&Append::to(&to, ExpectedRevision::Any, [event])).unwrap();
+    }
+    let server = origin.server.as_ref().unwrap();
+    let stuck = [never_reads(origin.address), never_reads(origin.address)];
+    let addresses = stuck.each_ref().map(|raw| raw.stream.local_addr().unwrap());
+    stalls::wait_stuck(server, &addresses);
+    // Other rights that allow as much.
+    write_rights(&list, &[FeedPart::default().into(), FeedPart::types(["placed"]).into()]);
+    security.reload().unwrap();
+    stalls::wait_stuck(server, &addresses);
+    write_rights(&list, &[FeedPart::types(["placed"]).into()]);
+    security.reload().unwrap();
+    addresses.into_iter().for_each(|address| stalls::wait_cut_off(server, address));
+}
+
 /// A mirror and a feed may have the same node id: neither lets go of what the other one lacks.
 #[test]
 fn a_mirror_and_a_feed_of_one_node_hold_back_what_each_of_them_lacks() {

@@ -50,6 +50,15 @@ fn sent_to_stuck(server: &Server, stalled: &[SocketAddr]) -> Option<u64> {
     peers.map(|peer| is_stuck(&peer).then_some(peer.sent_bytes)).sum()
 }
 
+/// Waits until all who are connected from `stalled` and read nothing are stuck.
+pub(crate) fn wait_stuck(server: &Server, stalled: &[SocketAddr]) {
+    let deadline = Instant::now() + SOON;
+    while sent_to_stuck(server, stalled).is_none() {
+        assert!(Instant::now() < deadline, "they aren't stuck: {:?}", server.peers());
+        std::thread::yield_now();
+    }
+}
+
 /// Waits until all who are connected from `stalled` and read nothing are stuck; then serves others again and again: each
 /// time they have what was committed before one of the stalled has got a byte more.
 pub(crate) fn assert_delay_nobody(

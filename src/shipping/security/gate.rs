@@ -96,28 +96,37 @@ impl Gate {
     }
 
     /// Whether what it was let in by doesn't hold any more, nor its right to `journal` where it is sent that, or
-    /// to what `filter` lets through of it. Costs next to nothing unless there was a reload.
+    /// to what `filter` lets through of it. Costs next to nothing unless there was a reload. `None`: its rights are
+    /// others by now, and filters are to be compared, which may take long, and wasn't allowed.
     pub(crate) fn is_revoked(
         &mut self,
         journal: Option<&JournalId>,
         filter: Option<&FeedFilter>,
-    ) -> bool {
+        may_take_long: bool,
+    ) -> Option<bool> {
         let (Some(security), Some(admitted)) = (&self.security, &mut self.admitted) else {
-            return false;
+            return Some(false);
         };
         if security.inner.generation.load(Ordering::Acquire) == admitted.generation {
-            return false;
+            return Some(false);
         }
         let rules = security.rules();
-        let Ok(peer) = rules.identify(&self.channel, &admitted.credential) else { return true };
+        let Ok(peer) = rules.identify(&self.channel, &admitted.credential) else {
+            return Some(true);
+        };
+        let is_revoked = match (journal, filter) {
+            (None, _) => false,
+            (Some(journal), None) => !peer.may_mirror(journal),
+            // It was granted by these.
+            (Some(_), Some(_)) if peer.may == admitted.peer.may => false,
+            (Some(_), Some(_)) if !may_take_long => return None,
+            (Some(journal), Some(filter)) => {
+                !peer.may_be_fed(journal).is_some_and(|all| filter.is_within(&all))
+            }
+        };
         admitted.peer = peer;
         admitted.generation = rules.generation;
-        let peer = &admitted.peer;
-        let may = |journal| match filter {
-            None => peer.may_mirror(journal),
-            Some(filter) => peer.may_be_fed(journal).is_some_and(|all| filter.is_within(&all)),
-        };
-        !journal.is_none_or(may)
+        Some(is_revoked)
     }
 }
 
@@ -219,7 +228,7 @@ mod tests {
         assert!(
             open.enter(&nothing).is_ok()
                 && open.may_mirror(&JOURNAL)
-                && !open.is_revoked(None, None)
+                && open.is_revoked(None, None, false) == Some(false)
         );
     }
 

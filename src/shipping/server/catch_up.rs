@@ -1,4 +1,4 @@
-//! The threads that may wait for the disk: they compare histories, and read for those whose next batch isn't in
+//! The threads that may wait for the disk: they compare histories and long filters, and read for those whose next batch isn't in
 //! memory any more. A connection gets a turn of some frames, and goes back to the loop.
 //!
 //! Nothing is heard of a peer in the meantime, so its deadlines aren't either: the time stands still for it. What it is

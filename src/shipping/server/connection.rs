@@ -167,7 +167,7 @@ impl Connection {
             }
             match self.write_out(now.at) {
                 Ok(true) => {}
-                Ok(false) => return self.blocked(now),
+                Ok(false) => return self.blocked(now, source.may_wait()),
                 Err(_) => {
                     self.broken = true;
                     self.session.on_closed();
@@ -213,16 +213,19 @@ impl Connection {
         Ok(is_done)
     }
 
-    fn blocked(&mut self, now: Now) -> Step {
+    fn blocked(&mut self, now: Now, may_wait: bool) -> Step {
         let stalled_at = self.blocked_since.unwrap_or(now.at) + self.write_stall;
-        let until = stalled_at.min(self.session.on_time(now));
+        let until = self.session.on_time(now, may_wait);
         if now.at >= stalled_at {
             return Step::Gone;
         }
         if self.session.end().is_some() {
             return self.linger(now.at);
         }
-        Step::Wait { until, for_more: false }
+        match until {
+            Some(until) => Step::Wait { until: until.min(stalled_at), for_more: false },
+            None => Step::OnDisk,
+        }
     }
 
     fn linger(&mut self, now: Instant) -> Step {

@@ -568,12 +568,12 @@ impl OriginSession {
     /// of it is left there.
     pub(crate) fn step(&mut self, source: &mut impl Source, now: Now, out: &mut Output) -> Next {
         self.check_deadlines(now);
-        self.check_rights();
+        let mut on_disk = self.check_rights(source.may_wait());
         if matches!(self.state, State::Judging(_)) && source.may_wait() {
             // Nothing is looked at before: whether it is the journal that was asked for shows in nothing.
             self.grant(&source.end().journal);
         }
-        let (mut on_disk, mut more) = (false, false);
+        let mut more = false;
         if let State::Judging(subscribe) = self.state {
             match source.may_wait() {
                 true => {
@@ -638,18 +638,20 @@ impl OriginSession {
         }
     }
 
-    /// Time has passed, and nothing can be written. When to say so again.
-    pub(crate) fn on_time(&mut self, now: Now) -> Instant {
+    /// Time has passed, and nothing can be written. When to say so again; `None`: at once, where it may be waited for.
+    pub(crate) fn on_time(&mut self, now: Now, may_wait: bool) -> Option<Instant> {
         self.check_deadlines(now);
-        self.check_rights();
-        match self.state {
+        if self.check_rights(may_wait) {
+            return None;
+        }
+        Some(match self.state {
             State::AwaitHello | State::AwaitSubscribe => self.handshake_until,
             // Rights are looked at as often.
             State::Diverged(_) | State::Streaming => {
                 self.silence_until(now).min(now.at + self.config.deadlines.heartbeat)
             }
             State::Judging(_) | State::Ended => now.at + self.config.deadlines.silence,
-        }
+        })
     }
 
     /// How many bytes more the window takes, or one batch more than that.
@@ -698,13 +700,18 @@ impl OriginSession {
         self.finish(SessionEnd::Timeout(deadline));
     }
 
-    /// Rights may have been taken away since.
-    fn check_rights(&mut self) {
+    /// Rights may have been taken away since. Whether that is still to be found out, by somebody who may wait.
+    fn check_rights(&mut self, may_wait: bool) -> bool {
         let journal = self.status.sent.map(|sent| sent.journal);
         let filter = self.status.feed.as_ref().map(|terms| &terms.filter);
-        if self.end.is_none() && self.config.gate.is_revoked(journal.as_ref(), filter) {
+        if self.end.is_some() {
+            return false;
+        }
+        let is_revoked = self.config.gate.is_revoked(journal.as_ref(), filter, may_wait);
+        if is_revoked == Some(true) {
             self.refuse(ErrorCode::DENIED);
         }
+        is_revoked.is_none()
     }
 
     /// Compares the mirror's end and its witness with this journal; nothing is sent before.

@@ -1,6 +1,7 @@
 //! Sessions for filtered feeds: every position accounted for once, whatever is cut, lost or crashed.
 
 use std::cell::Cell;
+use std::path::Path;
 
 use super::*;
 use crate::event::EventId;
@@ -301,20 +302,22 @@ impl Source for Seen<'_> {
     }
 }
 
+/// Writes an access list that lets everybody here have feeds of these types.
+fn allow(list: &Path, types: &[&str]) {
+    let filter = FeedFilter::from(FeedPart::types(types.iter().copied()));
+    let may = serde_json::json!({ "journal": "*", "mode": "filtered", "filter": filter });
+    let peer = serde_json::json!({ "name": "here", "anonymous": "loopback", "may": [may] });
+    std::fs::write(list, serde_json::json!({ "peers": [peer] }).to_string()).unwrap();
+}
+
 /// The rights are taken away after the loop has seen that they allow something of it, and before the catch-up threads send
 /// the first event. What exactly they allow, nobody finds out before: comparing long filters held up the loop.
 #[test]
 fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
     let dir = tempfile::tempdir().unwrap();
     let list = dir.path().join("access.json");
-    let allow = |event_type: &str| {
-        let filter = FeedFilter::from(FeedPart::types([event_type]));
-        let may = serde_json::json!({ "journal": "*", "mode": "filtered", "filter": filter });
-        let peer = serde_json::json!({ "name": "here", "anonymous": "loopback", "may": [may] });
-        std::fs::write(&list, serde_json::json!({ "peers": [peer] }).to_string()).unwrap();
-    };
     for is_taken in [false, true] {
-        allow("a");
+        allow(&list, &["a"]);
         let access = Access::File(list.clone());
         let security = Security::new(SecurityOptions { tls: None, access }).unwrap();
         let mut journal = ModelJournal::new(JOURNAL);
@@ -339,7 +342,7 @@ fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
         assert!(origin.may_have(&JOURNAL) && origin.status().feed.is_none(), "not granted yet");
         assert!(deliveries.is_empty());
         if is_taken {
-            allow("b");
+            allow(&list, &["b"]);
             security.reload().unwrap();
         }
         granted(&mut origin, true, &mut deliveries);
@@ -350,6 +353,62 @@ fn rights_that_are_taken_away_before_the_first_event_of_a_feed_count() {
         } else {
             assert!(matches!(deliveries.first(), Some(Delivery::Granted(..))), "{deliveries:?}");
         }
+    }
+}
+
+/// Comparing long filters with other rights held up the loop, once for each feed after every reload.
+#[test]
+fn other_rights_are_compared_with_feeds_by_a_source_that_may_wait_and_the_same_ones_by_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = dir.path().join("access.json");
+    let nobody = || std::fs::write(&list, serde_json::json!({ "peers": [] }).to_string()).unwrap();
+    let cases =
+        [(Some(&["a", "b"][..]), true), (Some(&["b"]), true), (Some(&["a"]), false), (None, false)];
+    for ((allowed, takes_long), is_blocked) in
+        cases.into_iter().flat_map(|it| [(it, false), (it, true)])
+    {
+        allow(&list, &["a"]);
+        let access = Access::File(list.clone());
+        let security = Security::new(SecurityOptions { tls: None, access }).unwrap();
+        let mut journal = ModelJournal::new(JOURNAL);
+        journal.append_events(&mut fastrand::Rng::with_seed(1));
+        journal.sync();
+        let subscriber = Subscriber::new(FeedFilter::from(FeedPart::types(["a"])));
+        let (mut session, now) = (subscriber.session(now()), now());
+        let gate = Gate::new(Some(security.clone()), true);
+        let mut origin = OriginSession::new(OriginConfig { gate, ..origin_config() }, now);
+        let (mut to_origin, mut to_subscriber, mut deliveries) =
+            (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..4 {
+            session.take_output(now, &mut to_origin);
+            origin.on_bytes(&std::mem::take(&mut to_origin), now);
+            let mut source = Seen { journal: &mut journal, may_wait: true, grows: None };
+            while origin.poll(&mut source, now, &mut to_subscriber) == Next::Write {}
+            session.on_bytes(&std::mem::take(&mut to_subscriber), now, &mut deliveries);
+        }
+        assert!(matches!(deliveries.first(), Some(Delivery::Granted(..))), "{deliveries:?}");
+        match allowed {
+            Some(types) => allow(&list, types),
+            None => nobody(),
+        }
+        security.reload().unwrap();
+        // Whether it can be written to or not: it is left to somebody else.
+        let mut look = |origin: &mut OriginSession, may_wait: bool| {
+            let mut source = Seen { journal: &mut journal, may_wait, grows: None };
+            match is_blocked {
+                true => origin.on_time(now, may_wait).is_none(),
+                false => origin.poll(&mut source, now, &mut to_subscriber) == Next::OnDisk,
+            }
+        };
+        let case = format!("{allowed:?}, blocked: {is_blocked}");
+        assert_eq!(look(&mut origin, false), takes_long, "{case}");
+        assert_eq!(origin.end().is_some(), allowed.is_none(), "{case}");
+        assert!(!look(&mut origin, true), "{case}");
+        let is_revoked = !allowed.is_some_and(|types| types.contains(&"a"));
+        let end = origin.end().cloned();
+        let is_denied = matches!(&end, Some(SessionEnd::Own(it)) if it.code == ErrorCode::DENIED);
+        assert_eq!((is_denied, end.is_some()), (is_revoked, is_revoked), "{case}: {end:?}");
+        assert!(!look(&mut origin, false), "{case}: it is known");
     }
 }
 
