@@ -451,7 +451,7 @@ fn served_table(text: &mut String, it: &Served) -> Outcome<()> {
     )?;
     writeln!(
         text,
-        "| What an inline view adds to an append, medians of turns | at most 30 µs | {} µs | {} | {:.0} µs without, {:.0} µs with it |",
+        "| What an inline view adds to an append, medians of rounds in which both take turns, one append each | at most 30 µs | {} µs | {} | {:.0} µs without, {:.0} µs with it |",
         spread(&it.inline_added_us, 1),
         verdict(it.inline_added_us.median <= 30.0),
         it.append_p50_us,

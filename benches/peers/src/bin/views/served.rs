@@ -251,7 +251,7 @@ fn visible(dir: &Path) -> Outcome<(f64, f64)> {
     Ok(percentiles(waited))
 }
 
-/// Single appends to a store without a view and to one with an inline view, in turns.
+/// Single appends to a store without a view and to one with an inline view, one event each in turn.
 fn inline(dir: &Path) -> Outcome<(f64, f64, Spread)> {
     fs::create_dir_all(dir)?;
     let (plain, unused) = filled(&dir.join("plain"), 10_000, 50_000, options())?;
@@ -260,22 +260,24 @@ fn inline(dir: &Path) -> Outcome<(f64, f64, Spread)> {
     let inline = ViewOptions { inline: true, ..options() };
     let (store, view) = filled(&dir.join("inline"), 10_000, 50_000, inline)?;
     let mut random = fastrand::Rng::with_seed(5);
-    let mut median = |store: &Store| -> Outcome<f64> {
-        let mut took = Vec::new();
-        for _ in 0..APPENDS {
-            let append = sales(&mut random, 10_000, 1)?;
-            let began = Instant::now();
-            let appended = store.append(&append)?;
-            took.push(began.elapsed());
-            if !appended.receipt().behind.is_empty() {
-                return Err("the inline view has stopped".into());
-            }
+    let mut timed = |store: &Store| -> Outcome<Duration> {
+        let append = sales(&mut random, 10_000, 1)?;
+        let began = Instant::now();
+        let appended = store.append(&append)?;
+        let took = began.elapsed();
+        match appended.receipt().behind.is_empty() {
+            true => Ok(took),
+            false => Err("the inline view has stopped".into()),
         }
-        Ok(percentiles(took).0)
     };
     let (mut without, mut with, mut added) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
-        let (plain, inline) = (median(&plain)?, median(&store)?);
+        let (mut of_plain, mut of_inline) = (Vec::new(), Vec::new());
+        for _ in 0..APPENDS {
+            of_plain.push(timed(&plain)?);
+            of_inline.push(timed(&store)?);
+        }
+        let (plain, inline) = (percentiles(of_plain).0, percentiles(of_inline).0);
         if round > 0 {
             without.push(plain);
             with.push(inline);
