@@ -139,8 +139,16 @@ impl AtRest {
         self.get(None, key)?.ok_or_else(|| self.db.entry_without_row())
     }
 
+    /// What any row may lack, because they are being made for the first time.
+    pub(crate) fn building(&self) -> Result<Option<Degraded>, ViewReadError> {
+        poison::building(&self.db.latest())
+    }
+
     /// What the row under `key` lacks.
     pub(crate) fn degraded(&self, key: &[u8]) -> Result<Option<Degraded>, ViewReadError> {
+        if let Some(building) = self.building()? {
+            return Ok(Some(building));
+        }
         let row_key = row_key(|out| out.extend_from_slice(key));
         if let Some(head) = self.db.parked_head(&row_key)? {
             let Head { events, journal, first, reason, .. } = head;

@@ -9,6 +9,8 @@
 //!                                events u64 │ unrouted u64; the numbers are of all journals of the view, and stand
 //!                                with the first, 0 with the others
 //! 00 'n'                         present if events are counted, from the first one on
+//! 00 'b'                         of how many events of all journals the first build in order makes the rows: u64; of fewer,
+//!                                they are being made. Absent if they were made in bulk, or there was nothing to be made
 //! 00 's' journal id 16 │ segment u64, big-endian
 //!                                what its events count as: applied, skipped, unrouted, discarded: u64 each
 //! 01 key of the row              the row, encoded by the codec
@@ -71,6 +73,7 @@ const INDEX_NAMES: &[u8] = &[META, b'x'];
 const TABLE_NAMES: &[u8] = &[META, b't'];
 const PROGRESS: &[u8] = &[META, b'p'];
 const COUNTED: &[u8] = &[META, b'n'];
+const BUILDING: &[u8] = &[META, b'b'];
 const TALLIES: &[u8] = &[META, b's'];
 const PROGRESS_BYTES: usize = Checkpoint::ENCODED_LEN + 32;
 
@@ -568,6 +571,16 @@ impl Db {
         identity: &Identity,
         start: Progress,
     ) -> Result<Progress, StorageError> {
+        self.begin_building(identity, start, None)
+    }
+
+    /// The same; until they are of so many events, the rows of an empty one are being made for the first time.
+    pub(super) fn begin_building(
+        self: &Arc<Self>,
+        identity: &Identity,
+        start: Progress,
+        until_events: Option<u64>,
+    ) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's identity";
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
         match found {
@@ -580,6 +593,9 @@ impl Db {
                 let mut writes = self.writes();
                 for (key, value) in identity.entries() {
                     writes.put(&key, &value);
+                }
+                if let Some(events) = until_events {
+                    writes.put(BUILDING, &events.to_le_bytes());
                 }
                 self.write(writes, &start)?;
                 Ok(start)
@@ -713,6 +729,13 @@ impl Db {
             kept.written(rows);
         }
         Ok(())
+    }
+
+    /// The rows are made, of however many events.
+    pub(super) fn end_building(&self, progress: &Progress) -> Result<(), StorageError> {
+        let mut writes = self.writes();
+        writes.delete(BUILDING);
+        self.write(writes, progress)
     }
 
     /// Adds to what events count as.
@@ -1020,6 +1043,14 @@ impl Reader {
     /// Whether all events were counted.
     pub(super) fn is_counted(&self) -> Result<bool, StorageError> {
         Ok(self.get(COUNTED)?.is_some())
+    }
+
+    /// Of how many events the rows will be when they are made for the first time; `None` if they are.
+    pub(super) fn building_until(&self, progress: &Progress) -> Result<Option<u64>, StorageError> {
+        let Some(value) = self.get(BUILDING)? else { return Ok(None) };
+        let damaged = || self.db().damaged("reading how far the rows are", "an invalid number");
+        let until = Decoder::new(&value).u64().map_err(|_| damaged())?;
+        Ok(Some(until).filter(|until| progress.checkpoints.events() < *until))
     }
 
     /// How far the rows are, in the order of these journals if it is of them; `None` while the generation is being

@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use super::View;
 use super::control::ViewControl;
-use super::db::{Db, Reader, StorageError};
-
+use super::db::{Db, Reader, StorageError, row_key};
 use super::error::ViewReadError;
 use super::index::Indexes;
 use super::key::{EncodeKey, KeyPrefix};
-use super::poison::lacking;
+use super::poison::{checked, lacking};
 use super::rows::Rows;
 use super::runner::{Shared, nothing};
 use super::sources::Checkpoints;
@@ -108,7 +107,8 @@ impl<V: View> ViewHandle<V> {
     }
 
     /// The row under `key`; of a [parked](Self::parked) key, as it was in front of the first event that is
-    /// parked. See [`get_checked`](Self::get_checked).
+    /// parked. While the rows are made for the first time, `None` may mean that this one isn't made yet. Of both tells
+    /// [`get_checked`](Self::get_checked).
     ///
     /// # Errors
     /// [`ViewReadError`] if the database fails or the row is of another type.
@@ -164,7 +164,8 @@ impl<V: View> ViewHandle<V> {
         if self.shared().state().applied.parked.is_empty() {
             return self.get(key);
         }
-        let checked = self.get_checked(key)?;
+        let key = row_key(|out| key.encode_key_into(out));
+        let checked = checked::<V>(&self.shared().db().snapshot(), &key)?;
         match checked.degraded {
             Some(degraded) => Err(ViewReadError::Degraded { view: V::NAME, degraded }),
             None => Ok(checked.row),

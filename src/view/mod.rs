@@ -180,7 +180,9 @@ pub trait View: Send + Sync + 'static {
     /// The view's name, and its folder's: 1 to 64 of `a-z`, `0-9`, `-` and `_`.
     const NAME: &'static str;
     /// Raise it whenever key, row, `route` or `fold` change: the rows are then built anew, in a generation
-    /// of their own.
+    /// of their own. Until they are, [`get`](ViewHandle::get) finds none of those that aren't made yet: a service should
+    /// [wait](ViewControl::wait_for_latest) before it serves, or read with [`get_checked`](ViewHandle::get_checked),
+    /// which says [`Degraded::Building`].
     const VERSION: u32;
     /// What names a row.
     type Key: ViewKey + Send + Sync;
@@ -324,7 +326,8 @@ pub struct ViewOptions {
     /// the journal ends in front of its checkpoint, or begins behind. Interrupted, it begins anew.
     pub base: Option<PathBuf>,
     /// How the first generation of the view's version is built if there is much to fold: with how much memory, how many
-    /// threads, and how fast at the most. Default: as fast as it goes. See [`ViewStatus::rebuild`] for how far it is.
+    /// threads, and how fast at the most. Default: as fast as it goes. See [`ViewStatus::rebuild`] for how far it is. Rows
+    /// are missing meanwhile: [`Degraded::Building`].
     pub building: RebuildOptions,
     /// Memory, shared with other views.
     pub memory: ViewMemory,

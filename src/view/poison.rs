@@ -851,7 +851,7 @@ pub struct ParkedEvent {
 pub struct Checked<R> {
     /// The row.
     pub row: Option<R>,
-    /// What the row lacks, if something is parked.
+    /// What the row lacks, if something is parked, or the rows are being made.
     pub degraded: Option<Degraded>,
 }
 
@@ -859,6 +859,18 @@ pub struct Checked<R> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Degraded {
+    /// The rows of the view's version are being made for the first time: there may be more events of this one, and if
+    /// there is no row, that says nothing. [Wait](ViewControl::wait_for_latest), or ask again later.
+    ///
+    /// That a view lags behind a journal that has grown is nothing of this kind. It isn't said any more when everything is
+    /// applied that was there when the building began.
+    Building {
+        /// How far the rows are; of several journals, how many events of all of them are applied.
+        applied: Position,
+        /// How far they are then, if that is known: in bulk they appear all at once, and
+        /// [`ViewStatus::rebuild`](super::ViewStatus::rebuild) says how far that is.
+        until: Option<Position>,
+    },
     /// Events of the row are parked: it is as it was in front of the first of them.
     Parked {
         /// How many.
@@ -887,6 +899,7 @@ impl Degraded {
     pub const fn first(&self) -> Position {
         match self {
             Self::Parked { first, .. } | Self::Unrouted { first, .. } => *first,
+            Self::Building { applied, .. } => *applied,
         }
     }
 }
@@ -894,6 +907,10 @@ impl Degraded {
 impl fmt::Display for Degraded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Building { applied, until: Some(until) } => {
+                write!(f, "the view is being built: it is at position {applied} of {until}")
+            }
+            Self::Building { until: None, .. } => f.write_str("the view is being built"),
             Self::Parked { events, first, reason, .. } => {
                 write!(f, "{events} events of it are parked, from position {first} on: {reason}")
             }
@@ -922,6 +939,25 @@ pub(super) fn checked<V: View>(
         None => unrouted(reader, None)?,
     };
     Ok(Checked { row, degraded })
+}
+
+/// The same, and whether the rows are being made as of that moment.
+fn checked_whole<V: View>(
+    reader: &Reader,
+    row_key: &[u8],
+) -> Result<Checked<V::Row>, ViewReadError> {
+    let Checked { row, degraded } = checked::<V>(reader, row_key)?;
+    Ok(Checked { row, degraded: building(reader)?.or(degraded) })
+}
+
+/// What any row may lack because the rows are being made for the first time.
+pub(super) fn building(reader: &Reader) -> Result<Option<Degraded>, ViewReadError> {
+    let Some(progress) = reader.progress(&[])? else {
+        return Ok(Some(Degraded::Building { applied: Position::START, until: None }));
+    };
+    let applied = Position::new(progress.checkpoints.events());
+    let until = reader.building_until(&progress)?.map(Position::new);
+    Ok(until.map(|until| Degraded::Building { applied, until: Some(until) }))
 }
 
 /// What the row lacks of what is in front of `token`, or may lack.
@@ -973,7 +1009,8 @@ fn first_of(
 
 impl<V: View> ViewHandle<V> {
     /// The row under `key`, and whether it is all that it should be: [`get`](Self::get) returns the row of a
-    /// parked key as it was in front of the first parked event, and doesn't say so.
+    /// parked key as it was in front of the first parked event, and while the view's rows are made for the first time what
+    /// there is of them, and doesn't say so.
     ///
     /// # Errors
     /// [`ViewReadError`] if the database fails or the row is of another type.
@@ -982,7 +1019,7 @@ impl<V: View> ViewHandle<V> {
         Q: EncodeKey<V::Key> + ?Sized,
     {
         let key = row_key(|out| key.encode_key_into(out));
-        checked::<V>(&self.shared().db().snapshot(), &key)
+        checked_whole::<V>(&self.shared().db().snapshot(), &key)
     }
 
     /// The rows that lag behind because an event can't be folded into them, in the order of their keys.
@@ -1049,7 +1086,7 @@ impl<V: View> ViewSnapshot<V> {
     where
         Q: EncodeKey<V::Key> + ?Sized,
     {
-        checked::<V>(self.reader(), &row_key(|out| key.encode_key_into(out)))
+        checked_whole::<V>(self.reader(), &row_key(|out| key.encode_key_into(out)))
     }
 
     /// How much is parked as of the snapshot: whether any row that it reads may lack events.

@@ -189,8 +189,8 @@ pub(super) fn start<P: Program>(
         first_build: Mutex::new(None),
         folder: Mutex::new(folder),
     });
-    if opened.is_begun_in_order {
-        shared.begin_first_build(&shared.sources.end());
+    if let Some(until_events) = opened.building_until {
+        shared.begin_first_build(until_events);
     }
     #[cfg(feature = "shipping")]
     shared.note_applied(&shared.state());
@@ -206,8 +206,8 @@ struct Opened {
     progress: Progress,
     phase: Phase,
     set_aside: Option<PathBuf>,
-    /// There are no rows yet, and they are made as the journal is followed.
-    is_begun_in_order: bool,
+    /// Its rows are made for the first time, as the journal is followed, until they are of so many events.
+    building_until: Option<u64>,
 }
 
 fn open_live<P: Program>(
@@ -263,13 +263,7 @@ fn open_live<P: Program>(
                 }
                 let source = ReadError::Truncated { first };
                 let phase = Phase::Stopped(Arc::new(StopError::Journal { view: P::NAME, source }));
-                return Ok(Opened {
-                    db,
-                    progress,
-                    phase,
-                    set_aside: None,
-                    is_begun_in_order: false,
-                });
+                return Ok(Opened { db, progress, phase, set_aside: None, building_until: None });
             }
             let set_aside = Some(db.path().to_owned());
             drop(db);
@@ -279,7 +273,8 @@ fn open_live<P: Program>(
             return Ok(Opened { set_aside, ..begin(folder)? });
         }
     };
-    Ok(Opened { db, progress, phase, set_aside: None, is_begun_in_order: false })
+    let building_until = db.latest().building_until(&progress)?;
+    Ok(Opened { db, progress, phase, set_aside: None, building_until })
 }
 
 /// Begins a new generation: to be built in bulk if there is enough to build it from, and live when it is; or live from
@@ -293,15 +288,15 @@ fn begin_live<P: Program>(
 ) -> Result<Opened, ViewError> {
     let (number, path) = folder.begin()?;
     let (db, progress) = (open(&path)?, nothing(sources));
-    let phase = if P::HAS_BULK && sources.end().bytes() >= BULK_BYTES_MIN {
-        Phase::Building { control: Control::new(building), number }
+    let end = sources.end();
+    let (phase, building_until) = if P::HAS_BULK && end.bytes() >= BULK_BYTES_MIN {
+        (Phase::Building { control: Control::new(building), number }, None)
     } else {
-        begin_in_order(view, &db, sources)?;
+        begin_in_order(view, &db, sources, &end)?;
         folder.set_live(number)?;
-        Phase::Following
+        (Phase::Following, Some(end.events()))
     };
-    let is_begun_in_order = matches!(phase, Phase::Following);
-    Ok(Opened { db, progress, phase, set_aside: None, is_begun_in_order })
+    Ok(Opened { db, progress, phase, set_aside: None, building_until })
 }
 
 /// The beginning of a generation that is built as the journal is followed; durable, so that one that is live isn't empty.
@@ -309,8 +304,10 @@ fn begin_in_order<P: Program>(
     view: &P,
     db: &Arc<Db>,
     sources: &Sources,
+    until: &Checkpoints,
 ) -> Result<Progress, StorageError> {
-    let progress = db.begin(&view.identity(), nothing(sources))?;
+    let until_events = Some(until.events()).filter(|events| *events > 0);
+    let progress = db.begin_building(&view.identity(), nothing(sources), until_events)?;
     db.flush(true)?;
     Ok(progress)
 }
@@ -588,8 +585,8 @@ impl<P: Program> Runner<P> {
         let until = shared.intake.take_all(&shared.sources, || control.check());
         let Some(until) = until.map_err(|it| it.stop(P::NAME))? else { return Ok(None) };
         let in_order = || {
-            let begun = begin_in_order(&*self.view, db, &shared.sources);
-            shared.begin_first_build(&until);
+            let begun = begin_in_order(&*self.view, db, &shared.sources, &until);
+            shared.begin_first_build(until.events());
             begun.map(Some).map_err(storage_failed::<P>)
         };
         if self.note.forbids_bulk() {
@@ -680,6 +677,11 @@ impl<P: Program> Runner<P> {
                 let row = row.map(<[u8]>::to_vec).into_iter().collect();
                 shared.applied(progress, shared.sources.first().id(), row);
             })?;
+            if idle && failure.is_none() && !is_in_use && !closed && shared.ends_first_build() {
+                // A journal that was longer when that began: no more comes.
+                db.end_building(&applied).map_err(storage_failed::<P>)?;
+                flush.start();
+            }
             self.tend().map_err(storage_failed::<P>)?;
         }
         if shared.advance_first_build(&before, &applied.checkpoints).is_err() {
@@ -691,7 +693,6 @@ impl<P: Program> Runner<P> {
             None if idle && closed => Ok(Step::Ended),
             None if idle => {
                 self.note.built();
-                *shared.first_build.lock() = None; // a journal that was longer before is no reason to wait
                 let first = shared.sources.first().id();
                 Ok(Step::Idle(applied.checkpoints.position(first)))
             }
@@ -968,13 +969,18 @@ impl Shared {
     }
 
     /// The rows are made as the journal is followed: how far that is can be seen, as of any other build.
-    fn begin_first_build(&self, until: &Checkpoints) {
-        let until_events = until.events();
-        if until_events > 0 {
+    fn begin_first_build(&self, until_events: u64) {
+        let left = until_events.saturating_sub(self.state().applied.checkpoints.events());
+        if left > 0 {
             let control = Control::new(&self.options.building);
-            control.pass_begins(RebuildPhase::Building, until_events);
+            control.pass_begins(RebuildPhase::Building, left);
             *self.first_build.lock() = Some(FirstBuild { control, until_events });
         }
+    }
+
+    /// It is over; whether there was one.
+    fn ends_first_build(&self) -> bool {
+        self.first_build.lock().take().is_some()
     }
 
     /// So much was folded since.
@@ -988,7 +994,7 @@ impl Shared {
         };
         if applied.events() >= until_events {
             // Nothing is left to be held up; and who closes the view finds nobody to wake any more.
-            *self.first_build.lock() = None;
+            self.ends_first_build();
             return Ok(());
         }
         let events = applied.events().saturating_sub(before.events());

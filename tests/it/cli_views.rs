@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::golden::golden;
-use crate::views::copy_dir;
+use crate::views::{copy_dir, stopped};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -780,6 +780,44 @@ fn a_first_build_in_order_that_is_interrupted_leaves_nothing_either() {
     assert!(text.lines().any(|it| it.starts_with("error[rebuild.cancelled]: ")), "{text}");
     assert_eq!(names(), ["spent"]);
     assert_eq!(held_by(&world).len(), 1);
+}
+
+#[test]
+fn reads_of_a_view_whose_rows_are_being_made_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World { path: dir.path().join("store"), _dir: dir };
+    let dir = world.dir();
+    let store = Store::create(&world.path).unwrap();
+    append(&store, &ORDERS);
+    // The fourth is of too little.
+    let (demanding, options) = (Spent::<1> { cents_min: 10, twist: 0 }, ViewOptions::default());
+    let view = store.view_with(demanding, ViewOptions { on_poison: OnPoison::Stop, ..options });
+    let view = view.unwrap();
+    stopped(&view);
+    view.close().unwrap();
+    drop(view);
+    store.close().unwrap();
+    let get = ["view", "get", dir, "spent", "basel", "3"];
+    let got = service(&get);
+    let said = "the view is being built: it is at position 3 of 9";
+    assert_eq!(got.status.code(), Some(1));
+    let warning = format!("warning: the row is degraded: {said}\nerror[");
+    assert!(err(&got).starts_with(&warning), "{}", err(&got));
+    let got = service(&[&get[..], &["--json"]].concat());
+    let row: Value = serde_json::from_str(&out(&got)).unwrap();
+    assert_eq!((&row["row"], &row["degraded"]), (&Value::Null, &json!(said)));
+    let scan = ["view", "scan", dir, "spent"];
+    let scanned = headwater(&scan);
+    assert_eq!((scanned.status.code(), out(&scanned).lines().count()), (Some(0), 3));
+    let warning = format!("warning: rows may be missing or lack events: {said}\n");
+    assert_eq!(err(&scanned), warning);
+
+    let (store, view) = world.open(ViewOptions::default());
+    caught_up(&store, &view);
+    view.close().unwrap();
+    drop((view, store));
+    assert_eq!(ok(headwater(&scan)).lines().count(), 6);
+    ok(service(&get));
 }
 
 #[test]

@@ -15,8 +15,8 @@ use std::time::Duration;
 use fastrand::Rng;
 use headwater::retention::{History, Options, Until};
 use headwater::view::{
-    Fold, FoldError, Keys, LostTail, OnDifference, OnPoison, RebuildError, RebuildOptions,
-    RebuildPhase, StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
+    Degraded, Fold, FoldError, Keys, LostTail, OnDifference, OnPoison, RebuildError,
+    RebuildOptions, RebuildPhase, StopError, View, ViewError, ViewHandle, ViewOptions, ViewState,
 };
 use headwater::{
     Append, ExpectedRevision, JournalOptions, NewEvent, Position, ReadError, Recorded, Store,
@@ -746,6 +746,93 @@ fn a_first_build_reads_no_faster_than_it_may() {
     drop(view); // waits for nothing
     let view = world.open(Traces::<1>::default());
     world.assert_shows(&view);
+}
+
+/// Nobody who has just deployed a view is to be told that a row doesn't exist which isn't made yet.
+#[test]
+fn a_checked_read_says_that_the_rows_are_being_made_in_bulk() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 15);
+    world.append(400);
+    let key = *world.rows.keys().next().unwrap();
+    let (reached_tx, reached) = mpsc::channel();
+    let (go_on, go_on_rx) = mpsc::channel();
+    let (reached_tx, go_on_rx) = (Mutex::new(reached_tx), Mutex::new(go_on_rx));
+    let view = world.store.view(Gated::<1> { reached: reached_tx, go_on: go_on_rx }).unwrap();
+    reached.recv_timeout(PATIENCE).unwrap();
+    let (checked, snapshot) = (view.get_checked(&key).unwrap(), view.snapshot().unwrap());
+    drop(go_on); // before anything fails: the view waits for its fold
+    let building = Some(Degraded::Building { applied: Position::START, until: None });
+    assert_eq!((checked.row, checked.degraded), (None, building.clone()));
+    view.wait_for_latest(PATIENCE).unwrap();
+    let checked = view.get_checked(&key).unwrap();
+    assert!(checked.row.is_some() && checked.degraded.is_none(), "{checked:?}");
+    assert_eq!(snapshot.get_checked(&key).unwrap().degraded, building, "as of its moment");
+    let checked = view.snapshot().unwrap().get_checked(&key).unwrap();
+    assert!(checked.row.is_some() && checked.degraded.is_none(), "{checked:?}");
+}
+
+/// Built in order, rows are seen as they come, also by the next process.
+#[test]
+fn a_checked_read_says_that_the_rows_are_being_made_also_behind_a_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, backup) = (dir.path().join("journal"), dir.path().join("backup"));
+    World::new(dir.path(), 16).append(5);
+    copy_dir(&journal, &backup);
+    let mut world = World::new(dir.path(), 17);
+    world.append(5);
+    let end = world.store.journal().end().position;
+    let building = RebuildOptions { bytes_per_second_max: Some(1), ..RebuildOptions::default() };
+    let slow = ViewOptions { building, chunk_bytes: 1, ..ViewOptions::default() };
+    let mut reached = Position::START;
+    for opening in 1..3 {
+        let view = world.store.view_with(Traces::<1>::default(), slow.clone()).unwrap();
+        let rebuild = view.status().rebuild.unwrap();
+        assert_eq!(rebuild.events_total, end.since(reached), "opening {opening}");
+        until("a chunk is applied", || view.checkpoint().applied.position > reached);
+        reached = view.checkpoint().applied.position;
+        let building = Some(Degraded::Building { applied: reached, until: Some(end) });
+        assert_eq!(view.get_checked(&(0, u16::MAX)).unwrap().degraded, building);
+        let snapshot = view.snapshot().unwrap();
+        assert_eq!(snapshot.get_checked(&(0, u16::MAX)).unwrap().degraded, building);
+        view.close().unwrap();
+        assert_eq!(view.get_checked(&(0, u16::MAX)).unwrap().degraded, building, "closed");
+    }
+    // As it is behind a restore: no more will come than there is.
+    world.store.close().unwrap();
+    let (longer, views) = (dir.path().join("longer"), dir.path().join("views"));
+    let kept = dir.path().join("views-kept");
+    copy_dir(&journal, &longer);
+    copy_dir(&views, &kept);
+    replace_dir(&backup, &journal);
+    let world = World::new(dir.path(), 18);
+    let view = world.open(Traces::<1>::default());
+    view.wait_for_latest(PATIENCE).unwrap();
+    until("built", || view.get_checked(&(0, u16::MAX)).unwrap().degraded.is_none());
+    drop(view);
+    world.store.close().unwrap();
+    replace_dir(&longer, &journal);
+    replace_dir(&kept, &views);
+
+    let mut world = World::new(dir.path(), 19);
+    let view = world.open(Traces::<1>::default());
+    view.wait_for_latest(PATIENCE).unwrap();
+    let expected = world.rows.clone();
+    let assert_whole = |view: &ViewHandle<Traces<1>>| {
+        let rows: BTreeMap<_, _> = view.range(..).map(Result::unwrap).collect();
+        assert_eq!(rows, expected);
+        let checked = view.get_checked(rows.keys().next().unwrap()).unwrap();
+        assert!(checked.row.is_some() && checked.degraded.is_none(), "{checked:?}");
+    };
+    assert_whole(&view);
+    view.close().unwrap();
+    drop(view);
+    // That it lags isn't that it is built.
+    world.append(1);
+    let poisoned = Traces::<1> { poison: Some(end.get()), ..Traces::default() };
+    let view = world.open(poisoned);
+    stopped(&view);
+    assert_whole(&view);
 }
 
 /// A journal of less than 1 MiB is folded in order. When all of it was there the build was over, and the thread held up for

@@ -96,12 +96,14 @@ pub(super) fn scan(args: &ScanArgs, views: &Views) -> Result<(), Failure> {
         (printed, last) = (printed + 1, Some(found.token));
     }
     out.flush()?;
-    report_parked(&at_rest, &located.name);
-    Ok(())
+    report_lacking(&at_rest, &located.name)
 }
 
 /// Rows of a scan don't say it themselves.
-fn report_parked(at_rest: &AtRest, name: &str) {
+fn report_lacking(at_rest: &AtRest, name: &str) -> Result<(), Failure> {
+    if let Some(building) = at_rest.building()? {
+        drop(writeln!(io::stderr(), "warning: rows may be missing or lack events: {building}"));
+    }
     let parked = at_rest.parked_counts();
     if !parked.is_empty() {
         let (keys, unrouted) = (parked.keys, parked.unrouted);
@@ -110,6 +112,7 @@ fn report_parked(at_rest: &AtRest, name: &str) {
             "warning: {keys} rows lack events that are parked, and any row may lack {unrouted} that couldn't be routed: see view parked DIR {name}"
         ));
     }
+    Ok(())
 }
 
 /// A row as it is printed.
