@@ -722,6 +722,7 @@ fn decode_row<V: View>(stored: &[u8]) -> Result<V::Row, EventFailure> {
 }
 
 /// What [`fold_carefully`] has done.
+#[derive(Default)]
 pub(super) struct Careful {
     /// What the row comes to with the events that could be folded.
     pub(super) change: Change,

@@ -590,14 +590,7 @@ impl<V: View> InDatabase<'_, V> {
         progress: &mut Progress,
     ) -> Result<(u64, Option<String>), StopError> {
         let mut some = self.some_events(row_key)?;
-        let key: V::Key = decode_all(row_key.get(1..).unwrap_or_default())
-            .map_err(|_| self.damaged("a parked key"))?;
-        self.care.pause();
-        let stored = self.db.get(row_key).map_err(Self::failed)?;
-        let stored = stored.map(|row| Bytes::from_slice(&row));
-        let (indexes, events) = (Indexes::of(self.view), some.events.iter());
-        let Careful { change, folded, failure } =
-            fold_carefully(self.view, &indexes, &key, row_key, stored, events, self.care);
+        let Careful { change, folded, failure } = self.fold(row_key, &some.events)?;
         self.care.done();
         if let Some(cause) = failure {
             if let Some(event) = some.events.get(folded).filter(|_| cause.is_of_the_rows()) {
@@ -633,6 +626,23 @@ impl<V: View> InDatabase<'_, V> {
         self.db.write(writes, &now).map_err(Self::failed)?;
         *progress = now;
         Ok((count, reason))
+    }
+
+    /// What events make of the row, up to the first that can't be folded.
+    fn fold(&self, row_key: &[u8], events: &[Recorded<V::Event>]) -> Result<Careful, StopError> {
+        if events.is_empty() {
+            return Ok(Careful::default());
+        }
+        let key = guard(|| decode_all::<V::Key>(row_key.get(1..).unwrap_or_default()));
+        self.care.pause();
+        let key = match key {
+            Ok(key) => key.map_err(|_| self.damaged("a parked key"))?,
+            Err(cause) => return Ok(Careful { failure: Some(cause), ..Careful::default() }),
+        };
+        let stored = self.db.get(row_key).map_err(Self::failed)?;
+        let stored = stored.map(|row| Bytes::from_slice(&row));
+        let (indexes, events) = (Indexes::of(self.view), events.iter());
+        Ok(fold_carefully(self.view, &indexes, &key, row_key, stored, events, self.care))
     }
 
     /// The first of a key's events, up to one that can't be decoded or routed.

@@ -691,6 +691,8 @@ fn a_row_that_is_too_large_to_be_read_back_parks_its_event_and_no_other() {
 
 /// A key that can't be encoded if it is this one.
 static REFUSED: AtomicU8 = AtomicU8::new(3);
+/// One that can't be decoded.
+static UNREADABLE: AtomicU8 = AtomicU8::new(255);
 
 #[derive(Clone, Debug, PartialEq)]
 struct Picky(u8);
@@ -702,11 +704,13 @@ impl ViewKey for Picky {
     }
 
     fn decode_key(input: &mut &[u8]) -> Result<Self, KeyError> {
-        u8::decode_key(input).map(Self)
+        let key = u8::decode_key(input)?;
+        assert_ne!(key, UNREADABLE.load(Ordering::SeqCst), "what a stored key");
+        Ok(Self(key))
     }
 }
 
-/// Counts events by their first two bytes; 6 can't be counted.
+/// Counts events by their first two bytes; 6 and 7 can't be counted.
 #[derive(Debug)]
 struct Pickies;
 
@@ -727,7 +731,7 @@ impl View for Pickies {
         row: Option<u64>,
         _: &Recorded<Vec<u8>>,
     ) -> Result<Fold<u64>, FoldError> {
-        if key.0 == 6 { Err("no".into()) } else { Ok(Fold::Put(row.unwrap_or(0) + 1)) }
+        if [6, 7].contains(&key.0) { Err("no".into()) } else { Ok(Fold::Put(row.unwrap_or(0) + 1)) }
     }
 }
 
@@ -782,4 +786,38 @@ fn a_key_that_cannot_be_encoded_parks_its_event_and_stops_nothing() {
         assert_eq!(retried.left, 1);
         assert!(matches!(view.status().state, ViewState::CaughtUp));
     }
+}
+
+/// Of all that a retry calls, the decoding of the key alone wasn't guarded: whoever asked had stopped the view for good.
+#[test]
+fn a_key_that_cannot_be_decoded_leaves_its_events_parked_and_stops_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let view = store.view(Pickies).unwrap();
+    let append = |keys: [u8; 2]| {
+        let token = append(&store, vec![NewEvent::raw("pickies.counted", keys).unwrap()]);
+        view.wait_for(&token, PATIENCE).unwrap();
+    };
+    append([7, 1]);
+    append([7, 1]);
+    UNREADABLE.store(7, Ordering::SeqCst);
+    let retried = view.retry(&Picky(7)).unwrap();
+    assert!(retried.reason.as_ref().unwrap().contains("what a stored key"), "{retried:?}");
+    assert_eq!((retried.applied, retried.left), (0, 2));
+    let retried = view.discard(&Picky(7), Position::START).unwrap();
+    assert!(retried.reason.as_ref().unwrap().contains("what a stored key"), "{retried:?}");
+    assert_eq!((retried.applied, retried.left), (1, 1));
+    append([7, 1]);
+    assert_eq!(view.get(&Picky(1)).unwrap(), Some(3));
+    UNREADABLE.store(255, Ordering::SeqCst);
+    let retried = view.retry(&Picky(7)).unwrap();
+    assert_eq!((retried.left, retried.reason.unwrap().contains("what a stored key")), (2, false));
+    for position in [1, 2] {
+        UNREADABLE.store(7, Ordering::SeqCst);
+        let retried = view.discard(&Picky(7), Position::new(position)).unwrap();
+        assert_eq!(retried.left, 2 - position, "nothing is folded if all is left out");
+        assert_eq!(retried.reason.is_some(), position == 1);
+    }
+    UNREADABLE.store(255, Ordering::SeqCst);
+    assert!(view.status().parked.is_empty() && matches!(view.status().state, ViewState::CaughtUp));
 }
