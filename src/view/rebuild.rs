@@ -106,7 +106,8 @@ pub struct RebuildStatus {
     pub events_total: u64,
     /// The rate of this pass, pauses included.
     pub events_per_second: f64,
-    /// When this pass will be over, if it goes on as it has.
+    /// When all of these will be read, if it goes on as it has. `None` if nobody knows: none were read yet; or all were, and
+    /// it writes what it has made, or folds what was appended since it began to catch up, however much that will be.
     pub remaining: Option<Duration>,
 }
 
@@ -493,8 +494,9 @@ impl Control {
         let state = self.state.lock();
         let seconds = state.pass_began.elapsed().as_secs_f64();
         let events_per_second = if seconds > 0.0 { state.events as f64 / seconds } else { 0.0 };
-        let left = state.events_total.saturating_sub(state.events) as f64 / events_per_second;
-        let running = state.phase != RebuildPhase::Ended;
+        let left = state.events_total.saturating_sub(state.events);
+        let seconds_left = left as f64 / events_per_second;
+        let is_known = state.phase != RebuildPhase::Ended && left > 0;
         RebuildStatus {
             phase: state.phase,
             paused: state.paused,
@@ -502,7 +504,7 @@ impl Control {
             events: state.events,
             events_total: state.events_total,
             events_per_second,
-            remaining: Duration::try_from_secs_f64(left).ok().filter(|_| running),
+            remaining: Duration::try_from_secs_f64(seconds_left).ok().filter(|_| is_known),
         }
     }
 }
@@ -549,6 +551,22 @@ mod tests {
                 control.check().unwrap();
             }
             assert!(due(&control) >= now, "a pass begins: {pass_begins}");
+        }
+    }
+
+    /// Who catches up folds what is appended meanwhile, too, and said to be done with it in no time.
+    #[test]
+    fn what_was_to_be_read_tells_when_it_is_over_and_what_comes_behind_it_nothing() {
+        let control = Control::new(&RebuildOptions::default());
+        control.pass_begins(RebuildPhase::CatchingUp, 10);
+        assert_eq!(control.status().remaining, None, "nothing was read");
+        control.state.lock().pass_began = Instant::now().checked_sub(5 * A_SECOND).unwrap();
+        control.advance(5, 0).unwrap();
+        let remaining = control.status().remaining.unwrap();
+        assert!((5..60).contains(&remaining.as_secs()), "{remaining:?}");
+        for more in [5, 7] {
+            control.advance(more, 0).unwrap();
+            assert_eq!(control.status().remaining, None, "{}", control.status());
         }
     }
 
