@@ -28,7 +28,7 @@ use crate::error::ReadError;
 use crate::event::KnownKind;
 use crate::format::Decoder;
 use crate::journal::Journal;
-use crate::position::{JournalId, Position};
+use crate::position::{JournalId, Locator, Position};
 
 /// What has become of the stored events of one segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -326,9 +326,9 @@ fn audit(
         for segment in journal.segments() {
             let events = segment.base_position..segment.end_position.min(position);
             if events.start < events.end {
-                let counted = count(journal, &events, kinds)?;
+                let counted = count(journal, &events, kinds, &discarded)?;
                 let place = (journal.id(), segment.number);
-                segments.push(stored.compare(place, events, counted, &discarded));
+                segments.push(stored.compare(place, events, counted));
             }
         }
     }
@@ -341,14 +341,17 @@ fn audit(
 struct Counted {
     matching: u64,
     other: u64,
+    /// Of all of these: discarded altogether.
+    decided: u64,
     lost: u64,
 }
 
-/// Counts events by the names of their types.
+/// Counts events by the names of their types, and by their ids those that are discarded.
 fn count(
     journal: &Journal,
     events: &Range<Position>,
     kinds: &[KnownKind],
+    discarded: &Discarded,
 ) -> Result<Counted, ReadError> {
     // A follower that names none takes all.
     let matches =
@@ -368,8 +371,11 @@ fn count(
             },
             Err(error) => return Err(error),
         };
-        for record in batch.batch.records() {
+        let first = batch.batch.header.base_position.get();
+        for (position, record) in (first..).map(Position::new).zip(batch.batch.records()) {
             let record = record.map_err(|error| batch.unreadable(journal, error))?;
+            let at = Locator { journal: journal.id(), position };
+            counted.decided += u64::from(discarded.has_all_of(at, record.id));
             match matches(record.event_type) {
                 true => counted.matching += 1,
                 false => counted.other += 1,
@@ -426,8 +432,7 @@ impl Stored {
         &self,
         (journal, segment): (JournalId, u64),
         events: Range<Position>,
-        Counted { matching, other, lost }: Counted,
-        decided: &Discarded,
+        Counted { matching, other, decided, lost }: Counted,
     ) -> SegmentAudit {
         let tally = self.tallies.get(&(journal, segment)).copied().unwrap_or_default();
         let Tally { applied, skipped, unrouted, discarded } = tally;
@@ -436,8 +441,7 @@ impl Stored {
         };
         let (with_key, under_none) = (within(&self.parked), within(&self.unrouted));
         // Those that are gone were decided upon; or they are just gone.
-        let gone = unrouted.saturating_sub(under_none);
-        let gone = gone.min(decided.count_all_of(journal, &events));
+        let gone = unrouted.saturating_sub(under_none).min(decided);
         SegmentAudit {
             journal,
             segment,
@@ -449,6 +453,46 @@ impl Stored {
             discarded: discarded + gone,
             skipped,
             lost,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::event::EventId;
+    use crate::format::crc32;
+    use crate::format::files::Role;
+    use crate::fs::Fs;
+    use crate::fs::sim::SimFs;
+    use crate::journal::{Append, Appender};
+    use crate::options::JournalOptions;
+    use crate::position::NodeId;
+    use crate::{ExpectedRevision, NewEvent, StreamId};
+
+    /// Behind a restore another event is at the place of one that was discarded. Had that counted as discarded, another one of
+    /// the segment could have gone unnoticed.
+    #[test]
+    fn what_is_discarded_is_counted_by_the_ids_of_events_and_not_by_their_places() {
+        let (fs, dir): (Arc<dyn Fs>, _) = (Arc::new(SimFs::new(1)), Path::new("/journal"));
+        let options = JournalOptions { background_thread: false, ..JournalOptions::default() };
+        let appender = Appender::create_as(Role::Origin, NodeId::random(), &fs, dir, &options);
+        let appender = appender.unwrap();
+        let (own, other) = (EventId::from_bytes([1; 16]), EventId::from_bytes([2; 16]));
+        let stream = StreamId::new("counted").unwrap();
+        let event = NewEvent::raw("counted", *b"").unwrap().id(own);
+        appender.append(&Append::to(&stream, ExpectedRevision::Any, [event])).unwrap();
+        let journal = appender.journal();
+        let events = Position::START..journal.end().position;
+        for (decided, id) in [(1, own.to_string()), (0, other.to_string()), (1, "-".to_owned())] {
+            let body = format!("headwater discarded 2\n{} 0 {id} -\n", journal.id());
+            let text = format!("{body}crc32 {:08x}\n", crc32(&[body.as_bytes()]));
+            let discarded = Discarded::parse(&text).unwrap();
+            let counted = count(journal, &events, &[], &discarded).unwrap();
+            assert_eq!((counted.matching, counted.decided), (1, decided), "{id}");
         }
     }
 }

@@ -177,15 +177,6 @@ impl Discarded {
         self.0.range(first..).take_while(is_there)
     }
 
-    /// At how many of these positions an event is discarded altogether.
-    pub(super) fn count_all_of(&self, journal: JournalId, events: &Range<Position>) -> u64 {
-        let is_one = |it: &&Decision| {
-            it.journal == journal && it.row_key.is_none() && events.contains(&it.position)
-        };
-        let positions = self.0.iter().filter(is_one).map(|it| it.position);
-        positions.collect::<BTreeSet<_>>().len() as u64
-    }
-
     pub(super) fn text(&self) -> String {
         let mut text = format!("{HEAD}\n");
         for Decision { journal, position, id, row_key } in &self.0 {
@@ -1326,7 +1317,7 @@ mod tests {
         assert!(old.has_all_of(at, id) && old.has_all_of(at, other));
         assert!(old.text().starts_with(HEAD));
         assert_eq!(Discarded::parse(&old.text()), Some(old.clone()), "written anew");
-        let mut new = Discarded::parse(&text_of(HEAD, &format!("{journal} 5 {id} -"))).unwrap();
+        let new = Discarded::parse(&text_of(HEAD, &format!("{journal} 5 {id} -"))).unwrap();
         assert!(new.has_all_of(at, id) && !new.has_all_of(at, other));
         for (head, line) in
             [(HEAD, format!("{journal} 5 -")), (HEAD_1, format!("{journal} 5 {id} -"))]
@@ -1337,9 +1328,6 @@ mod tests {
         let decision = |id| Decision { journal, position, id, row_key: Some(row_key_of(b"a")) };
         assert!(new.implies(&decision(Some(id))) && new.implies(&decision(None)));
         assert!(!new.implies(&decision(Some(other))) && old.implies(&decision(Some(other))));
-        new.0.extend(old.0);
-        let events = Position::new(5)..Position::new(6);
-        assert_eq!(new.count_all_of(journal, &events), 1, "said twice");
     }
 
     #[test]
