@@ -64,6 +64,8 @@ const PIECE_BYTES: u64 = 2 << 20;
 const PIECES_PER_THREAD: usize = 2;
 /// A piece that names keys of more bytes, with what is noted beside them, is folded before the rest of it is decoded.
 const ROUTED_BYTES: usize = 4 << 20;
+/// A limit on what may be read makes pieces no smaller: each reads the batch in which it begins.
+const SLOW_PIECE_BYTES_MIN: u64 = 64 << 10;
 /// A sorted file has about so many bytes of keys and rows.
 const FILE_BYTES: usize = 64 << 20;
 /// A part with fewer rows is in a cache of the processor.
@@ -376,7 +378,9 @@ impl<V: View> Pass<'_, V> {
         let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
         let mut piece_bytes = PIECE_BYTES;
         loop {
-            let round = (0..at_once).map(|_| all.next(piece_bytes)).collect::<Result<Vec<_>, _>>();
+            let slow_bytes = self.control.bytes_at_once() / at_once as u64;
+            let bytes = piece_bytes.min(slow_bytes.max(SLOW_PIECE_BYTES_MIN));
+            let round = (0..at_once).map(|_| all.next(bytes)).collect::<Result<Vec<_>, _>>();
             let round = round.map_err(|error| Failed::from(error).stop(V::NAME))?;
             if round.first().is_none_or(Vec::is_empty) {
                 break;

@@ -459,6 +459,14 @@ impl Control {
         }
     }
 
+    /// How much is to be read before it does something else, at the most: all that may be read within the time that is made
+    /// up for. Whoever reads more, and then folds it for longer than that, comes to less than is allowed.
+    pub(super) fn bytes_at_once(&self) -> u64 {
+        let state = self.state.lock();
+        let throttled = state.throttled.as_ref();
+        throttled.map_or(u64::MAX, |it| it.bytes_per_second_max.saturating_mul(IDLE_MAX.as_secs()))
+    }
+
     /// Whether it was asked to end. Never waits: for where others wait for it.
     pub(super) fn check_at_once(&self) -> Result<(), Cancelled> {
         if self.state.lock().cancelled { Err(Cancelled) } else { Ok(()) }

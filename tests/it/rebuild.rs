@@ -732,6 +732,30 @@ fn a_first_build_that_is_cancelled_leaves_no_generation_behind() {
     assert_eq!(live(&next), [1]);
 }
 
+/// Many threads read up to 4 MiB each before any of it is folded. Where that took longer than a second, nothing of it was made
+/// up for, and less was read than was allowed.
+#[test]
+fn a_slow_build_folds_what_it_may_read_within_a_second_and_no_more_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 20);
+    world.append(400);
+    let (reached_tx, reached) = mpsc::channel();
+    let (go_on, go_on_rx) = mpsc::channel();
+    let (reached_tx, go_on_rx) = (Mutex::new(reached_tx), Mutex::new(go_on_rx));
+    let building = RebuildOptions {
+        bytes_per_second_max: Some(400 << 10),
+        threads: 4,
+        ..RebuildOptions::default()
+    };
+    let slow = ViewOptions { building, ..ViewOptions::default() };
+    let gated = Gated::<1> { reached: reached_tx, go_on: go_on_rx };
+    let view = world.store.view_with(gated, slow).unwrap();
+    reached.recv_timeout(PATIENCE).unwrap();
+    let status = view.status().rebuild.unwrap();
+    close_gated(&view, go_on);
+    assert!(status.events * 2 < status.events_total, "{status}");
+}
+
 #[test]
 fn a_first_build_reads_no_faster_than_it_may() {
     let dir = tempfile::tempdir().unwrap();
