@@ -20,7 +20,7 @@ use headwater::{
     Recorded, Store, StreamId, Token, restore,
 };
 
-use crate::views::{copy_dir, replace_dir};
+use crate::views::{copy_dir, copy_open_dir, replace_dir};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -237,7 +237,7 @@ impl World {
     /// As if the process had died: rows that weren't flushed are lost, and of the log's last write there may be a part.
     fn crash(&mut self) {
         let image = self.dir.join("image");
-        copy_dir(&self.views(), &image);
+        copy_open_dir(&self.views(), &image);
         self.reopen_all(|world| {
             replace_dir(&image, &world.views());
             std::fs::remove_dir_all(&image).unwrap();

@@ -3,8 +3,8 @@
 //! The view under test keeps a row per account whose `trace` depends on every event, on its place in the
 //! order and on how often it was folded. It is compared with a recount that knows nothing of views.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -260,15 +260,47 @@ pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 pub(crate) fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
+    try_copy_dir(from, to).unwrap();
+}
+
+fn try_copy_dir(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
         let to = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_dir(&entry.path(), &to),
-            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        match entry.file_type()?.is_dir() {
+            true => try_copy_dir(&entry.path(), &to)?,
+            false => drop(std::fs::copy(entry.path(), to)?),
         }
     }
+    Ok(())
+}
+
+/// Copies a directory in which files come and go, as of a moment between: none came or went while it was copied.
+pub(crate) fn copy_open_dir(from: &Path, to: &Path) {
+    loop {
+        let before = files_of(from);
+        let copied = try_copy_dir(from, to);
+        match copied {
+            Ok(()) if before.is_ok_and(|before| files_of(from).is_ok_and(|it| it == before)) => {
+                return;
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => panic!("{error}"),
+            _ => std::fs::remove_dir_all(to).unwrap(),
+        }
+    }
+}
+
+fn files_of(dir: &Path) -> io::Result<BTreeSet<PathBuf>> {
+    let mut files = BTreeSet::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => files.extend(files_of(&entry.path())?),
+            false => drop(files.insert(entry.path())),
+        }
+    }
+    Ok(files)
 }
 
 pub(crate) fn replace_dir(with: &Path, at: &Path) {
