@@ -228,8 +228,11 @@ impl Received {
         let durable = Mark::start(end.journal).end;
         self.known = Some(Known { wanted: wanted.clone(), terms, durable });
         self.covered = durable;
-        self.note_alone()?;
-        self.settle().map(drop)
+        let noted = self.note_alone().and_then(|()| self.settle());
+        if noted.is_err() {
+            self.known = None; // it isn't begun
+        }
+        noted.map(drop)
     }
 
     /// Takes events in. They are written when this returns; [`settle`](Self::settle) waits until they are durable.
@@ -623,6 +626,29 @@ mod tests {
         let events = received.journal().read_all(Position::START).unwrap().map(Result::unwrap);
         let events = events.filter(|event| !event.event_type().as_str().starts_with('$'));
         events.map(|event| event.id().as_bytes()[0]).collect()
+    }
+
+    /// Which journal it follows isn't known before that is noted: another address could be asked for its own.
+    #[test]
+    fn a_feed_is_begun_once_that_is_noted() {
+        for fault in [Fault::Enospc, Fault::Eio, Fault::Kill] {
+            for failed_at in 0.. {
+                let disk = SimFs::new(1);
+                let fs: Arc<dyn Fs> = Arc::new(disk.clone());
+                let (node, dir, all) =
+                    (NodeId::from_bytes([1; 16]), Path::new("/feed"), FeedFilter::everything());
+                let mut received = Received::create(node, &fs, dir, &options(), &all).unwrap();
+                disk.fail_at(disk.ops() + failed_at, fault, Repeat::Once);
+                let terms = FeedTerms { filter: all.clone(), shape: None };
+                let granted = received.granted(&behind(0), true, terms, &all);
+                let is_over = disk.faults_struck() == 0;
+                assert_eq!(received.known().is_some(), granted.is_ok(), "{fault:?}, {failed_at}");
+                if is_over {
+                    assert!(granted.is_ok() && failed_at > 0);
+                    break;
+                }
+            }
+        }
     }
 
     /// Killed between any two batches of a run, it goes on behind what is there.
