@@ -565,6 +565,41 @@ fn s4_what_a_relay_sets_aside_its_subscribers_are_told_and_nothing_is_mixed() {
     }
 }
 
+/// A relay's word that histories differ counts once nobody else serves: who is stopped before the others were asked sets
+/// nothing aside.
+#[test]
+fn a_mirror_that_is_stopped_before_it_has_asked_all_sets_nothing_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = dir.path().join("backup");
+    let mut origin = Origin::start(dir.path().join("origin"), small());
+    origin.append(0..40);
+    origin.close();
+    copy_dir(&origin.dir, &backup);
+    origin.open();
+    origin.append(40..60);
+    let (upstream, relay) = (origin.address.to_string(), dir.path().join("relay"));
+    let relay = Relay::start_at(free_address(), relay, upstream, quarantine());
+    let leaf_dir = dir.path().join("leaf");
+    let leaf = start_leaf(&leaf_dir, relay.address(), quarantine());
+    let before = converged(&leaf, &origin).end();
+    leaf.stop().unwrap();
+    origin.close();
+    restore(&mut origin, &backup, 50);
+    follows(relay.mirror(), &origin);
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let both = [relay.address(), silent.local_addr().unwrap().to_string()];
+    let leaf = start_leaf(&leaf_dir, both.clone(), quarantine());
+    let status = until("it asks the next one", &leaf, |status| {
+        matches!(status.upstreams[0].last_error, Some(ShippingError::Fork(_)))
+            && status.address == both[1]
+    });
+    assert!(!status.is_halted());
+    leaf.stop().unwrap();
+    assert_eq!(used_bytes(&leaf_dir).0, before);
+    let leaf = start_leaf(&leaf_dir, relay.address(), quarantine());
+    assert_same_bytes(origin.store().journal(), &follows(&leaf, &origin));
+}
+
 /// The mirror's journal once it is the origin's, also if it had to set something aside for that.
 fn follows(mirror: &Mirror, origin: &Origin) -> headwater::Journal {
     let end = origin.store().journal().end();

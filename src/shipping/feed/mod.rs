@@ -439,9 +439,12 @@ impl Shared {
     fn run(&self, mut received: Option<Received>) -> Result<(), CloseError> {
         let mut pauses = back_off();
         let mut upstreams = Upstreams::new(self.addresses.as_slice().len());
-        while !self.state.lock().stopping {
+        loop {
             let (round, was_healthy) =
                 upstreams.round(|| self.usable(), |number| self.attempt(&mut received, number));
+            if self.state.lock().stopping {
+                break; // whatever comes of it: not all were asked
+            }
             if was_healthy {
                 pauses = back_off();
             }

@@ -44,8 +44,11 @@ impl Shared {
     pub(super) fn run(&self, mut ingest: Option<Ingest>) -> Result<(), IngestError> {
         let mut pauses = back_off();
         let mut upstreams = Upstreams::new(self.addresses.as_slice().len());
-        while !self.state.lock().stopping {
+        loop {
             let (next, was_healthy) = self.round(&mut ingest, &mut upstreams);
+            if self.state.lock().stopping {
+                break; // whatever comes of it: not all were asked
+            }
             if was_healthy {
                 pauses = back_off();
             }
