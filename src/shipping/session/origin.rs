@@ -676,7 +676,8 @@ impl OriginSession {
     fn next_deadline(&self, now: Now) -> Instant {
         let silence_until = self.silence_until(now);
         match self.state {
-            State::Diverged(_) => silence_until,
+            // Rights are looked at as often.
+            State::Diverged(_) => silence_until.min(now.at + self.config.deadlines.heartbeat),
             State::Streaming => {
                 let skip_at = self.feeding.as_ref().and_then(Feeding::skip_at);
                 let until = silence_until.min(self.heartbeat_at);
@@ -702,7 +703,11 @@ impl OriginSession {
 
     /// Rights may have been taken away since. Whether that is still to be found out, by somebody who may wait.
     fn check_rights(&mut self, may_wait: bool) -> bool {
-        let journal = self.status.sent.map(|sent| sent.journal);
+        let compared = match self.state {
+            State::Diverged(at) => Some(at.origin), // about which it may ask
+            _ => self.status.sent,
+        };
+        let journal = compared.map(|it| it.journal);
         let filter = self.status.feed.as_ref().map(|terms| &terms.filter);
         if self.end.is_some() {
             return false;

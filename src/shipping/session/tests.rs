@@ -17,7 +17,7 @@ use crate::shipping::message::{
     Ack, Authentication, Data, FrameReader, GoAway, Heartbeat, Hello, Message, OriginEnd,
     PROTOCOL_VERSIONS, Probe, Probed, Subscribe,
 };
-use crate::shipping::security::Gate;
+use crate::shipping::security::{Access, Gate, Security, SecurityOptions};
 
 mod echoes;
 mod feeds;
@@ -52,6 +52,15 @@ impl Connection {
         self.mirror.on_time(now);
         self.mirror.take_output(now, &mut self.to_origin);
         self.wait = Some(self.origin.poll(journal, now, &mut self.to_mirror));
+    }
+
+    /// Up to the moment at which a mirror that was told that the histories differ has asked.
+    fn ask(&mut self, journal: &mut ModelJournal, mirror: &mut ModelMirror) {
+        while self.mirror.expected() != "PROBED" {
+            self.speak(journal, now());
+            self.hear_origin(usize::MAX, mirror, now());
+            self.hear_mirror(usize::MAX, now());
+        }
     }
 
     fn hear_origin(&mut self, up_to: usize, mirror: &mut ModelMirror, now: Now) {
@@ -645,11 +654,7 @@ fn forked() -> (ModelJournal, ModelMirror, Connection) {
     (0..200).for_each(|_| journal.append(&[1; 64]));
     journal.sync();
     let mut connection = Connection::new(&mirror, now());
-    while connection.mirror.expected() != "PROBED" {
-        connection.speak(&mut journal, now());
-        connection.hear_origin(usize::MAX, &mut mirror, now());
-        connection.hear_mirror(usize::MAX, now());
-    }
+    connection.ask(&mut journal, &mut mirror);
     (journal, mirror, connection)
 }
 
@@ -734,6 +739,42 @@ fn an_origin_answers_so_many_probes_and_none_out_of_place() {
     connection.hear_mirror(usize::MAX, now());
     let unexpected = Violation::Unexpected { frame: "PROBE", expected: "ACK" };
     assert_eq!(connection.origin.end(), Some(&SessionEnd::Violation(unexpected)));
+}
+
+/// Whoever was told that the histories differ has no subscription, and is answered nothing once it may not have the journal
+/// any more.
+#[test]
+fn questions_are_answered_to_those_alone_who_still_may_have_the_journal() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = dir.path().join("access.json");
+    let allow = |journal: JournalId| {
+        let may = serde_json::json!({ "journal": journal.to_string(), "mode": "verbatim" });
+        let peer = serde_json::json!({ "name": "here", "anonymous": "loopback", "may": [may] });
+        std::fs::write(&list, serde_json::json!({ "peers": [peer] }).to_string()).unwrap();
+    };
+    for is_taken in [false, true] {
+        allow(JOURNAL);
+        let access = Access::File(list.clone());
+        let security = Security::new(SecurityOptions { tls: None, access }).unwrap();
+        let (mut journal, mut mirror, _) = forked();
+        let gate = Gate::new(Some(security.clone()), true);
+        let mut connection = Connection {
+            origin: OriginSession::new(OriginConfig { gate, ..origin_config() }, now()),
+            ..Connection::new(&mirror, now())
+        };
+        connection.ask(&mut journal, &mut mirror);
+        allow(if is_taken { JournalId::from_bytes([1; 16]) } else { JOURNAL });
+        security.reload().unwrap();
+        connection.speak(&mut journal, now());
+        let end = connection.origin.end().cloned();
+        let is_denied = matches!(&end, Some(SessionEnd::Own(it)) if it.code == ErrorCode::DENIED);
+        assert_eq!((is_denied, end.is_some()), (is_taken, is_taken), "{end:?}");
+        connection.speak(&mut journal, now());
+        let soon = now().at + origin_config().deadlines.heartbeat;
+        let looks_again =
+            matches!(connection.wait, Some(Next::Wait { until, .. }) if until <= soon);
+        assert!(is_taken || looks_again, "{:?}", connection.wait);
+    }
 }
 
 #[test]
