@@ -170,7 +170,7 @@ struct State {
     upstreams: Tried,
     sessions: u64,
     /// Since when there is a session.
-    granted_at: Option<Instant>,
+    session_since: Option<Instant>,
     ends: Ends,
     caught_up_at: Option<Instant>,
     stopping: bool,
@@ -407,7 +407,7 @@ impl State {
             last_error: None,
             upstreams: Tried::new(upstreams),
             sessions: 0,
-            granted_at: None,
+            session_since: None,
             ends: Ends::default(),
             caught_up_at: None,
             stopping: false,
@@ -569,7 +569,7 @@ impl Shared {
         let end = connection.session.into_inner().end().cloned();
         let mut state = self.state.lock();
         (state.socket, state.asks) = (None, None);
-        let granted = state.granted_at.take();
+        let granted = state.session_since.take();
         let went_well = matches!(state.phase, MirrorState::Live) || state.received != had;
         drop(state);
         let error = match (written, end) {
@@ -848,7 +848,7 @@ impl Connection<'_> {
         let mut state = shared.state.lock();
         state.phase = MirrorState::CatchingUp;
         state.sessions += 1;
-        state.granted_at = Some(Instant::now());
+        state.session_since = Some(Instant::now());
         drop(state);
         shared.publish(received.as_ref());
         Ok(())
