@@ -9,8 +9,9 @@
 //!                                events u64 │ unrouted u64; the numbers are of all journals of the view, and stand
 //!                                with the first, 0 with the others
 //! 00 'n'                         present if events are counted, from the first one on
-//! 00 'b'                         of how many events of all journals the first build in order makes the rows: u64; of fewer,
-//!                                they are being made. Absent if they were made in bulk, or there was nothing to be made
+//! 00 'b'                         up to where the first build in order makes the rows: a checkpoint 64 of each journal; in
+//!                                front of one of them they are being made. Absent if they were made in bulk, or there was
+//!                                nothing to be made
 //! 00 's' journal id 16 │ segment u64, big-endian
 //!                                what its events count as: applied, skipped, unrouted, discarded: u64 each
 //! 01 key of the row              the row, encoded by the codec
@@ -574,12 +575,12 @@ impl Db {
         self.begin_building(identity, start, None)
     }
 
-    /// The same; until they are of so many events, the rows of an empty one are being made for the first time.
+    /// The same; up to `until`, if there is that, the rows of an empty one are being made for the first time.
     pub(super) fn begin_building(
         self: &Arc<Self>,
         identity: &Identity,
         start: Progress,
-        until_events: Option<u64>,
+        until: Option<&Checkpoints>,
     ) -> Result<Progress, StorageError> {
         const ACTION: &str = "reading the view's identity";
         let found = self.db.get(IDENTITY).map_err(|error| self.failed(ACTION, error))?;
@@ -594,8 +595,9 @@ impl Db {
                 for (key, value) in identity.entries() {
                     writes.put(&key, &value);
                 }
-                if let Some(events) = until_events {
-                    writes.put(BUILDING, &events.to_le_bytes());
+                if let Some(until) = until {
+                    let until: Vec<_> = until.iter().map(Checkpoint::to_bytes).collect();
+                    writes.put(BUILDING, &until.concat());
                 }
                 self.write(writes, &start)?;
                 Ok(start)
@@ -731,7 +733,7 @@ impl Db {
         Ok(())
     }
 
-    /// The rows are made, of however many events.
+    /// The rows are made, of whatever there is.
     pub(super) fn end_building(&self, progress: &Progress) -> Result<(), StorageError> {
         let mut writes = self.writes();
         writes.delete(BUILDING);
@@ -1045,12 +1047,18 @@ impl Reader {
         Ok(self.get(COUNTED)?.is_some())
     }
 
-    /// Of how many events the rows will be when they are made for the first time; `None` if they are.
-    pub(super) fn building_until(&self, progress: &Progress) -> Result<Option<u64>, StorageError> {
+    /// How far the rows will be when they are made for the first time; `None` if they are.
+    pub(super) fn building_until(
+        &self,
+        progress: &Progress,
+    ) -> Result<Option<Checkpoints>, StorageError> {
         let Some(value) = self.get(BUILDING)? else { return Ok(None) };
-        let damaged = || self.db().damaged("reading how far the rows are", "an invalid number");
-        let until = Decoder::new(&value).u64().map_err(|_| damaged())?;
-        Ok(Some(until).filter(|until| progress.checkpoints.events() < *until))
+        let (places, rest) = value.as_chunks();
+        let places: Option<Vec<_>> = places.iter().map(Checkpoint::from_bytes).collect();
+        let places = places.filter(|_| rest.is_empty()).unwrap_or_default();
+        let damaged = || self.db().damaged("reading how far the rows are", "an invalid checkpoint");
+        let until = Checkpoints::of_all(places.into_iter()).ok_or_else(damaged)?;
+        Ok(Some(until).filter(|until| progress.checkpoints.missing_until(until) > 0))
     }
 
     /// How far the rows are, in the order of these journals if it is of them; `None` while the generation is being

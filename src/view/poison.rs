@@ -956,9 +956,10 @@ pub(super) fn building(reader: &Reader) -> Result<Option<Degraded>, ViewReadErro
     let Some(progress) = reader.progress(&[])? else {
         return Ok(Some(Degraded::Building { applied: Position::START, until: None }));
     };
+    let Some(until) = reader.building_until(&progress)? else { return Ok(None) };
     let applied = Position::new(progress.checkpoints.events());
-    let until = reader.building_until(&progress)?.map(Position::new);
-    Ok(until.map(|until| Degraded::Building { applied, until: Some(until) }))
+    let until = Some(applied.advance(progress.checkpoints.missing_until(&until)));
+    Ok(Some(Degraded::Building { applied, until }))
 }
 
 /// What the row lacks of what is in front of `token`, or may lack.

@@ -111,11 +111,11 @@ pub(super) enum Phase {
     Closed,
 }
 
-/// How far a first build in order is, and how many events it is to have.
+/// How far a first build in order is, and how far it is to go.
 #[derive(Clone)]
 struct FirstBuild {
     control: Arc<Control>,
-    until_events: u64,
+    until: Checkpoints,
 }
 
 /// Ends the threads when the last handle is dropped.
@@ -189,8 +189,8 @@ pub(super) fn start<P: Program>(
         first_build: Mutex::new(None),
         folder: Mutex::new(folder),
     });
-    if let Some(until_events) = opened.building_until {
-        shared.begin_first_build(until_events);
+    if let Some(until) = opened.building_until {
+        shared.begin_first_build(until);
     }
     #[cfg(feature = "shipping")]
     shared.note_applied(&shared.state());
@@ -206,8 +206,8 @@ struct Opened {
     progress: Progress,
     phase: Phase,
     set_aside: Option<PathBuf>,
-    /// Its rows are made for the first time, as the journal is followed, until they are of so many events.
-    building_until: Option<u64>,
+    /// Its rows are made for the first time, as the journal is followed, up to there.
+    building_until: Option<Checkpoints>,
 }
 
 fn open_live<P: Program>(
@@ -294,7 +294,7 @@ fn begin_live<P: Program>(
     } else {
         begin_in_order(view, &db, sources, &end)?;
         folder.set_live(number)?;
-        (Phase::Following, Some(end.events()))
+        (Phase::Following, Some(end))
     };
     Ok(Opened { db, progress, phase, set_aside: None, building_until })
 }
@@ -306,8 +306,8 @@ fn begin_in_order<P: Program>(
     sources: &Sources,
     until: &Checkpoints,
 ) -> Result<Progress, StorageError> {
-    let until_events = Some(until.events()).filter(|events| *events > 0);
-    let progress = db.begin_building(&view.identity(), nothing(sources), until_events)?;
+    let until = Some(until).filter(|until| until.events() > 0);
+    let progress = db.begin_building(&view.identity(), nothing(sources), until)?;
     db.flush(true)?;
     Ok(progress)
 }
@@ -586,7 +586,7 @@ impl<P: Program> Runner<P> {
         let Some(until) = until.map_err(|it| it.stop(P::NAME))? else { return Ok(None) };
         let in_order = || {
             let begun = begin_in_order(&*self.view, db, &shared.sources, &until);
-            shared.begin_first_build(until.events());
+            shared.begin_first_build(until.clone());
             begun.map(Some).map_err(storage_failed::<P>)
         };
         if self.note.forbids_bulk() {
@@ -969,12 +969,12 @@ impl Shared {
     }
 
     /// The rows are made as the journal is followed: how far that is can be seen, as of any other build.
-    fn begin_first_build(&self, until_events: u64) {
-        let left = until_events.saturating_sub(self.state().applied.checkpoints.events());
+    fn begin_first_build(&self, until: Checkpoints) {
+        let left = self.state().applied.checkpoints.missing_until(&until);
         if left > 0 {
             let control = Control::new(&self.options.building);
             control.pass_begins(RebuildPhase::Building, left);
-            *self.first_build.lock() = Some(FirstBuild { control, until_events });
+            *self.first_build.lock() = Some(FirstBuild { control, until });
         }
     }
 
@@ -989,16 +989,17 @@ impl Shared {
         before: &Checkpoints,
         applied: &Checkpoints,
     ) -> Result<(), Cancelled> {
-        let Some(FirstBuild { control, until_events }) = self.first_build.lock().clone() else {
+        let Some(FirstBuild { control, until }) = self.first_build.lock().clone() else {
             return Ok(());
         };
-        if applied.events() >= until_events {
+        let [missed, missing] = [before, applied].map(|it| it.missing_until(&until));
+        if missing == 0 {
             // Nothing is left to be held up; and who closes the view finds nobody to wake any more.
             self.ends_first_build();
             return Ok(());
         }
-        let events = applied.events().saturating_sub(before.events());
-        control.advance(events, applied.bytes().saturating_sub(before.bytes()))
+        control
+            .advance(missed.saturating_sub(missing), applied.bytes().saturating_sub(before.bytes()))
     }
 
     /// How far the rebuild is that is under way, or the first build.

@@ -134,6 +134,12 @@ impl Checkpoints {
         self.iter().fold(0, |sum, it| sum.saturating_add(it.position.get()))
     }
 
+    /// How many events are missing up to `until`, whatever there is behind it in one journal or the other.
+    pub(super) fn missing_until(&self, until: &Self) -> u64 {
+        let missing = |it: &Checkpoint| it.position.since(self.position(it.journal));
+        until.iter().map(missing).fold(0, u64::saturating_add)
+    }
+
     /// How many bytes of batches.
     pub(super) fn bytes(&self) -> u64 {
         self.iter().fold(0, |sum, it| sum.saturating_add(it.offset))

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use headwater::view::{
-    Change, Fold, FoldError, Keys, RebuildOptions, Table, TableView, Tables, View, ViewError,
-    ViewHandle, ViewOptions, ViewReadError, ViewState, ViewTxn,
+    Change, Degraded, Fold, FoldError, Keys, RebuildOptions, Table, TableView, Tables, View,
+    ViewError, ViewHandle, ViewOptions, ViewReadError, ViewState, ViewTxn,
 };
 use headwater::{
     Append, ExpectedRevision, Journal, JournalId, Locator, NewEvent, Position, Recorded, Store,
@@ -18,7 +18,7 @@ use headwater::{
 use parking_lot::Mutex;
 
 use crate::inline::Over;
-use crate::views::{copy_dir, replace_dir};
+use crate::views::{copy_dir, replace_dir, until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -198,6 +198,44 @@ fn rows_are_what_all_journals_make_after_any_reopening_and_rebuild() {
             view.close().unwrap();
         }
     }
+}
+
+/// What one journal has had since doesn't make up for what another one had already.
+#[test]
+fn rows_are_being_made_until_they_are_of_what_each_journal_had() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 12, 2);
+    let had: [u64; 2] = [2, 6];
+    for (journal, had) in had.into_iter().enumerate() {
+        for _ in 0..had {
+            world.append(journal, vec![vec![journal as u8]]);
+        }
+    }
+    let building = RebuildOptions { bytes_per_second_max: Some(1), ..RebuildOptions::default() };
+    let slow = ViewOptions { building, chunk_bytes: 1, ..ViewOptions::default() };
+    // Each opening takes in one batch, of one journal after the other.
+    for opening in 1..12 {
+        let view = world.stores[0].view_over(&world.journals(), world.view.clone(), slow.clone());
+        let view = view.unwrap();
+        if opening == 1 {
+            for _ in 0..9 {
+                world.append(0, vec![vec![0]]);
+            }
+        }
+        let applied =
+            || view.snapshot().unwrap().checkpoints().into_iter().map(|it| it.position.get());
+        until("a batch is applied", || applied().sum::<u64>() >= opening);
+        let left: u64 = applied().zip(had).map(|(applied, had)| had.saturating_sub(applied)).sum();
+        let [now, then] = [opening, opening + left].map(Position::new);
+        let expected = Degraded::Building { applied: now, until: Some(then) };
+        assert_eq!(view.get_checked(&1).unwrap().degraded, Some(expected), "opening {opening}");
+        let rebuild = view.status().rebuild.unwrap();
+        assert!(rebuild.events < rebuild.events_total, "opening {opening}: {rebuild}");
+        view.close().unwrap();
+    }
+    let view = world.open(1 << 20);
+    world.assert_shows(&view);
+    assert_eq!(view.get_checked(&1).unwrap().degraded, None);
 }
 
 /// Positions say nothing between journals: what is parked of several must not be taken for one another.
