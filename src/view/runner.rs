@@ -978,9 +978,11 @@ impl Shared {
         }
     }
 
-    /// It is over; whether there was one.
+    /// It is over; whether there was one. Whoever is held up for what it has read isn't any more: who closes the view finds nobody
+    /// to wake now.
     fn ends_first_build(&self) -> bool {
-        self.first_build.lock().take().is_some()
+        let ended = self.first_build.lock().take();
+        ended.inspect(|it| it.control.cancel()).is_some()
     }
 
     /// So much was folded since.
@@ -994,7 +996,6 @@ impl Shared {
         };
         let [missed, missing] = [before, applied].map(|it| it.missing_until(&until));
         if missing == 0 {
-            // Nothing is left to be held up; and who closes the view finds nobody to wake any more.
             self.ends_first_build();
             return Ok(());
         }

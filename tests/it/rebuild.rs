@@ -878,6 +878,31 @@ fn a_first_build_in_order_holds_nobody_up_when_it_is_over() {
     assert_eq!(closed.recv_timeout(PATIENCE), Ok(true));
 }
 
+/// A rebuild that takes over ends the first build of the generation that it takes the place of. Whoever folded that one was held
+/// up all the same, for as long as what it had read takes: nobody who closed the view could wake it.
+#[test]
+fn a_first_build_in_order_holds_nobody_up_when_a_rebuild_has_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut world = World::new(dir.path(), 22);
+    world.append(5);
+    let view = world.store.view_with(Traces::<1>::default(), slow_in_order()).unwrap();
+    until("a chunk is applied", || view.checkpoint().applied.position > Position::START);
+    view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+    world.assert_shows(&view);
+    world.append(1);
+    world.assert_shows(&view);
+    until("the first build is over", || view.status().rebuild.is_none());
+    let (closed_tx, closed) = mpsc::channel();
+    std::thread::spawn(move || closed_tx.send(view.close().is_ok()));
+    assert_eq!(closed.recv_timeout(PATIENCE), Ok(true));
+}
+
+/// One batch is applied, and then it waits.
+fn slow_in_order() -> ViewOptions {
+    let building = RebuildOptions { bytes_per_second_max: Some(1), ..RebuildOptions::default() };
+    ViewOptions { building, chunk_bytes: 1, ..ViewOptions::default() }
+}
+
 /// Whoever restarts while the new rows are built isn't asked again.
 #[test]
 fn a_lost_tail_that_was_accepted_stays_accepted_before_the_new_rows_are_built() {
