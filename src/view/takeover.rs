@@ -331,6 +331,10 @@ impl<P: Program> Takeover<P> {
                 return Err(StopError::Fork { view: P::NAME, checkpoint, end }.into());
             }
         }
+        if db.latest().building_until(&progress).map_err(storage_failed::<P>)?.is_some() {
+            // It was replaced while it was built. It has what there is now, and nobody knows when there will be more.
+            db.end_building(&progress).map_err(storage_failed::<P>)?;
+        }
         flush(&db)?;
         self.control.check_at_once()?;
         if discarded.is_some_and(|it| !Arc::ptr_eq(&it, &shared.parking.discarded())) {

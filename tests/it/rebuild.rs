@@ -897,6 +897,36 @@ fn a_first_build_in_order_holds_nobody_up_when_a_rebuild_has_taken_over() {
     assert_eq!(closed.recv_timeout(PATIENCE), Ok(true));
 }
 
+/// Events that were there as the rows of a generation began to be made may be lost when it takes over again.
+#[test]
+fn rows_that_are_rolled_back_to_are_not_being_made_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let (journal, backup) = (dir.path().join("journal"), dir.path().join("backup"));
+    World::new(dir.path(), 23).append(5);
+    copy_dir(&journal, &backup);
+    let mut world = World::new(dir.path(), 24);
+    world.append(5);
+    let view = world.store.view_with(Traces::<1>::default(), slow_in_order()).unwrap();
+    until("a chunk is applied", || view.checkpoint().applied.position > Position::START);
+    view.rebuild(RebuildOptions::default()).unwrap().wait().unwrap();
+    world.assert_shows(&view);
+    view.close().unwrap();
+    drop(view);
+    world.store.close().unwrap();
+    replace_dir(&backup, &journal);
+    let world = World::new(dir.path(), 25);
+    let accepted = ViewOptions { lost_tail: LostTail::SetAside, ..ViewOptions::default() };
+    let view = world.store.view_with(Traces::<1>::default(), accepted).unwrap();
+    view.wait_for_latest(PATIENCE).unwrap();
+    assert_eq!(live(&view), [3]);
+    assert!(view.remove_generation(1, 2).unwrap(), "it is of what is lost");
+    assert_eq!(view.rollback().unwrap().wait().unwrap().generation, 1);
+    let rows: BTreeMap<_, _> = view.range(..).map(Result::unwrap).collect();
+    assert_eq!(rows, world.rows);
+    let checked = view.get_checked(rows.keys().next().unwrap()).unwrap();
+    assert_eq!(checked.degraded, None);
+}
+
 /// One batch is applied, and then it waits.
 fn slow_in_order() -> ViewOptions {
     let building = RebuildOptions { bytes_per_second_max: Some(1), ..RebuildOptions::default() };
