@@ -440,8 +440,9 @@ impl Stored {
             all.range((journal, events.start)..(journal, events.end)).count() as u64
         };
         let (with_key, under_none) = (within(&self.parked), within(&self.unrouted));
-        // Those that are gone were decided upon; or they are just gone.
-        let gone = unrouted.saturating_sub(under_none).min(decided);
+        // Those that are gone were decided upon since; or they are just gone.
+        let decided_since = decided.saturating_sub(discarded);
+        let gone = unrouted.saturating_sub(under_none).min(decided_since);
         SegmentAudit {
             journal,
             segment,
@@ -494,5 +495,23 @@ mod tests {
             let counted = count(journal, &events, &[], &discarded).unwrap();
             assert_eq!((counted.matching, counted.decided), (1, decided), "{id}");
         }
+    }
+
+    /// A decision that was there before an event was folded accounts for that one already, and for no other one that is gone.
+    #[test]
+    fn a_decision_accounts_for_one_event_only() {
+        let place = (JournalId::from_bytes([3; 16]), 0);
+        let tally = Tally { unrouted: 2, discarded: 1, ..Tally::default() };
+        let stored = Stored {
+            tallies: [(place, tally)].into(),
+            parked: BTreeSet::new(),
+            unrouted: BTreeSet::new(),
+            counts: ParkedCounts::default(),
+        };
+        let audited = |decided| {
+            let counted = Counted { matching: 3, decided, ..Counted::default() };
+            stored.compare(place, Position::START..Position::new(3), counted)
+        };
+        assert_eq!([1, 2, 3].map(|decided| audited(decided).discarded), [1, 2, 3]);
     }
 }
