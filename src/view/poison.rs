@@ -869,7 +869,8 @@ pub enum Degraded {
         /// How far the rows are; of several journals, how many events of all of them are applied.
         applied: Position,
         /// How far they are then, if that is known: in bulk they appear all at once, and
-        /// [`ViewStatus::rebuild`](super::ViewStatus::rebuild) says how far that is.
+        /// [`ViewStatus::rebuild`](super::ViewStatus::rebuild) says how far that is. Of several journals at the least: what is
+        /// appended to one of them may have its turn before what another one has had.
         until: Option<Position>,
     },
     /// Events of the row are parked: it is as it was in front of the first of them.
