@@ -64,7 +64,7 @@ const PIECE_BYTES: u64 = 2 << 20;
 const PIECES_PER_THREAD: usize = 2;
 /// A piece that names keys of more bytes, with what is noted beside them, is folded before the rest of it is decoded.
 const ROUTED_BYTES: usize = 4 << 20;
-/// A limit on what may be read makes pieces no smaller: each reads the batch in which it begins.
+/// A limit on what may be read makes pieces no smaller, but fewer: each reads the batch in which it begins.
 const SLOW_PIECE_BYTES_MIN: u64 = 64 << 10;
 /// A sorted file has about so many bytes of keys and rows.
 const FILE_BYTES: usize = 64 << 20;
@@ -378,9 +378,11 @@ impl<V: View> Pass<'_, V> {
         let mut pieces: Vec<Piece<V>> = (0..at_once).map(|_| Piece::empty()).collect();
         let mut piece_bytes = PIECE_BYTES;
         loop {
-            let slow_bytes = self.control.bytes_at_once() / at_once as u64;
-            let bytes = piece_bytes.min(slow_bytes.max(SLOW_PIECE_BYTES_MIN));
-            let round = (0..at_once).map(|_| all.next(bytes)).collect::<Result<Vec<_>, _>>();
+            let allowed_bytes = self.control.bytes_at_once();
+            let filled = (allowed_bytes / SLOW_PIECE_BYTES_MIN).clamp(1, at_once as u64);
+            let bytes = piece_bytes.min((allowed_bytes / filled).max(SLOW_PIECE_BYTES_MIN));
+            let next = |nth| if nth < filled { all.next(bytes) } else { Ok(Vec::new()) };
+            let round = (0..at_once as u64).map(next).collect::<Result<Vec<_>, _>>();
             let round = round.map_err(|error| Failed::from(error).stop(V::NAME))?;
             if round.first().is_none_or(Vec::is_empty) {
                 break;

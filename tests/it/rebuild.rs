@@ -739,21 +739,24 @@ fn a_slow_build_folds_what_it_may_read_within_a_second_and_no_more_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let mut world = World::new(dir.path(), 20);
     world.append(400);
-    let (reached_tx, reached) = mpsc::channel();
-    let (go_on, go_on_rx) = mpsc::channel();
-    let (reached_tx, go_on_rx) = (Mutex::new(reached_tx), Mutex::new(go_on_rx));
-    let building = RebuildOptions {
-        bytes_per_second_max: Some(400 << 10),
-        threads: 4,
-        ..RebuildOptions::default()
-    };
-    let slow = ViewOptions { building, ..ViewOptions::default() };
-    let gated = Gated::<1> { reached: reached_tx, go_on: go_on_rx };
-    let view = world.store.view_with(gated, slow).unwrap();
-    reached.recv_timeout(PATIENCE).unwrap();
-    let status = view.status().rebuild.unwrap();
-    close_gated(&view, go_on);
-    assert!(status.events * 2 < status.events_total, "{status}");
+    // However many they are, together they read no more.
+    for threads in [4, 32] {
+        let (reached_tx, reached) = mpsc::channel();
+        let (go_on, go_on_rx) = mpsc::channel();
+        let (reached_tx, go_on_rx) = (Mutex::new(reached_tx), Mutex::new(go_on_rx));
+        let building = RebuildOptions {
+            bytes_per_second_max: Some(400 << 10),
+            threads,
+            ..RebuildOptions::default()
+        };
+        let slow = ViewOptions { building, ..ViewOptions::default() };
+        let gated = Gated::<1> { reached: reached_tx, go_on: go_on_rx };
+        let view = world.store.view_with(gated, slow).unwrap();
+        reached.recv_timeout(PATIENCE).unwrap();
+        let status = view.status().rebuild.unwrap();
+        close_gated(&view, go_on);
+        assert!(status.events * 2 < status.events_total, "{threads} threads: {status}");
+    }
 }
 
 #[test]
