@@ -1110,7 +1110,7 @@ fn child_that_appends_and_folds() {
     let views = Path::new(&dir).join("views");
     let accounts = Accounts::<1>::default();
     let view = view::open(&views, origin.journal().clone(), accounts, options).unwrap();
-    let mut stdout = std::io::stdout();
+    let mut stdout = io::stdout();
     loop {
         let token = origin.append(random_batch(&mut rng));
         if rng.u8(0..4) == 0 {

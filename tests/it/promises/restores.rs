@@ -504,11 +504,10 @@ impl<'a> Run<'a> {
     fn check_told(&self, at: &Divergent) {
         assert_eq!((at.mirror, at.origin), (self.mirror_end(), self.origin.journal().end()));
         assert_eq!(at.common, Some(self.common()));
-        // It is named where nothing else tells the histories apart.
-        let is_told = self.mirror_end().position <= self.common();
+        // What was set aside is the mirror's alone, too, wherever in front of it the histories part.
         let witness = at.witness.map(|witness| witness.position);
-        assert_eq!(witness, is_told.then_some(self.old_end().position));
-        assert_eq!(at.orphaned(), Some(self.common()..self.compared().position));
+        assert_eq!(witness, self.case.rots.then_some(self.old_end().position));
+        assert_eq!(at.orphaned(), Some(self.common()..self.old_end().position));
     }
 
     fn lost(&self) -> Vec<Vec<u8>> {
