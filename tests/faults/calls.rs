@@ -86,6 +86,7 @@ fn is_used(segment: &Path) -> bool {
 /// A call as strace shows it.
 #[derive(Debug)]
 struct Call {
+    thread: String,
     name: String,
     /// Which of its kind in its thread, from 1.
     number: usize,
@@ -125,6 +126,7 @@ fn read_trace(log: &Path) -> Vec<Call> {
         let number = counts.entry((thread.to_owned(), name.to_owned())).or_default();
         *number += 1;
         calls.push(Call {
+            thread: thread.to_owned(),
             name: name.to_owned(),
             number: *number,
             injected: text.contains("(INJECTED)"),
@@ -271,8 +273,22 @@ impl Trial<'_> {
         // The same number strikes in every thread: the mark that says "closed" may not be durable either,
         // and closing rightly says so.
         let mut elsewhere = false;
+        // A segment that is full is cut in the background, behind everything that is durable in it: if that fails, or the sync
+        // behind it, nothing is lost, and closing says so.
+        let mut is_open = false;
+        let mut cutting = HashSet::new();
+        let mut uncut = false;
         for call in calls {
             let segment = call.segment();
+            is_open |= call.text.contains("\"opened");
+            if call.name == "ftruncate" && is_open {
+                cutting.extend(segment.clone().map(|segment| (&call.thread, segment)));
+            }
+            let is_cut = |segment: &PathBuf| {
+                matches!(call.name.as_str(), "ftruncate" | "fdatasync")
+                    && cutting.contains(&(&call.thread, segment.clone()))
+            };
+            let is_cut = segment.as_ref().is_some_and(is_cut);
             if call.name.starts_with("pwrite")
                 && !call.text.contains("\"\\0\\0\\0")
                 && let Some(segment) = &segment
@@ -283,6 +299,7 @@ impl Trial<'_> {
             let fails = call.injected
                 && matches!(self.fault, Fault::Error(_) | Fault::Lasting(_) | Fault::Nothing);
             match segment {
+                _ if is_cut => uncut |= fails,
                 Some(segment) if fails && makes_durable && used.contains(&segment) => failed = true,
                 Some(_) if fails && makes_durable => reserving = true,
                 _ => elsewhere |= fails,
@@ -291,6 +308,9 @@ impl Trial<'_> {
                 return Err("acknowledged behind a failed write or sync".into());
             }
         }
+        if uncut && ledger.heard(|said| *said == Said::Closed) {
+            return Err("a segment could not be cut, and closing did not say so".into());
+        }
         let opened = ledger.heard(|said| matches!(said, Said::Opened(_)));
         let unsettled =
             ledger.heard(|said| matches!(said, Said::Unknown | Said::Poisoned | Said::Unclosed));
@@ -298,7 +318,7 @@ impl Trial<'_> {
             return Err("a failed write or sync was not told".into());
         }
         let enospc = self.fault == Fault::Error("ENOSPC");
-        if enospc && reserving && !failed && !elsewhere && opened && unsettled {
+        if enospc && reserving && !failed && !elsewhere && !uncut && opened && unsettled {
             return Err("no space for the next segment is not only DiskFull".into());
         }
         let harmless = matches!(self.fault, Fault::Interrupted | Fault::Delay);
