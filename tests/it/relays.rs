@@ -513,6 +513,18 @@ fn a_relay_without_a_journal_yet_is_waited_for() {
     }
 }
 
+/// An origin with 60 events, and its copy from when it had the first 40.
+fn origin_and_backup(dir: &Path) -> (Origin, PathBuf) {
+    let backup = dir.join("backup");
+    let mut origin = Origin::start(dir.join("origin"), small());
+    origin.append(0..40);
+    origin.close();
+    copy_dir(&origin.dir, &backup);
+    origin.open();
+    origin.append(40..60);
+    (origin, backup)
+}
+
 /// An origin that has lost the events from 40 to 59 and has `regrown` others; what was there before it lost them.
 fn restore(origin: &mut Origin, backup: &Path, regrown: usize) {
     replace_dir(&origin.dir, backup);
@@ -528,13 +540,7 @@ fn restore(origin: &mut Origin, backup: &Path, regrown: usize) {
 fn s4_what_a_relay_sets_aside_its_subscribers_are_told_and_nothing_is_mixed() {
     for regrown in [0, 5, 50] {
         let dir = tempfile::tempdir().unwrap();
-        let backup = dir.path().join("backup");
-        let mut origin = Origin::start(dir.path().join("origin"), small());
-        origin.append(0..40);
-        origin.close();
-        copy_dir(&origin.dir, &backup);
-        origin.open();
-        origin.append(40..60);
+        let (mut origin, backup) = origin_and_backup(dir.path());
         let upstream = origin.address.to_string();
         let relay_dir = dir.path().join("relay");
         let relay = Relay::start_at(free_address(), relay_dir, upstream, quarantine());
@@ -570,13 +576,7 @@ fn s4_what_a_relay_sets_aside_its_subscribers_are_told_and_nothing_is_mixed() {
 #[test]
 fn a_mirror_that_is_stopped_before_it_has_asked_all_sets_nothing_aside() {
     let dir = tempfile::tempdir().unwrap();
-    let backup = dir.path().join("backup");
-    let mut origin = Origin::start(dir.path().join("origin"), small());
-    origin.append(0..40);
-    origin.close();
-    copy_dir(&origin.dir, &backup);
-    origin.open();
-    origin.append(40..60);
+    let (mut origin, backup) = origin_and_backup(dir.path());
     let (upstream, relay) = (origin.address.to_string(), dir.path().join("relay"));
     let relay = Relay::start_at(free_address(), relay, upstream, quarantine());
     let leaf_dir = dir.path().join("leaf");
@@ -611,13 +611,7 @@ fn follows(mirror: &Mirror, origin: &Origin) -> headwater::Journal {
 #[test]
 fn a_relay_apart_from_its_origin_judges_nobody_and_others_are_asked() {
     let dir = tempfile::tempdir().unwrap();
-    let backup = dir.path().join("backup");
-    let mut origin = Origin::start(dir.path().join("origin"), small());
-    origin.append(0..40);
-    origin.close();
-    copy_dir(&origin.dir, &backup);
-    origin.open();
-    origin.append(40..60);
+    let (mut origin, backup) = origin_and_backup(dir.path());
     let stale = Relay::start(dir.path().join("stale"), origin.address.to_string());
     converged(stale.mirror(), &origin);
     origin.close();
@@ -650,13 +644,7 @@ fn a_relay_apart_from_its_origin_judges_nobody_and_others_are_asked() {
 #[test]
 fn a_relay_that_does_not_know_yet_how_its_relay_stands_judges_nobody() {
     let dir = tempfile::tempdir().unwrap();
-    let backup = dir.path().join("backup");
-    let mut origin = Origin::start(dir.path().join("origin"), small());
-    origin.append(0..40);
-    origin.close();
-    copy_dir(&origin.dir, &backup);
-    origin.open();
-    origin.append(40..60);
+    let (mut origin, backup) = origin_and_backup(dir.path());
     let mut stale = Relay::start(dir.path().join("stale"), origin.address.to_string());
     let old = converged(stale.mirror(), &origin).end();
     stale.close();
@@ -692,13 +680,7 @@ fn a_relay_that_does_not_know_yet_how_its_relay_stands_judges_nobody() {
 #[test]
 fn a_fork_that_the_origin_itself_tells_is_final_although_a_relay_would_serve() {
     let dir = tempfile::tempdir().unwrap();
-    let backup = dir.path().join("backup");
-    let mut origin = Origin::start(dir.path().join("origin"), small());
-    origin.append(0..40);
-    origin.close();
-    copy_dir(&origin.dir, &backup);
-    origin.open();
-    origin.append(40..60);
+    let (mut origin, backup) = origin_and_backup(dir.path());
     let stale = Relay::start(dir.path().join("stale"), origin.address.to_string());
     converged(stale.mirror(), &origin);
     let leaf_dir = dir.path().join("leaf");
@@ -778,13 +760,7 @@ fn a_path_of_more_than_eight_nodes_is_refused() {
 #[test]
 fn an_origin_takes_back_what_it_has_lost_from_a_relay_that_is_being_followed() {
     let dir = tempfile::tempdir().unwrap();
-    let backup = dir.path().join("backup");
-    let mut origin = Origin::start(dir.path().join("origin"), small());
-    origin.append(0..40);
-    origin.close();
-    copy_dir(&origin.dir, &backup);
-    origin.open();
-    origin.append(40..60);
+    let (mut origin, backup) = origin_and_backup(dir.path());
     let relay = Relay::start(dir.path().join("relay"), origin.address.to_string());
     let before = converged(relay.mirror(), &origin);
     until("the path", relay.mirror(), |status| status.path.len() == 1);
