@@ -110,7 +110,7 @@ fn main() -> ExitCode {
         }
         Cli::Coordinator(task) => two_phase::coordinator::run(&task),
         Cli::Placing { dir, address, orders_per_second } => {
-            two_phase::away::placing(&dir, &address, orders_per_second)
+            two_phase::away::place_until_killed(&dir, &address, orders_per_second)
         }
         Cli::Customers { dir, orders } => two_phase::customers::run(&dir, &orders),
     };

@@ -9,9 +9,11 @@ use std::time::Duration;
 use headwater::{Position, Store};
 use serde::Serialize;
 
-use super::coordinator::{Client, Coordinator};
+use super::coordinator::Coordinator;
 use super::journal::Shop;
-use super::outage::{CLIENTS, Down, Tried, longest_ms, outage, steadily, steadily_for};
+use super::outage::{
+    CLIENTS, Down, Tried, connected, longest_ms, outage, placing, steadily, steadily_for,
+};
 use super::{Databases, Orders, PATIENCE, Scale};
 use crate::Outcome;
 use crate::child::Service;
@@ -49,11 +51,7 @@ pub(super) fn measure(dir: &Path, scale: &Scale) -> Outcome<Away> {
 fn two_phase(dir: &Path, scale: &Scale) -> Outcome<Side> {
     let mut databases = Databases::start(dir)?;
     let coordinator = Coordinator::of(&dir.join("decisions"), &databases)?;
-    let mut clients =
-        (0..CLIENTS).map(|_| Client::new(&coordinator)).collect::<Outcome<Vec<_>>>()?;
-    for (client, number) in clients.iter_mut().zip(0..) {
-        client.place(number)?; // connects
-    }
+    let clients = connected(&coordinator)?;
     let sessions =
         (0..CLIENTS).map(|_| databases.customers.open()).collect::<Outcome<Vec<Session>>>()?;
     let orders = Orders::read()?;
@@ -62,17 +60,7 @@ fn two_phase(dir: &Path, scale: &Scale) -> Outcome<Side> {
     let mut started_ns = 0;
     let (tried, read, down) = std::thread::scope(|scope| {
         let (next, reads, orders) = (&next, &reads, &orders);
-        let placing: Vec<_> = clients
-            .into_iter()
-            .zip(0..)
-            .map(|(mut client, place)| {
-                scope.spawn(move || {
-                    let tried = steadily(scale, place, |number| client.place(number), next);
-                    client.settle();
-                    tried
-                })
-            })
-            .collect();
+        let placing = placing(scope, scale, clients, next);
         let reading: Vec<_> = sessions
             .into_iter()
             .zip(0..)
@@ -204,7 +192,7 @@ impl Placing {
 }
 
 /// Says `serving ADDRESS POSITION`, then `placed NS` for each order, until it is killed.
-pub(crate) fn placing(dir: &Path, address: &str, orders_per_second: u32) -> Outcome<()> {
+pub(crate) fn place_until_killed(dir: &Path, address: &str, orders_per_second: u32) -> Outcome<()> {
     let shop = Shop::open_at(dir, address)?;
     let end = shop.store.journal().end().position;
     println!("serving {} {end}", shop.server.local_addr());

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -73,26 +73,11 @@ pub(super) struct Tried {
 fn two_phase(dir: &Path, scale: &Scale) -> Outcome<TwoPhase> {
     let mut databases = Databases::start(dir)?;
     let coordinator = Coordinator::of(&dir.join("decisions"), &databases)?;
-    let mut clients =
-        (0..CLIENTS).map(|_| Client::new(&coordinator)).collect::<Outcome<Vec<_>>>()?;
-    for (client, number) in clients.iter_mut().zip(0..) {
-        client.place(number)?; // connects
-    }
+    let clients = connected(&coordinator)?;
     let next = AtomicU64::new(CLIENTS);
     let began_ns = now_ns();
     let (tried, down) = std::thread::scope(|scope| {
-        let next = &next;
-        let threads: Vec<_> = clients
-            .into_iter()
-            .zip(0..)
-            .map(|(mut client, place)| {
-                scope.spawn(move || {
-                    let tried = steadily(scale, place, |number| client.place(number), next);
-                    client.settle();
-                    tried
-                })
-            })
-            .collect();
+        let threads = placing(scope, scale, clients, &next);
         // The server ends with the thread that started it, so this one does it.
         let down =
             outage(scale, began_ns, &mut databases.customers, Cluster::crash, Cluster::resume);
@@ -170,6 +155,34 @@ fn headwater(dir: &Path, scale: &Scale) -> Outcome<Headwater> {
         longest_ms: longest_ms(&tried),
         caught_up_ms: caught_up_ns.saturating_sub(restarted_ns) as f64 / 1e6,
     })
+}
+
+/// Clients that have placed the first orders, one each.
+pub(super) fn connected(coordinator: &Coordinator) -> Outcome<Vec<Client<'_>>> {
+    let clients = (0..CLIENTS).map(|number| {
+        let mut client = Client::new(coordinator)?;
+        client.place(number)?; // connects
+        Ok(client)
+    });
+    clients.collect()
+}
+
+/// They place orders steadily, and leave nothing prepared behind.
+pub(super) fn placing<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    scale: &'scope Scale,
+    clients: Vec<Client<'scope>>,
+    next: &'scope AtomicU64,
+) -> Vec<ScopedJoinHandle<'scope, Vec<Tried>>> {
+    let clients = clients.into_iter().zip(0..);
+    let threads = clients.map(|(mut client, place)| {
+        scope.spawn(move || {
+            let tried = steadily(scale, place, |number| client.place(number), next);
+            client.settle();
+            tried
+        })
+    });
+    threads.collect()
 }
 
 /// A client's orders, one at a time, at its part of the rate. One that takes too long delays the next.
